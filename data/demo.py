@@ -1,0 +1,100 @@
+"""The demo's world, made on this machine: a base student, two teachers that continue from it, shards, held-out tables.
+
+`prepare(workspace, stage)` is what `prepare: data/demo.py` in a recipe calls. Each part goes to `.mmopd/demo/`, and is made
+anew only when what it is made from (the settings below, the code that makes it, the parts before it) has changed.
+"""
+
+import hashlib
+import inspect
+import json
+import shutil
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from mmopd.demo import pretrain, world
+from mmopd.progress import Stage
+from mmopd.prompts.shards import write_shards
+from mmopd.records import Prompt
+
+MODALITY = {"additions": "text", "digit_sum": "image"}
+PROMPTS = {"additions": 400, "digit_sum": 400}  # to distil on
+HELD_OUT = {"additions": 300, "digit_sum": 300}  # to evaluate on
+# Little data, trained to the end: weak, but sure of itself. (A base that is weak because it was stopped early cannot be improved on-policy.)
+BASE = pretrain.Course(rows={"additions": 150, "digit_sum": 300}, split="few", steps=300, lr=2e-3)
+TEXT_TEACHER = pretrain.Course(rows={"additions": 4000}, split="train", steps=250, lr=1e-3)
+IMAGE_TEACHER = pretrain.Course(rows={"digit_sum": 6000}, split="train", steps=300, lr=1e-3)
+
+Make = Callable[[Path], None]
+
+
+def prepare(workspace: Path, stage: Stage) -> None:
+    """Make what is missing or out of date under `workspace`."""
+    root = workspace / ".mmopd" / "demo"
+    parts: list[tuple[str, object, Make]] = [
+        ("untrained", "", world.build_student),
+        ("base", BASE, partial(_learn, BASE, root / "untrained", stage)),
+        ("text_teacher", TEXT_TEACHER, partial(_learn, TEXT_TEACHER, root / "base", stage)),
+        ("image_teacher", IMAGE_TEACHER, partial(_learn, IMAGE_TEACHER, root / "base", stage)),
+        *((f"shards/{task}", n, partial(_shards, task, n)) for task, n in PROMPTS.items()),
+        *((f"heldout/{task}", n, partial(_table, task, n)) for task, n in HELD_OUT.items()),
+    ]
+    key, made = inspect.getsource(world) + inspect.getsource(pretrain), 0
+    for name, made_from, make in parts:
+        key = hashlib.sha256(repr((key, name, made_from)).encode()).hexdigest()  # covers all the parts before it, too
+        made += _make(root / name, key, make)
+    stage.outcome = f"{made} parts made" if made else f"cached in {root.relative_to(workspace)}"
+
+
+def _make(folder: Path, key: str, make: Make) -> bool:
+    """Make a folder unless it was made from the same; it appears when it is whole."""
+    stamp = folder.with_name(f".{folder.name}.made-from.json")
+    if folder.is_dir() and stamp.is_file() and json.loads(stamp.read_text()) == key:
+        return False
+    unfinished = folder.with_name(f".{folder.name}.unfinished")
+    for old in (folder, unfinished):
+        shutil.rmtree(old, ignore_errors=True)
+    unfinished.parent.mkdir(parents=True, exist_ok=True)
+    make(unfinished)
+    unfinished.rename(folder)
+    stamp.write_text(json.dumps(key))
+    return True
+
+
+def _learn(course: pretrain.Course, start: Path, stage: Stage, folder: Path) -> None:
+    rows = [row for task, n in course.rows.items() for row in _rows(task, course.split, n)]
+    name = folder.name.strip(".").removesuffix(".unfinished")
+    stage.total(course.steps)
+
+    def show(step: int, loss: float) -> None:
+        stage.advance()
+        stage.note(f"training {name}: loss {loss:.3f}")
+
+    pretrain.train(start, folder, rows, steps=course.steps, lr=course.lr, progress=show)
+
+
+def _shards(task: str, n: int, folder: Path) -> None:
+    prompts = [
+        Prompt(f"{task}/{i}", task, MODALITY[task], tuple(row["messages"]), tuple(row["images"]), row["answer"])
+        for i, row in enumerate(_rows(task, "train", n, seed=1))
+    ]
+    write_shards(prompts, folder)
+
+
+def _table(task: str, n: int, folder: Path) -> None:
+    """What lmms-eval reads: one row a problem, with at most one image."""
+    rows = _rows(task, "heldout", n)
+    columns = {
+        "question": [row["messages"][0]["content"][-1]["text"] for row in rows],
+        "image": [row["images"][0] if row["images"] else None for row in rows],
+        "answer": [row["answer"] for row in rows],
+    }
+    folder.mkdir(parents=True)
+    pq.write_table(pa.table(columns, schema=pa.schema({"question": pa.string(), "image": pa.binary(), "answer": pa.string()})), folder / "test.parquet")
+
+
+def _rows(task: str, split: world.Split, n: int, seed: int = 0) -> list[world.Row]:
+    return (world.additions if task == "additions" else world.digit_sums)(split, n, seed)

@@ -1,0 +1,3 @@
+"""mmopd: multimodal on-policy distillation from several teachers."""
+
+__version__ = "0.1.0"

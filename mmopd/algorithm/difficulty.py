@@ -1,0 +1,94 @@
+"""Offline balancing by difficulty (paper 3.3, A.1): sampling weights that flatten the histogram of right answers.
+
+Before training, the student answers every prompt K times, c of them right. P prompts; the histogram has K + 1 bins.
+"""
+
+from typing import Literal
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from mmopd.algorithm.groups import first, one_of, same_length
+
+Shape = Literal["u", "mirrored_j", "flat"]
+
+
+def difficulty_weights(
+    correct: Int[Tensor, " P"],
+    attempts: int | Int[Tensor, " P"],
+    *,
+    shape: Literal["auto", "u", "mirrored_j", "flat"] = "auto",
+    cap: float,
+    heavy: float = 1.5,
+) -> Float[Tensor, " P"]:
+    """Sampling weights of the prompts, 1..cap: none is ever dropped, some are drawn more often.
+
+    `u` raises the middle, 1 <= c <= K - 1; `mirrored_j` all with c <= K - 1; `flat` nothing. A raised bin goes up to the fullest bin
+    that is not raised (of `u`: to the lower of its two ends), by at most `cap`; a bin that is fuller already stays. So the emptier a bin
+    the larger its weight, never past a fuller one: the histogram gets flatter by any measure.
+
+    Args:
+        correct: right answers of each prompt.
+        attempts: answers of each prompt that could be judged; K is the largest. A prompt with fewer is put in the bin nearest to its share
+            of right answers, and one with none keeps weight 1.
+        shape: what the histogram looks like, or `auto` to detect it with `difficulty_shape`.
+        cap: largest weight, >= 1.
+        heavy: as in `difficulty_shape`.
+
+    Raises:
+        ValueError: counts that cannot be (with the prompt's index), an unknown shape, `cap` < 1.
+    """
+    one_of("shape", shape, ("auto", "u", "mirrored_j", "flat"))
+    if not cap >= 1:
+        raise ValueError(f"cap is {cap}: expected a weight >= 1")
+    c, judged, histogram = _bins(correct, attempts)
+    K = len(histogram) - 1
+    found = _shape(histogram, heavy) if shape == "auto" else shape
+    raised = torch.zeros(K + 1, dtype=torch.bool)
+    if found != "flat":
+        raised[1 if found == "u" else 0 : K] = True
+    ends = histogram[~raised & (histogram > 0)]
+    level = ends.min() if len(ends) else histogram.max()
+    weight = torch.where(raised, (level / histogram.clamp(min=1)).clamp(1, cap), 1.0)
+    return torch.where(judged, weight[c], 1.0).float()
+
+
+def difficulty_shape(correct: Int[Tensor, " P"], attempts: int | Int[Tensor, " P"], *, heavy: float = 1.5) -> Shape:
+    """`u`, `mirrored_j` or `flat`: where the prompts lie between never right (c = 0) and always right (c = K).
+
+    An end is heavy if it holds more than one bin's equal share of the prompts, and at least `heavy` times the mean of the middle bins.
+    Both ends: `u`. The easy one alone: `mirrored_j`. Everything else, K = 1 included, is `flat`. The paper names the shapes and gives no
+    rule; this one is ours.
+
+    Raises:
+        ValueError: counts that cannot be (with the prompt's index).
+    """
+    return _shape(_bins(correct, attempts)[2], heavy)
+
+
+def _shape(histogram: Tensor, heavy: float) -> Shape:
+    if len(histogram) <= 2:
+        return "flat"
+    enough = heavy * histogram[1:-1].double().mean()
+    hard, easy = (bool(n > histogram.double().mean() and n >= enough) for n in (histogram[0], histogram[-1]))
+    if not easy:
+        return "flat"
+    return "u" if hard else "mirrored_j"
+
+
+def _bins(correct: Tensor, attempts: int | Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(bin of each prompt [P], could it be judged at all [P], histogram over the bins [K + 1])."""
+    if isinstance(attempts, int):
+        attempts = torch.full_like(correct, attempts)
+    same_length(correct=correct, attempts=attempts)
+    impossible = ~((correct >= 0) & (correct <= attempts))
+    if impossible.any():
+        i = first(impossible)
+        raise ValueError(f"correct[{i}] is {correct[i]} of {attempts[i]} attempts: expected 0 to that many")
+    K = int(attempts.max()) if len(attempts) else 0
+    judged = attempts > 0
+    nearest = (correct * K / attempts.clamp(min=1)).round().long()
+    some_of_both = (correct > 0) & (correct < attempts)
+    c = torch.where(some_of_both, nearest.clamp(1, max(1, K - 1)), nearest)  # the two ends are for "never" and "always"
+    return c, judged, torch.bincount(c[judged], minlength=K + 1)

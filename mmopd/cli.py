@@ -1,0 +1,135 @@
+"""The command line: `mmopd init | demo | train | eval | report | show | doctor`. Heavy imports wait until a command needs them."""
+
+import signal
+import sys
+from datetime import datetime
+from pathlib import Path
+from types import FrameType
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from mmopd import __version__
+from mmopd.errors import UserError
+
+app = typer.Typer(
+    help="Distil a Qwen-VL student from several teachers, on its own rollouts, over text and images.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+)
+console = Console(highlight=False)
+
+RecipeArgument = Annotated[Path, typer.Argument(help="A recipe file, such as recipes/demo.yaml.", show_default=False)]
+Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Settings to change, such as train.steps=20.", show_default=False)]
+RunOption = Annotated[Path | None, typer.Option("--run", help="The run folder to make. [default: runs/NAME-DATE-TIME]", show_default=False)]
+
+
+def main() -> None:
+    """Entry point: a UserError is one message on stderr and exit status 2, Ctrl-C is 130, SIGTERM ends like an exception."""
+    signal.signal(signal.SIGTERM, _terminate)
+    try:
+        app()
+    except UserError as error:
+        Console(stderr=True, highlight=False).print(f"[bold red]error:[/] {_escape(str(error))}", soft_wrap=True)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        Console(stderr=True).print("interrupted")
+        sys.exit(130)
+
+
+@app.callback(invoke_without_command=True)
+def _version(version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False) -> None:
+    if version:
+        print(__version__)
+        raise typer.Exit
+
+
+@app.command()
+def init(folder: Annotated[Path, typer.Argument(help="The workspace to make, or to complete.", show_default=False)]) -> None:
+    """Make a workspace: copy the catalogue (recipes, tasks, fleets, mixtures, suites) into FOLDER; nothing is overwritten."""
+    from mmopd import catalog
+
+    for path in catalog.init(folder):
+        console.print(f"  {path}")
+    console.print(f"Workspace ready. Next: cd {folder} && mmopd demo")
+
+
+@app.command()
+def demo(overrides: Overrides = None, run: RunOption = None) -> None:
+    """The whole job on this machine, in minutes: `mmopd train recipes/demo.yaml`, with a tiny student and real parts."""
+    train(Path("recipes/demo.yaml"), overrides, run)
+
+
+@app.command()
+def train(
+    recipe: Annotated[Path | None, typer.Argument(help="A recipe file, such as recipes/demo.yaml.", show_default=False)] = None,
+    overrides: Overrides = None,
+    run: RunOption = None,
+    resume: Annotated[Path | None, typer.Option(help="Continue this run folder from its last checkpoint.", show_default=False)] = None,
+) -> None:
+    """Prepare, serve, balance by difficulty, distil, evaluate and report: everything that RECIPE describes."""
+    from mmopd import catalog, launch
+    from mmopd.run import RunFolder
+
+    if (recipe is None) == (resume is None):
+        raise UserError("give a recipe (mmopd train recipes/demo.yaml), or --resume with a run folder")
+    if resume is not None:
+        folder = RunFolder(resume)
+        launch.launch(folder, folder.recipe(), console)
+        return
+    assert recipe is not None
+    resolved = catalog.load_recipe(recipe, overrides or ())
+    folder = RunFolder(run or Path("runs") / f"{recipe.stem}-{datetime.now():%Y%m%d-%H%M%S}")
+    folder.create(resolved)
+    launch.launch(folder, resolved, console)
+
+
+@app.command("eval")
+def evaluate(
+    suite: Annotated[Path, typer.Argument(help="A suite file, such as eval/demo.yaml.", show_default=False)],
+    models: Annotated[list[Path], typer.Argument(help="HF folders to serve and evaluate, one row each.", show_default=False)],
+    recipe: Annotated[Path, typer.Option(help="The recipe whose student engine settings are used.")] = Path("recipes/demo.yaml"),
+    out: Annotated[Path, typer.Option(help="Folder for the results.")] = Path("results"),
+) -> None:
+    """Serve each of MODELS and run SUITE on it through lmms-eval; prints a table, writes results.{json,md,csv}."""
+    from mmopd import launch
+
+    launch.evaluate_models(suite, models, recipe, out, console)
+
+
+@app.command()
+def report(run: Annotated[Path, typer.Argument(help="A run folder, finished or not.", show_default=False)]) -> None:
+    """Write RUN/report.html from what the run has recorded so far."""
+    from mmopd.report.html import write_report
+
+    console.print(f"report: {write_report(run)}")
+
+
+@app.command()
+def show(recipe: RecipeArgument, overrides: Overrides = None) -> None:
+    """Print the resolved RECIPE, with every default, and what it would start."""
+    from mmopd import catalog, launch
+
+    launch.show(catalog.load_recipe(recipe, overrides or ()), console)
+
+
+@app.command()
+def doctor() -> None:
+    """Say in a table what this machine can do and what is missing; exit status 1 if something needed is."""
+    from mmopd.doctor import machine_report, render
+
+    checks = machine_report()
+    render(checks, console)
+    if any(check.state == "fail" for check in checks):
+        raise typer.Exit(1)
+
+
+def _terminate(signum: int, frame: FrameType | None) -> None:
+    raise SystemExit(128 + signum)
+
+
+def _escape(text: str) -> str:
+    return text.replace("[", r"\[")

@@ -1,0 +1,295 @@
+"""What a run is made of: frozen pydantic models, read from YAML; an unknown key is an error.
+
+A recipe names a student, a fleet, a mixture and a suite by file, and holds the algorithm's settings. The models of
+the four catalogue folders (fleet, mixture, suite) are here too, so that one file answers "which keys are there?".
+"""
+
+import difflib
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self, TypeVar, get_args
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from mmopd.errors import UserError
+
+Fraction = Annotated[float, Field(ge=0, le=1)]
+Positive = Annotated[int, Field(ge=1)]
+
+
+class Config(BaseModel):
+    """Base of all settings: immutable, and closed to unknown keys."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Engine(Config):
+    """How vLLM serves one model; the same fields for teachers and for the student."""
+
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    max_model_len: Positive = 20480
+    max_num_seqs: Positive = 64
+    kv_cache_mib: Positive | None = Field(None, description="KV cache in MiB; needed on CPU, where vLLM would take most of the memory")
+    gpu_share: Fraction = Field(0.9, description="share of a GPU's memory; unused on CPU")
+    tensor_parallel: Positive = 1
+    enforce_eager: bool = False
+    port: int | None = Field(None, ge=1024, le=65535, description="a free port if not set")
+    extra_args: tuple[str, ...] = Field((), description="more flags for `vllm serve`, as they are")
+
+
+class Student(Config):
+    """The model that is trained, and the engine that samples from it."""
+
+    model: Path = Field(description="HF folder of a Qwen-VL model")
+    engine: Engine = Engine()
+
+
+class Rollout(Config):
+    """How the student is sampled: P prompts a step, G responses each (recipe.md section 5)."""
+
+    prompts: Positive = 64
+    group: Positive = 16
+    temperature: float = Field(1.0, gt=0)
+    top_p: float = Field(1.0, gt=0, le=1)
+    top_k: int = Field(0, ge=0, description="0 = all tokens")
+    max_tokens: Positive = 16384
+    concurrency: Positive = Field(64, description="prompts in flight at once, per rank")
+
+
+class Difficulty(Config):
+    """Offline balancing: K answers per prompt, and weights that flatten the histogram (paper 3.3, A.1)."""
+
+    attempts: Positive = 8
+    shape: Literal["auto", "u", "mirrored_j", "flat"] = "auto"
+    cap: float = Field(4.0, ge=1, description="largest sampling weight of a prompt")
+    temperature: float = Field(1.0, gt=0)
+    top_p: float = Field(0.95, gt=0, le=1)
+    top_k: int = Field(50, ge=0)
+
+
+class Balance(Config):
+    """Online balancing of right and wrong responses (paper 3.3, A.2)."""
+
+    scope: Literal["group", "batch"] = "group"
+    ratio: float = Field(1.0, ge=0, description="right : wrong to reach; 1 is the paper's 1 : 1")
+    tolerance: Fraction = Field(0.05, description="allowed distance of the share of right responses (scope batch)")
+
+
+class Margin(Config):
+    """Outcome-guided margin calibration (paper 3.4, A.4): one of shift or mask."""
+
+    kind: Literal["shift", "mask"] = "shift"
+    scope: Literal["group", "global"] = "group"
+    mode: Literal["mean", "minmax"] = "mean"
+    direction: Literal["lift", "suppress", "spread"] = Field("spread", description="of shift")
+    delta: float = Field(0.4, ge=0)
+    retain: Fraction = Field(0.25, description="share of a side that mask always keeps")
+
+
+class Algorithm(Config):
+    """On-policy distillation; a part that is `null` is switched off."""
+
+    difficulty: Difficulty | None = Difficulty()
+    balance: Balance | None = Balance()
+    margin: Margin | None = Margin()
+    clip_low: float = Field(0.2, ge=0, lt=1)
+    clip_high: float = Field(0.28, ge=0)
+    log_ratio_clip: float = Field(10.0, gt=0, description="a token whose |log pi_student - log pi_teacher| reaches it is left out")
+    outcome_threshold: Fraction = Field(0.5, description="a soft outcome at or above it counts as right")
+
+
+class Train(Config):
+    """The optimiser and the micro-batches (recipe.md section 5)."""
+
+    steps: Positive = 100
+    ranks: Positive = Field(1, description="training processes on this machine")
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    lr: float = Field(1e-6, gt=0)
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    warmup: int = Field(5, ge=0)
+    betas: tuple[float, float] = (0.9, 0.98)
+    weight_decay: float = Field(0.1, ge=0)
+    grad_clip: float = Field(1.0, gt=0)
+    minibatches: Positive = Field(1, description="optimiser steps per rollout batch")
+    micro_tokens: Positive = Field(16384, description="tokens in a packed micro-batch, per rank")
+    micro_patches: Positive = Field(16384, description="vision patches in a packed micro-batch, per rank")
+    gradient_checkpointing: bool = True
+    offload: bool = Field(False, description="optimiser state and weights in CPU memory")
+    checkpoint_every: Positive = 50
+    keep_checkpoints: Positive = 2
+    probe_tolerance: float = Field(0.1, gt=0, description="largest |log-prob difference| of engine and trainer after a sync; 1e-4 in fp32")
+    max_absent: Fraction = Field(0.2, description="share of responses that may lack a score before the run stops")
+    timeout: Positive = Field(600, description="seconds that a rank waits for the others")
+
+
+class Teacher(Config):
+    """A teacher that mmopd serves (`model`), or one that runs elsewhere (`endpoints`)."""
+
+    model: Path | None = None
+    engine: Engine = Engine()
+    replicas: Positive = 1
+    endpoints: tuple[str, ...] = Field((), description="base URLs of vLLM servers that run elsewhere")
+    api_key_env: str | None = Field(None, description="environment variable that holds their key")
+    weight: float = Field(1.0, gt=0, description="w_k of Eq. 4")
+    concurrency: Positive = Field(32, description="requests in flight at once, per rank and replica")
+    timeout: float = Field(120.0, gt=0, description="seconds for one scoring request")
+
+    @model_validator(mode="after")
+    def _served_or_elsewhere(self) -> Self:
+        if (self.model is None) == (not self.endpoints):
+            raise ValueError("a teacher has either `model` (served by mmopd) or `endpoints` (running elsewhere)")
+        return self
+
+
+class Route(Config):
+    """Which teacher scores a prompt: globs on task and modality, first match wins."""
+
+    teacher: str
+    task: str = "*"
+    modality: str = "*"
+    view: Literal["full", "text"] = Field("full", description="what the teacher is shown: all, or the text without images")
+
+
+class Fleet(Config):
+    """`teachers/*.yaml`: teachers, and the routes to them."""
+
+    teachers: Mapping[str, Teacher]
+    routes: tuple[Route, ...]
+
+    @model_validator(mode="after")
+    def _routes_lead_somewhere(self) -> Self:
+        for i, route in enumerate(self.routes):
+            if route.teacher not in self.teachers:
+                raise ValueError(f"routes.{i}.teacher: no teacher {route.teacher!r}{suggest(route.teacher, self.teachers)}")
+        return self
+
+
+class Source(Config):
+    """One folder of shards, all of one task."""
+
+    shards: Path = Field(description="folder of .tar shards with their .index.json")
+    task: str = Field(description="a task of modalities/")
+    weight: float = Field(1.0, ge=0)
+
+
+class Mixture(Config):
+    """`data/*.yaml`: weighted sources."""
+
+    sources: Mapping[str, Source]
+
+    @model_validator(mode="after")
+    def _some_weight(self) -> Self:
+        if sum(s.weight for s in self.sources.values()) <= 0:
+            raise ValueError("sources: the weights sum to zero")
+        return self
+
+
+class Benchmark(Config):
+    """One row of a suite, one column of the results table."""
+
+    column: str
+    task: str = Field(description="an lmms-eval task: built in, or a .yaml of eval/")
+    metric: str = Field(description="key in lmms-eval's results, such as `exact_match,none`")
+    scale: float = Field(1.0, gt=0, description="largest value of the metric; results are shown on 0-100")
+    data: Path | None = Field(None, description="local parquet file to use instead of the task's own data")
+    max_tokens: Positive | None = None
+    reasoning_tags: Literal["none", "default"] = "none"
+    limit: Positive | None = None
+
+
+class Suite(Config):
+    """`eval/*.yaml`: benchmarks."""
+
+    benchmarks: tuple[Benchmark, ...]
+    concurrency: Positive = 16
+    timeout: Positive = Field(1800, description="seconds for one benchmark")
+
+
+class Recipe(Config):
+    """`recipes/*.yaml`: a whole run."""
+
+    prepare: Path | None = Field(None, description="a .py of data/ whose `prepare(workspace)` makes what the recipe refers to")
+    seed: int = 0
+    student: Student
+    fleet: Path
+    mixture: Path
+    suite: Path | None = None
+    rollout: Rollout = Rollout()
+    algorithm: Algorithm = Algorithm()
+    train: Train = Train()
+
+
+C = TypeVar("C", bound=Config)
+
+
+def suggest(word: str, known: Iterable[str]) -> str:
+    """`; did you mean 'x'?`, or the list of what there is."""
+    known = list(known)
+    near = difflib.get_close_matches(word, known, n=1)
+    return f"; did you mean {near[0]!r}?" if near else f"; there is {', '.join(sorted(known)) or 'none'}"
+
+
+def read(cls: type[C], path: Path, overrides: Iterable[str] = ()) -> C:
+    """Load a YAML file as `cls`, with `key.path=value` overrides on top.
+
+    Raises:
+        UserError: the file is missing or no YAML, a key is unknown, or a value does not fit; names the file and the key.
+    """
+    try:
+        data = yaml.safe_load(path.read_text())
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file") from None
+    except yaml.YAMLError as error:
+        raise UserError(f"{path}: not valid YAML: {error}") from None
+    if not isinstance(data, dict):
+        raise UserError(f"{path}: expected keys and values, found {type(data).__name__}")
+    for override in overrides:
+        _set(data, override)
+    try:
+        return cls.model_validate(data)
+    except ValidationError as error:
+        lines = [_explain(cls, e["loc"], e["msg"], e["type"]) for e in error.errors()]
+        raise UserError("\n".join(f"{path}: {line}" for line in lines)) from None
+
+
+def dump(config: Config) -> str:
+    """The settings as YAML, every default written out."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def _set(data: dict[str, Any], override: str) -> None:
+    key, eq, value = override.partition("=")
+    if not eq:
+        raise UserError(f"{override!r}: an override is written key=value, such as train.steps=20")
+    *parents, last = key.split(".")
+    for parent in parents:
+        if data.get(parent) is None:
+            data[parent] = {}
+        data = data[parent]
+        if not isinstance(data, dict):
+            raise UserError(f"{override!r}: {parent!r} is a value and has no keys")
+    data[last] = yaml.safe_load(value)
+
+
+def _explain(cls: type[Config], loc: tuple[int | str, ...], message: str, kind: str) -> str:
+    key = ".".join(str(part) for part in loc)
+    if kind != "extra_forbidden":
+        return f"{key}: {message}" if key else message
+    return f"unknown key {key!r}{suggest(str(loc[-1]), _keys_at(cls, loc[:-1]))}"
+
+
+def _keys_at(cls: type[Config], loc: tuple[int | str, ...]) -> list[str]:
+    """The keys that the model at `loc` under `cls` knows."""
+    model: type[BaseModel] | None = cls
+    for part in loc:
+        if model is not None and isinstance(part, str) and part in model.model_fields:
+            model = _model_in(model.model_fields[part].annotation)
+    return list(model.model_fields) if model else []
+
+
+def _model_in(annotation: Any) -> type[BaseModel] | None:
+    """The pydantic model inside `Model | None`, `tuple[Model, ...]` or `Mapping[str, Model]`."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    return next((m for m in map(_model_in, get_args(annotation)) if m), None)

@@ -1,0 +1,274 @@
+"""The bridge to lmms-eval: one subprocess per benchmark, against a model that is already served.
+
+lmms-eval exits with 0 where nothing ran, scores a request that failed as a wrong answer, and by default judges
+mathematics in threads, in which the judge cannot work. Hence the flags of `_command`, and `validate`: a benchmark has
+a score only if every check passes; otherwise it has *failed*, with a reason, and no score. lmms-eval's own cache is
+not used: it knows neither the weights nor a failed request.
+"""
+
+import dataclasses
+import hashlib
+import importlib.metadata
+import json
+import os
+import re
+import shutil
+import sys
+import time
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, Literal
+
+from mmopd import config
+from mmopd.config import Benchmark, Suite
+from mmopd.errors import UserError
+from mmopd.evaluate.tasks import Task, prepare
+from mmopd.evaluate.validate import InvalidRunError, Measured, last_words, validate
+from mmopd.processes import Children
+from mmopd.teacher.endpoint import Endpoint
+
+SIDE_BY_SIDE = 2  # calls at once: one waits for the server while the other imports
+PACKAGES = ("lmms-eval", "math-verify", "latex2sympy2_extended", "transformers", "datasets", "openai")  # what can move a score
+NOT_A_NAME = ("o1", "o3", "o4", "gpt-5")  # lmms-eval takes a model whose name contains one for OpenAI's, and drops the temperature
+
+OnEvent = Callable[[Benchmark, "Record | None"], None]  # None when a benchmark starts, its record when it is done
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Record:
+    """One benchmark of one model: a score, or the reason why there is none."""
+
+    endpoint: str
+    role: str
+    column: str
+    task: str
+    metric: str
+    status: Literal["ok", "failed"]
+    reason: str  # empty if ok
+    score: float | None  # 0-100
+    stderr: float | None  # of the score; None if the task has none
+    n: int | None  # questions
+    weights: str  # hash of the model's files, or empty
+    data: str  # hash of the local data, or empty for the task's own
+    settings: Mapping[str, Any]
+    versions: Mapping[str, str]
+    seconds: float
+    reused: bool = False
+
+    @classmethod
+    def read(cls, path: Path) -> "Record":
+        """The record that `write` wrote."""
+        return cls(**json.loads(path.read_text()))
+
+    def write(self, path: Path) -> None:
+        """Write JSON, whole or not at all."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+        partial.write_text(json.dumps(dataclasses.asdict(self), indent=1))
+        partial.replace(path)
+
+
+def read_suite(path: Path, workspace: Path) -> Suite:
+    """A suite with absolute paths: task files are named from the suite's own folder, data from the workspace.
+
+    Raises:
+        UserError: the file does not read, two columns have one name, or a task file is missing.
+    """
+    suite = config.read(Suite, path)
+    columns = [b.column for b in suite.benchmarks]
+    for column in columns:
+        if columns.count(column) > 1:
+            raise UserError(f"{path}: two benchmarks have the column {column!r}; a column is one benchmark")
+    benchmarks = []
+    for benchmark in suite.benchmarks:
+        update: dict[str, Any] = {}
+        if benchmark.task.endswith((".yaml", ".yml")):
+            update["task"] = str(path.parent.absolute() / benchmark.task)
+            if not Path(update["task"]).is_file():
+                raise UserError(f"{path}: {benchmark.column}: no task file {benchmark.task!r} in {path.parent}")
+        if benchmark.data is not None:
+            update["data"] = workspace.absolute() / benchmark.data
+        benchmarks.append(benchmark.model_copy(update=update))
+    return suite.model_copy(update={"benchmarks": tuple(benchmarks)})
+
+
+def hash_model(folder: Path) -> str:
+    """16 hex digits over the names and bytes of everything in a model's folder that can change an answer."""
+    digest = hashlib.sha256()
+    for path in sorted(folder.iterdir()):
+        if path.suffix in {".safetensors", ".bin", ".json", ".jinja", ".txt", ".model"}:
+            with path.open("rb") as file:
+                digest.update(path.name.encode() + b"\0" + hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()[:16]
+
+
+def evaluate(
+    endpoint: Endpoint,
+    suite: Suite,
+    *,
+    out: Path,
+    weights: str = "",
+    cache: Path | None = None,
+    on_event: OnEvent = lambda benchmark, record: None,
+) -> list[Record]:
+    """Measure a served model on every benchmark of a suite (of `read_suite`).
+
+    Args:
+        out: gets a folder per benchmark with the log, lmms-eval's own results and the record; an earlier one is replaced.
+        weights: hash of the served model's files (`hash_model`), part of the key under which a record is reused.
+        cache: where valid records are kept and found again; only used with `weights`.
+        on_event: called from two threads.
+
+    Returns:
+        A record per benchmark, in the suite's order. A benchmark that could not be measured is a record with status failed.
+
+    Raises:
+        UserError: lmms-eval is not installed, a task or its data is missing, or the model has a name that lmms-eval mistakes.
+    """
+    versions = _versions()
+    _check_name(endpoint.model)
+    jobs = []
+    for benchmark in suite.benchmarks:
+        folder = out / _slug(endpoint.name) / _slug(benchmark.column)
+        shutil.rmtree(folder, ignore_errors=True)
+        jobs.append(_Job(endpoint, suite, benchmark, prepare(benchmark, folder / "task"), folder, weights, versions, cache))
+    with ThreadPoolExecutor(SIDE_BY_SIDE) as pool, Children() as children:  # left in reverse: first the children end, then the threads
+        running = [pool.submit(job.run, children, on_event) for job in jobs]
+        try:
+            return [future.result() for future in running]
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Job:
+    """One benchmark of one model, yet to be run."""
+
+    endpoint: Endpoint
+    suite: Suite
+    benchmark: Benchmark
+    task: Task
+    folder: Path
+    weights: str
+    versions: Mapping[str, str]
+    cache: Path | None
+
+    def run(self, children: Children, on_event: OnEvent) -> Record:
+        on_event(self.benchmark, None)
+        kept = self.cache / f"{self._key()}.json" if self.cache is not None and self.weights else None
+        if kept is not None and kept.is_file():
+            name, role = self.endpoint.name, self.endpoint.role
+            record = dataclasses.replace(Record.read(kept), endpoint=name, role=role, column=self.benchmark.column, reused=True)
+        else:
+            record = self._measure(children)
+            if kept is not None and record.status == "ok":
+                record.write(kept)
+        record.write(self.folder / "record.json")
+        on_event(self.benchmark, record)
+        return record
+
+    def _measure(self, children: Children) -> Record:
+        begin = time.monotonic()
+        try:
+            measured, reason = self._call(children), ""
+        except InvalidRunError as why:
+            measured, reason = None, str(why)
+        return Record(
+            endpoint=self.endpoint.name,
+            role=self.endpoint.role,
+            column=self.benchmark.column,
+            task=self.benchmark.task if not Path(self.benchmark.task).is_absolute() else Path(self.benchmark.task).name,
+            metric=self.benchmark.metric,
+            status="failed" if measured is None else "ok",
+            reason=reason,
+            score=measured.score if measured else None,
+            stderr=measured.stderr if measured else None,
+            n=measured.n if measured else None,
+            weights=self.weights,
+            data=self.task.data,
+            settings=self._settings(),
+            versions={**self.versions, **(measured.versions if measured else {})},
+            seconds=round(time.monotonic() - begin, 2),
+        )
+
+    def _call(self, children: Children) -> Measured:
+        output, log = self.folder / "output", self.folder / "log.txt"
+        output.mkdir(parents=True)
+        child = children.start("lmms-eval", self._command(output), log, self._environment())
+        status = child.wait(self.suite.timeout)
+        if status is None:
+            child.stop()
+            raise InvalidRunError(f"not done after {self.suite.timeout} s (`timeout` of the suite); log: {log}")
+        if status != 0:
+            raise InvalidRunError(f"lmms-eval ended with status {status}: {last_words(log)}; log: {log}")
+        return validate(output, self.task.name, self.benchmark, self.task.rows)
+
+    def _command(self, output: Path) -> list[str]:
+        b = self.benchmark
+        options = {
+            "--model": "openai",
+            "--model_args": f"model={self.endpoint.model},num_concurrent={self.suite.concurrency},max_retries=3",
+            "--tasks": self.task.name,
+            "--output_path": str(output),
+            "--process_docs_parallel": "1",  # math-verify's time limit is a signal, and raises in threads: every answer would be wrong
+            "--verbosity": "DEBUG",  # with any other, an exception ends with status 0
+        }
+        if b.reasoning_tags == "none":  # the default strips <think>...</think>, before the format is judged
+            options["--reasoning_tags"] = "none"
+        if self.task.folder is not None:
+            options["--include_path"] = str(self.task.folder)
+        if b.max_tokens is not None:
+            options["--gen_kwargs"] = f"max_new_tokens={b.max_tokens}"
+        if b.limit is not None:
+            options["--limit"] = str(b.limit)
+        return [sys.executable, "-m", "lmms_eval", "--log_samples", *(word for option in options.items() for word in option)]
+
+    def _environment(self) -> dict[str, str]:
+        """Where the model is: the key would be seen by everybody on the command line."""
+        url = self.endpoint.url.rstrip("/")
+        environment = {
+            "OPENAI_API_KEY": self.endpoint.api_key or "none",
+            "OPENAI_API_BASE": url if url.endswith("/v1") else f"{url}/v1",
+            "NO_PROXY": ",".join(filter(None, (os.environ.get("NO_PROXY"), "127.0.0.1,localhost"))),
+            "PYTHONUNBUFFERED": "1",
+        }
+        if self.benchmark.data is not None:
+            environment |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
+        return environment
+
+    def _settings(self) -> dict[str, Any]:
+        return {k: getattr(self.benchmark, k) for k in ("metric", "scale", "max_tokens", "reasoning_tags", "limit")}
+
+    def _key(self) -> str:
+        parts = [self.weights, self.task.name, self.task.code, self.task.data, self._settings(), self.versions]
+        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for package in PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            if package == "lmms-eval":
+                raise UserError("lmms-eval is not installed; `pip install 'mmopd[eval]'` installs it") from None
+    return found
+
+
+def _check_name(model: str) -> None:
+    for part in NOT_A_NAME:
+        if part in model:
+            raise UserError(
+                f"the served model is called {model!r}: lmms-eval takes every name with {part!r} in it for a model of OpenAI "
+                "and drops temperature and token limit; serve it under another name"
+            )
+    if not re.fullmatch(r"[\w./:@+-]+", model):
+        raise UserError(
+            f"the served model is called {model!r}: lmms-eval reads commas, blanks and `=` as syntax; serve it under another name"
+        )
+
+
+def _slug(name: str) -> str:
+    return re.sub(r"[^\w.-]+", "_", name)

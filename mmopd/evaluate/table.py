@@ -1,0 +1,136 @@
+"""The results table: models down, benchmarks across, and how much of the gap to the teachers was closed."""
+
+import csv
+import dataclasses
+import io
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from rich.table import Table
+
+from mmopd.evaluate.lmms import Record
+
+Kind = Literal["base", "teacher", "distilled"]
+
+NO_GAP = 1.0  # points; with a smaller lead of the best teacher there is no gap to speak of
+GAP_CLOSED = "gap closed"
+NONE = "–"
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """A model and its records, one per benchmark."""
+
+    name: str
+    kind: Kind
+    records: tuple[Record, ...]
+
+    def record(self, column: str) -> Record | None:
+        """The record of a benchmark, if it was run on this model."""
+        return next((r for r in self.records if r.column == column), None)
+
+    def score(self, column: str) -> float | None:
+        """Its score on 0-100, if it has one."""
+        record = self.record(column)
+        return record.score if record else None
+
+
+@dataclass(frozen=True, slots=True)
+class Results:
+    """What was measured; renders as a terminal table, Markdown, CSV and JSON."""
+
+    columns: tuple[str, ...]
+    rows: tuple[Row, ...]
+
+    @classmethod
+    def of(cls, rows: Sequence[Row]) -> "Results":
+        """The columns in the order in which they first appear."""
+        return cls(tuple(dict.fromkeys(r.column for row in rows for r in row.records)), tuple(rows))
+
+    @classmethod
+    def read(cls, path: Path) -> "Results":
+        """What `write` wrote as `results.json`."""
+        data = json.loads(path.read_text())
+        rows = [Row(r["name"], r["kind"], tuple(Record(**record) for record in r["records"])) for r in data["rows"]]
+        return cls(tuple(data["columns"]), tuple(rows))
+
+    def write(self, folder: Path) -> None:
+        """Write `results.json`, `results.md` and `results.csv`."""
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "results.json").write_text(json.dumps(self.to_dict(), indent=1))
+        (folder / "results.md").write_text(self.markdown())
+        (folder / "results.csv").write_text(self.csv())
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything, with the gaps that were closed, as JSON types."""
+        rows = [{"name": r.name, "kind": r.kind, "records": [dataclasses.asdict(record) for record in r.records]} for r in self.rows]
+        return {"columns": list(self.columns), "rows": rows, "gap_closed": self.gaps_closed()}
+
+    def gap_closed(self, column: str) -> float | None:
+        """(distilled - base) / (best teacher - base); None where one has no score, or no teacher leads by `NO_GAP` points."""
+        base, distilled = self._best("base", column), self._best("distilled", column)
+        teacher = self._best("teacher", column)
+        if base is None or distilled is None or teacher is None or teacher - base < NO_GAP:
+            return None
+        return (distilled - base) / (teacher - base)
+
+    def gaps_closed(self) -> Mapping[str, float | None]:
+        """`gap_closed` of every column."""
+        return {column: self.gap_closed(column) for column in self.columns}
+
+    def failures(self) -> list[Record]:
+        """The records without a score."""
+        return [r for row in self.rows for r in row.records if r.status == "failed"]
+
+    def rich(self, title: str | None = None) -> Table:
+        """For a terminal."""
+        table = Table(title=title, title_justify="left", footer_style="bold")
+        table.add_column("", footer=GAP_CLOSED if self._compares() else "")
+        for column in self.columns:
+            table.add_column(column, justify="right", footer=self._gap(column) if self._compares() else "")
+        table.show_footer = self._compares()
+        style = {"base": None, "teacher": "dim", "distilled": "bold green"}
+        for row in self.rows:
+            table.add_row(row.name, *(_cell(row.record(c)) for c in self.columns), style=style[row.kind])
+        return table
+
+    def markdown(self) -> str:
+        """A table for a README or an issue, and under it why anything failed."""
+        lines = ["| " + " | ".join(["", *self.columns]) + " |", "|---|" + "---:|" * len(self.columns)]
+        lines += ["| " + " | ".join([row.name, *(_cell(row.record(c)) for c in self.columns)]) + " |" for row in self.rows]
+        if self._compares():
+            lines.append("| " + " | ".join([f"*{GAP_CLOSED}*", *(self._gap(c) for c in self.columns)]) + " |")
+        lines += [f"\n{r.endpoint}, {r.column}: failed: {r.reason}" for r in self.failures()]
+        return "\n".join(lines) + "\n"
+
+    def csv(self) -> str:
+        """One line per model and benchmark: the long form, which spreadsheets pivot."""
+        file = io.StringIO()
+        fields = ("column", "task", "metric", "status", "score", "stderr", "n", "seconds", "weights", "data", "reason")
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(["model", "kind", *fields])
+        for row in self.rows:
+            writer.writerows([row.name, row.kind, *(getattr(r, f) for f in fields)] for r in row.records)
+        return file.getvalue()
+
+    def _best(self, kind: Kind, column: str) -> float | None:
+        scores = [s for row in self.rows if row.kind == kind and (s := row.score(column)) is not None]
+        return max(scores, default=None)
+
+    def _compares(self) -> bool:
+        return {"base", "teacher", "distilled"} <= {row.kind for row in self.rows}
+
+    def _gap(self, column: str) -> str:
+        gap = self.gap_closed(column)
+        return NONE if gap is None else f"{gap:.0%}"
+
+
+def _cell(record: Record | None) -> str:
+    if record is None:
+        return NONE
+    if record.score is None:
+        return "failed"
+    return f"{record.score:.1f}" + (f" ± {record.stderr:.1f}" if record.stderr is not None else "")

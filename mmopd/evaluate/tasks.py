@@ -1,0 +1,133 @@
+"""Task files of lmms-eval: where they are, what they are made of, and how they are pointed at local data."""
+
+import hashlib
+import importlib.util
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import yaml
+
+import mmopd
+from mmopd.config import Benchmark
+from mmopd.errors import UserError
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """A task as lmms-eval is given it."""
+
+    name: str  # for --tasks, and the key in the results
+    folder: Path | None  # for --include_path; None for a built-in task with its own data
+    rows: int | None  # rows of the local data, where every one of them is asked
+    code: str  # hash of the task's files; built-in ones change only with lmms-eval
+    data: str  # hash of the local data, or empty
+
+
+class _Loader(yaml.SafeLoader):
+    """Reads task files without importing the functions that they name."""
+
+
+_Loader.add_constructor("!function", lambda loader, node: str(node.value))
+
+
+def prepare(benchmark: Benchmark, folder: Path) -> Task:
+    """Write what lmms-eval needs to find the task of a benchmark into `folder`, which is made.
+
+    A task with local data, or one that is not built in, becomes a file that includes the original by its absolute
+    path; it gets another name, since lmms-eval prefers a built-in task to one of the same name.
+
+    Raises:
+        UserError: no such task, or its data is missing or no parquet file.
+    """
+    own = benchmark.task.endswith((".yaml", ".yml"))
+    if not own and benchmark.data is None:
+        return Task(benchmark.task, None, None, "", "")
+    source = Path(benchmark.task).absolute() if own else builtin(benchmark.task)
+    settings = read_task(source)
+    generated: dict[str, Any] = {"include": str(source), "task": f"mmopd_{settings.get('task', source.stem)}"}
+    rows = None
+    if benchmark.data is not None:
+        split = settings.get("test_split") or settings.get("validation_split") or "test"
+        generated |= {
+            "dataset_path": "parquet",
+            "dataset_name": None,
+            "dataset_kwargs": {"data_files": {split: str(benchmark.data.absolute())}},
+        }
+        rows = count_rows(benchmark.data) if not settings.get("process_docs") else None
+    folder.mkdir(parents=True)
+    (folder / "task.yaml").write_text(yaml.safe_dump(generated, sort_keys=False))
+    code = _hash(_sources(source)) if own else ""
+    return Task(generated["task"], folder, rows, code, _hash([benchmark.data]) if benchmark.data else "")
+
+
+def read_task(path: Path) -> dict[str, Any]:
+    """The settings of a task file, with what it includes; functions are left as their names.
+
+    Raises:
+        UserError: the file, or one that it includes, is missing or no YAML mapping.
+    """
+    try:
+        settings = yaml.load(path.read_text(), _Loader)
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such task file") from None
+    except yaml.YAMLError as error:
+        raise UserError(f"{path}: not valid YAML: {error}") from None
+    if not isinstance(settings, dict):
+        raise UserError(f"{path}: expected the keys of an lmms-eval task, found {type(settings).__name__}")
+    included = settings.pop("include", [])
+    merged: dict[str, Any] = {}
+    for other in reversed([included] if isinstance(included, str) else included):
+        merged |= read_task(path.parent / other)
+    return merged | settings
+
+
+def builtin(name: str) -> Path:
+    """The file of a task that lmms-eval ships.
+
+    Raises:
+        UserError: lmms-eval is not installed, or ships no such task.
+    """
+    spec = importlib.util.find_spec("lmms_eval")
+    if spec is None or not spec.submodule_search_locations:
+        raise UserError("lmms-eval is not installed; `pip install 'mmopd[eval]'` installs it")
+    here = Path(spec.submodule_search_locations[0]) / "tasks"
+    line = re.compile(rf"^task:\s*[\"']?{re.escape(name)}[\"']?\s*(#.*)?$", re.MULTILINE)
+    found = next((path for path in sorted(here.rglob("*.yaml")) if line.search(path.read_text(errors="replace"))), None)
+    if found is None:
+        raise UserError(
+            f"lmms-eval has no task {name!r}; `python -m lmms_eval tasks list` lists them, a task of your own is named by its .yaml file"
+        )
+    return found
+
+
+def count_rows(data: Path) -> int:
+    """Rows of a parquet file.
+
+    Raises:
+        UserError: it is missing, or no (whole) parquet file.
+    """
+    try:
+        return int(pq.read_metadata(data).num_rows)
+    except FileNotFoundError:
+        raise UserError(f"{data}: no such file; it is the `data` of a benchmark") from None
+    except Exception as error:
+        raise UserError(f"{data}: not a whole parquet file: {error}") from error
+
+
+def _sources(task: Path) -> list[Path]:
+    """Everything a task of one's own may be made of: the files beside it, and mmopd's verifiers."""
+    verifiers = Path(mmopd.__path__[0]) / "task"
+    return [*sorted(p for p in task.parent.iterdir() if p.suffix in {".yaml", ".yml", ".py"}), *sorted(verifiers.glob("*.py"))]
+
+
+def _hash(files: Iterable[Path]) -> str:
+    digest = hashlib.sha256()
+    for path in files:
+        digest.update(path.name.encode() + b"\0")
+        with path.open("rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()[:16]

@@ -1,0 +1,118 @@
+"""Whether an lmms-eval run counts: its exit status, results and samples are all looked at, since none is enough alone."""
+
+import json
+import math
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mmopd.config import Benchmark
+
+MAX_EMPTY = 0.1  # share of answers that may be empty
+PLACEHOLDER = "[LMMS_EVAL_"  # how lmms-eval begins an answer that it did not get
+ANSI = re.compile(r"\x1b\[[0-9;]*m")
+
+
+class InvalidRunError(Exception):
+    """Why a run does not count."""
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """What a valid run measured: score and standard error on 0-100, over n questions."""
+
+    score: float
+    stderr: float | None
+    n: int
+    versions: dict[str, str]
+
+
+def validate(output: Path, task: str, benchmark: Benchmark, rows: int | None) -> Measured:
+    """Read the results below `output`, a folder that was empty before the run.
+
+    Args:
+        rows: questions that the task has, where that is known from elsewhere.
+
+    Raises:
+        InvalidRunError: with the reason.
+    """
+    files = sorted(output.rglob("*_results.json"))
+    if len(files) != 1:
+        raise InvalidRunError(f"{len(files)} results files, expected one")
+    results = json.loads(files[0].read_text())
+    score = _number(results, task, benchmark.metric)
+    if not 0 <= score <= benchmark.scale * (1 + 1e-9):
+        raise InvalidRunError(f"{benchmark.metric} is {score:g}, outside 0 to {benchmark.scale:g} (`scale` of the benchmark)")
+    n = _check_samples(output, task, _expected(results, task, benchmark, rows))
+    name, _, filtered = benchmark.metric.partition(",")
+    stderr = results["results"][task].get(f"{name}_stderr,{filtered}")
+    to_percent = 100 / benchmark.scale
+    return Measured(
+        score=round(score * to_percent, 6),
+        stderr=round(stderr * to_percent, 6) if _is_number(stderr) else None,
+        n=n,
+        versions={"task": str(results.get("versions", {}).get(task, ""))},
+    )
+
+
+def last_words(log: Path) -> str:
+    """The last line of a log that says something, for a reason."""
+    lines = [ANSI.sub("", line).strip() for line in log.read_text(errors="replace").splitlines()]
+    return next((line[:300] for line in reversed(lines) if line), "nothing was logged")
+
+
+def _number(results: dict[str, Any], task: str, metric: str) -> float:
+    measured = results.get("results", {}).get(task)
+    if not isinstance(measured, dict):
+        raise InvalidRunError(f"no results for task {task!r}")
+    if metric not in measured:
+        there = ", ".join(key for key, value in measured.items() if _is_number(value) and "_stderr" not in key)
+        raise InvalidRunError(f"no metric {metric!r}; numbers there are: {there or 'none'}")
+    if not _is_number(measured[metric]):
+        raise InvalidRunError(f"{metric} is {measured[metric]!r}, not a finite number")
+    return float(measured[metric])
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _expected(results: dict[str, Any], task: str, benchmark: Benchmark, rows: int | None) -> int:
+    """How many questions should have been asked."""
+    counts = results.get("n-samples", {}).get(task, {})
+    expected = int(rows if rows is not None else counts.get("original", 0))
+    if benchmark.limit is not None:
+        expected = min(expected, benchmark.limit)
+    if expected <= 0 or counts.get("effective") != expected:
+        raise InvalidRunError(f"{counts.get('effective')} questions were asked, expected {expected}")
+    return expected
+
+
+def _check_samples(output: Path, task: str, expected: int) -> int:
+    """The number of answers, once each is known to be one."""
+    files = sorted(output.rglob(f"*_samples_{task}.jsonl"))
+    if len(files) != 1:
+        raise InvalidRunError(f"{len(files)} files of samples, expected one")
+    with files[0].open() as lines:  # not splitlines, which also splits at U+2028
+        samples = [json.loads(line) for line in lines]
+    if len(samples) != expected:
+        raise InvalidRunError(f"{len(samples)} answers for {expected} questions")
+    answers = ["".join(_texts(s["resps"] if "resps" in s else s.get("filtered_resps"))) for s in samples]
+    failed = [a for a in answers if a.startswith(PLACEHOLDER)]
+    if failed:
+        raise InvalidRunError(f"{len(failed)} of {expected} requests failed: {failed[0][:200]}")
+    empty = sum(not a.strip() for a in answers)
+    if empty > MAX_EMPTY * expected:
+        raise InvalidRunError(f"{empty} of {expected} answers are empty")
+    return expected
+
+
+def _texts(value: object) -> Iterator[str]:
+    """The strings of a nested list."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, list):
+        for item in value:
+            yield from _texts(item)

@@ -1,0 +1,332 @@
+"""`mmopd train`: the stages of a run in order, on this machine. `launch` is the summary; each stage is a function below it."""
+
+import asyncio
+import dataclasses
+import hashlib
+import json
+import os
+import shutil
+import socket
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+from rich.console import Console
+from rich.syntax import Syntax
+from rich.table import Table
+
+from mmopd import catalog, config
+from mmopd.config import Fleet, Recipe, Suite
+from mmopd.errors import UserError
+from mmopd.evaluate.lmms import Record, evaluate, hash_model, read_suite
+from mmopd.evaluate.table import Kind, Results, Row
+from mmopd.modality import Encoder
+from mmopd.processes import Children
+from mmopd.progress import Stage, Stages
+from mmopd.prompts import difficulty
+from mmopd.prompts.shards import Shards, open_mixture
+from mmopd.report.html import write_report
+from mmopd.rollout.collect import count_right
+from mmopd.rollout.engine import StudentEngine
+from mmopd.run import RunFolder
+from mmopd.task.pool import VerifierPool
+from mmopd.teacher.endpoint import Endpoint
+from mmopd.teacher.router import check_routes, check_tokenizers
+from mmopd.teacher.serve import Servers, ServerSpec, serve
+
+CACHE = Path(".mmopd")  # of the workspace: what several runs share
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """Everything that a recipe refers to, found and checked."""
+
+    recipe: Recipe
+    fleet: Fleet
+    sources: Mapping[str, Shards]
+    suite: Suite | None
+
+
+def launch(run: RunFolder, recipe: Recipe, console: Console) -> None:
+    """Prepare, serve, measure difficulty, evaluate, distil, evaluate, report.
+
+    Raises:
+        UserError: anything that a user can put right; whatever was started is stopped, what was measured is kept.
+    """
+    with Stages(console, run.timings) as stages:
+        prepare(recipe, stages)
+        job = check(recipe)
+        with Children() as children, serving(job, run, children, stages) as servers:
+            measure_difficulty(job, servers["student"], run, stages)
+            rows = evaluate_all(job.suite, starting_points(job, servers), run.evaluation, stages)
+            distil(job, run, children, servers, stages)
+            rows += evaluate_all(job.suite, [Candidate("distilled", "distilled", servers["student"], run.export)], run.evaluation, stages)
+        finish(run, rows, stages)
+
+
+def prepare(recipe: Recipe, stages: Stages) -> None:
+    """Run the recipe's own preparation, if it has one."""
+    if recipe.prepare is not None:
+        path = catalog.find(recipe.prepare)
+        with stages.stage("prepare") as stage:
+            catalog.load_module(path).prepare(Path.cwd(), stage)
+
+
+def check(recipe: Recipe) -> Job:
+    """Open all that the recipe names, before anything is started.
+
+    Raises:
+        UserError: a file, a model, a shard, a task, a route or a tokenizer is missing or wrong; names it.
+    """
+    fleet = catalog.load_fleet(recipe.fleet)
+    folders = {name: t.model for name, t in fleet.teachers.items() if t.model is not None}
+    for name, folder in {"student": recipe.student.model, **folders}.items():
+        if not (folder / "config.json").is_file():
+            raise UserError(f"{folder}: no model in this folder (of {name}); it needs a config.json and weights in safetensors")
+    sources = open_mixture(catalog.load_mixture(recipe.mixture), catalog.load_tasks(), Path.cwd())
+    check_routes(fleet, [pair for shards in sources.values() for pair in shards.kinds])
+    check_tokenizers(recipe.student.model, folders)
+    suite = read_suite(catalog.find(recipe.suite), Path.cwd()) if recipe.suite is not None else None
+    return Job(recipe, fleet, sources, suite)
+
+
+@contextmanager
+def serving(job: Job, run: RunFolder, children: Children, stages: Stages) -> Iterator[Servers]:
+    """The student's engine and the replicas of every teacher, by name (student, TEACHER.NUMBER), while the block lasts."""
+    specs = [ServerSpec("student", job.recipe.student.model, job.recipe.student.engine, updatable=True)]
+    outside: dict[str, Endpoint] = {}
+    for name, teacher in job.fleet.teachers.items():
+        if teacher.model is not None:
+            specs += [ServerSpec(f"{name}.{i}", teacher.model, teacher.engine, updatable=False) for i in range(teacher.replicas)]
+        outside |= {f"{name}.{i}": running_elsewhere(f"{name}.{i}", url, teacher.api_key_env) for i, url in enumerate(teacher.endpoints)}
+    with serve_in_stage(specs, children, run.logs, stages) as servers:
+        servers |= outside
+        run.write_endpoints(servers)
+        try:
+            yield servers
+        finally:
+            run.endpoints.unlink()
+
+
+@contextmanager
+def serve_in_stage(specs: Sequence[ServerSpec], children: Children, logs: Path, stages: Stages) -> Iterator[Servers]:
+    """`serve`, its start shown as a stage."""
+    with ExitStack() as stack:
+        with stages.stage("serve") as stage:
+            stage.total(len(specs))
+            stage.outcome = f"{len(specs)} vLLM servers"
+
+            def show(name: str, what: str) -> None:
+                stage.note(f"{name}: {what}")
+                if what.startswith("ready"):
+                    stage.advance()
+
+            servers = stack.enter_context(serve(specs, children, logs, show))
+        yield servers
+
+
+def running_elsewhere(name: str, url: str, key_variable: str | None) -> Endpoint:
+    """An endpoint of the fleet file, asked for the name of its model.
+
+    Raises:
+        UserError: the variable with its key is not set, or it does not answer.
+    """
+    if key_variable is not None and key_variable not in os.environ:
+        raise UserError(f"teacher {name}: the environment variable {key_variable} (api_key_env) is not set")
+    key = os.environ[key_variable] if key_variable else ""
+    found = Endpoint(name, url.rstrip("/").removesuffix("/v1"), "", key, "teacher")
+    try:
+        reply = httpx.get(f"{found.url}/v1/models", headers=found.headers, timeout=30)
+        return dataclasses.replace(found, model=reply.raise_for_status().json()["data"][0]["id"])
+    except (httpx.HTTPError, ValueError, LookupError) as error:
+        raise UserError(f"teacher {name}: {url} does not answer as a vLLM server ({type(error).__name__}: {error})") from error
+
+
+def measure_difficulty(job: Job, student: Endpoint, run: RunFolder, stages: Stages) -> None:
+    """Offline balancing: the untrained student answers every prompt; counts, weights and the picture go to the run folder.
+
+    Kept in the workspace, keyed by what it is made from; a pass that was stopped goes on where it was.
+    """
+    settings, recipe = job.recipe.algorithm.difficulty, job.recipe
+    if settings is None or (run.difficulty / difficulty.FILE).is_file():
+        return
+    made_from = difficulty.origin(job.sources, recipe.student.model, settings, max_tokens=recipe.rollout.max_tokens)
+    cache = CACHE / "difficulty" / hashlib.sha256(json.dumps(made_from, sort_keys=True).encode()).hexdigest()[:16]
+    with stages.stage("difficulty") as stage:
+        if not (cache / difficulty.FILE).is_file():
+            with difficulty.Counts(cache / "counts.jsonl", made_from) as counts:
+                asyncio.run(_answer_all(job, settings, student, counts, stage))
+                measured = difficulty.measure(counts, job.sources, settings)
+            difficulty.draw(cache / difficulty.PICTURE, measured)
+            difficulty.save(cache / difficulty.FILE, measured, made_from)
+        else:
+            stage.outcome = f"cached in {cache}"
+        for name in (difficulty.PICTURE, difficulty.FILE):
+            shutil.copyfile(cache / name, run.difficulty / name)
+
+
+async def _answer_all(job: Job, settings: config.Difficulty, student: Endpoint, counts: difficulty.Counts, stage: Stage) -> None:
+    recipe, encoder = job.recipe, Encoder(job.recipe.student.model)
+    todo = [prompt for shards in job.sources.values() for prompt in shards if prompt.key not in counts]
+    stage.total(len(counts) + len(todo), done=len(counts))
+    stage.outcome = f"{len(todo)} prompts x {settings.attempts} answers"
+
+    def done(key: str, right: int, known: int) -> None:
+        counts.add(key, right, known)
+        stage.advance()
+
+    async with StudentEngine(student, encoder) as engine:
+        with VerifierPool() as verifiers:
+            await count_right(todo, settings=settings, recipe=recipe, encoder=encoder, engine=engine, verifiers=verifiers, done=done)
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """A served model that is evaluated, one row of the results table."""
+
+    name: str
+    kind: Kind
+    endpoint: Endpoint
+    model: Path | None  # its folder; None if it runs elsewhere
+
+
+def starting_points(job: Job, servers: Mapping[str, Endpoint]) -> list[Candidate]:
+    """The student before training, and the first replica of each teacher."""
+    teachers = [Candidate(name, "teacher", servers[f"{name}.0"], teacher.model) for name, teacher in job.fleet.teachers.items()]
+    return [Candidate("base", "base", servers["student"], job.recipe.student.model), *teachers]
+
+
+def evaluate_all(suite: Suite | None, candidates: Sequence[Candidate], out: Path, stages: Stages) -> list[Row]:
+    """The suite on each candidate; what was measured with the same weights, data and settings is taken from the cache."""
+    if suite is None:
+        return []
+    rows: list[Row] = []
+    with stages.stage(f"evaluate {', '.join(c.name for c in candidates)}") as stage:
+        stage.total(len(candidates) * len(suite.benchmarks))
+
+        def show(benchmark: config.Benchmark, record: Record | None) -> None:
+            if record is not None:
+                stage.advance()
+                stage.note(f"{record.endpoint}, {benchmark.column}: {record.reason or f'{record.score:.1f}'}")
+
+        for candidate in candidates:
+            endpoint = dataclasses.replace(candidate.endpoint, name=candidate.name)
+            weights = hash_model(candidate.model) if candidate.model else ""
+            records = evaluate(endpoint, suite, out=out, weights=weights, cache=CACHE / "eval", on_event=show)
+            rows.append(Row(candidate.name, candidate.kind, tuple(records)))
+        reused = sum(record.reused for row in rows for record in row.records)
+        stage.outcome = f"{len(rows) * len(suite.benchmarks) - reused} lmms-eval calls, {reused} results from the cache"
+    return rows
+
+
+def distil(job: Job, run: RunFolder, children: Children, servers: Servers, stages: Stages) -> None:
+    """Start the ranks and follow them to their end.
+
+    Raises:
+        UserError: a rank or a server ended early; with the last lines of its log.
+    """
+    ranks, port = job.recipe.train.ranks, free_port()
+    env = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "HF_HUB_OFFLINE": "1"}
+    env["OMP_NUM_THREADS"] = os.environ.get("OMP_NUM_THREADS", "1")
+    command = [sys.executable, "-m", "mmopd.train.rank", str(run.root)]
+    with stages.stage("distil") as stage:
+        running = [
+            children.start(f"rank{r}", command, run.logs / f"rank{r}.log", env | {"RANK": str(r), "LOCAL_RANK": str(r)}) for r in range(ranks)
+        ]
+        stage.total(job.recipe.train.steps)
+        stage.note("starting the ranks")
+        while any(rank.alive for rank in running):
+            if (latest := last_metrics(run.metrics)) is not None:
+                stage.total(job.recipe.train.steps, done=int(latest["step"]) + 1)
+                stage.note(one_line(latest))
+            servers.check()
+            time.sleep(0.5)
+            failed = next((rank for rank in running if rank.returncode), None)
+            if failed is not None:
+                raise UserError(f"{failed.name} ended with status {failed.returncode}; the last lines of {failed.log}:\n{failed.tail()}")
+        stage.outcome = f"{job.recipe.train.steps} steps on {ranks} rank{'s' * (ranks > 1)}"
+
+
+def last_metrics(path: Path) -> dict[str, Any] | None:
+    """The last whole line of a metrics file; None while there is none."""
+    try:
+        with path.open("rb") as file:
+            file.seek(max(0, file.seek(0, os.SEEK_END) - 65536))
+            whole, newline, _ = file.read().rpartition(b"\n")
+    except FileNotFoundError:
+        return None
+    last: dict[str, Any] | None = json.loads(whole.rpartition(b"\n")[2]) if newline else None
+    return last
+
+
+def one_line(metrics: Mapping[str, Any]) -> str:
+    """What a person wants to see of a step while it runs."""
+    accuracy = "  ".join(f"{key.removeprefix('accuracy/')} {value:.2f}" for key, value in metrics.items() if key.startswith("accuracy/"))
+    counts = f"kept {metrics['kept']:.0f}  masked {metrics['masked']:.0f}  failed {metrics['absent']:.0f}"
+    return f"{metrics['seconds']:.1f} s/step  return {metrics['return']:+.3f}  right: {accuracy}  {counts}"
+
+
+def finish(run: RunFolder, rows: Sequence[Row], stages: Stages) -> None:
+    """Results table and report."""
+    results = Results.of(rows)
+    results.write(run.root)
+    with stages.stage("report") as stage:
+        write_report(run.root)
+        stage.outcome = str(run.report)
+    if rows:
+        stages.console.print(results.rich(title="Score on held-out data, 0-100"))
+    for failed in results.failures():
+        stages.console.print(f"[bold red]failed:[/] {failed.endpoint}, {failed.column}: {failed.reason}", highlight=False)
+    stages.console.print(f"The model: {run.export}\nThe report: {run.report}", highlight=False, markup=False)
+
+
+def evaluate_models(suite: Path, models: Sequence[Path], recipe: Recipe, out: Path, console: Console) -> None:
+    """`mmopd eval`: serve one model after the other, and evaluate it.
+
+    Raises:
+        UserError: no such folder, or a server does not start.
+    """
+    resolved = read_suite(catalog.find(suite), Path.cwd())
+    logs = out / "logs"
+    logs.mkdir(parents=True, exist_ok=True)
+    rows: list[Row] = []
+    with Stages(console) as stages, Children() as children:
+        for model in models:
+            name = model.resolve().name
+            spec = ServerSpec(name, model, recipe.student.engine, updatable=False)
+            with serve_in_stage([spec], children, logs, stages) as servers:
+                rows += evaluate_all(resolved, [Candidate(str(model), "base", servers[name], model)], out, stages)
+    results = Results.of(rows)
+    results.write(out)
+    console.print(results.rich())
+
+
+def show(recipe: Recipe, console: Console) -> None:
+    """`mmopd show`: the recipe with every default, and what it would start."""
+    console.print(Syntax(config.dump(recipe), "yaml", background_color="default"))
+    fleet, mixture = catalog.load_fleet(recipe.fleet), catalog.load_mixture(recipe.mixture)
+    table = Table(title="What it would start", title_justify="left")
+    for column in ("process", "model", "gets"):
+        table.add_column(column)
+    table.add_row("student engine", str(recipe.student.model), f"{recipe.rollout.prompts} prompts x {recipe.rollout.group} responses a step")
+    for name, teacher in fleet.teachers.items():
+        routes = ", ".join(f"{r.task}/{r.modality}" for r in fleet.routes if r.teacher == name)
+        where = f"{teacher.model} x {teacher.replicas}" if teacher.model else ", ".join(teacher.endpoints)
+        table.add_row(f"teacher {name}", where, f"responses to {routes}" if routes else "nothing: no route")
+    table.add_row(f"{recipe.train.ranks} training ranks", str(recipe.student.model), f"{recipe.train.steps} steps, ZeRO-3, {recipe.train.dtype}")
+    total = sum(source.weight for source in mixture.sources.values())
+    for name, source in mixture.sources.items():
+        table.add_row(f"source {name}", str(source.shards), f"{source.weight / total:.0%} of the prompts, task {source.task}")
+    console.print(table)
+
+
+def free_port() -> int:
+    """A port that nobody listens on now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])

@@ -1,0 +1,5 @@
+"""From prompts to token ids and pixels, counted in one place for student, teachers and trainer."""
+
+from mmopd.modality.encode import Encoder, PixelPolicy
+
+__all__ = ["Encoder", "PixelPolicy"]

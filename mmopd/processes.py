@@ -1,0 +1,221 @@
+"""Child processes that cannot outlive their parent: servers, training ranks.
+
+Each command runs under two guards, one inside the other, both tiny and of the standard library only
+(`python -I -S processes.py PARENT COMMAND...`). A guard adopts every orphan among its descendants
+(PR_SET_CHILD_SUBREAPER), so a process cannot escape by daemonising; it ends the command when its own parent is gone
+(a pidfd: no polling, and no pipe that another process could hold open) or when it is asked to (SIGTERM), and then
+kills whatever is left of the tree. Two guards, since either may itself be killed with SIGKILL: the other one finishes
+the work. The command has a session of its own, so Ctrl-C in a terminal reaches the parent alone, which stops its
+children in order. Linux only.
+"""
+
+import contextlib
+import ctypes
+import math
+import os
+import select
+import signal
+import subprocess
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from types import FrameType, TracebackType
+
+GRACE = 3.0  # seconds between SIGTERM and SIGKILL once the parent is gone
+_STOP = frozenset({signal.SIGTERM, signal.SIGINT, signal.SIGHUP})
+_PR_SET_CHILD_SUBREAPER = 36
+
+
+class Child:
+    """A command under guard, started at once; its output goes to `log`, its input is empty.
+
+    Args:
+        name: for messages.
+        argv: the command.
+        env: added to this process's environment.
+        log: appended to; its folder exists.
+    """
+
+    def __init__(self, name: str, argv: Sequence[str], env: Mapping[str, str], log: Path) -> None:
+        self.name, self.log = name, log
+        guard = [sys.executable, "-I", "-S", __file__, str(os.getpid()), *argv]
+        with log.open("ab") as out:
+            self._guard = subprocess.Popen(
+                guard, env={**os.environ, **env}, stdin=subprocess.DEVNULL, stdout=out, stderr=out, start_new_session=True
+            )
+
+    @property
+    def pid(self) -> int:
+        """Of the outer guard; the command and all it starts are below it."""
+        return self._guard.pid
+
+    @property
+    def alive(self) -> bool:
+        """Whether the command, or anything it started, still runs."""
+        return self.returncode is None
+
+    @property
+    def returncode(self) -> int | None:
+        """The command's exit status, 128 + n if signal n ended it; None while it runs."""
+        return self._guard.poll()
+
+    def wait(self, timeout: float | None = None) -> int | None:
+        """The exit status, or None if it still runs after `timeout` seconds."""
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._guard.wait(timeout)
+        return self.returncode
+
+    def tail(self, lines: int = 20) -> str:
+        """The last lines of the log."""
+        with self.log.open("rb") as file:
+            size = file.seek(0, os.SEEK_END)
+            file.seek(max(0, size - 400 * lines))
+            return "\n".join(file.read().decode(errors="replace").splitlines()[-lines:])
+
+    def terminate(self) -> None:
+        """Ask the command to end; ask twice, and the whole tree is killed."""
+        if self.alive:
+            self._guard.terminate()
+
+    def stop(self, grace: float = 10.0) -> None:
+        """End the command, by force after `grace` seconds; nothing of it runs any more on return."""
+        self.terminate()
+        if self.wait(grace) is None:
+            self.terminate()
+            self.wait()
+
+
+class Children:
+    """The children of a `with` block: none is left when it ends, however it ends."""
+
+    def __init__(self) -> None:
+        self._children: list[Child] = []
+
+    def __enter__(self) -> "Children":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.stop_all()
+
+    def __iter__(self) -> Iterator[Child]:
+        return iter(self._children)
+
+    def start(self, name: str, argv: Sequence[str], log: Path, env: Mapping[str, str] | None = None) -> Child:
+        """Start a command under guard; see `Child`."""
+        child = Child(name, argv, env or {}, log)
+        self._children.append(child)
+        return child
+
+    def stop_all(self, grace: float = 10.0) -> None:
+        """Stop all at the same time."""
+        deadline = time.monotonic() + grace
+        for child in self._children:
+            child.terminate()
+        for child in self._children:
+            if child.wait(max(0.0, deadline - time.monotonic())) is None:
+                child.terminate()
+        for child in self._children:
+            child.wait()
+
+
+def _guard(parent: int, start: Callable[[], None]) -> int:
+    """Run `start` in a fork until it ends, the parent ends or a signal says stop; leave no descendant; its exit status."""
+    wake, notify = os.pipe()
+    os.set_blocking(notify, False)
+    signal.set_wakeup_fd(notify)
+    for number in (*_STOP, signal.SIGCHLD):
+        signal.signal(number, _ignore)
+    if ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0) != 0:
+        raise OSError(ctypes.get_errno(), "prctl(PR_SET_CHILD_SUBREAPER)")
+    poll = select.poll()
+    poll.register(wake, select.POLLIN)
+    try:
+        watched = os.pidfd_open(parent)
+    except ProcessLookupError:
+        return 128 + signal.SIGTERM
+    poll.register(watched, select.POLLIN)
+    if os.getppid() != parent:  # it ended, and its number was taken by another process
+        return 128 + signal.SIGTERM
+    child = os.fork()
+    if child == 0:
+        try:
+            start()
+        except BaseException:
+            traceback.print_exc()
+        os._exit(127)
+    status, deadline = None, None
+    while status is None and (deadline is None or time.monotonic() < deadline):
+        ready = [fd for fd, _ in poll.poll(None if deadline in (None, math.inf) else 1000 * max(0.0, deadline - time.monotonic()))]
+        asked = not _STOP.isdisjoint(os.read(wake, 4096)) if wake in ready else False
+        if watched in ready:
+            poll.unregister(watched)
+        if asked or watched in ready:
+            if deadline is None:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(child, signal.SIGTERM)
+            again = asked and deadline is not None
+            deadline = time.monotonic() + (0 if again else GRACE if watched in ready else math.inf)
+        status = _reap(child)
+    return _kill_descendants(child, status)
+
+
+def _kill_descendants(child: int, status: int | None) -> int:
+    """Kill until nothing is left below this process; the exit status of `child`."""
+    while pids := _descendants(os.getpid()):
+        for pid in pids:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        time.sleep(0.01)
+        ended = _reap(child)
+        status = ended if status is None else status
+    return 128 + signal.SIGKILL if status is None else status
+
+
+def _reap(child: int) -> int | None:
+    """Bury all ended children; the exit status of `child` if it is among them."""
+    status = None
+    with contextlib.suppress(ChildProcessError):
+        while True:
+            pid, code = os.waitpid(-1, os.WNOHANG)
+            if pid == 0:
+                break
+            if pid == child:
+                code = os.waitstatus_to_exitcode(code)
+                status = code if code >= 0 else 128 - code
+    return status
+
+
+def _descendants(root: int) -> list[int]:
+    """Process ids below `root`, from /proc."""
+    below: dict[int, list[int]] = {}
+    for entry in os.scandir("/proc"):
+        if entry.name.isdigit():
+            with contextlib.suppress(OSError):  # ended meanwhile
+                stat = Path(entry.path, "stat").read_text()
+                below.setdefault(int(stat.rpartition(")")[2].split()[1]), []).append(int(entry.name))
+    found = list(below.get(root, []))
+    for pid in found:  # grows as it is read
+        found += below.get(pid, [])
+    return found
+
+
+def _ignore(number: int, frame: FrameType | None) -> None:
+    """A handler that does nothing: the wake-up pipe tells the guard; a fork that executes a command loses it."""
+
+
+def _main(parent: int, argv: list[str]) -> int:
+    outer = os.getpid()
+
+    def command() -> None:
+        os.setsid()
+        signal.set_wakeup_fd(-1)
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # Python ignores it, and a command would inherit that
+        os.execvp(argv[0], argv)
+
+    return _guard(parent, lambda: os._exit(_guard(outer, command)))
+
+
+if __name__ == "__main__":
+    sys.exit(_main(int(sys.argv[1]), sys.argv[2:]))

@@ -1,0 +1,103 @@
+"""What a person sees while a run is under way: one line per stage, a bar where there is something to count.
+
+On a terminal the lines are live; in a log (no terminal) each stage prints when it begins and when it ends.
+"""
+
+import json
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.text import Text
+
+LOG_EVERY = 10.0  # seconds between lines of one stage where there is no terminal
+
+
+class Stage:
+    """A stage under way: `total`, `advance` and `note` change its line; `notes` are the lines under the bars."""
+
+    def __init__(self, stages: "Stages", title: str) -> None:
+        self.title = title
+        self.outcome = ""
+        self._stages = stages
+        self._bar: TaskID = stages.progress.add_task(title, total=None)
+        self._done, self._total, self._logged = 0, 0, time.monotonic()
+
+    def total(self, total: int, done: int = 0) -> None:
+        """How many there are to count."""
+        self._total, self._done = total, done
+        self._stages.progress.update(self._bar, total=total, completed=done)
+
+    def advance(self, by: int = 1) -> None:
+        """Some more are done."""
+        self._done += by
+        self._stages.progress.update(self._bar, completed=self._done)
+
+    def note(self, text: str) -> None:
+        """Say what is going on now, under the bars."""
+        self._stages.say(text)
+        if not self._stages.console.is_terminal and time.monotonic() - self._logged > LOG_EVERY:
+            self._logged = time.monotonic()
+            count = f" {self._done}/{self._total}" if self._total else ""
+            self._stages.console.print(f"  {self.title}{count}: {text}", markup=False, highlight=False)
+
+    def finish(self, seconds: float, ok: bool) -> None:
+        """Replace the bar by a line."""
+        self._stages.progress.remove_task(self._bar)
+        self._stages.say("")
+        mark = "[green]✓[/]" if ok else "[red]✗[/]"
+        tail = f"  [dim]{self.outcome}[/]" if self.outcome else ""
+        self._stages.console.print(f"{mark} {self.title}  [cyan]{seconds:.1f} s[/]{tail}", highlight=False)
+
+
+class Stages:
+    """The stages of a run, in order, with the time of each written to `timings`."""
+
+    def __init__(self, console: Console, timings: Path | None = None) -> None:
+        self.console = console
+        self.seconds: dict[str, float] = {}
+        self.progress = Progress(
+            SpinnerColumn(),
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=30),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            console=console,
+        )
+        self._timings = timings
+        self._note = Text("")
+        self._live = Live(Group(self.progress, self._note), console=console, refresh_per_second=4, transient=True)
+
+    def __enter__(self) -> Self:
+        if self.console.is_terminal:
+            self._live.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._live.stop()
+
+    def say(self, text: str) -> None:
+        """The line under the bars."""
+        self._note.plain = text
+
+    @contextmanager
+    def stage(self, title: str) -> Iterator[Stage]:
+        """One stage; its time counts under `title`, and an exception ends it with a cross."""
+        if not self.console.is_terminal:
+            self.console.print(f"… {title}", highlight=False)
+        stage, begin, ok = Stage(self, title), time.monotonic(), False
+        try:
+            yield stage
+            ok = True
+        finally:
+            self.seconds[title] = round(time.monotonic() - begin, 2)
+            stage.finish(self.seconds[title], ok)
+            if self._timings is not None:
+                self._timings.write_text(json.dumps(self.seconds, indent=1))

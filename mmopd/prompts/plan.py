@@ -1,0 +1,188 @@
+"""The plan: an endless, exactly weighted sequence of (source, row), the same on every rank.
+
+Two independent parts, both without random state.
+
+*Which source*: Tijdeman's algorithm for the chairman assignment problem (Discrete Mathematics 32, 1980). Each source
+is owed its weight's share of every draw; drawn is the one that must come first, of those that may come yet. With K
+sources no count is ever further than 1 - 1/(2K - 2) from its share, so that any window of draws, of whatever length, is
+within 2 rows of its weights. The state is one number for each source: what it is owed.
+
+*Which row of it*: epochs. In an epoch a row of weight w (relative to the source's mean) occurs floor(w) or ceil(w) times:
+after E epochs always within one of E * w. Without weights that is every row once. The order of an epoch is drawn from
+(seed, source, epoch), and spreads the copies of a row over the epoch. The state is two numbers: epoch and position.
+"""
+
+import hashlib
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mmopd.errors import UserError
+
+VERSION = 1
+SLACK = 1e-9  # rows; sums of shares are not exact, and of two sources that are owed 1/2 each one must be found
+ONE = 1 << 32  # row weights are fixed-point: sums of floats would let a weight of 1 skip a row
+
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """What the plan knows of a source: how many rows, which ones, and how often each is wanted."""
+
+    count: int
+    fingerprint: str
+    weights: Sequence[float] | None = None  # [count], relative to each other; all alike if not given
+
+
+class Plan:
+    """Draws prompts by weight. Every rank makes the same plan and takes its share of what it draws.
+
+    Args:
+        sources: by name.
+        weights: of the sources, relative to each other; one that is 0 is not drawn.
+        seed: of the order of the rows.
+
+    Raises:
+        UserError: a source without rows, or weights that are negative, not finite, all zero or for other sources.
+    """
+
+    def __init__(self, sources: Mapping[str, Rows], weights: Mapping[str, float], seed: int) -> None:
+        self._names = sorted(sources)
+        self._seed = seed
+        self._streams = {name: _Stream(name, sources[name], seed) for name in self._names}
+        self._owed = np.zeros(len(self._names))
+        self.reweight(weights)
+
+    def reweight(self, weights: Mapping[str, float]) -> None:
+        """From the next draw on, draw sources by these weights. A source that returns from 0 starts level, without a burst.
+
+        Raises:
+            UserError: as above.
+        """
+        if wrong := set(weights) ^ set(self._names):
+            raise UserError(f"weights for {sorted(weights)}, and the sources are {self._names}: {sorted(wrong)} is in one of them only")
+        values = np.array([weights[name] for name in self._names], dtype=np.float64)
+        if bad := [name for name, value in zip(self._names, values, strict=True) if not (value >= 0 and math.isfinite(value))]:
+            raise UserError(f"source {bad[0]!r}: a weight of {weights[bad[0]]}; a weight is 0 or more")
+        if not values.any():
+            raise UserError(f"the weights of the sources {self._names} are all zero")
+        self._weights = values
+        self._share = values / values.sum()
+        live = values > 0
+        self._owed = np.where(live, self._owed - self._owed[live].mean(), 0.0)
+
+    def draw(self, n: int) -> list[tuple[str, int]]:
+        """The next n (source, row)."""
+        sources = [self._names[self._next_source()] for _ in range(n)]
+        return [(source, self._streams[source].next()) for source in sources]
+
+    def epochs(self) -> dict[str, float]:
+        """How often each source has been gone through."""
+        return {name: stream.epochs() for name, stream in self._streams.items()}
+
+    def state(self) -> dict[str, Any]:
+        """Where the plan stands, for `restore`: a few numbers for each source, ready for json."""
+        return {
+            "version": VERSION,
+            "seed": self._seed,
+            "sources": {
+                name: {"weight": float(weight), "owed": float(owed), **self._streams[name].state()}
+                for name, weight, owed in zip(self._names, self._weights, self._owed, strict=True)
+            },
+        }
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Go on where `state` was taken; the weights of the sources are those of the state.
+
+        Raises:
+            UserError: the state is of another version or seed, or its sources, their content or row weights are others.
+        """
+        for key, mine in (("version", VERSION), ("seed", self._seed)):
+            if state[key] != mine:
+                raise UserError(f"the plan's {key} is {mine}, and that of the checkpoint {state[key]}: this run cannot be continued")
+        kept: Mapping[str, Mapping[str, Any]] = state["sources"]
+        if changed := set(kept) ^ set(self._names):
+            raise UserError(f"the sources were {sorted(kept)} and are now {self._names}: {sorted(changed)} was added or removed")
+        for name, stream in self._streams.items():
+            stream.restore(kept[name])
+        self.reweight({name: kept[name]["weight"] for name in self._names})
+        self._owed = np.array([kept[name]["owed"] for name in self._names])
+
+    def _next_source(self) -> int:
+        """Index of the source to draw: the earliest deadline among those that are owed enough (Tijdeman 1980, section 2)."""
+        self._owed += self._share
+        live = self._share > 0
+        least = 1 / max(2, 2 * int(np.count_nonzero(live)) - 2)
+        may = live & (self._owed >= least - SLACK)
+        deadline = np.divide(1 - least - self._owed, self._share, out=np.full_like(self._owed, np.inf), where=may)
+        chosen = int(np.argmin(deadline))
+        self._owed[chosen] -= 1
+        return chosen
+
+
+class _Stream:
+    """The endless sequence of rows of one source."""
+
+    def __init__(self, name: str, rows: Rows, seed: int) -> None:
+        if rows.count < 1:
+            raise UserError(f"source {name!r} has no rows")
+        self._name, self._seed, self._fingerprint = name, seed, rows.fingerprint
+        self._weights = _fixed_point(name, rows)
+        self._phase = (self._random("phase").random(rows.count) * ONE).astype(np.int64)
+        self._epoch, self._position = 0, 0
+        self._order = self._order_of(0)
+
+    def next(self) -> int:
+        if self._position == len(self._order):
+            self._epoch, self._position = self._epoch + 1, 0
+            self._order = self._order_of(self._epoch)
+        self._position += 1
+        return int(self._order[self._position - 1])
+
+    def epochs(self) -> float:
+        return self._epoch + self._position / len(self._order)
+
+    def state(self) -> dict[str, Any]:
+        return {
+            "epoch": self._epoch,
+            "position": self._position,
+            "fingerprint": self._fingerprint,
+            "row_weights": hashlib.sha256(self._weights.tobytes()).hexdigest(),
+        }
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        for key, what in (("fingerprint", "content"), ("row_weights", "difficulty weights")):
+            if state[key] != self.state()[key]:
+                raise UserError(f"source {self._name!r}: its {what} changed since the checkpoint: this run cannot be continued on it")
+        self._epoch, self._position = state["epoch"], state["position"]
+        self._order = self._order_of(self._epoch)
+
+    def _order_of(self, epoch: int) -> NDArray[np.int64]:
+        """The rows of an epoch, each as often as it is due, in their order."""
+        fraction = self._weights % ONE
+        copies = self._weights // ONE + ((epoch * fraction + self._phase) % ONE + fraction) // ONE
+        rows = np.repeat(np.arange(len(copies)), copies)
+        copy = np.arange(len(rows)) - np.repeat(np.cumsum(copies) - copies, copies)
+        start = self._random(epoch).random(len(copies))
+        order = np.argsort((copy + start[rows]) / copies[rows], kind="stable")
+        return np.take(rows, order)
+
+    def _random(self, what: object) -> np.random.Generator:
+        digest = hashlib.sha256(repr((self._seed, self._name, what)).encode()).digest()
+        return np.random.Generator(np.random.PCG64(int.from_bytes(digest)))
+
+
+def _fixed_point(name: str, rows: Rows) -> NDArray[np.int64]:
+    """Row weights relative to their mean, in units of 1 / ONE."""
+    if rows.weights is None:
+        return np.full(rows.count, ONE)
+    weights = np.asarray(rows.weights, dtype=np.float64)
+    if weights.shape != (rows.count,):
+        raise UserError(f"source {name!r}: {len(weights)} row weights for {rows.count} rows; measure its difficulty again")
+    if not (np.isfinite(weights).all() and (weights >= 0).all() and weights.any()):
+        raise UserError(f"source {name!r}: row weights must be finite, 0 or more, and not all 0")
+    relative = weights / weights.mean()
+    return np.rint(relative * ONE, dtype=np.float64).astype(np.int64)

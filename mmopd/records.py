@@ -1,0 +1,83 @@
+"""The records that travel through a step: prompt, response, outcome, score, sample (design words, one class each)."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+Message = Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """One row of a shard: what the student is asked, and the key to the answer."""
+
+    key: str  # "source/row", unique in a run
+    task: str  # a name of modalities/
+    modality: str  # text | image
+    messages: tuple[Message, ...]  # chat messages; {"type": "image"} parts stand for `images`, in order
+    images: tuple[bytes, ...]  # encoded (PNG, JPEG, ...), never decoded here
+    answer: str
+
+
+@dataclass(frozen=True, slots=True)
+class Encoded:
+    """A prompt as token ids, in the two forms that a vision-language model has."""
+
+    prompt: Prompt
+    ids: tuple[int, ...]  # one placeholder per image: what a server is sent, with the image bytes
+    expanded: tuple[int, ...]  # one placeholder per visual token: what the model sees, what the server must answer with
+    grids: tuple[tuple[int, int, int], ...]  # (time, height, width) in patches, one per image
+
+
+@dataclass(frozen=True, slots=True)
+class Response:
+    """One sampled answer: ids and the student's own log-probs, before temperature, end token included."""
+
+    tokens: tuple[int, ...]
+    logprobs: tuple[float, ...]
+    text: str
+    finish: str  # stop | length
+    version: str  # weight version that sampled it
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What a verifier says: 1 right, 0 wrong, between for soft scores; NaN with a reason for unknown."""
+
+    value: float
+    reason: str = ""
+
+    @property
+    def known(self) -> bool:
+        return not math.isnan(self.value)
+
+
+UNKNOWN = math.nan
+
+
+@dataclass(frozen=True, slots=True)
+class Score:
+    """A teacher's log-prob of each response token."""
+
+    teacher: str
+    logprobs: tuple[float, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Absent:
+    """A score that could not be had: it leaves the loss and every statistic, and is counted by cause."""
+
+    teacher: str
+    cause: str  # a short, countable word: timeout, status, ids, non_finite, connection, malformed
+    detail: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """A response with all that is known of it; `group` is the number of its prompt in the step, over all ranks."""
+
+    group: int
+    response: Response
+    outcome: Outcome
+    score: Score | Absent

@@ -1,0 +1,150 @@
+"""Responses token by token: what teacher and student thought of each token, coloured by the difference.
+
+A row of `samples.jsonl` is a `TokenRow`. The report shows a handful, chosen by `choose`.
+"""
+
+import base64
+import dataclasses
+import io
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from mmopd.records import Prompt, Sample, Score
+from mmopd.report.metrics import read_lines
+
+FULL_COLOUR = 3.0  # nats; a token is e^3 = 20 times likelier for one than for the other
+THUMBNAIL = 640  # pixels
+
+
+@dataclass(frozen=True, slots=True)
+class TokenRow:
+    """A scored response with T tokens; JSON as it stands."""
+
+    step: int
+    task: str
+    modality: str  # text | image
+    prompt: str  # the text of the prompt
+    images: list[str]  # base64 of the encoded images (PNG, JPEG, ...)
+    tokens: list[str]  # [T] text of each token
+    student: list[float]  # [T] log-prob by the policy that sampled it
+    teacher: list[float]  # [T] log-prob by the teacher
+    advantage: list[float]  # [T] what the loss used, after calibration
+    outcome: float | None  # 1 right, 0 wrong, between for soft scores, None unknown
+    teacher_name: str
+    kept: bool  # whether it was in the loss
+
+    @property
+    def reward(self) -> float:
+        """R, the mean over tokens of teacher minus student (Eq. 5), in nats."""
+        differences = [t - s for t, s in zip(self.teacher, self.student, strict=True)]
+        return sum(differences) / len(differences) if differences else math.nan
+
+    @property
+    def verdict(self) -> str:
+        """right | wrong | unknown | partly."""
+        if self.outcome is None:
+            return "unknown"
+        return {1.0: "right", 0.0: "wrong"}.get(self.outcome, "partly")
+
+
+def token_row(step: int, prompt: Prompt, sample: Sample, tokens: Sequence[str], advantage: Sequence[float], *, kept: bool) -> TokenRow:
+    """The row of a scored response to `prompt`.
+
+    Args:
+        tokens: [T] the text of each response token.
+        advantage: [T] of the loss.
+
+    Raises:
+        ValueError: the sample has no score.
+    """
+    if not isinstance(sample.score, Score):
+        raise ValueError(f"a response to {prompt.key} has no score: {sample.score}")
+    return TokenRow(
+        step=step,
+        task=prompt.task,
+        modality=prompt.modality,
+        prompt="\n".join(_texts(prompt.messages)),
+        images=[base64.b64encode(data).decode() for data in prompt.images],
+        tokens=list(tokens),
+        student=list(sample.response.logprobs),
+        teacher=list(sample.score.logprobs),
+        advantage=list(advantage),
+        outcome=sample.outcome.value if sample.outcome.known else None,
+        teacher_name=sample.score.teacher,
+        kept=kept,
+    )
+
+
+def as_json(row: TokenRow) -> dict[str, Any]:
+    """What `metrics.JsonLines.append` takes; numbers to 4 digits, since a person will look at them."""
+    data = dataclasses.asdict(row)
+    return data | {name: [round(x, 4) for x in data[name]] for name in ("student", "teacher", "advantage")}
+
+
+def read_rows(path: Path) -> list[TokenRow]:
+    """The rows of `samples.jsonl`; none if there is no such file."""
+    return [TokenRow(**row) for row in read_lines(path)]
+
+
+def choose(rows: Sequence[TokenRow], limit: int = 12) -> list[TokenRow]:
+    """A handful: of each task, and of the first and the last step that has any, one right and one wrong response."""
+    chosen: dict[tuple[object, ...], TokenRow] = {}
+    for task in dict.fromkeys(row.task for row in rows):
+        of_task = [row for row in rows if row.task == task and row.tokens]
+        for step in sorted({row.step for row in of_task})[:: max(1, len({row.step for row in of_task}) - 1)]:
+            for row in sorted((r for r in of_task if r.step == step), key=lambda r: (not r.kept, -_spread(r))):
+                chosen.setdefault((task, step, row.verdict), row)
+    return sorted(chosen.values(), key=lambda r: (r.step, r.task, r.verdict))[:limit]
+
+
+def cells(row: TokenRow) -> Iterable[Mapping[str, Any]]:
+    """What the page needs of each token: text, colour from -1 (student likelier) to 1 (teacher likelier), numbers."""
+    for text, student, teacher, advantage in zip(row.tokens, row.student, row.teacher, row.advantage, strict=True):
+        difference = teacher - student
+        yield {
+            "text": _visible(text),
+            "breaks": text.endswith("\n"),
+            "colour": max(-1.0, min(1.0, difference / FULL_COLOUR)),
+            "student": student,
+            "teacher": teacher,
+            "difference": difference,
+            "advantage": advantage,
+        }
+
+
+def picture(encoded: str) -> tuple[str, int, int]:
+    """(data URL, width, height) of an image as the page shows it: large ones are made smaller."""
+    data = base64.b64decode(encoded)
+    image: Image.Image = Image.open(io.BytesIO(data))
+    kind = Image.MIME.get(image.format or "", "image/png")
+    if max(image.size) > THUMBNAIL:
+        image = image.convert("RGB")
+        image.thumbnail((THUMBNAIL, THUMBNAIL))
+        file = io.BytesIO()
+        image.save(file, format="JPEG", quality=85)
+        data, kind = file.getvalue(), "image/jpeg"
+    return f"data:{kind};base64,{base64.b64encode(data).decode()}", image.width, image.height
+
+
+def _spread(row: TokenRow) -> float:
+    """The largest difference of a response: what is interesting to see."""
+    return max(abs(t - s) for t, s in zip(row.teacher, row.student, strict=True))
+
+
+def _visible(text: str) -> str:
+    """Blanks that a reader can see; anything that is not printable as its escape."""
+    if text.strip(" \n\t") == "" and text:
+        return text.replace(" ", "␣").replace("\n", "⏎").replace("\t", "⇥")
+    return "".join(c if c.isprintable() or c in " \n" else c.encode("unicode_escape").decode() for c in text).replace("\n", "⏎")
+
+
+def _texts(messages: Iterable[Mapping[str, Any]]) -> Iterable[str]:
+    for message in messages:
+        content = message["content"]
+        parts = [{"text": content}] if isinstance(content, str) else content
+        yield from (part["text"] for part in parts if "text" in part)

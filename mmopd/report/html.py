@@ -1,0 +1,193 @@
+"""`report.html`: one self-contained page about a run, with no network needed to read it.
+
+What a run has not written yet is left out of the page, so it can be made at any time.
+"""
+
+import json
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from fnmatch import fnmatchcase
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import yaml
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+
+from mmopd.errors import UserError
+from mmopd.evaluate.lmms import Record
+from mmopd.evaluate.table import GAP_CLOSED, Results
+from mmopd.report import heatmap
+from mmopd.report.metrics import read_lines
+
+
+@dataclass(frozen=True, slots=True)
+class Chart:
+    """One small multiple of the training curves: the metrics that match `names` against the step."""
+
+    title: str
+    unit: str
+    names: tuple[str, ...]
+    stacked: bool = False
+    log: bool = False
+    share: bool = False  # 0 to 1
+
+
+CHARTS = (
+    Chart("Accuracy of the rollouts", "share right, by task", ("accuracy/*",), share=True),
+    Chart("Return", "teacher minus student, nats per token", ("return", "return/*")),
+    Chart("Reverse KL", "student minus teacher, nats per token", ("reverse_kl",)),
+    Chart("Order consistency", "share of two-sided groups", ("order_consistency/*",), share=True),
+    Chart("Margin and shift", "nats per token", ("margin/mean", "margin/before", "margin/after", "margin/*mean*", "shift")),
+    Chart("Where responses went", "responses a step", ("kept", "balanced_away", "masked", "absent", "unknown")),
+    Chart("Response length", "tokens", ("response_length",)),
+    Chart("Entropy", "nats per token", ("entropy",)),
+    Chart("Loss", "clipped policy loss", ("loss",)),
+    Chart("Gradient norm", "before clipping", ("grad_norm",)),
+    Chart("Engine against trainer", "|log-prob difference|, nats", ("probe", "mismatch"), log=True),
+    Chart("Time of a step", "seconds", ("seconds/*",), stacked=True),
+)
+
+
+def write_report(run: Path) -> Path:
+    """Write `report.html` of a run folder, finished or not; returns its path.
+
+    Raises:
+        UserError: `run` is no run folder.
+    """
+    if not (run / "recipe.yaml").is_file():
+        raise UserError(f"{run}: not a run folder, there is no recipe.yaml in it")
+    environment = Environment(
+        loader=PackageLoader("mmopd.report", "."), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    recipe_text = (run / "recipe.yaml").read_text()
+    metrics = read_lines(run / "metrics.jsonl")
+    data = {"curves": curves(metrics), "difficulty": difficulty(run / "difficulty" / "difficulty.json")}
+    page = environment.get_template("report.html.j2").render(
+        name=run.resolve().name,
+        recipe=yaml.safe_load(recipe_text),
+        recipe_text=recipe_text,
+        versions=_json(run / "versions.json", {}),
+        steps=len(metrics),
+        training_seconds=sum(row.get("seconds") or 0 for row in metrics),
+        results=results_view(run / "results.json"),
+        stages=stages(_json(run / "stages.json", {})),
+        samples=[sample_view(row) for row in heatmap.choose(heatmap.read_rows(run / "samples.jsonl"))],
+        full_colour=heatmap.FULL_COLOUR,
+        has_curves=bool(data["curves"]),
+        has_difficulty=bool(data["difficulty"]),
+        data=script_json(data),
+        plotly=Markup(resources.files("plotly").joinpath("package_data/plotly.min.js").read_text(encoding="utf-8")),
+    )
+    path = run / "report.html"
+    path.write_text(page, encoding="utf-8")
+    return path
+
+
+def curves(metrics: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The charts that there are numbers for, with their series."""
+    there = list(dict.fromkeys(name for row in metrics for name in row))
+    charts = []
+    for chart in CHARTS:
+        names = dict.fromkeys(n for pattern in chart.names for n in there if fnmatchcase(n, pattern))
+        series = [_series(metrics, name) for name in names]
+        if found := [s for s in series if any(s["y"])] or [s for s in series[:1] if None not in s["y"]]:  # a line of zeros only if it is the only one
+            charts.append({k: v for k, v in asdict(chart).items() if k != "names"} | {"series": found})
+    return charts
+
+
+def difficulty(path: Path) -> list[dict[str, Any]]:
+    """The histogram of each source before and after balancing, as shares of its prompts."""
+    from mmopd.prompts.difficulty import Measured, histogram  # loads torch, which a page without it does not need
+
+    shown = []
+    for name, source in _json(path, {"sources": {}})["sources"].items():
+        measured = Measured(**source)
+        if any(measured.attempts):
+            before, after = histogram(measured)
+            shares = {"before": before / before.sum(), "after": after / after.sum()}
+            shown.append(
+                {"source": name, "shape": measured.shape, "rows": len(measured.correct), "largest": max(measured.weights)}
+                | {when: share.round(5).tolist() for when, share in shares.items()}
+            )
+    return shown
+
+
+def results_view(path: Path) -> dict[str, Any] | None:
+    """The results as the page shows them: a table, and a track from base to best teacher for each benchmark."""
+    if not path.is_file():
+        return None
+    results = Results.read(path)
+    if not results.columns:
+        return None
+    gaps = results.gaps_closed()
+    return {
+        "columns": results.columns,
+        "rows": [{"name": row.name, "kind": row.kind, "cells": [_cell(row.record(c)) for c in results.columns]} for row in results.rows],
+        "tracks": [_track(results, column, gaps[column]) for column in results.columns],
+        "gap_closed": GAP_CLOSED,
+        "failures": results.failures(),
+    }
+
+
+def stages(seconds: Mapping[str, float]) -> list[dict[str, Any]]:
+    """Each stage with its time and its share of the whole, in the order in which they ran."""
+    total = sum(seconds.values())
+    begin, shown = 0.0, []
+    for name, time in seconds.items():
+        shown.append({"name": name, "seconds": time, "begin": 100 * begin / total, "width": 100 * time / total} if total else {})
+        begin += time
+    return shown
+
+
+def sample_view(row: heatmap.TokenRow) -> dict[str, Any]:
+    """A response as the page shows it."""
+    pictures = [dict(zip(("url", "width", "height"), heatmap.picture(image), strict=True)) for image in row.images]
+    advantages = [a for a in row.advantage if math.isfinite(a)]
+    return {
+        "row": row,
+        "pictures": pictures,
+        "cells": list(heatmap.cells(row)),
+        "advantage": sum(advantages) / len(advantages) if advantages else 0.0,
+    }
+
+
+def script_json(data: object) -> Markup:
+    """JSON that is safe inside a <script> element."""
+    text = json.dumps(data, allow_nan=False, separators=(",", ":"))
+    return Markup(text.replace("<", "\\u003c").replace("\u2028", "\\u2028").replace("\u2029", "\\u2029"))
+
+
+def _series(metrics: Sequence[Mapping[str, Any]], name: str) -> dict[str, Any]:
+    return {"name": name.partition("/")[2] or name, "x": [row["step"] for row in metrics], "y": [row.get(name) for row in metrics]}
+
+
+def _cell(record: Record | None) -> dict[str, Any]:
+    if record is None:
+        return {"text": "–", "stderr": None, "failed": False, "title": "not measured"}
+    title = f"{record.task}, {record.metric}" + (f", n = {record.n}" if record.n else "")
+    if record.score is None:
+        return {"text": "failed", "stderr": None, "failed": True, "title": record.reason}
+    return {"text": f"{record.score:.1f}", "stderr": record.stderr, "failed": False, "title": title}
+
+
+def _track(results: Results, column: str, gap: float | None) -> dict[str, Any]:
+    """The models on a line from 0 to 100."""
+    marks = [{"name": r.name, "kind": r.kind, "score": s} for r in results.rows if (s := r.score(column)) is not None]
+    return {"column": column, "marks": sorted(marks, key=_on_top), "gap": gap, "segment": _segment(marks)}
+
+
+def _on_top(mark: Mapping[str, Any]) -> int:
+    return ("teacher", "base", "distilled").index(mark["kind"])
+
+
+def _segment(marks: Iterable[Mapping[str, Any]]) -> tuple[float, float] | None:
+    """From base to distilled."""
+    ends = {mark["kind"]: mark["score"] for mark in marks}
+    return (ends["base"], ends["distilled"]) if {"base", "distilled"} <= ends.keys() else None
+
+
+def _json(path: Path, default: dict[str, Any]) -> dict[str, Any]:
+    return json.loads(path.read_text()) if path.is_file() else default

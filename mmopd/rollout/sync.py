@@ -1,0 +1,106 @@
+"""Trainer side of the weight sync: vLLM's own protocol over HTTP, weights by shared memory.
+
+pause -> start -> update (one per bucket) -> finish(version) -> resume, then the server must report the version. Pausing
+waits for running requests and clears the prefix, image and encoder caches, all of which hold what old weights computed.
+Buckets are anonymous files (memfd) that the server opens by /proc/PID/fd: nothing is left behind however the trainer
+ends, no other user can read them, and the size of /dev/shm does not matter. The server side is `mmopd.rollout.vllm_plugin`.
+"""
+
+import os
+from collections.abc import Iterable, Iterator
+from types import TracebackType
+from typing import Any, Self
+
+import httpx
+import torch
+from safetensors.torch import save
+
+from mmopd.teacher.endpoint import Endpoint
+
+BUCKET_BYTES = 256 << 20
+
+
+class SyncError(RuntimeError):
+    """The engine did not take the weights; what it now holds is unknown, so it must not be sampled from."""
+
+
+class FileSync:
+    """Sends weights to one vLLM server on this machine.
+
+    Args:
+        endpoint: a server that was started as `updatable`.
+        timeout: seconds for one step of the protocol; pausing waits for running requests.
+        bucket_bytes: largest bucket, unless one tensor is larger.
+    """
+
+    def __init__(self, endpoint: Endpoint, timeout: float = 300.0, bucket_bytes: int = BUCKET_BYTES) -> None:
+        self._endpoint, self._bucket_bytes = endpoint, bucket_bytes
+        self._client = httpx.Client(base_url=endpoint.url, headers=endpoint.headers, timeout=timeout)
+        self._initialised = False
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._client.close()
+
+    def send(self, weights: Iterable[tuple[str, torch.Tensor]], version: str) -> None:
+        """Replace the engine's weights; returns when it samples from the new ones.
+
+        Args:
+            weights: every tensor of the Hugging Face checkpoint by its name there, a tied head left out. A tensor is
+                copied before the next one is asked for, so it may be gathered for that moment only.
+            version: comes back with every token that is sampled from these weights.
+
+        Raises:
+            SyncError: a step failed, a parameter was missing, or the engine reports another version.
+        """
+        if not self._initialised:
+            self._post("init_weight_transfer_engine", {"init_info": {}})
+            self._initialised = True
+        self._post("pause?mode=wait")
+        self._post("start_weight_update")
+        for bucket in _buckets(weights, self._bucket_bytes):
+            self._update(bucket)
+        self._post("finish_weight_update", {"weight_version": version})
+        self._post("resume")
+        reported = self.version()
+        if reported != version:
+            raise SyncError(f"{self._endpoint.name}: reports weight version {reported!r} after {version!r} was sent")
+
+    def version(self) -> str | None:
+        """The version of the weights that the engine holds."""
+        answer: dict[str, Any] = self._call("GET", "weight_info").json()
+        return answer["weight_version"]
+
+    def _update(self, bucket: dict[str, torch.Tensor]) -> None:
+        with os.fdopen(os.memfd_create("mmopd-weights"), "wb") as file:
+            file.write(save(bucket))
+            file.flush()
+            self._post("update_weights", {"update_info": {"path": f"/proc/{os.getpid()}/fd/{file.fileno()}"}})
+
+    def _post(self, path: str, body: dict[str, Any] | None = None) -> None:
+        self._call("POST", path, body)
+
+    def _call(self, method: str, path: str, body: dict[str, Any] | None = None) -> httpx.Response:
+        try:
+            answer = self._client.request(method, f"/{path}", json=body)
+        except httpx.HTTPError as error:
+            raise SyncError(f"{self._endpoint.name}: /{path}: {type(error).__name__}: {error}") from error
+        if answer.status_code != 200:
+            raise SyncError(f"{self._endpoint.name}: /{path}: status {answer.status_code}: {answer.text[:2000]}")
+        return answer
+
+
+def _buckets(weights: Iterable[tuple[str, torch.Tensor]], limit: int) -> Iterator[dict[str, torch.Tensor]]:
+    """Copies of the tensors in CPU memory, grouped up to `limit` bytes."""
+    bucket: dict[str, torch.Tensor] = {}
+    size = 0
+    for name, tensor in weights:
+        if bucket and size + tensor.nbytes > limit:
+            yield bucket
+            bucket, size = {}, 0
+        bucket[name] = torch.empty(tensor.shape, dtype=tensor.dtype).copy_(tensor.detach())
+        size += tensor.nbytes
+    if bucket:
+        yield bucket

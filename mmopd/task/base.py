@@ -1,0 +1,38 @@
+"""A task: its name, its modality, how its prompts are put, and who judges the answers. One file of `modalities/` each."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from mmopd.records import UNKNOWN, Message, Outcome, Prompt
+
+Verify = Callable[[str, str], Outcome]  # (response text, answer key) -> outcome
+Template = Callable[[str, int], Sequence[Message]]  # (question, number of images) -> chat messages
+
+
+def user_turn(question: str, images: int) -> Sequence[Message]:
+    """One user message: the images, then the question."""
+    parts: list[Message] = [{"type": "image"}] * images
+    return [{"role": "user", "content": [*parts, {"type": "text", "text": question}]}]
+
+
+def unverified(response: str, answer: str) -> Outcome:
+    """Of a task without a verifier: every outcome is unknown."""
+    return Outcome(UNKNOWN, "no verifier")
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """What makes prompts of one kind and judges their answers.
+
+    A task acts at two times: converters call `prompt` when shards are written; a run calls `verify` on what the student
+    answers, in another process, so that it may be slow, crash or hang (`mmopd.task.pool`).
+    """
+
+    name: str  # as rows, routes and mixtures call it
+    modality: str  # text | image
+    verify: Verify = unverified
+    messages: Template = user_turn
+
+    def prompt(self, key: str, question: str, answer: str, images: Sequence[bytes] = ()) -> Prompt:
+        """One row for `write_shards`; `images` are encoded files, in the order in which they are shown."""
+        return Prompt(key, self.name, self.modality, tuple(self.messages(question, len(images))), tuple(images), answer)

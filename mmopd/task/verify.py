@@ -1,0 +1,129 @@
+"""Verifiers: (response text, answer key) -> `Outcome`.
+
+1 is right and 0 is wrong; an answer that cannot be found in the response is wrong. Unknown (NaN) is only for what is
+not the student's doing: an answer key that does not fit the verifier. An exception is unknown too; the pool sees to
+that, and to the time and memory that a verifier may take.
+"""
+
+import logging
+import re
+import unicodedata
+from decimal import Decimal
+
+from mmopd.records import UNKNOWN, Outcome
+
+RIGHT, WRONG = Outcome(1.0), Outcome(0.0)
+NUMBER = r"-?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?"
+CHOICE = re.compile(
+    r"(?:(?:the\s+)?(?:option|choice|answer)\s+)?"  # option B
+    r"(?:\((?P<round>[A-Z])\)|(?P<bare>[A-Z])(?=[.:)]|\s*$))"  # (B)   B.   B)   B: because   B
+    r"[.:)]?(?!\s*(?:(?:or|and)\b|[,/&]|\(?[A-Z][.:)]))(?:\s.*)?",  # and not: (B) or (C)
+    re.DOTALL | re.IGNORECASE,
+)
+
+
+def number_after_equals(response: str, answer: str) -> Outcome:
+    """The number after the last `=`, with nothing but blanks behind it, is the answer."""
+    found = re.fullmatch(rf"\s*({NUMBER})\s*", response.rpartition("=")[2]) if "=" in response else None
+    return _same_number(found[1] if found else None, answer)
+
+
+def final_number(response: str, answer: str) -> Outcome:
+    """The last number of the response is the answer (GSM8K's rule)."""
+    found = re.findall(rf"(?<![\w.]){NUMBER}(?!\w)", without_thoughts(response))
+    return _same_number(found[-1] if found else None, answer)
+
+
+def exact(response: str, answer: str) -> Outcome:
+    """The final answer is the key, up to case, width, blanks and punctuation around it."""
+    return RIGHT if normalised(final_answer(response)) == normalised(answer) else WRONG
+
+
+def choice(response: str, answer: str) -> Outcome:
+    """The final answer names the option of the key, and no other.
+
+    Strict on both sides: the key is one letter, and the final answer is that letter alone, in brackets, or followed by a
+    mark: `B`, `(B)`, `B.`, `B: because`. "Blue" names no option.
+    """
+    key = answer.strip().strip("().").upper()
+    if not re.fullmatch("[A-Z]", key):
+        return Outcome(UNKNOWN, f"the answer key {answer!r} is not the letter of an option")
+    found = CHOICE.fullmatch(re.sub(r"\\text(?:bf)?\{(.*)\}|[*$`]+", r"\1", final_answer(response)).strip())
+    return RIGHT if found and (found["round"] or found["bare"]).upper() == key else WRONG
+
+
+def math(response: str, answer: str) -> Outcome:
+    """The final answer equals the key as a mathematical expression (math-verify).
+
+    math-verify's own time limits are signals, which threads cannot have and whose failure it reports as "wrong"; they are
+    off, and errors are raised. What bounds the time is the pool.
+    """
+    from math_verify import parse, verify  # takes a second, and tasks without mathematics do not need it
+
+    logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns that its time limits are off
+    gold = parse(_latex(answer), parsing_timeout=None, raise_on_error=True)
+    if not gold:
+        return Outcome(UNKNOWN, f"the answer key {answer!r} is no mathematical expression")
+    found = marked_answer(response)
+    said = _latex(found) if found is not None else without_thoughts(response)
+    predicted = parse(said, parsing_timeout=None, raise_on_error=True)
+    return RIGHT if predicted and verify(gold, predicted, timeout_seconds=None, raise_on_error=True) else WRONG
+
+
+def without_thoughts(response: str) -> str:
+    """The response after its `</think>`; empty where the thought was never ended."""
+    head, end, tail = response.rpartition("</think>")
+    return tail if end else head + ("" if "<think>" in response else tail)
+
+
+def marked_answer(response: str) -> str | None:
+    r"""What is marked as the answer: the last `<answer>`, or else the last `\boxed`; None if there is neither."""
+    text = without_thoughts(response)
+    if tagged := re.findall(r"<answer>(.*?)</answer>", text, re.DOTALL | re.IGNORECASE):
+        last = str(tagged[-1]).strip()
+        inner = _boxed(last)
+        return inner if inner is not None else last
+    return _boxed(text)
+
+
+def final_answer(response: str) -> str:
+    r"""What is marked as the answer, or else what follows "answer is", "option:" or the like in the last line, or else all of that line."""
+    marked = marked_answer(response)
+    if marked is not None:
+        return marked
+    lines = [line.strip() for line in without_thoughts(response).splitlines() if line.strip()]
+    if not lines:
+        return ""
+    said = re.split(r"\b(?:answer|option|choice)\s*(?:is|:)\s*:?\s*", lines[-1], flags=re.IGNORECASE)
+    return said[-1].strip()
+
+
+def normalised(text: str) -> str:
+    """Lower case, one width (NFKC), single blanks, no punctuation at the ends."""
+    folded = " ".join(unicodedata.normalize("NFKC", text).casefold().split())
+    return folded.strip(" .,;:!?\"'`*$()[]")
+
+
+def _same_number(found: str | None, answer: str) -> Outcome:
+    if not re.fullmatch(NUMBER, answer.strip()):
+        return Outcome(UNKNOWN, f"the answer key {answer!r} is not a number")
+    same = found is not None and Decimal(found.replace(",", "")) == Decimal(answer.strip().replace(",", ""))
+    return RIGHT if same else WRONG
+
+
+def _boxed(text: str) -> str | None:
+    r"""What the last `\boxed{...}` holds; braces may nest."""
+    start = text.rfind("\\boxed{")
+    if start < 0:
+        return None
+    depth = 0
+    for end in range(start + len("\\boxed"), len(text)):
+        depth += {"{": 1, "}": -1}.get(text[end], 0)
+        if depth == 0:
+            return text[start + len("\\boxed{") : end].strip()
+    return None
+
+
+def _latex(expression: str) -> str:
+    """The expression between dollars, without which math-verify reads LaTeX only in part."""
+    return expression if re.search(r"\$|\\\(|\\\[|\\boxed", expression) else f"${expression}$"

@@ -1,0 +1,202 @@
+"""The JSON of vLLM's `POST /inference/v1/generate`: the one route that takes token ids and images together.
+
+Prompt ids go out unexpanded (one placeholder per image) with the image bytes as they are in the row; the server
+expands them, and what it answers is believed only if the ids that come back are the ones that were expected.
+A reply is decoded with typed msgspec structs, so that only the rows of the response are ever turned into objects.
+"""
+
+import base64
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+import msgspec
+
+PATH = "/inference/v1/generate"
+REQUEST_ID = "X-Request-Id"  # header; comes back in the reply's `request_id`
+FLOOR = -9999.0  # vLLM writes it for -inf, and for NaN of a sampled token
+CEILING = 1e-3  # 0, and what rounding may add
+BAN = -100.0  # logit bias; the largest that OpenAI-style servers take
+
+
+class ReplyError(Exception):
+    """A reply, or the lack of one, that must not be used.
+
+    Attributes:
+        cause: connection, timeout, status, malformed, ids or non_finite.
+        detail: for a person; holds no key.
+        transient: whether the same replica may do better a little later.
+    """
+
+    def __init__(self, cause: str, detail: str, *, transient: bool = False) -> None:
+        super().__init__(f"{cause}: {detail}")
+        self.cause, self.detail, self.transient = cause, detail, transient
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """How n responses are drawn; `banned` ids are never sampled."""
+
+    n: int
+    seed: int
+    temperature: float
+    top_p: float
+    top_k: int
+    max_tokens: int
+    banned: Collection[int]
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """One sampled response as the server tells it."""
+
+    tokens: tuple[int, ...]
+    logprobs: tuple[float, ...]  # of the unscaled, unbiased distribution
+    finish: str  # stop | length
+    version: str  # weight version; "a+b" if the weights changed while it was sampled
+
+
+def scoring_body(model: str, ids: Sequence[int], images: Sequence[bytes], tokens: Sequence[int]) -> bytes:
+    """The request for the log-probs of `tokens` after the prompt `ids`."""
+    return _body(model, [*ids, *tokens], images, {"max_tokens": 1, "prompt_logprobs": 0, "detokenize": False})
+
+
+def sampling_body(model: str, ids: Sequence[int], images: Sequence[bytes], sampling: Sampling) -> bytes:
+    """The request for `n` responses to the prompt `ids`; response i is drawn with seed `seed + i` (vLLM's rule)."""
+    settings: dict[str, object] = {
+        "n": sampling.n,
+        "seed": sampling.seed,
+        "temperature": sampling.temperature,
+        "top_p": sampling.top_p,
+        "top_k": sampling.top_k,
+        "max_tokens": sampling.max_tokens,
+        "logprobs": 0,
+        "detokenize": False,
+        "logit_bias": dict.fromkeys(sampling.banned, BAN),
+    }
+    return _body(model, ids, images, settings)
+
+
+def parse_scores(reply: bytes, request_id: str, expanded: Sequence[int], tokens: Sequence[int]) -> tuple[float, ...]:
+    """Log-prob of each of `tokens` after the prompt `expanded`.
+
+    Raises:
+        ReplyError: malformed, ids (the server saw another prompt, or answers another request) or non_finite.
+    """
+    scored = _decode(_SCORED, reply)
+    expected = [*expanded, *tokens]
+    _check_ids(scored, request_id, expected)
+    if len(scored.prompt_logprobs) != len(expected):
+        raise ReplyError("malformed", f"{len(scored.prompt_logprobs)} rows of log-probs for {len(expected)} tokens")
+    rows = [_decode(_ROW, row) for row in scored.prompt_logprobs[len(expanded) :]]
+    missing = [i for i, (row, token) in enumerate(zip(rows, tokens, strict=True)) if row is None or token not in row]
+    if missing:
+        raise ReplyError("ids", f"no log-prob for token {tokens[missing[0]]} at position {missing[0]} of the response")
+    return _finite([row[token].logprob for row, token in zip(rows, tokens, strict=True) if row is not None])
+
+
+def parse_samples(reply: bytes, request_id: str, expanded: Sequence[int], sampling: Sampling, end: int) -> list[Choice]:
+    """The `n` responses, in order; one that stopped by itself ends with the token `end`.
+
+    Raises:
+        ReplyError: malformed (also a response that was aborted), ids (also a banned token) or non_finite.
+    """
+    sampled = _decode(_SAMPLED, reply)
+    _check_ids(sampled, request_id, list(expanded))
+    choices = sorted(sampled.choices, key=lambda choice: choice.index)
+    if [choice.index for choice in choices] != list(range(sampling.n)):
+        raise ReplyError("malformed", f"{len(choices)} responses where {sampling.n} were asked for")
+    banned = frozenset(sampling.banned)
+    return [_choice(choice, banned, end) for choice in choices]
+
+
+class _Token(msgspec.Struct):
+    logprob: float | None
+    token_id: int = -1
+
+
+class _Content(msgspec.Struct):
+    content: list[_Token]
+
+
+class _Span(msgspec.Struct):
+    version: str
+
+
+class _Choice(msgspec.Struct):
+    index: int
+    finish_reason: str
+    token_ids: list[int]
+    logprobs: _Content
+    weight_versions: list[_Span] | None = None
+
+
+class _Reply(msgspec.Struct):
+    request_id: str
+    prompt_token_ids: list[int]
+
+
+class _Scored(_Reply):
+    prompt_logprobs: list[msgspec.Raw]
+
+
+class _Sampled(_Reply):
+    choices: list[_Choice]
+
+
+_ENCODER = msgspec.json.Encoder()
+_SCORED = msgspec.json.Decoder(_Scored)
+_SAMPLED = msgspec.json.Decoder(_Sampled)
+_ROW = msgspec.json.Decoder(dict[int, _Token] | None)
+T = TypeVar("T")
+
+
+def _body(model: str, ids: Sequence[int], images: Sequence[bytes], settings: dict[str, object]) -> bytes:
+    body: dict[str, object] = {"model": model, "token_ids": ids, "sampling_params": settings, "return_token_ids": True}
+    if images:
+        body["content_parts"] = [{"type": "image_url", "url": _data_url(image)} for image in images]
+    return _ENCODER.encode(body)
+
+
+def _data_url(image: bytes) -> str:
+    """The bytes themselves; vLLM reads their kind from them, not from the media type."""
+    return "data:image/*;base64," + base64.b64encode(image).decode()
+
+
+def _decode(decoder: "msgspec.json.Decoder[T]", data: bytes | msgspec.Raw) -> T:
+    try:
+        return decoder.decode(data)
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:  # NaN is no JSON, but a lenient server may write it
+        cause = "non_finite" if b"NaN" in bytes(data) or b"Infinity" in bytes(data) else "malformed"
+        raise ReplyError(cause, f"{error}; the reply begins {bytes(data)[:80]!r}", transient=cause == "malformed") from None
+
+
+def _check_ids(reply: _Reply, request_id: str, expected: list[int]) -> None:
+    if not reply.request_id.endswith(request_id):
+        raise ReplyError("ids", f"a reply to request {reply.request_id}, not to {request_id}")
+    got = reply.prompt_token_ids
+    if got != expected:
+        at = next((i for i, (a, b) in enumerate(zip(got, expected, strict=False)) if a != b), min(len(got), len(expected)))
+        raise ReplyError("ids", f"the server saw {len(got)} prompt tokens, expected {len(expected)}; the first difference is at {at}")
+
+
+def _choice(choice: _Choice, banned: frozenset[int], end: int) -> Choice:
+    tokens = choice.token_ids
+    if choice.finish_reason not in ("stop", "length") or not tokens:
+        raise ReplyError("malformed", f"a response of {len(tokens)} tokens that finished by {choice.finish_reason!r}", transient=True)
+    if not banned.isdisjoint(tokens):
+        raise ReplyError("ids", f"the banned token {min(banned.intersection(tokens))} was sampled: the server ignores logit_bias")
+    if choice.finish_reason == "stop" and tokens[-1] != end:
+        raise ReplyError("ids", f"a response stopped at token {tokens[-1]}, not at the end token {end}")
+    content = choice.logprobs.content
+    if [token.token_id for token in content] != tokens:
+        raise ReplyError("malformed", "the log-probs are not those of the response's tokens")
+    versions = dict.fromkeys(span.version for span in choice.weight_versions or ())
+    return Choice(tuple(tokens), _finite([token.logprob for token in content]), choice.finish_reason, "+".join(versions))
+
+
+def _finite(logprobs: Sequence[float | None]) -> tuple[float, ...]:
+    finite = tuple(value for value in logprobs if value is not None and FLOOR < value <= CEILING)
+    if len(finite) != len(logprobs):
+        raise ReplyError("non_finite", f"{len(logprobs) - len(finite)} of {len(logprobs)} are no log-probs (NaN, infinite or above 0)")
+    return finite

@@ -1,0 +1,171 @@
+"""Checkpoints that are whole or not there: ZeRO shards, optimiser, schedule, every rank's random state, and the caller's state.
+
+A checkpoint is written under a temporary name with a manifest of sizes and SHA-256 sums, flushed to disk, and then
+renamed. A save that was torn keeps its temporary name and is removed by the next one. Loading checks every byte.
+"""
+
+import hashlib
+import json
+import os
+import random
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from mmopd.errors import UserError
+from mmopd.train.distributed import Ranks
+from mmopd.train.engine import Trainer
+
+MANIFEST = "manifest.json"
+STATE = "state.json"
+ZERO = "zero"  # DeepSpeed's tag
+
+
+class Checkpoints:
+    """The checkpoints of a run, newest last.
+
+    Args:
+        folder: shared by all ranks.
+        keep: how many to keep.
+    """
+
+    def __init__(self, folder: Path, keep: int) -> None:
+        self.folder = folder
+        self.keep = keep
+
+    def save(self, trainer: Trainer, step: int, state: dict[str, Any]) -> Path:
+        """Write everything that step `step + 1` depends on; collective. `state` is the caller's, JSON, the same on all ranks."""
+        ranks = trainer.ranks
+        final = self.folder / f"step-{step:08d}"
+        torn = self.folder / f".{final.name}.partial"
+        if ranks.rank == 0:
+            for old in (torn, final):  # a resumed run may come by the same step again
+                shutil.rmtree(old, ignore_errors=True)
+            torn.mkdir(parents=True)
+            (torn / STATE).write_text(json.dumps({"step": step, "ranks": ranks.size, "caller": state}))
+        ranks.barrier()
+        trainer.engine.save_checkpoint(str(torn), tag=ZERO, save_latest=False)
+        torch.save(_random_state(), torn / f"random-{ranks.rank:05d}.pt")
+        ranks.barrier()
+        sums = dict(part for parts in ranks.gather_objects(_sums(torn, _share(_files(torn), ranks), flush=True)) for part in parts.items())
+        if ranks.rank == 0:
+            _write_flushed(torn / MANIFEST, json.dumps(sums, indent=1, sort_keys=True))
+            for inner in {torn, *(torn / name for name in sums)}:
+                _flush(inner if inner.is_dir() else inner.parent)
+            torn.rename(final)
+            _flush(self.folder)
+            self._prune()
+        ranks.barrier()
+        return final
+
+    def latest(self) -> Path | None:
+        """The newest checkpoint whose files are all there in full size; None if there is none."""
+        return next((path for path in reversed(self._finished()) if not _problem(path)), None)
+
+    def _finished(self) -> list[Path]:
+        return sorted(p for p in self.folder.glob("step-*") if p.is_dir())
+
+    def _prune(self) -> None:
+        for old in [*self._finished()[: -self.keep], *self.folder.glob(".step-*.partial")]:
+            shutil.rmtree(old)
+
+
+def load(trainer: Trainer, path: Path) -> dict[str, Any]:
+    """Bring trainer and random states back to where `path` was saved; collective. Returns the caller's state.
+
+    Raises:
+        UserError: a file is missing, cut or changed (names it), or the number of ranks differs.
+    """
+    ranks = trainer.ranks
+    problems = [p for p in ranks.gather_objects(_problem(path) or _changed(path, ranks)) if p]
+    if problems:
+        raise UserError(f"{problems[0]}; resume from another checkpoint of {path.parent}")
+    state: dict[str, Any] = json.loads((path / STATE).read_text())
+    if state["ranks"] != ranks.size:
+        raise UserError(f"{path}: saved by {state['ranks']} ranks, loaded by {ranks.size}; set train.ranks={state['ranks']}")
+    trainer.engine.load_checkpoint(str(path), tag=ZERO)
+    _set_random_state(torch.load(path / f"random-{ranks.rank:05d}.pt", weights_only=True))
+    caller: dict[str, Any] = state["caller"]
+    return caller
+
+
+def _files(folder: Path) -> list[str]:
+    return sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file() and p.name != MANIFEST)
+
+
+def _share(names: Iterable[str], ranks: Ranks) -> list[str]:
+    return sorted(names)[ranks.rank :: ranks.size]
+
+
+def _sums(folder: Path, names: Iterable[str], flush: bool) -> dict[str, tuple[int, str]]:
+    """(bytes, SHA-256) of files, flushed to disk first if asked."""
+    sums = {}
+    for name in names:
+        with (folder / name).open("rb") as file:
+            if flush:
+                os.fsync(file.fileno())
+            sums[name] = (os.fstat(file.fileno()).st_size, hashlib.file_digest(file, "sha256").hexdigest())
+    return sums
+
+
+def _problem(path: Path) -> str:
+    """What is visibly wrong with a checkpoint: no manifest, a file that is missing or has another size; "" if nothing is."""
+    try:
+        manifest: dict[str, tuple[int, str]] = json.loads((path / MANIFEST).read_text())
+    except (OSError, ValueError):
+        return f"{path / MANIFEST}: missing or unreadable, so this is no complete checkpoint"
+    for name, (size, _) in manifest.items():
+        file = path / name
+        if not file.is_file():
+            return f"{file}: missing from the checkpoint"
+        if file.stat().st_size != size:
+            return f"{file}: {file.stat().st_size} bytes, saved with {size}"
+    return ""
+
+
+def _changed(path: Path, ranks: Ranks) -> str:
+    """The first file of this rank's share whose content is not what was saved; "" if there is none."""
+    manifest: dict[str, list[Any]] = json.loads((path / MANIFEST).read_text())
+    for name, found in _sums(path, _share(manifest, ranks), flush=False).items():
+        if manifest[name] != list(found):
+            return f"{path / name}: its content has changed since it was saved (SHA-256 differs)"
+    return ""
+
+
+def _write_flushed(path: Path, text: str) -> None:
+    with path.open("w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _flush(folder: Path) -> None:
+    """Make the names in a folder durable."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _random_state() -> dict[str, Any]:
+    name, keys, *rest = np.random.get_state(legacy=True)
+    return {
+        "python": random.getstate(),
+        "numpy": (name, torch.from_numpy(np.asarray(keys, dtype=np.int64)), *rest),
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
+    }
+
+
+def _set_random_state(state: dict[str, Any]) -> None:
+    name, keys, *rest = state["numpy"]
+    random.setstate(state["python"])
+    np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))
+    torch.set_rng_state(state["torch"])
+    if state["cuda"] is not None:
+        torch.cuda.set_rng_state(state["cuda"])

@@ -1,0 +1,91 @@
+"""The training ranks as one object: who am I, and the few collectives that carry Python objects and statistics.
+
+Model collectives are DeepSpeed's (gloo on CPU, NCCL on GPU). What is gathered here is small and lives
+in CPU memory, so it has a gloo group of its own on every kind of machine.
+"""
+
+import datetime
+import os
+import socket
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """The ranks of a run, seen from one of them."""
+
+    rank: int
+    size: int
+    device: torch.device
+    group: Any  # gloo process group for objects and statistics
+
+    def gather_objects(self, value: T) -> list[T]:
+        """`value` of every rank, in order of rank, on every rank."""
+        values: list[Any] = [None] * self.size
+        dist.all_gather_object(values, value, group=self.group)
+        return values
+
+    def all_sum(self, values: Sequence[float]) -> list[float]:
+        """Element-wise sums over the ranks, in float64."""
+        return self._reduce(values, dist.ReduceOp.SUM)
+
+    def all_max(self, values: Sequence[float]) -> list[float]:
+        """Element-wise maxima over the ranks."""
+        return self._reduce(values, dist.ReduceOp.MAX)
+
+    def barrier(self) -> None:
+        """Wait for all ranks."""
+        dist.barrier(group=self.group)
+
+    def _reduce(self, values: Sequence[float], how: Any) -> list[float]:
+        tensor = torch.tensor(values, dtype=torch.float64)
+        dist.all_reduce(tensor, op=how, group=self.group)
+        reduced: list[float] = tensor.tolist()
+        return reduced
+
+
+def start(timeout: float) -> Ranks:
+    """Join the process group that RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT describe; alone if they are not set.
+
+    Args:
+        timeout: seconds after which waiting for another rank is an error.
+    """
+    on_gpu = torch.cuda.is_available()
+    if not on_gpu:
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    if "RANK" not in os.environ:
+        os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
+    import deepspeed
+    import deepspeed.ops
+
+    # Would compile C++ at start, and serves inference only: the collectives of training are gloo's or NCCL's.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.utils.logger.setLevel("WARNING")
+    warnings.filterwarnings("ignore", "`torch.distributed.*` is deprecated", FutureWarning)  # of DeepSpeed's own calls, at each of them
+    limit = datetime.timedelta(seconds=timeout)
+    device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if on_gpu else torch.device("cpu")
+    if on_gpu:
+        torch.cuda.set_device(device)
+    deepspeed.init_distributed("nccl" if on_gpu else "gloo", timeout=limit, verbose=False)
+    return Ranks(dist.get_rank(), dist.get_world_size(), device, dist.new_group(backend="gloo", timeout=limit))
+
+
+def stop() -> None:
+    """Leave the process group."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port

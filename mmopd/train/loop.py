@@ -1,0 +1,150 @@
+"""The training loop. A step: draw, roll out, balance and calibrate, update, sync, probe, record, checkpoint.
+
+Every rank runs it. Prompts, balance and packing are computed alike on all ranks from the same numbers; a rank rolls out
+its own groups and decodes its own images, and rank 0 alone sends weights and writes metrics.
+"""
+
+import time
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from itertools import chain
+from pathlib import Path
+
+from mmopd import catalog
+from mmopd.config import Recipe
+from mmopd.errors import UserError
+from mmopd.modality import Encoder
+from mmopd.prompts import difficulty
+from mmopd.prompts.plan import Plan, Rows
+from mmopd.prompts.shards import Shards, open_mixture
+from mmopd.records import Absent, Sample
+from mmopd.rollout.collect import collect, seed_of
+from mmopd.rollout.engine import StudentEngine
+from mmopd.rollout.sync import FileSync
+from mmopd.run import RunFolder
+from mmopd.task.pool import VerifierPool
+from mmopd.teacher.client import Scorer
+from mmopd.train.batch import build_batch, minibatches
+from mmopd.train.checkpoint import Checkpoints, load
+from mmopd.train.distributed import Ranks
+from mmopd.train.engine import Trainer
+from mmopd.train.export import export
+from mmopd.train.probe import probe, probe_items
+from mmopd.train.record import Recorder
+
+
+async def train(run: RunFolder, recipe: Recipe, ranks: Ranks) -> None:
+    """Train from the last checkpoint of the run, or from the start, to the end; then export.
+
+    Raises:
+        UserError: too many responses lack a score, the loss is not finite, or the run cannot be continued with this data.
+        RuntimeError: engine and trainer disagree after a weight sync.
+    """
+    encoder = Encoder(recipe.student.model)
+    fleet = catalog.load_fleet(recipe.fleet)
+    sources = open_mixture(catalog.load_mixture(recipe.mixture), catalog.load_tasks(), Path.cwd())
+    plan = make_plan(recipe, sources, run)
+    trainer = Trainer(recipe.student.model, encoder, recipe.train, recipe.algorithm, ranks)
+    checkpoints = Checkpoints(run.checkpoints, recipe.train.keep_checkpoints)
+    done = restore(checkpoints, trainer, plan)
+    probes = probe_items(list(sources.values()), encoder)
+    student, teachers = run.read_endpoints()
+    writes = ranks.rank == 0
+    link = FileSync(student) if writes else None
+    recorder = Recorder(run, recipe, encoder, done) if writes else None
+    async with StudentEngine(student, encoder) as engine, Scorer(fleet, teachers, encoder) as scorer:
+        with VerifierPool() as verifiers, link or nullcontext(), recorder or nullcontext():
+            publish(trainer, link, f"step-{done}")
+            await probe(trainer, engine, probes, recipe.train.probe_tolerance)
+            for step in range(done, recipe.train.steps):
+                clock = Clock()
+                prompts = [encoder.encode(sources[name][row]) for name, row in plan.draw(recipe.rollout.prompts)]
+                with clock("rollout"):
+                    share = list(enumerate(prompts))[ranks.rank :: ranks.size]
+                    mine = await collect(share, recipe=recipe, step=step, engine=engine, scorer=scorer, verifiers=verifiers)
+                    samples = gather(mine, ranks)
+                check_absent(samples, recipe.train.max_absent, step)
+                with clock("update"):
+                    batch = build_batch(samples, fleet, recipe.algorithm, seed_of(recipe.seed, step))
+                    updates = [trainer.update(items) for items in minibatches(batch, prompts, recipe.train.minibatches)]
+                with clock("sync"):
+                    publish(trainer, link, f"step-{step + 1}")
+                    gap = await probe(trainer, engine, probes, recipe.train.probe_tolerance)
+                if (step + 1) % recipe.train.checkpoint_every == 0 or step + 1 == recipe.train.steps:
+                    with clock("checkpoint"):
+                        checkpoints.save(trainer, step + 1, {"step": step + 1, "plan": plan.state()})
+                if recorder is not None:
+                    recorder.step(step, prompts, samples, batch, updates, clock.metrics() | {"probe": gap} | epochs(plan))
+            export(trainer, run.export)
+
+
+def make_plan(recipe: Recipe, sources: Mapping[str, Shards], run: RunFolder) -> Plan:
+    """The mixture by weight, and inside a source by difficulty where the recipe says so."""
+    weights = {name: source.weight for name, source in catalog.load_mixture(recipe.mixture).sources.items()}
+    measured = difficulty.load(run.difficulty / difficulty.FILE) if recipe.algorithm.difficulty else {}
+    rows = {name: Rows(len(shards), shards.fingerprint, measured[name].weights if measured else None) for name, shards in sources.items()}
+    return Plan(rows, weights, recipe.seed)
+
+
+def restore(checkpoints: Checkpoints, trainer: Trainer, plan: Plan) -> int:
+    """Steps done: those of the newest whole checkpoint, whose state trainer and plan take; 0 without one."""
+    latest = checkpoints.latest()
+    if latest is None:
+        return 0
+    state = load(trainer, latest)
+    plan.restore(state["plan"])
+    return int(state["step"])
+
+
+def publish(trainer: Trainer, link: FileSync | None, version: str) -> None:
+    """Give the engine the trainer's weights. All ranks gather; the one with a link sends."""
+    weights = chain.from_iterable(trainer.named_weights())
+    if link is not None:
+        link.send(weights, version)
+    else:
+        for _ in weights:
+            pass
+
+
+def gather(mine: list[Sample], ranks: Ranks) -> list[Sample]:
+    """The samples of all ranks, in order of their groups: the same list everywhere, however many ranks there are."""
+    return sorted(chain.from_iterable(ranks.gather_objects(mine)), key=lambda sample: sample.group)
+
+
+def check_absent(samples: Sequence[Sample], limit: float, step: int) -> None:
+    """Go on without the responses that could not be scored, unless they are too many.
+
+    Raises:
+        UserError: names the causes, with one detail of each.
+    """
+    absent = [s.score for s in samples if isinstance(s.score, Absent)]
+    if len(absent) > limit * len(samples):
+        causes = Counter((a.teacher, a.cause) for a in absent)
+        details = {(a.teacher, a.cause): a.detail for a in absent}
+        lines = "".join(f"\n  {n} x {cause} from {teacher}: {details[teacher, cause]}" for (teacher, cause), n in causes.most_common())
+        raise UserError(f"step {step}: {len(absent)} of {len(samples)} responses have no score, more than train.max_absent = {limit}:{lines}")
+
+
+def epochs(plan: Plan) -> dict[str, float]:
+    """How often each source has been gone through, as metrics."""
+    return {f"epoch/{name}": times for name, times in plan.epochs().items()}
+
+
+class Clock:
+    """Seconds of each part of a step."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._begin = time.perf_counter()
+
+    @contextmanager
+    def __call__(self, part: str) -> Iterator[None]:
+        """Time one part."""
+        begin = time.perf_counter()
+        yield
+        self.seconds[part] = time.perf_counter() - begin
+
+    def metrics(self) -> dict[str, float]:
+        """The parts, and the whole since the step began."""
+        return {"seconds": time.perf_counter() - self._begin} | {f"seconds/{part}": s for part, s in self.seconds.items()}

@@ -1,0 +1,118 @@
+"""What is kept of a step: its numbers (metrics.jsonl, TensorBoard) and, now and then, a few responses token by token."""
+
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
+from statistics import fmean
+from types import TracebackType
+from typing import Self
+
+import psutil
+
+from mmopd.config import Recipe
+from mmopd.modality import Encoder
+from mmopd.records import Absent, Encoded, Sample
+from mmopd.report.heatmap import as_json, token_row
+from mmopd.report.metrics import JsonLines, MetricsWriter
+from mmopd.run import RunFolder
+from mmopd.train.batch import Batch
+
+SHOWN = 6  # responses of each task that are kept token by token ...
+SHOWN_TIMES = 4  # ... so often in a run, first and last step included
+
+
+class Recorder:
+    """Writes the metrics and the samples of a run; one rank has one.
+
+    Args:
+        done: steps of the checkpoint that the run goes on from; what was written for later steps is removed.
+    """
+
+    def __init__(self, run: RunFolder, recipe: Recipe, encoder: Encoder, done: int) -> None:
+        self._metrics = MetricsWriter(run.root, done)
+        self._samples = JsonLines(run.samples, done)
+        self._encoder = encoder
+        last = recipe.train.steps - 1
+        self._shown_at = {round(i * last / (SHOWN_TIMES - 1)) for i in range(SHOWN_TIMES)}
+        self._threshold = recipe.algorithm.outcome_threshold
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._metrics.close()
+        self._samples.close()
+
+    def step(
+        self,
+        step: int,
+        prompts: Sequence[Encoded],
+        samples: Sequence[Sample],
+        batch: Batch,
+        updates: Sequence[Mapping[str, float]],
+        more: Mapping[str, float],
+    ) -> None:
+        """Keep the numbers of a step.
+
+        Args:
+            prompts: by group.
+            updates: what the trainer returned for each optimiser step.
+            more: times, the probe, and what else is named in `mmopd.report.metrics`.
+        """
+        metrics = outcomes(prompts, samples, self._threshold) | calibration(batch.targets.diagnostics) | dict(more)
+        if updates:
+            metrics |= {name: fmean(u[name] for u in updates) for name in ("loss", "grad_norm", "lr", "clip_fraction", "packing")}
+            metrics |= {"mismatch": updates[0]["mismatch"], "trained_tokens": sum(u["tokens"] for u in updates)}
+        metrics["memory/rank0"] = psutil.Process().memory_info().rss / 2**30
+        self._metrics.write(step, metrics)
+        if step in self._shown_at:
+            self._show(step, prompts, batch)
+
+    def _show(self, step: int, prompts: Sequence[Encoded], batch: Batch) -> None:
+        """A few responses of each task, each of another prompt."""
+        groups: dict[str, set[int]] = defaultdict(set)
+        for i, (sample, span) in enumerate(zip(batch.samples, batch.spans, strict=True)):
+            seen = groups[prompts[sample.group].prompt.task]
+            if sample.group in seen or len(seen) == SHOWN:
+                continue
+            seen.add(sample.group)
+            texts = [self._encoder.tokenizer.decode([token]) for token in sample.response.tokens]
+            advantage, keep = batch.targets.advantage[span].tolist(), bool(batch.targets.keep[i])
+            self._samples.append(as_json(token_row(step, prompts[sample.group].prompt, sample, texts, advantage, kept=keep)))
+
+
+def outcomes(prompts: Sequence[Encoded], samples: Sequence[Sample], threshold: float) -> dict[str, float]:
+    """What was sampled, how it was judged, and why scores are absent."""
+    absent = Counter(s.score.cause for s in samples if isinstance(s.score, Absent))
+    right: dict[str, list[bool]] = defaultdict(list)
+    for sample in samples:
+        if sample.outcome.known:
+            right[prompts[sample.group].prompt.task].append(sample.outcome.value >= threshold)
+    return {
+        "responses": float(len(samples)),
+        "response_length": fmean(len(s.response.tokens) for s in samples),
+        "truncated": fmean(s.response.finish == "length" for s in samples),
+        "unknown": float(sum(not s.outcome.known for s in samples)),
+        "absent": float(absent.total()),
+        **{f"absent/{cause}": float(n) for cause, n in absent.items()},
+        **{f"accuracy/{task}": fmean(known) for task, known in sorted(right.items())},
+    }
+
+
+def calibration(seen: Mapping[str, float]) -> dict[str, float]:
+    """The diagnostics of the objective, under the names of `mmopd.report.metrics`; what a step does not have stays away."""
+    n = seen["responses"]
+    counts = {name: round(seen[share] * n) for name, share in (("balanced_away", "balanced_away_share"), ("masked", "masked_share"))}
+    names = {
+        "return_mean": "return",
+        "return_right": "return/right",
+        "return_wrong": "return/wrong",
+        "reverse_kl": "reverse_kl",
+        "token_clipped_share": "token_clipped",
+        "shift_mean": "shift",
+        **{f"order_{when}": f"order_consistency/{when}" for when in ("before", "after")},
+        **{f"order_delta_{when}": f"order_delta/{when}" for when in ("before", "after")},
+        **{f"two_sided_groups_{when}": f"two_sided_groups/{when}" for when in ("before", "after")},
+        **{f"margin_{when}": f"margin/{when}" for when in ("before", "after")},
+        **{f"margin_p{q}_{when}": f"margin/p{q}_{when}" for q in (10, 50, 90) for when in ("before", "after")},
+    }
+    return {"kept": seen["responses_kept"], **counts} | {ours: seen[theirs] for theirs, ours in names.items() if theirs in seen}

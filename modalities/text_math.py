@@ -1,0 +1,13 @@
+"""Mathematics in words, with an answer that math-verify can compare (DeepMath-103K and its like)."""
+
+from mmopd.task import Task, verify
+from mmopd.task.base import user_turn
+
+INSTRUCTION = "Reason step by step, and put the final answer inside \\boxed{}."
+
+task = Task(
+    name="text_math",
+    modality="text",
+    verify=verify.math,
+    messages=lambda question, images: user_turn(f"{question}\n{INSTRUCTION}", images),
+)

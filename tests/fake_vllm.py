@@ -1,0 +1,211 @@
+"""A server that speaks the wire format of vLLM's `POST /inference/v1/generate`, and misbehaves on demand.
+
+Real sockets, no model: a log-prob is a formula of the token, its position and the images, so that a test knows every number.
+Faults by name, chosen for each request: see `FAULTS`. `tests/test_scoring.py` compares its replies with those of a real server.
+"""
+
+import asyncio
+import base64
+import json
+import random
+from collections.abc import Callable, Sequence
+from types import TracebackType
+from typing import Any, Self
+
+from mmopd.modality import Encoder
+from mmopd.modality.encode import open_image
+from mmopd.teacher.endpoint import Endpoint
+
+Fault = str | None
+FAULTS = {  # name: the cause that a client must name
+    "500": "status",
+    "429": "status",
+    "close": "connection",  # the connection ends without a reply
+    "hang": "timeout",
+    "garbage": "malformed",
+    "truncated": "malformed",
+    "short": "malformed",  # a row of log-probs is missing
+    "abort": "malformed",  # no log-probs at all, as after a pause that aborts
+    "wrong_ids": "ids",
+    "double_expanded": "ids",
+    "other_request": "ids",
+    "shifted": "ids",  # log-probs of neighbouring ids: another vocabulary
+    "nan": "non_finite",
+    "null": "non_finite",
+    "floor": "non_finite",  # what vLLM writes for -inf
+    "positive": "non_finite",
+}
+
+
+def logprob(token: int, position: int, images: Sequence[bytes]) -> float:
+    """What the server says of a token at a position of the expanded prompt and response."""
+    return -((token * 31 + position * 7 + sum(len(i) + sum(i[-64:]) for i in images)) % 97) / 8 - 0.125
+
+
+class FakeVLLM:
+    """`async with FakeVLLM(encoder, faults) as server`, then `server.endpoint`.
+
+    Args:
+        encoder: expands placeholders as the real server would.
+        faults: from the number of the request to the name of its fault, or None.
+        delay: seconds before a reply.
+    """
+
+    def __init__(self, encoder: Encoder, faults: Callable[[int], Fault] = lambda n: None, *, key: str = "k", delay: float = 0.0) -> None:
+        self.encoder, self.faults, self.key, self.delay = encoder, faults, key, delay
+        self.requests: list[dict[str, Any]] = []
+        self.in_flight = self.most_in_flight = 0
+        self.port = 0
+
+    async def __aenter__(self) -> Self:
+        self._connections: set[asyncio.Task[None]] = set()
+        self._server = await asyncio.start_server(self._serve, "127.0.0.1", self.port)
+        self.port = self._server.sockets[0].getsockname()[1]
+        return self
+
+    async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._server.close()
+        for task in self._connections:
+            task.cancel()
+        await asyncio.gather(*self._connections, return_exceptions=True)
+
+    @property
+    def endpoint(self) -> Endpoint:
+        return Endpoint(name="fake", url=f"http://127.0.0.1:{self.port}", model="tiny", api_key="k", role="teacher")
+
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        self._connections.add(task)
+        try:
+            while await self._exchange(reader, writer):
+                pass
+        except (asyncio.IncompleteReadError, ConnectionError, asyncio.CancelledError):
+            pass
+        finally:
+            self._connections.discard(task)
+            writer.close()
+
+    async def _exchange(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> bool:
+        """One request and its reply; whether the connection stays open."""
+        head = (await reader.readuntil(b"\r\n\r\n")).decode().split("\r\n")
+        headers = {k.lower(): v for k, v in (line.split(": ", 1) for line in head[1:] if line)}
+        request = json.loads(await reader.readexactly(int(headers["content-length"])))
+        fault = self.faults(len(self.requests))
+        self.requests.append(request)
+        self.in_flight += 1
+        self.most_in_flight = max(self.most_in_flight, self.in_flight)
+        try:
+            await asyncio.sleep(1e6 if fault == "hang" else self.delay)
+        finally:
+            self.in_flight -= 1
+        if fault == "close":
+            return False
+        status, body = self._reply(head[0], headers, request, fault)
+        if fault == "truncated":
+            body = body[: len(body) // 2]
+        writer.write(f"HTTP/1.1 {status} X\r\ncontent-type: application/json\r\ncontent-length: {len(body)}\r\n\r\n".encode() + body)
+        await writer.drain()
+        return status != 500  # as uvicorn does after an exception
+
+    def _reply(self, line: str, headers: dict[str, str], request: dict[str, Any], fault: Fault) -> tuple[int, bytes]:
+        if line != "POST /inference/v1/generate HTTP/1.1":
+            return 404, b'{"detail":"Not Found"}'
+        if headers.get("authorization") != f"Bearer {self.key}":
+            return 401, b'{"error":"Unauthorized"}'
+        if request["model"] != "tiny":
+            return 404, _error("The model does not exist.", "NotFoundError", 404)
+        if fault in ("500", "429"):
+            return int(fault), _error("overloaded", "InternalServerError", int(fault))
+        if fault == "garbage":
+            return 200, b"<html>gateway</html>"
+        images = [base64.b64decode(part["url"].partition(",")[2]) for part in request.get("content_parts", ())]
+        ids = self._expand(request["token_ids"], images)
+        reply = _empty(headers.get("x-request-id", "?"), ids)
+        settings = request["sampling_params"]
+        if settings.get("prompt_logprobs") == 0:
+            reply["prompt_logprobs"] = [None] + [{str(t): _row(logprob(t, i, images))} for i, t in enumerate(ids) if i]
+            reply["choices"] = [_choice(0, [1], None, "length")]
+        else:
+            reply["choices"] = [self._sample(i, len(ids), images, settings) for i in range(settings["n"])]
+        _spoil(reply, fault)
+        return 200, json.dumps(reply).encode()
+
+    def _expand(self, ids: list[int], images: list[bytes]) -> list[int]:
+        grids = tuple(self.encoder.pixels.grid(*open_image(image).size) for image in images)
+        return list(self.encoder.expand(ids, grids)) if images else ids
+
+    def _sample(self, index: int, start: int, images: list[bytes], settings: dict[str, Any]) -> dict[str, Any]:
+        rng = random.Random(settings["seed"] + index)
+        end = self.encoder.tokenizer.eos_token_id
+        allowed = [i for i in range(len(self.encoder.tokenizer)) if str(i) not in settings["logit_bias"] and i != end]
+        tokens = rng.choices(allowed, k=rng.randint(1, settings["max_tokens"]))
+        finish = "length" if len(tokens) == settings["max_tokens"] else "stop"
+        tokens += [end] * (finish == "stop")
+        return _choice(index, tokens, [logprob(t, start + i, images) for i, t in enumerate(tokens)], finish)
+
+
+def _error(message: str, kind: str, code: int) -> bytes:
+    return json.dumps({"error": {"message": message, "type": kind, "param": None, "code": code}}).encode()
+
+
+def _row(value: float) -> dict[str, Any]:
+    return {"logprob": value, "rank": 1, "decoded_token": None}
+
+
+def _empty(request_id: str, ids: list[int]) -> dict[str, Any]:
+    absent = (
+        "usage",
+        "prompt_logprobs",
+        "prompt_token_id_logprobs",
+        "mm_placeholders",
+        "metrics",
+        "kv_transfer_params",
+        "ec_transfer_params",
+    )
+    return {"request_id": f"generate-tokens-{request_id}", "model": "tiny", "created": 0, "prompt_token_ids": list(ids)} | {
+        **dict.fromkeys((*absent, "kv_transfer_params", "ec_transfer_params")),
+        "output_mode": "tokens",
+        "choices": [],
+    }
+
+
+def _choice(index: int, tokens: list[int], logprobs: list[float] | None, finish: str) -> dict[str, Any]:
+    def entry(token: int, value: float) -> dict[str, Any]:
+        one = {"token_id": token, "logprob": value, "rank": 1}
+        return one | {"top_logprobs": [one]}
+
+    content = None if logprobs is None else {"content": [entry(t, v) for t, v in zip(tokens, logprobs, strict=True)]}
+    return {
+        "index": index,
+        "finish_reason": finish,
+        "stop_reason": None,
+        "token_ids": tokens,
+        "routed_experts": None,
+        "sampling_mask": None,
+        "weight_versions": [{"version": "default", "start": 0, "end": len(tokens)}],
+        "logprobs": content,
+    }
+
+
+def _spoil(reply: dict[str, Any], fault: Fault) -> None:
+    """Make a good reply bad in the named way."""
+    rows, ids = reply["prompt_logprobs"] or [], reply["prompt_token_ids"]
+    values = {"nan": float("nan"), "null": None, "floor": -9999.0, "positive": 0.5}
+    if fault in values and rows:
+        rows[-1] = {token: _row(values[fault]) for token in rows[-1]}
+    elif fault in values:
+        reply["choices"][0]["logprobs"]["content"][-1]["logprob"] = values[fault]
+    elif fault == "short":
+        (rows or reply["choices"]).pop()
+    elif fault == "abort":
+        reply["prompt_logprobs"] = None
+        reply["choices"] = [_choice(c["index"], [], [], "abort") for c in reply["choices"]]
+    elif fault == "wrong_ids":
+        ids[-1] += 1
+    elif fault == "double_expanded":
+        ids.insert(len(ids) // 2, ids[len(ids) // 2])
+    elif fault == "other_request":
+        reply["request_id"] = "generate-tokens-of-somebody-else"
+    elif fault == "shifted" and rows:
+        rows[-1] = {str(int(token) + 1): row for token, row in rows[-1].items()}

@@ -1,0 +1,141 @@
+"""The catalogue: everything that is shipped loads, a workspace comes first, and what does not load is named."""
+
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+
+from mmopd import catalog
+from mmopd.errors import UserError
+from mmopd.prompts import Shards
+from mmopd.task import Task
+
+LOADERS = {"teachers": catalog.load_fleet, "data": catalog.load_mixture, "eval": catalog.load_suite, "recipes": catalog.load_recipe}
+FILES = [path.relative_to(catalog.shipped()) for kind in LOADERS for path in sorted((catalog.shipped() / kind).glob("*.yaml"))]
+CODE = [path.relative_to(catalog.shipped()) for path in sorted((catalog.shipped() / "data").glob("*.py"))]
+BODY = "from mmopd.task import Task, verify\ntask = Task(name={name!r}, modality='text', verify=verify.exact)\n"
+
+
+def test_there_is_something_of_each_kind() -> None:
+    for kind in catalog.KINDS:
+        assert (catalog.shipped() / kind).is_dir()
+        assert any((catalog.shipped() / kind).iterdir())
+
+
+@pytest.mark.parametrize("name", FILES, ids=str)
+def test_a_shipped_file_loads(name: Path, tmp_path: Path) -> None:
+    LOADERS[name.parent.name](name, tmp_path)
+
+
+@pytest.mark.parametrize("name", CODE, ids=str)
+def test_shipped_code_runs_and_can_prepare(name: Path) -> None:
+    assert callable(catalog.load_module(catalog.shipped() / name).prepare)
+
+
+@pytest.mark.parametrize("name", [name for name in FILES if name.parent.name == "recipes"], ids=str)
+def test_what_a_shipped_recipe_names_is_there(name: Path, tmp_path: Path) -> None:
+    recipe = catalog.load_recipe(name, tmp_path)
+    fleet, mixture = catalog.load_fleet(recipe.fleet, tmp_path), catalog.load_mixture(recipe.mixture, tmp_path)
+    assert fleet.teachers
+    assert {source.task for source in mixture.sources.values()} <= catalog.load_tasks(tmp_path).keys()
+    if recipe.suite:
+        catalog.load_suite(recipe.suite, tmp_path)
+    if recipe.prepare:
+        catalog.find(recipe.prepare, tmp_path)
+
+
+def test_every_shipped_task_loads_under_the_name_of_its_file(tmp_path: Path) -> None:
+    tasks = catalog.load_tasks(tmp_path)
+    assert {"additions", "digit_sum"} <= tasks.keys()
+    for name, task in tasks.items():
+        assert (catalog.shipped() / "modalities" / f"{name}.py").is_file()
+        row = task.prompt("k", "How many?", "2", [b"png"] * (task.modality == "image"))
+        assert (row.task, row.modality, row.answer) == (name, task.modality, "2")
+        assert "How many?" in row.messages[0]["content"][-1]["text"]
+        assert task.verify("no idea", "2").value == 0 or not task.verify("no idea", "2").known
+
+
+def blocks_of_readme() -> list[str]:
+    return re.findall(r"```python\n(.*?)```", (catalog.shipped() / "modalities/README.md").read_text(), re.DOTALL)
+
+
+def test_the_example_of_the_readme_works(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    task, rows = blocks_of_readme()
+    (tmp_path / "modalities").mkdir()
+    (tmp_path / "modalities/count_letters.py").write_text(task)
+    assert len(task.splitlines()) <= 25
+    judge = catalog.load_tasks(tmp_path)["count_letters"].verify
+    assert [judge(said, "2").value for said in ("2", "So the answer is 3", "7", "two")] == [1.0, 0.5, 0.0, 0.0]
+    monkeypatch.chdir(tmp_path)
+    exec(rows, {})
+    assert [row.answer for row in Shards(tmp_path / "shards/count_letters")] == ["1", "0", "4"]
+
+
+def test_the_readme_lists_the_shipped_tasks() -> None:
+    text = (catalog.shipped() / "modalities/README.md").read_text()
+    assert set(re.findall(r"\| `(\w+)` \|", text)) == {path.stem for path in (catalog.shipped() / "modalities").glob("*.py")}
+
+
+def workspace_with(folder: Path, **files: str) -> Path:
+    (folder / "modalities").mkdir(parents=True, exist_ok=True)
+    for name, text in files.items():
+        (folder / f"modalities/{name}.py").write_text(text)
+    return folder
+
+
+def test_a_file_of_the_workspace_comes_before_the_shipped_one(tmp_path: Path) -> None:
+    workspace_with(tmp_path, additions=BODY.format(name="additions"), mine=BODY.format(name="mine"))
+    tasks = catalog.load_tasks(tmp_path)
+    assert tasks["additions"].verify is tasks["mine"].verify is not tasks["digit_sum"].verify
+    (tmp_path / "recipes").mkdir()
+    (tmp_path / "recipes/demo.yaml").write_text("student: {model: m}\nfleet: f\nmixture: m\nseed: 41\n")
+    assert catalog.load_recipe("recipes/demo.yaml", tmp_path).seed == 41
+    assert catalog.load_recipe("recipes/demo.yaml", tmp_path / "elsewhere").seed != 41
+
+
+def test_the_current_folder_is_the_workspace_unless_one_is_given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(workspace_with(tmp_path, mine=BODY.format(name="mine")))
+    assert "mine" in catalog.load_tasks()
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("import os\n\nraise RuntimeError('no luck')\n", r"mine\.py:3: RuntimeError: no luck"),
+        ("def (:\n", r"mine\.py: SyntaxError"),
+        ("import nonexistent_module\n", r"mine\.py:1: ModuleNotFoundError"),
+        ("from mmopd.task import Task\ntask = Task(nam='x')\n", r"mine\.py:2: TypeError"),
+        ("", r"mine\.py: it has no `task = Task"),
+        ("task = 'mine'\n", r"mine\.py: it has no `task = Task"),
+        (BODY.format(name="additions"), r"mine\.py: its task is named 'additions', and so is that of .*additions\.py"),
+    ],
+)
+def test_a_task_that_does_not_load_is_named(tmp_path: Path, text: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        catalog.load_tasks(workspace_with(tmp_path, mine=text))
+
+
+def test_a_file_that_is_not_there_is_named_with_the_nearest_one(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"recipes/dmeo\.yaml: no such file in .*did you mean 'recipes/demo\.yaml'"):
+        catalog.find("recipes/dmeo.yaml", tmp_path)
+
+
+def test_an_absolute_path_is_itself(tmp_path: Path) -> None:
+    (tmp_path / "elsewhere.yaml").write_text(yaml.safe_dump({"benchmarks": []}))
+    assert catalog.load_suite(tmp_path / "elsewhere.yaml").benchmarks == ()
+
+
+def test_init_copies_everything_out_and_overwrites_nothing(tmp_path: Path) -> None:
+    first = catalog.init(tmp_path / "work")
+    assert {path.relative_to(tmp_path / "work").parts[0] for path in first} == set(catalog.KINDS)
+    assert not [path for path in first if "__pycache__" in path.parts]
+    changed, removed = tmp_path / "work/modalities/additions.py", tmp_path / "work/modalities/digit_sum.py"
+    changed.write_text(BODY.format(name="additions"))
+    removed.unlink()
+    assert catalog.init(tmp_path / "work") == [removed]
+    assert changed.read_text() == BODY.format(name="additions")
+    assert isinstance(catalog.load_tasks(tmp_path / "work")["digit_sum"], Task)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="file: a file"):
+        catalog.init(tmp_path / "file")

