@@ -47,7 +47,7 @@ $(STAMP):
 	@$(PYTHON) -m venv $(VENV)
 	@set -o pipefail; $(BIN)/python -m pip install --no-deps --no-compile --progress-bar off -r $(LOCK) 2>&1 | tee $(VENV)/install.log \
 	| awk -v n="$$(grep -c == $(LOCK))" '/^(Collecting|Processing)/ && ++i % 25 == 0 {print "  fetched", i, "of", n} /^Installing/ {print "  unpacking"} {fflush()}' || { \
-	tail -n 15 $(VENV)/install.log; echo "The set-up failed; all of pip's words are in $(VENV)/install.log. If it found no torch with +cpu in \
+	grep -v Ignored $(VENV)/install.log | tail -n 8; echo "The set-up failed; all of pip's words are in $(VENV)/install.log. If it found no torch with +cpu in \
 	its version, set PIP_EXTRA_INDEX_URL to PyTorch's index of CPU wheels and run make again."; exit 1; } >&2
 	@$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation -e .
 	@$(BIN)/python -m mmopd.repair

@@ -23,7 +23,7 @@ from mmopd.records import Prompt
 MODALITY = {"additions": "text", "digit_sum": "image"}
 PROMPTS = {"additions": 400, "digit_sum": 400}  # to distil on
 HELD_OUT = {"additions": 300, "digit_sum": 300}  # to evaluate on
-# Little data, trained to the end: weak, but sure of itself. (A base that is weak because it was stopped early cannot be improved on-policy.)
+# Little data, trained to the end: weak, but sure of itself. A base that was stopped early samples noise, and cannot be improved on-policy.
 BASE = pretrain.Course(rows={"additions": 150, "digit_sum": 300}, split="few", steps=300, lr=2e-3)
 TEXT_TEACHER = pretrain.Course(rows={"additions": 4000}, split="train", steps=250, lr=1e-3)
 IMAGE_TEACHER = pretrain.Course(rows={"digit_sum": 6000}, split="train", steps=300, lr=1e-3)
@@ -92,8 +92,9 @@ def _table(task: str, n: int, folder: Path) -> None:
         "image": [row["images"][0] if row["images"] else None for row in rows],
         "answer": [row["answer"] for row in rows],
     }
+    schema = pa.schema({"question": pa.string(), "image": pa.binary(), "answer": pa.string()})
     folder.mkdir(parents=True)
-    pq.write_table(pa.table(columns, schema=pa.schema({"question": pa.string(), "image": pa.binary(), "answer": pa.string()})), folder / "test.parquet")
+    pq.write_table(pa.table(columns, schema=schema), folder / "test.parquet")
 
 
 def _rows(task: str, split: world.Split, n: int, seed: int = 0) -> list[world.Row]:

@@ -23,7 +23,9 @@ app = typer.Typer(
 console = Console(highlight=False)
 
 RecipeArgument = Annotated[Path, typer.Argument(help="A recipe file, such as recipes/demo.yaml.", show_default=False)]
-Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Settings to change, such as train.steps=20.", show_default=False)]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Settings to change, such as train.steps=20.", show_default=False)
+]
 RunOption = Annotated[Path | None, typer.Option("--run", help="The run folder to make. [default: runs/NAME-DATE-TIME]", show_default=False)]
 
 
@@ -81,7 +83,7 @@ def train(
         launch.launch(folder, folder.recipe(), console)
         return
     assert recipe is not None
-    resolved = catalog.load_recipe(recipe, overrides or ())
+    resolved = catalog.load_recipe(recipe, overrides=overrides or ())
     folder = RunFolder(run or Path("runs") / f"{recipe.stem}-{datetime.now():%Y%m%d-%H%M%S}")
     folder.create(resolved)
     launch.launch(folder, resolved, console)
@@ -95,9 +97,9 @@ def evaluate(
     out: Annotated[Path, typer.Option(help="Folder for the results.")] = Path("results"),
 ) -> None:
     """Serve each of MODELS and run SUITE on it through lmms-eval; prints a table, writes results.{json,md,csv}."""
-    from mmopd import launch
+    from mmopd import catalog, launch
 
-    launch.evaluate_models(suite, models, recipe, out, console)
+    launch.evaluate_models(suite, models, catalog.load_recipe(recipe), out, console)
 
 
 @app.command()
@@ -111,9 +113,10 @@ def report(run: Annotated[Path, typer.Argument(help="A run folder, finished or n
 @app.command()
 def show(recipe: RecipeArgument, overrides: Overrides = None) -> None:
     """Print the resolved RECIPE, with every default, and what it would start."""
-    from mmopd import catalog, launch
+    from mmopd import catalog
+    from mmopd.show import show as print_recipe
 
-    launch.show(catalog.load_recipe(recipe, overrides or ()), console)
+    print_recipe(catalog.load_recipe(recipe, overrides=overrides or ()), console)
 
 
 @app.command()

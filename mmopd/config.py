@@ -133,7 +133,7 @@ class Teacher(Config):
     api_key_env: str | None = Field(None, description="environment variable that holds their key")
     weight: float = Field(1.0, gt=0, description="w_k of Eq. 4")
     concurrency: Positive = Field(32, description="requests in flight at once, per rank and replica")
-    timeout: float = Field(120.0, gt=0, description="seconds for one scoring request")
+    timeout: float = Field(120.0, gt=0, description="seconds in which a score must arrive, retries included")
 
     @model_validator(mode="after")
     def _served_or_elsewhere(self) -> Self:
@@ -218,6 +218,15 @@ class Recipe(Config):
     rollout: Rollout = Rollout()
     algorithm: Algorithm = Algorithm()
     train: Train = Train()
+
+    @model_validator(mode="after")
+    def _engine_takes_a_group(self) -> Self:
+        limit = self.student.engine.max_num_seqs
+        attempts = self.algorithm.difficulty.attempts if self.algorithm.difficulty else 0
+        for key, n in (("rollout.group", self.rollout.group), ("algorithm.difficulty.attempts", attempts)):
+            if n > limit:
+                raise ValueError(f"{key} is {n}, and student.engine.max_num_seqs is {limit}: vLLM takes no request for more responses than that")
+        return self
 
 
 C = TypeVar("C", bound=Config)

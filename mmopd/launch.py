@@ -17,14 +17,13 @@ from typing import Any
 
 import httpx
 from rich.console import Console
-from rich.syntax import Syntax
-from rich.table import Table
 
 from mmopd import catalog, config
 from mmopd.config import Fleet, Recipe, Suite
 from mmopd.errors import UserError
-from mmopd.evaluate.lmms import Record, evaluate, hash_model, read_suite
+from mmopd.evaluate.lmms import Record, evaluate, read_suite
 from mmopd.evaluate.table import Kind, Results, Row
+from mmopd.fingerprint import hash_model
 from mmopd.modality import Encoder
 from mmopd.processes import Children
 from mmopd.progress import Stage, Stages
@@ -105,7 +104,7 @@ def serving(job: Job, run: RunFolder, children: Children, stages: Stages) -> Ite
             specs += [ServerSpec(f"{name}.{i}", teacher.model, teacher.engine, updatable=False) for i in range(teacher.replicas)]
         outside |= {f"{name}.{i}": running_elsewhere(f"{name}.{i}", url, teacher.api_key_env) for i, url in enumerate(teacher.endpoints)}
     with serve_in_stage(specs, children, run.logs, stages) as servers:
-        servers |= outside
+        servers.update(outside)
         run.write_endpoints(servers)
         try:
             yield servers
@@ -236,7 +235,8 @@ def distil(job: Job, run: RunFolder, children: Children, servers: Servers, stage
     command = [sys.executable, "-m", "mmopd.train.rank", str(run.root)]
     with stages.stage("distil") as stage:
         running = [
-            children.start(f"rank{r}", command, run.logs / f"rank{r}.log", env | {"RANK": str(r), "LOCAL_RANK": str(r)}) for r in range(ranks)
+            children.start(f"rank{rank}", command, run.logs / f"rank{rank}.log", env | {"RANK": str(rank), "LOCAL_RANK": str(rank)})
+            for rank in range(ranks)
         ]
         stage.total(job.recipe.train.steps)
         stage.note("starting the ranks")
@@ -304,25 +304,6 @@ def evaluate_models(suite: Path, models: Sequence[Path], recipe: Recipe, out: Pa
     results = Results.of(rows)
     results.write(out)
     console.print(results.rich())
-
-
-def show(recipe: Recipe, console: Console) -> None:
-    """`mmopd show`: the recipe with every default, and what it would start."""
-    console.print(Syntax(config.dump(recipe), "yaml", background_color="default"))
-    fleet, mixture = catalog.load_fleet(recipe.fleet), catalog.load_mixture(recipe.mixture)
-    table = Table(title="What it would start", title_justify="left")
-    for column in ("process", "model", "gets"):
-        table.add_column(column)
-    table.add_row("student engine", str(recipe.student.model), f"{recipe.rollout.prompts} prompts x {recipe.rollout.group} responses a step")
-    for name, teacher in fleet.teachers.items():
-        routes = ", ".join(f"{r.task}/{r.modality}" for r in fleet.routes if r.teacher == name)
-        where = f"{teacher.model} x {teacher.replicas}" if teacher.model else ", ".join(teacher.endpoints)
-        table.add_row(f"teacher {name}", where, f"responses to {routes}" if routes else "nothing: no route")
-    table.add_row(f"{recipe.train.ranks} training ranks", str(recipe.student.model), f"{recipe.train.steps} steps, ZeRO-3, {recipe.train.dtype}")
-    total = sum(source.weight for source in mixture.sources.values())
-    for name, source in mixture.sources.items():
-        table.add_row(f"source {name}", str(source.shards), f"{source.weight / total:.0%} of the prompts, task {source.task}")
-    console.print(table)
 
 
 def free_port() -> int:

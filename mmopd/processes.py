@@ -17,6 +17,7 @@ import select
 import signal
 import subprocess
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -88,10 +89,12 @@ class Child:
 
 
 class Children:
-    """The children of a `with` block: none is left when it ends, however it ends."""
+    """The children of a `with` block: none is left when it ends, however it ends. Threads may share it."""
 
     def __init__(self) -> None:
         self._children: list[Child] = []
+        self._starting = threading.Lock()
+        self._stopped = False
 
     def __enter__(self) -> "Children":
         return self
@@ -103,13 +106,22 @@ class Children:
         return iter(self._children)
 
     def start(self, name: str, argv: Sequence[str], log: Path, env: Mapping[str, str] | None = None) -> Child:
-        """Start a command under guard; see `Child`."""
-        child = Child(name, argv, env or {}, log)
-        self._children.append(child)
+        """Start a command under guard; see `Child`.
+
+        Raises:
+            RuntimeError: the children have been stopped; a thread was too late.
+        """
+        with self._starting:
+            if self._stopped:
+                raise RuntimeError(f"{name}: not started, since its siblings have been stopped")
+            child = Child(name, argv, env or {}, log)
+            self._children.append(child)
         return child
 
     def stop_all(self, grace: float = 10.0) -> None:
-        """Stop all at the same time."""
+        """Stop all at the same time, and start no more."""
+        with self._starting:
+            self._stopped = True
         deadline = time.monotonic() + grace
         for child in self._children:
             child.terminate()

@@ -50,6 +50,7 @@ class Outcome:
 
     @property
     def known(self) -> bool:
+        """Whether there is a value."""
         return not math.isnan(self.value)
 
 

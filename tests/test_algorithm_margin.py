@@ -86,6 +86,13 @@ def test_mask_stops_where_no_drop_raises_the_margin():
     assert margin_mask(R, o, g, scope="group", mode="minmax", delta=0.4, retain=0.0).all()
 
 
+def test_the_floor_is_exact_where_a_computer_rounds():
+    right = torch.arange(100.0)
+    R, o = torch.cat([right, torch.tensor([200.0])]), torch.cat([torch.ones(100), torch.zeros(1)])
+    keep = margin_mask(R, o, torch.zeros(101, dtype=torch.long), scope="group", mode="minmax", delta=0.4, retain=0.29)
+    assert keep[:100].sum() == 29  # 0.29 * 100 is 28.999... to a computer
+
+
 def test_mask_goes_on_with_the_other_side_when_one_is_at_its_floor():
     R, o, g = tensors([-5.0, 0.3, 0.2, 0.1, 0.0], [1, 0, 0, 0, 0], [0] * 5)
     assert margin_mask(R, o, g, scope="group", mode="minmax", delta=0.4, retain=0.5).tolist() == [True, False, False, True, True]

@@ -50,8 +50,8 @@ def test_counts_go_on_where_they_were_stopped(tmp_path: Path) -> None:
 
 
 def test_counts_and_results_are_refused_for_anything_else(tmp_path: Path) -> None:
-    made_from = {"student": "x", "settings": {"attempts": 8}}
-    difficulty.Counts(tmp_path / "counts.jsonl", made_from)
+    made_from: dict[str, object] = {"student": "x", "settings": {"attempts": 8}}
+    count(tmp_path / "counts.jsonl", [1, 2], made_from)
     difficulty.save(tmp_path / "difficulty.json", {}, made_from)
     other = {"student": "y", "settings": {"attempts": 8}}
     with pytest.raises(UserError, match=r"counts\.jsonl: made from another student; delete it"):
@@ -69,7 +69,9 @@ def test_counts_and_results_are_refused_for_anything_else(tmp_path: Path) -> Non
         difficulty.load(tmp_path / "nowhere.json", made_from)
 
 
-def test_the_origin_changes_with_data_student_settings_and_what_else_matters(tmp_path: Path, u_shaped: tuple[dict[str, Shards], list[int]]) -> None:
+def test_the_origin_changes_with_data_student_settings_and_what_else_matters(
+    tmp_path: Path, u_shaped: tuple[dict[str, Shards], list[int]]
+) -> None:
     student = tmp_path / "student"
     student.mkdir()
     (student / "model.safetensors").write_bytes(b"weights")
@@ -94,7 +96,7 @@ def test_a_u_shaped_source_gets_weights_that_the_plan_follows(tmp_path: Path, u_
     assert min(measured["sums"].weights) > 0
     assert max(measured["sums"].weights) <= SETTINGS.cap
     difficulty.save(tmp_path / "difficulty.json", measured, {"a": (1,)})
-    assert difficulty.load(tmp_path / "difficulty.json", {"a": (1,)}) == measured
+    assert difficulty.load(tmp_path / "difficulty.json", {"a": (1,)}) == difficulty.load(tmp_path / "difficulty.json") == measured
 
     before, after = difficulty.histogram(measured["sums"])
     assert before.tolist() == [40, 2, 2, 2, 8, 2, 2, 2, 40]

@@ -21,9 +21,10 @@ from PIL import Image
 from mmopd.catalog import shipped
 from mmopd.config import Benchmark, Suite
 from mmopd.errors import UserError
-from mmopd.evaluate import Record, Results, Row, evaluate, hash_model, read_suite
+from mmopd.evaluate import Record, Results, Row, evaluate, read_suite
 from mmopd.evaluate.tasks import builtin, prepare, read_task
 from mmopd.evaluate.validate import InvalidRunError, validate
+from mmopd.fingerprint import hash_model
 from mmopd.teacher.endpoint import Endpoint
 
 TASKS = shipped() / "eval" / "tasks"
@@ -183,7 +184,7 @@ def test_a_missing_metric_is_a_failed_benchmark_that_names_what_there_is(measure
 
 
 def test_a_built_in_task_runs_on_local_rows_and_judges_mathematics(measured: tuple[dict[str, Record], Server, Path]) -> None:
-    """With lmms-eval's default of four threads, math-verify fails without a word and the first rows are wrong."""
+    """With lmms-eval's default of four threads, math-verify fails without a word: this scores 0."""
     record = measured[0]["DynaMath"]
     assert (record.status, record.reason, record.score, record.n) == ("ok", "", 75.0, 4)
 
@@ -305,9 +306,12 @@ def test_every_shipped_suite_names_tasks_that_have_its_metrics(path: Path) -> No
 
 
 def test_data_is_found_from_the_workspace_and_tasks_from_the_folder_of_the_suite(tmp_path: Path) -> None:
-    first = read_suite(shipped() / "eval" / "demo.yaml", tmp_path).benchmarks[0]
-    assert first.task == ADDITIONS
-    assert first.data == tmp_path / ".mmopd/demo/heldout/additions.parquet"
+    (tmp_path / "suite.yaml").write_text("benchmarks: [{column: A, task: mine/a.yaml, metric: m, data: rows/a.parquet}]")
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "a.yaml").write_text("task: a")
+    [benchmark] = read_suite(tmp_path / "suite.yaml", Path("/workspace")).benchmarks
+    assert benchmark.task == str(tmp_path / "mine" / "a.yaml")
+    assert benchmark.data == Path("/workspace/rows/a.parquet")
 
 
 def test_local_rows_go_to_the_split_that_a_built_in_task_reads(tmp_path: Path) -> None:

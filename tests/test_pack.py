@@ -1,5 +1,6 @@
 import random
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ from transformers import Qwen2_5_VLConfig
 
 from mmopd.demo.world import build_student
 from mmopd.modality import Encoder
-from mmopd.train.logprob import LogprobHead, Qwen3VLStudent, Qwen25VLStudent
+from mmopd.train.logprob import STUDENTS, LogprobHead
 from mmopd.train.pack import Collator, Item, Size, assign, fill_rows
 
 
@@ -30,11 +31,11 @@ def items(encoder: Encoder) -> list[Item]:
 
 
 @pytest.fixture(scope="module")
-def student(model: Path) -> Qwen3VLStudent:
-    return Qwen3VLStudent.from_pretrained(model).train()
+def student(model: Path) -> Any:
+    return STUDENTS["qwen3_vl"].from_pretrained(model).train()
 
 
-def collator(encoder: Encoder, student: Qwen3VLStudent, single_row: bool) -> Collator:
+def collator(encoder: Encoder, student: Any, single_row: bool) -> Collator:
     return Collator(encoder, student.model.get_rope_index, 3 * 2 * 16 * 16, 2, single_row)
 
 
@@ -83,7 +84,7 @@ def test_rows_hold_every_sample_once_and_are_nearly_full() -> None:
     assert fill_rows(lengths, single_row=True) == [list(range(128))]
 
 
-def test_a_text_micro_batch_has_one_blank_image(encoder: Encoder, student: Qwen3VLStudent, items: list[Item]) -> None:
+def test_a_text_micro_batch_has_one_blank_image(encoder: Encoder, student: Any, items: list[Item]) -> None:
     text = [k for k, item in enumerate(items) if not item.encoded.grids]
     batch = collator(encoder, student, True)(items, text)
     assert (batch.inputs["input_ids"] == encoder.image_token).sum() == 1
@@ -92,7 +93,7 @@ def test_a_text_micro_batch_has_one_blank_image(encoder: Encoder, student: Qwen3
 
 
 def test_an_image_that_responses_share_is_decoded_once(
-    encoder: Encoder, student: Qwen3VLStudent, items: list[Item], monkeypatch: pytest.MonkeyPatch
+    encoder: Encoder, student: Any, items: list[Item], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     decoded: list[str] = []
     plain = encoder.pixel_values
@@ -101,7 +102,7 @@ def test_an_image_that_responses_share_is_decoded_once(
     assert len(decoded) == len(set(decoded)) < len(batch.inputs["image_index"])
 
 
-def test_an_empty_micro_batch_is_one_blank_image_of_weight_zero(encoder: Encoder, student: Qwen3VLStudent, items: list[Item]) -> None:
+def test_an_empty_micro_batch_is_one_blank_image_of_weight_zero(encoder: Encoder, student: Any, items: list[Item]) -> None:
     batch = collator(encoder, student, False)(items, [])
     assert batch.order == []
     assert batch.weight.tolist() == [0.0]
@@ -109,9 +110,7 @@ def test_an_empty_micro_batch_is_one_blank_image_of_weight_zero(encoder: Encoder
 
 
 @pytest.mark.parametrize("single_row", [True, False])
-def test_packed_log_probs_are_those_of_each_sample_alone(
-    encoder: Encoder, student: Qwen3VLStudent, items: list[Item], single_row: bool
-) -> None:
+def test_packed_log_probs_are_those_of_each_sample_alone(encoder: Encoder, student: Any, items: list[Item], single_row: bool) -> None:
     batch = collator(encoder, student, single_row)(items, range(len(items)))
     with torch.no_grad():
         flat = student(**batch.inputs)
@@ -121,7 +120,7 @@ def test_packed_log_probs_are_those_of_each_sample_alone(
 
 def test_qwen2_5_vl_packs_too(encoder: Encoder, items: list[Item]) -> None:
     torch.manual_seed(0)
-    student = Qwen25VLStudent(qwen2_5_vl(encoder)).train()
+    student = STUDENTS["qwen2_5_vl"](qwen2_5_vl(encoder)).train()
     # Its patches are the demo processor's 16 x 16 here, so that both families see the same pictures.
     batch = collator(encoder, student, False)(items, range(len(items)))
     with torch.no_grad():
@@ -156,7 +155,7 @@ def test_head_without_targets_answers_with_logits() -> None:
     assert torch.equal(head(hidden), plain)
 
 
-def alone(student: Qwen3VLStudent, encoder: Encoder, item: Item) -> torch.Tensor:
+def alone(student: Any, encoder: Encoder, item: Item) -> torch.Tensor:
     """Log-probs by the family's own forward, one sample, logits and all."""
     ids = torch.tensor([item.encoded.expanded + item.tokens])
     pictures = {}

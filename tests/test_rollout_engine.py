@@ -1,8 +1,8 @@
 import asyncio
 
 import pytest
-
 from fake_vllm import FakeVLLM, logprob
+
 from mmopd.demo.world import build_processor, digit_sums
 from mmopd.modality import Encoder
 from mmopd.records import Prompt
@@ -25,14 +25,15 @@ def encoded(encoder):
 def sample(encoder, encoded, faults=lambda n: None, **limits):
     async def main():
         async with FakeVLLM(encoder, faults) as server, StudentEngine(server.endpoint, encoder, **limits) as engine:
-            return await engine.sample(encoded, 8, 5, max_tokens=6), server.requests
+            return await engine.sample(encoded, 8, 5, max_tokens=3), server.requests
 
     return asyncio.run(main())
 
 
 def test_a_group_is_one_request_and_its_responses_carry_what_the_trainer_needs(encoder, encoded):
     responses, requests = sample(encoder, encoded)
-    assert len(requests) == 1 and len(responses) == 8
+    assert len(requests) == 1
+    assert len(responses) == 8
     end = encoder.tokenizer.eos_token_id
     for response in responses:
         assert response.version == "default"

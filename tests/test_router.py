@@ -59,7 +59,8 @@ def test_the_text_view_shows_the_words_and_not_the_images():
     parts = [{"type": "image"}, {"type": "text", "text": "How many?"}]
     prompt = Prompt("s/0", "t", "image", ({"role": "system", "content": "Be brief."}, {"role": "user", "content": parts}), (b"png",), "3")
     text = show(prompt, "text")
-    assert text.images == () and text.messages == (
+    assert text.images == ()
+    assert text.messages == (
         {"role": "system", "content": "Be brief."},
         {"role": "user", "content": [{"type": "text", "text": "How many?"}]},
     )

@@ -3,6 +3,9 @@
 import asyncio
 import math
 import os
+import re
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -133,13 +136,13 @@ UNRULY = {
 
 @pytest.fixture(scope="module")
 def pool(tmp_path_factory: pytest.TempPathFactory) -> Iterator[VerifierPool]:
-    """Two workers with a second for each answer, over tasks whose verifiers misbehave."""
+    """Two workers with two seconds for each answer, over tasks whose verifiers misbehave."""
     workspace = tmp_path_factory.mktemp("workspace")
     (workspace / "modalities").mkdir()
     for name, body in UNRULY.items():
         text = f"{HEAD}\ndef verify(response, answer):\n    {body}\n\ntask = Task(name={name!r}, modality='text', verify=verify)\n"
         (workspace / f"modalities/{name}.py").write_text(text)
-    with VerifierPool(workspace, workers=2, timeout=1.0) as pool:
+    with VerifierPool(workspace, workers=2, timeout=2.0) as pool:
         yield pool
 
 
@@ -153,13 +156,13 @@ def pool(tmp_path_factory: pytest.TempPathFactory) -> Iterator[VerifierPool]:
         ("raises", "ZeroDivisionError: of no use"),
         ("hungry", "MemoryError"),
         ("nonsense", "TypeError: the verifier of 'nonsense' gave 1, not an Outcome"),
-        ("beyond", r"TypeError: .* value=1\.5"),
+        ("beyond", r"TypeError: .*value=1\.5"),
     ],
 )
 def test_a_verifier_that_fails_gives_unknown_and_the_next_one_works(pool: VerifierPool, task: str, reason: str) -> None:
     outcome = pool.submit(task, "a", "a").result()
     assert math.isnan(outcome.value)
-    pytest.importorskip("re").search(reason, outcome.reason) or pytest.fail(outcome.reason)
+    assert re.search(reason, outcome.reason)
     assert [pool.submit("right", "a", answer).result().value for answer in ("a", "b")] == [1.0, 0.0]
 
 
@@ -168,7 +171,7 @@ def test_what_a_verifier_prints_is_no_outcome(pool: VerifierPool) -> None:
 
 
 def test_an_unknown_task_is_refused(pool: VerifierPool) -> None:
-    with pytest.raises(UserError, match="no task 'additoins'.*did you mean 'additions'"):
+    with pytest.raises(UserError, match=r"no task 'additoins'.*did you mean 'additions'"):
         pool.submit("additoins", "", "")
 
 
@@ -183,7 +186,7 @@ def test_a_slow_verifier_holds_up_nothing_else(pool: VerifierPool) -> None:
         assert (await slow).reason == "timeout"
         return elapsed
 
-    assert asyncio.run(scenario()) < 1.0
+    assert asyncio.run(scenario()) < 2.0
 
 
 def test_nothing_is_left_when_the_pool_is_closed(tmp_path: Path) -> None:
@@ -218,9 +221,6 @@ def test_workers_end_with_their_parent(tmp_path: Path) -> None:
         f"while not os.path.exists({str(tmp_path / 'pid')!r}): time.sleep(0.05)\n"
         "os.kill(os.getpid(), 9)\n"
     )
-    import subprocess
-    import sys
-
     subprocess.run([sys.executable, "-c", code], check=False, env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])})
     worker = int((tmp_path / "pid").read_text())
     for _ in range(80):

@@ -35,7 +35,8 @@ def test_a_scoring_request_holds_unexpanded_ids_and_the_very_bytes_of_the_images
     assert body["sampling_params"] == {"max_tokens": 1, "prompt_logprobs": 0, "detokenize": False}
     assert body["return_token_ids"] is True
     url = body["content_parts"][0]["url"]
-    assert url.startswith("data:") and base64.b64decode(url.partition(",")[2]) == b"\x00\xff image"
+    assert url.startswith("data:")
+    assert base64.b64decode(url.partition(",")[2]) == b"\x00\xff image"
     assert "content_parts" not in json.loads(wire.scoring_body("tiny", [1], [], [3]))
 
 
@@ -81,7 +82,8 @@ def test_a_reply_that_is_not_the_score_of_these_tokens_is_refused(changes, cause
 def test_what_is_no_reply_at_all_is_malformed_and_worth_another_try(data):
     with pytest.raises(wire.ReplyError) as error:
         wire.parse_scores(data, "r1", [1, 2, 2], [3])
-    assert error.value.cause == "malformed" and error.value.transient
+    assert error.value.cause == "malformed"
+    assert error.value.transient
 
 
 def test_sampled_responses_come_in_order_with_their_end_token_and_weight_version():

@@ -5,7 +5,8 @@ Scope `group` takes each prompt's responses, scope `global` the whole batch as o
 and passes unchanged. An unknown outcome (NaN) is on neither side: it counts nowhere, is never moved and never masked.
 
 All of it is a function of the values alone: sums run over sorted returns, so neither the order of the responses nor the rank they lie on
-changes a bit. N responses, S groups, W responses of the largest side, D drops.
+changes a bit (but which of two responses with the same return the mask drops).
+N responses, S groups, W responses of the largest side, D drops.
 """
 
 import math
@@ -143,7 +144,7 @@ class _Side:
 
     def gains(self, retain: float) -> Float[Tensor, "S D"]:
         """How much the 1st, 2nd, ... drop raises the statistic; -inf from where the floor forbids it."""
-        floor = (self.count * retain + 1e-9).floor().long().clamp(min=1)  # 1e-9: 0.29 * 100 is 28.999...
+        floor = (self.count.double() * retain + 1e-9).floor().long().clamp(min=1)  # 1e-9: 0.29 * 100 is 28.999...
         drop = torch.arange(self.best.shape[1])
         left = (self.count[:, None] - drop - 2).clamp(min=0)
         gain = self.best.gather(1, left) - self.best.gather(1, (left + 1).clamp(max=self.best.shape[1] - 1))

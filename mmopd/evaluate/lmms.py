@@ -93,16 +93,6 @@ def read_suite(path: Path, workspace: Path) -> Suite:
     return suite.model_copy(update={"benchmarks": tuple(benchmarks)})
 
 
-def hash_model(folder: Path) -> str:
-    """16 hex digits over the names and bytes of everything in a model's folder that can change an answer."""
-    digest = hashlib.sha256()
-    for path in sorted(folder.iterdir()):
-        if path.suffix in {".safetensors", ".bin", ".json", ".jinja", ".txt", ".model"}:
-            with path.open("rb") as file:
-                digest.update(path.name.encode() + b"\0" + hashlib.file_digest(file, "sha256").digest())
-    return digest.hexdigest()[:16]
-
-
 def evaluate(
     endpoint: Endpoint,
     suite: Suite,

@@ -1,9 +1,7 @@
 """Task files of lmms-eval: where they are, what they are made of, and how they are pointed at local data."""
 
-import hashlib
 import importlib.util
 import re
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +12,7 @@ import yaml
 import mmopd
 from mmopd.config import Benchmark
 from mmopd.errors import UserError
+from mmopd.fingerprint import hash_files
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,8 +59,8 @@ def prepare(benchmark: Benchmark, folder: Path) -> Task:
         rows = count_rows(benchmark.data) if not settings.get("process_docs") else None
     folder.mkdir(parents=True)
     (folder / "task.yaml").write_text(yaml.safe_dump(generated, sort_keys=False))
-    code = _hash(_sources(source)) if own else ""
-    return Task(generated["task"], folder, rows, code, _hash([benchmark.data]) if benchmark.data else "")
+    code = hash_files(_sources(source)) if own else ""
+    return Task(generated["task"], folder, rows, code, hash_files([benchmark.data]) if benchmark.data else "")
 
 
 def read_task(path: Path) -> dict[str, Any]:
@@ -122,12 +121,3 @@ def _sources(task: Path) -> list[Path]:
     """Everything a task of one's own may be made of: the files beside it, and mmopd's verifiers."""
     verifiers = Path(mmopd.__path__[0]) / "task"
     return [*sorted(p for p in task.parent.iterdir() if p.suffix in {".yaml", ".yml", ".py"}), *sorted(verifiers.glob("*.py"))]
-
-
-def _hash(files: Iterable[Path]) -> str:
-    digest = hashlib.sha256()
-    for path in files:
-        digest.update(path.name.encode() + b"\0")
-        with path.open("rb") as file:
-            digest.update(hashlib.file_digest(file, "sha256").digest())
-    return digest.hexdigest()[:16]

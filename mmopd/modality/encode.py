@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from qwen_vl_utils.vision_process import smart_resize
 from transformers import AutoProcessor
 
@@ -19,6 +19,7 @@ from mmopd.records import Encoded, Prompt
 
 MAX_SIDE = 20_000  # pixels; a larger header is refused before anything is decoded
 MAX_PIXELS = 100_000_000
+ORIENTATION, SIDEWAYS = 0x0112, frozenset({5, 6, 7, 8})  # EXIF: stored lying on its side
 CONTROL_TOKENS = ("<|vision_start|>", "<|vision_end|>", "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>")
 
 
@@ -57,6 +58,22 @@ def open_image(data: bytes) -> Image.Image:
     return image
 
 
+def size_of(image: Image.Image) -> tuple[int, int]:
+    """(width, height) as a person sees it and a server reads it, from the header alone: turned upright by EXIF."""
+    width, height = image.size
+    return (height, width) if image.getexif().get(ORIENTATION) in SIDEWAYS else (width, height)
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Pixels as vLLM makes them of a file: upright, transparency painted on white."""
+    upright = ImageOps.exif_transpose(image)
+    if upright.mode in {"RGBA", "LA", "PA"} or "transparency" in upright.info:
+        alpha = upright.convert("RGBA")
+        white = Image.new("RGBA", alpha.size, "white")
+        upright = Image.alpha_composite(white, alpha)
+    return upright.convert("RGB")
+
+
 class Encoder:
     """Turns prompts into ids and pixels with the student's own processor.
 
@@ -86,7 +103,7 @@ class Encoder:
         ids: list[int] = self.tokenizer.encode(text, add_special_tokens=False)
         if ids.count(self.image_token) != len(prompt.images):
             raise ValueError(f"{prompt.key}: {ids.count(self.image_token)} image placeholders for {len(prompt.images)} images")
-        grids = tuple(self.pixels.grid(*open_image(data).size) for data in prompt.images)
+        grids = tuple(self.pixels.grid(*size_of(open_image(data))) for data in prompt.images)
         return Encoded(prompt, tuple(ids), self.expand(ids, grids), grids)
 
     def expand(self, ids: list[int], grids: tuple[tuple[int, int, int], ...]) -> tuple[int, ...]:
@@ -108,7 +125,7 @@ class Encoder:
         Raises:
             ValueError: the processor cuts an image into another grid than `encode` counted.
         """
-        images = [open_image(data).convert("RGB") for data in encoded.prompt.images]
+        images = [to_rgb(open_image(data)) for data in encoded.prompt.images]
         batch = self.processor.image_processor(images=images, return_tensors="pt")
         grids: torch.Tensor = batch["image_grid_thw"]
         if grids.tolist() != [list(g) for g in encoded.grids]:

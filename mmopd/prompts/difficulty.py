@@ -5,7 +5,6 @@
 Both files say what they are made from, and are refused for anything else.
 """
 
-import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -20,11 +19,11 @@ from numpy.typing import NDArray
 from mmopd import config
 from mmopd.algorithm import difficulty_shape, difficulty_weights
 from mmopd.errors import UserError
-from mmopd.prompts.index import sha256
+from mmopd.fingerprint import hash_model
 from mmopd.prompts.shards import Shards
 
 VERSION = 1
-MODEL_FILES = ("*.safetensors", "*.bin", "*.json", "*.jinja", "*.txt")  # what changes a student's answers
+FILE, PICTURE = "difficulty.json", "difficulty.png"
 Origin = Mapping[str, Any]
 
 
@@ -40,11 +39,9 @@ class Measured:
 
 def origin(sources: Mapping[str, Shards], student: Path, settings: config.Difficulty, **more: Any) -> dict[str, Any]:
     """What a pass is made from: the sources' content, the student's files, the settings, and what else matters (seed, limits)."""
-    files = sorted({file for pattern in MODEL_FILES for file in student.glob(pattern)})
-    weights = hashlib.sha256("\n".join(f"{file.name} {sha256(file)}" for file in files).encode()).hexdigest()
     return {
         "sources": {name: shards.fingerprint for name, shards in sorted(sources.items())},
-        "student": weights,
+        "student": hash_model(student),
         "settings": settings.model_dump(mode="json"),
         **more,
     }
@@ -124,13 +121,15 @@ def measure(counts: Counts, sources: Mapping[str, Shards], settings: config.Diff
 
 
 def save(path: Path, measured: Mapping[str, Measured], made_from: Origin) -> None:
-    """Write `difficulty.json`."""
+    """Write `difficulty.json`; it is there when it is whole."""
     sources = {name: asdict(one) for name, one in measured.items()}
-    path.write_text(json.dumps({"version": VERSION, "made_from": made_from, "sources": sources}))
+    unfinished = path.with_suffix(".unfinished")
+    unfinished.write_text(json.dumps({"version": VERSION, "made_from": made_from, "sources": sources}))
+    unfinished.replace(path)
 
 
-def load(path: Path, made_from: Origin) -> dict[str, Measured]:
-    """Read `difficulty.json`.
+def load(path: Path, made_from: Origin | None = None) -> dict[str, Measured]:
+    """Read `difficulty.json`, and compare what it was made from, if that is given.
 
     Raises:
         UserError: missing, not such a file, or made from something else.
@@ -186,9 +185,11 @@ def draw(path: Path, measured: Mapping[str, Measured]) -> None:
     figure.savefig(path, dpi=150)
 
 
-def _check(path: Path, data: Mapping[str, Any], made_from: Origin) -> None:
+def _check(path: Path, data: Mapping[str, Any], made_from: Origin | None) -> None:
     if data["version"] != VERSION:
         raise ValueError(f"version {data['version']}, and this is made for {VERSION}")
+    if made_from is None:
+        return
     was, now = data["made_from"], json.loads(json.dumps(made_from))
     if changed := sorted(key for key in {*was, *now} if was.get(key) != now.get(key)):
         raise UserError(f"{path}: made from another {', another '.join(changed)}; delete it to measure again")

@@ -4,7 +4,6 @@
 itself is plain WebDataset: members `KEY.json`, `KEY.0.png`, `KEY.1.jpg`, ... in a row, with one key for each row.
 """
 
-import hashlib
 import json
 import re
 import tarfile
@@ -19,6 +18,7 @@ from numpy.typing import NDArray
 from webdataset.tariterators import base_plus_ext
 
 from mmopd.errors import UserError
+from mmopd.fingerprint import hash_file
 from mmopd.modality.encode import open_image
 
 VERSION = 1
@@ -93,7 +93,7 @@ class Index:
         Raises:
             UserError: the content is not what was indexed.
         """
-        if sha256(self.tar) != self.sha256:
+        if hash_file(self.tar) != self.sha256:
             raise UserError(f"{self.tar}: its content is not what {index_path(self.tar).name} was made from; write the source again")
 
 
@@ -121,7 +121,7 @@ def index_tar(tar: Path) -> None:
         "version": VERSION,
         "tar": tar.name,
         "bytes": tar.stat().st_size,
-        "sha256": sha256(tar),
+        "sha256": hash_file(tar),
         "rows": len(counts),
         "kinds": [[*kind, rows] for kind, rows in sorted(kinds.items())],
         "counts": counts,
@@ -144,12 +144,6 @@ def parse_row(content: bytes) -> dict[str, Any]:
         if not isinstance(row.get(field), list if field == "messages" else str):
             raise ValueError(f"its json has {row[field]!r} as {field!r}" if field in row else f"its json has no {field!r}")
     return row
-
-
-def sha256(file: Path) -> str:
-    """Hex digest of a file."""
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def _rows(tar: Path) -> Iterator[tuple[str, list[tarfile.TarInfo], list[bytes]]]:

@@ -184,5 +184,5 @@ def _fixed_point(name: str, rows: Rows) -> NDArray[np.int64]:
         raise UserError(f"source {name!r}: {len(weights)} row weights for {rows.count} rows; measure its difficulty again")
     if not (np.isfinite(weights).all() and (weights >= 0).all() and weights.any()):
         raise UserError(f"source {name!r}: row weights must be finite, 0 or more, and not all 0")
-    relative = weights / weights.mean()
-    return np.rint(relative * ONE, dtype=np.float64).astype(np.int64)
+    fixed: NDArray[np.int64] = np.rint(weights / weights.mean() * ONE).astype(np.int64)
+    return fixed

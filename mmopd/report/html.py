@@ -40,10 +40,9 @@ CHARTS = (
     Chart("Return", "teacher minus student, nats per token", ("return", "return/*")),
     Chart("Reverse KL", "student minus teacher, nats per token", ("reverse_kl",)),
     Chart("Order consistency", "share of two-sided groups", ("order_consistency/*",), share=True),
-    Chart("Margin and shift", "nats per token", ("margin/mean", "margin/before", "margin/after", "margin/*mean*", "shift")),
+    Chart("Margin and shift", "nats per token", ("margin/before", "margin/after", "shift")),
     Chart("Where responses went", "responses a step", ("kept", "balanced_away", "masked", "absent", "unknown")),
     Chart("Response length", "tokens", ("response_length",)),
-    Chart("Entropy", "nats per token", ("entropy",)),
     Chart("Loss", "clipped policy loss", ("loss",)),
     Chart("Gradient norm", "before clipping", ("grad_norm",)),
     Chart("Engine against trainer", "|log-prob difference|, nats", ("probe", "mismatch"), log=True),
@@ -93,7 +92,9 @@ def curves(metrics: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     for chart in CHARTS:
         names = dict.fromkeys(n for pattern in chart.names for n in there if fnmatchcase(n, pattern))
         series = [_series(metrics, name) for name in names]
-        if found := [s for s in series if any(s["y"])] or [s for s in series[:1] if None not in s["y"]]:  # a line of zeros only if it is the only one
+        if found := [s for s in series if any(s["y"])] or [
+            s for s in series[:1] if None not in s["y"]
+        ]:  # a line of zeros only if it is the only one
             charts.append({k: v for k, v in asdict(chart).items() if k != "names"} | {"series": found})
     return charts
 
@@ -134,10 +135,9 @@ def results_view(path: Path) -> dict[str, Any] | None:
 
 def stages(seconds: Mapping[str, float]) -> list[dict[str, Any]]:
     """Each stage with its time and its share of the whole, in the order in which they ran."""
-    total = sum(seconds.values())
-    begin, shown = 0.0, []
+    total, begin, shown = sum(seconds.values()) or 1.0, 0.0, []
     for name, time in seconds.items():
-        shown.append({"name": name, "seconds": time, "begin": 100 * begin / total, "width": 100 * time / total} if total else {})
+        shown.append({"name": name, "seconds": time, "begin": 100 * begin / total, "width": 100 * time / total})
         begin += time
     return shown
 

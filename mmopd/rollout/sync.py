@@ -35,7 +35,9 @@ class FileSync:
 
     def __init__(self, endpoint: Endpoint, timeout: float = 300.0, bucket_bytes: int = BUCKET_BYTES) -> None:
         self._endpoint, self._bucket_bytes = endpoint, bucket_bytes
-        self._client = httpx.Client(base_url=endpoint.url, headers=endpoint.headers, timeout=timeout)
+        # A connection for each step: the server closes those that idle for some seconds, and a step must not be sent twice.
+        limits = httpx.Limits(max_keepalive_connections=0)
+        self._client = httpx.Client(base_url=endpoint.url, headers=endpoint.headers, timeout=timeout, limits=limits)
         self._initialised = False
 
     def __enter__(self) -> Self:
@@ -70,8 +72,8 @@ class FileSync:
 
     def version(self) -> str | None:
         """The version of the weights that the engine holds."""
-        answer: dict[str, Any] = self._call("GET", "weight_info").json()
-        return answer["weight_version"]
+        version: str | None = self._call("GET", "weight_info").json()["weight_version"]
+        return version
 
     def _update(self, bucket: dict[str, torch.Tensor]) -> None:
         with os.fdopen(os.memfd_create("mmopd-weights"), "wb") as file:

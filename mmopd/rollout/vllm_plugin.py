@@ -7,6 +7,7 @@ the entry-point group `vllm.general_plugins`, in each of its processes; the serv
 """
 
 import functools
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
@@ -54,7 +55,8 @@ class FileEngine(WeightTransferEngine[FileInit, FileUpdate]):
 
     def receive_weights(self, update_info: FileUpdate) -> None:
         """Load the tensors of a file; they are memory-mapped, so the file may be removed afterwards."""
-        self._missing -= self.model.load_weights(load_file(update_info.path).items())
+        load_weights: Callable[[Iterable[tuple[str, torch.Tensor]]], set[str]] = self.model.load_weights  # type: ignore[assignment]
+        self._missing -= load_weights(load_file(update_info.path).items())
 
     def finish_weight_update(self) -> None:
         """Swap the new weights in.
@@ -65,7 +67,7 @@ class FileEngine(WeightTransferEngine[FileInit, FileUpdate]):
         from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
         from vllm.model_executor.model_loader.reload import finalize_layerwise_reload
 
-        finalize_layerwise_reload(self.model, self.model_config)
+        finalize_layerwise_reload(self.model, self.model_config)  # type: ignore[no-untyped-call]
         for layer in self.model.modules():
             if isinstance(layer, ParallelLMHead):  # tied to the embedding, it is never "loaded"; its packed copy on CPU would stay old
                 layer.quant_method.process_weights_after_loading(layer)

@@ -60,10 +60,10 @@ class Replica:
         """Close the circuit."""
         self.strikes, self._cooldown, self.retry_at = 0, COOLDOWN[0], 0.0
 
-    def failed(self, fault: ReplyError, now: float) -> None:
-        """Count, and open the circuit (or keep it open, for longer) if it does not look like the request's own fault."""
+    def failed(self, now: float) -> None:
+        """Count a failure, and open the circuit (or keep it open, for longer) when there are many in a row."""
         self.strikes += 1
-        if fault.transient and self.strikes >= BREAK_AFTER and now >= self.retry_at:
+        if self.strikes >= BREAK_AFTER and now >= self.retry_at:
             self.retry_at = now + self._cooldown
             self._cooldown = min(2 * self._cooldown, COOLDOWN[1])
 
@@ -105,7 +105,7 @@ class Pool:
         call = _Call()
         attempts = tenacity.AsyncRetrying(
             retry=tenacity.retry_if_exception(lambda error: self._is_worth_retrying(error, call)),
-            wait=tenacity.wait_exponential_jitter(initial=0.05, max=5.0, jitter=0.2),
+            wait=tenacity.wait_random_exponential(multiplier=0.1, max=5.0),
             reraise=True,
         )
         return await attempts(self._attempt, call, build, parse)
@@ -113,24 +113,25 @@ class Pool:
     async def _attempt(self, call: "_Call", build: Callable[[str], bytes], parse: Callable[[bytes, str], T]) -> T:
         replica = await self._lease(call)
         call.began(replica)
-        request_id, was_open, wake_all = uuid.uuid4().hex, replica.retry_at > 0, True
+        request_id, circuit = uuid.uuid4().hex, replica.retry_at
         self._counts["requests"] += 1
         try:
             result = parse(await self._post(replica, build(replica.endpoint.model), request_id), request_id)
         except ReplyError as fault:
             self._counts[f"failed/{fault.cause}"] += 1
             now = time.monotonic()
-            replica.failed(fault, now)
+            if fault.transient or len(self.replicas) > 1:  # one alone is not avoided for what may be the request's own fault
+                replica.failed(now)
             self._silent_since, self._last_failure = min(self._silent_since, now), (now, fault)
             raise
         else:
             replica.worked()
-            self._silent_since, wake_all = math.inf, was_open
+            self._silent_since = math.inf
             return result
         finally:
             replica.in_flight -= 1
             async with self._changed:
-                self._changed.notify_all() if wake_all else self._changed.notify()
+                self._changed.notify() if replica.retry_at == circuit else self._changed.notify_all()
 
     async def _post(self, replica: Replica, body: bytes, request_id: str) -> bytes:
         name = replica.endpoint.url
@@ -157,7 +158,7 @@ class Pool:
                 now = time.monotonic()
                 free = [r for r in self.replicas if r.is_free(self._concurrency, now)]
                 if free:
-                    best = min(free, key=lambda r: (r in call.tried, r.strikes >= BREAK_AFTER, r.in_flight, random.random()))
+                    best = min(free, key=lambda r: (r in call.tried, r.strikes > 0, r.in_flight, random.random()))
                     best.in_flight += 1
                     return best
                 opening = [r.retry_at for r in self.replicas if r.retry_at]
@@ -170,12 +171,12 @@ class Pool:
     def _give_up_if_silent(self, call: "_Call", now: float) -> None:
         """Nobody waits for a pool that has answered nothing for `patience`, and failed again since this call was made."""
         if self._last_failure is not None and self._last_failure[0] > call.made and now - self._silent_since > self._patience:
-            fault = self._last_failure[1]
+            call.given_up, fault = True, self._last_failure[1]
             raise ReplyError(fault.cause, f"{fault.detail} (no replica has worked for {self._patience:g} s)")
 
     def _is_worth_retrying(self, error: BaseException, call: "_Call") -> bool:
         elapsed = time.monotonic() - call.started
-        if not isinstance(error, ReplyError) or elapsed >= self._timeout:
+        if not isinstance(error, ReplyError) or call.given_up or elapsed >= self._timeout:
             return False
         if not error.transient:
             return len(call.tried) < len(self.replicas)
@@ -190,6 +191,7 @@ class _Call:
     started: float = math.inf  # first attempt; waiting for a free replica is not counted against it
     attempts: int = 0
     tried: set[Replica] = field(default_factory=set)
+    given_up: bool = False
 
     def began(self, replica: Replica) -> None:
         self.started = min(self.started, time.monotonic())

@@ -6,6 +6,7 @@ not run.
 """
 
 import json
+import re
 import secrets
 import socket
 import sys
@@ -29,8 +30,9 @@ HOST = "127.0.0.1"
 TIMEOUT = 1800.0  # seconds until all servers are ready; large checkpoints take minutes
 KV_CACHE_MIB = 256  # on CPU, if the engine does not say
 SHARED_MIB = 700  # measured: the process that has imported vLLM ...
-SERVER_MIB = 800  # ... and what a server under load adds to it, weights and KV cache apart
-LAST_LINES = 25
+SERVER_MIB = 600  # ... and what a server under load adds to it, weights and KV cache apart
+LAST_LINES = 12
+_LOG_PREFIX = re.compile(r"^\(\S+ pid=\d+\) (?:[A-Z]+ \S+ \S+ \[[^\]]*\] )?")
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 CPU_ENV = {
@@ -229,7 +231,9 @@ def _ready(client: httpx.Client, endpoint: Endpoint) -> bool:
 
 
 def _last_words(log: Path) -> str:
-    """The last lines of a log, or what there is of one."""
+    """The last lines of a log without the frames of tracebacks: vLLM prints dozens after the one that says the cause."""
     if not log.is_file():
         return "(there is no log)"
-    return "\n".join(log.read_text(errors="replace").splitlines()[-LAST_LINES:])
+    lines = [_LOG_PREFIX.sub("", line) for line in log.read_text(errors="replace").splitlines()]
+    said = [line for line in lines if line.strip() and not line.startswith((" ", "Traceback"))]
+    return "\n".join(list(dict.fromkeys(said))[-LAST_LINES:])

@@ -51,8 +51,10 @@ class RequireKey:
 
 
 def preload(models: set[Path]) -> None:
-    """Import, once, all that a CPU server needs, and let engines be forked: vLLM spawns them on CPU, for the sake of
-    OpenMP settings that it would change between processes, which is not the case here."""
+    """Import, once, all that a CPU server needs, and let engines be forked.
+
+    On CPU vLLM spawns them, to give each its own OpenMP settings; here the settings are the same everywhere.
+    """
     import vllm.entrypoints.launchers.api_server.routers
     import vllm.v1.engine.async_llm
     import vllm.v1.engine.utils
@@ -61,7 +63,7 @@ def preload(models: set[Path]) -> None:
     from vllm import ModelRegistry
 
     context = multiprocessing.get_context("fork")
-    vllm.v1.engine.utils.get_mp_context = lambda: context
+    vllm.v1.engine.utils.get_mp_context = lambda: context  # type: ignore[attr-defined]
     for architecture in {a for model in models for a in json.loads((model / "config.json").read_text())["architectures"]}:
         lazy = ModelRegistry.models.get(architecture)
         if lazy is not None:  # otherwise each server would inspect the class in a process of its own, with imports of its own
@@ -79,7 +81,7 @@ def run(server: Server) -> None:
     os.dup2(output, 2)
     os.environ.update(server["env"])
     sys.argv = ["vllm", *server["argv"]]
-    entry.main()
+    entry.main()  # type: ignore[no-untyped-call]
 
 
 def run_all(servers: list[Server]) -> int:
@@ -95,7 +97,7 @@ def run_all(servers: list[Server]) -> int:
             except BaseException:
                 traceback.print_exc()
             sys.stdout.flush()
-            os._exit(status)  # no teardown of the libraries: it is noisy, and would bury the last words of a failed start
+            os._exit(status)
         names[pid] = server["name"]
 
     def stop(number: int, frame: FrameType | None) -> None:
@@ -132,4 +134,6 @@ def main(servers: list[Server]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(json.loads(sys.argv[1])))
+    exit_status = main(json.loads(sys.argv[1]))
+    sys.stdout.flush()
+    os._exit(exit_status)  # no teardown of the libraries: it is noisy, and would bury the last words of a failed start

@@ -112,7 +112,7 @@ class Trainer:
         self._collate = Collator(
             encoder,
             student.model.get_rope_index,
-            patch_size=getattr(vision, "in_channels", 3) * vision.temporal_patch_size * vision.patch_size**2,
+            patch_size=vision.in_channels * vision.temporal_patch_size * vision.patch_size**2,
             merge=vision.spatial_merge_size,
             single_row=attention() == "flash_attention_2",
         )

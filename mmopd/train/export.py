@@ -1,6 +1,5 @@
 """The student as a HF folder that transformers and vLLM load."""
 
-import json
 import shutil
 from pathlib import Path
 
@@ -13,7 +12,7 @@ def export(trainer: Trainer, target: Path) -> Path:
     """Write weights, configuration, processor, tokenizer and generation settings to `target`; collective.
 
     Written under a temporary name and then renamed, so `target` is whole or what it was before.
-    Everything but the weights and `architectures` is the source folder's own, unchanged.
+    Everything but the weights and their configuration is the source folder's own, unchanged.
     """
     state = {name: weight.detach().to("cpu", copy=True) for name, weight in trainer.named_weights()}
     if trainer.ranks.rank == 0:
@@ -28,10 +27,7 @@ def export(trainer: Trainer, target: Path) -> Path:
 
 
 def _complete(folder: Path, source: Path) -> None:
-    """Copy what the model needs besides weights, and give the architecture the name that others know."""
+    """Copy what the model needs besides weights and configuration."""
     for file in source.iterdir():
         if file.is_file() and file.name != "config.json" and not any(file.match(pattern) for pattern in WEIGHTS):
             shutil.copyfile(file, folder / file.name)
-    ours = json.loads((folder / "config.json").read_text())
-    ours["architectures"] = json.loads((source / "config.json").read_text())["architectures"]
-    (folder / "config.json").write_text(json.dumps(ours, indent=2) + "\n")

@@ -40,6 +40,11 @@ class _Student:
         super().__init__(config)  # type: ignore[call-arg]
         self.lm_head.__class__ = LogprobHead
 
+    @classmethod
+    def is_custom_code(cls) -> bool:
+        """False, so that transformers applies the weight conversions of the family, which it finds by class name."""
+        return False
+
     def forward(
         self,
         *args: Any,
@@ -65,15 +70,11 @@ class _Student:
         return self.lm_head(hidden.flatten(0, 1).index_select(0, logprob_index), logprob_targets)
 
 
-class Qwen3VLStudent(_Student, Qwen3VLForConditionalGeneration):  # type: ignore[no-untyped-call]
-    """Qwen3-VL, dense."""
-
-
-class Qwen25VLStudent(_Student, Qwen2_5_VLForConditionalGeneration):  # type: ignore[no-untyped-call]
-    """Qwen2.5-VL."""
-
-
-STUDENTS: dict[str, type[Any]] = {"qwen3_vl": Qwen3VLStudent, "qwen2_5_vl": Qwen25VLStudent}
+# A student has the name of its family's class: transformers looks up weight conversions by it, and writes it into exported configurations.
+STUDENTS: dict[str, type[Any]] = {
+    kind: type(family.__name__, (_Student, family), {})
+    for kind, family in {"qwen3_vl": Qwen3VLForConditionalGeneration, "qwen2_5_vl": Qwen2_5_VLForConditionalGeneration}.items()
+}
 
 
 def attention() -> str:

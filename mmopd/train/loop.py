@@ -75,7 +75,8 @@ async def train(run: RunFolder, recipe: Recipe, ranks: Ranks) -> None:
                     with clock("checkpoint"):
                         checkpoints.save(trainer, step + 1, {"step": step + 1, "plan": plan.state()})
                 if recorder is not None:
-                    recorder.step(step, prompts, samples, batch, updates, clock.metrics() | {"probe": gap} | epochs(plan))
+                    more = clock.metrics() | {"probe": gap} | epochs(plan)
+                    recorder.step(step, prompts, samples, batch, updates=updates, more=more)
             export(trainer, run.export)
 
 
@@ -99,7 +100,7 @@ def restore(checkpoints: Checkpoints, trainer: Trainer, plan: Plan) -> int:
 
 def publish(trainer: Trainer, link: FileSync | None, version: str) -> None:
     """Give the engine the trainer's weights. All ranks gather; the one with a link sends."""
-    weights = chain.from_iterable(trainer.named_weights())
+    weights = trainer.named_weights()
     if link is not None:
         link.send(weights, version)
     else:
@@ -123,7 +124,8 @@ def check_absent(samples: Sequence[Sample], limit: float, step: int) -> None:
         causes = Counter((a.teacher, a.cause) for a in absent)
         details = {(a.teacher, a.cause): a.detail for a in absent}
         lines = "".join(f"\n  {n} x {cause} from {teacher}: {details[teacher, cause]}" for (teacher, cause), n in causes.most_common())
-        raise UserError(f"step {step}: {len(absent)} of {len(samples)} responses have no score, more than train.max_absent = {limit}:{lines}")
+        share = f"{len(absent)} of {len(samples)} responses have no score"
+        raise UserError(f"step {step}: {share}, more than train.max_absent = {limit} allows:{lines}")
 
 
 def epochs(plan: Plan) -> dict[str, float]:

@@ -2,8 +2,8 @@
 
 from collections.abc import Sequence
 
-from mmopd.prompts.shards import Shards
 from mmopd.modality import Encoder
+from mmopd.prompts.shards import Shards
 from mmopd.rollout.engine import StudentEngine
 from mmopd.train.engine import Trainer
 from mmopd.train.pack import Item
@@ -28,10 +28,10 @@ async def probe(trainer: Trainer, engine: StudentEngine, items: Sequence[Item], 
     """
     ours = trainer.logprobs(items)
     theirs = [await engine.logprobs(item.encoded, item.tokens) for item in items]
-    worst = max(abs(a - b) for mine, its in zip(ours, theirs, strict=True) for a, b in zip(mine.tolist(), its, strict=True))
+    worst: float = max(abs(a - b) for mine, its in zip(ours, theirs, strict=True) for a, b in zip(mine.tolist(), its, strict=True))
     if not worst <= tolerance:
         raise RuntimeError(
-            f"after the weight sync, engine and trainer differ by {worst:.2e} in the log-prob of a token (train.probe_tolerance: {tolerance:.0e}); "
-            "the engine does not hold the trainer's weights, or another precision than you think"
+            f"after the weight sync, engine and trainer differ by {worst:.2e} in the log-prob of a token, and train.probe_tolerance is "
+            f"{tolerance:.0e}: the engine does not hold the trainer's weights, or the two compute in different precision"
         )
     return worst

@@ -48,6 +48,7 @@ class Recorder:
         prompts: Sequence[Encoded],
         samples: Sequence[Sample],
         batch: Batch,
+        *,
         updates: Sequence[Mapping[str, float]],
         more: Mapping[str, float],
     ) -> None:

@@ -1,0 +1,82 @@
+"""Recipes: what is refused, and what the message says."""
+
+from pathlib import Path
+
+import pytest
+
+from mmopd import catalog, config
+from mmopd.config import Fleet, Mixture, Recipe
+from mmopd.errors import UserError
+
+RECIPE = "student: {model: m}\nfleet: teachers/demo.yaml\nmixture: data/demo.yaml\n"
+
+
+def write(folder: Path, text: str) -> Path:
+    path = folder / "r.yaml"
+    path.write_text(text)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("trian: {steps: 3}", "unknown key 'trian'; did you mean 'train'?"),
+        ("train: {stpes: 3}", "unknown key 'train.stpes'; did you mean 'steps'?"),
+        ("algorithm: {margin: {detla: 1}}", "unknown key 'algorithm.margin.detla'; did you mean 'delta'?"),
+        ("train: {steps: 0}", "train.steps: Input should be greater than or equal to 1"),
+        ("algorithm: {margin: {delta: -1}}", "algorithm.margin.delta: Input should be greater than or equal to 0"),
+        ("algorithm: {margin: {kind: both}}", "algorithm.margin.kind: Input should be 'shift' or 'mask'"),
+        ("rollout: {group: 65}", "rollout.group is 65, and student.engine.max_num_seqs is 64"),
+        ("student: [", "not valid YAML"),
+    ],
+)
+def test_a_mistake_names_the_file_the_key_and_the_way_out(tmp_path: Path, text: str, message: str) -> None:
+    path = write(tmp_path, RECIPE + text)
+    with pytest.raises(UserError) as error:
+        config.read(Recipe, path)
+    assert str(path) in str(error.value)
+    assert message in str(error.value)
+
+
+def test_a_missing_recipe_and_one_that_is_a_list_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no such file"):
+        config.read(Recipe, tmp_path / "none.yaml")
+    with pytest.raises(UserError, match="expected keys and values, found list"):
+        config.read(Recipe, write(tmp_path, "- a"))
+
+
+def test_overrides_replace_values_and_switch_parts_off(tmp_path: Path) -> None:
+    recipe = config.read(Recipe, write(tmp_path, RECIPE), ["train.steps=3", "algorithm.margin=null", "algorithm.balance.ratio=2"])
+    assert recipe.train.steps == 3
+    assert recipe.algorithm.margin is None
+    assert recipe.algorithm.balance is not None
+    assert recipe.algorithm.balance.ratio == 2
+
+
+@pytest.mark.parametrize("override", ["train.steps", "student.model.x=1"])
+def test_an_override_that_makes_no_sense_is_refused(tmp_path: Path, override: str) -> None:
+    with pytest.raises(UserError, match="override|has no keys"):
+        config.read(Recipe, write(tmp_path, RECIPE), [override])
+
+
+def test_a_resolved_recipe_reads_back_as_itself(tmp_path: Path) -> None:
+    recipe = config.read(Recipe, write(tmp_path, RECIPE), ["algorithm.balance.ratio=.inf"])
+    assert config.read(Recipe, write(tmp_path, config.dump(recipe))) == recipe
+
+
+def test_a_route_to_no_teacher_a_teacher_of_two_kinds_and_weights_of_zero_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no teacher 'txt'; did you mean 'text'"):
+        config.read(Fleet, write(tmp_path, "teachers: {text: {model: m}}\nroutes: [{teacher: txt}]"))
+    with pytest.raises(UserError, match="either `model`"):
+        config.read(Fleet, write(tmp_path, "teachers: {text: {}}\nroutes: [{teacher: text}]"))
+    with pytest.raises(UserError, match="sum to zero"):
+        config.read(Mixture, write(tmp_path, "sources: {a: {shards: s, task: t, weight: 0}}"))
+
+
+def test_every_shipped_recipe_is_complete() -> None:
+    recipes = sorted((catalog.shipped() / "recipes").glob("*.yaml"))
+    assert recipes
+    for path in recipes:
+        recipe = catalog.load_recipe(path)
+        catalog.load_fleet(recipe.fleet)
+        catalog.load_mixture(recipe.mixture)

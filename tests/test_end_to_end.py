@@ -1,0 +1,184 @@
+"""The whole job on a world of a few rows: real vLLM servers, ZeRO-3 on two ranks, lmms-eval; and that nothing survives it."""
+
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+from transformers import AutoProcessor, Qwen3VLForConditionalGeneration
+
+from mmopd import catalog
+from mmopd.config import Recipe, read
+from mmopd.evaluate import Results
+from mmopd.fingerprint import hash_model
+from mmopd.progress import Stages
+from mmopd.report.metrics import read_lines
+from mmopd.run import RunFolder
+
+SMALL = ["train.steps=4", "train.checkpoint_every=2", "rollout.prompts=6", "rollout.group=4", "algorithm.difficulty.attempts=2"]
+NO_SUITE = "suite=null"
+MARK = "MMOPD_TEST_MARK"
+
+
+@pytest.fixture(scope="module")
+def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The demo's own preparation with few rows and few steps, and a recipe that takes it as it is."""
+    folder = tmp_path_factory.mktemp("workspace")
+    world = catalog.load_module(catalog.shipped() / "data" / "demo.py")
+    for name in ("BASE", "TEXT_TEACHER", "IMAGE_TEACHER"):
+        setattr(world, name, dataclasses.replace(getattr(world, name), steps=12))
+    world.PROMPTS = dict.fromkeys(world.PROMPTS, 16)
+    world.HELD_OUT = dict.fromkeys(world.HELD_OUT, 6)
+    with Stages(Console(quiet=True)) as stages, stages.stage("prepare") as stage:
+        world.prepare(folder, stage)
+    recipe = (catalog.shipped() / "recipes" / "demo.yaml").read_text()
+    (folder / "recipes").mkdir()
+    (folder / "recipes" / "small.yaml").write_text(recipe.replace("prepare: data/demo.py\n", ""))
+    return folder
+
+
+class Command:
+    """A `mmopd` command in a workspace, marked so that every process it starts can be found."""
+
+    def __init__(self, workspace: Path, *args: str) -> None:
+        self.mark = uuid.uuid4().hex
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "mmopd", *args],
+            cwd=workspace,
+            env={**os.environ, MARK: self.mark},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+
+    def finish(self) -> tuple[int, str]:
+        output, _ = self.process.communicate(timeout=600)
+        return self.process.returncode, output
+
+    def wait_for(self, happened: Callable[[], bool], timeout: float = 300) -> None:
+        deadline = time.monotonic() + timeout
+        while not happened():
+            assert self.process.poll() is None, self.finish()[1]
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+
+    def survivors(self) -> list[str]:
+        """Command lines of processes that still carry the mark."""
+        found = []
+        for entry in Path("/proc").iterdir():
+            try:
+                if entry.name.isdigit() and self.mark.encode() in (entry / "environ").read_bytes():
+                    found.append((entry / "cmdline").read_text().replace("\0", " "))
+            except OSError:
+                continue
+        return found
+
+    def assert_nothing_survives(self, within: float = 15) -> None:
+        deadline = time.monotonic() + within
+        while (left := self.survivors()) and time.monotonic() < deadline:
+            time.sleep(0.2)
+        assert not left
+
+
+@pytest.fixture(scope="module")
+def finished(workspace: Path) -> Iterator[tuple[RunFolder, str]]:
+    command = Command(workspace, "train", "recipes/small.yaml", *SMALL, "--run", "runs/whole")
+    status, output = command.finish()
+    assert status == 0, output
+    command.assert_nothing_survives()
+    yield RunFolder(workspace / "runs" / "whole"), output
+
+
+def test_every_step_is_recorded_with_engine_and_trainer_in_agreement(finished: tuple[RunFolder, str]) -> None:
+    run, _ = finished
+    steps = read_lines(run.metrics)
+    assert [row["step"] for row in steps] == [0, 1, 2, 3]
+    for row in steps:
+        assert row["responses"] == 24
+        assert row["probe"] <= 1e-4
+        assert row.get("mismatch", 0) <= 1e-4
+        assert row["absent"] == row["unknown"] == 0
+        assert {"accuracy/additions", "accuracy/digit_sum", "return", "seconds/rollout", "seconds/sync"} <= row.keys()
+    assert list((run.root / "tensorboard").iterdir())
+    assert read_lines(run.samples)
+
+
+def test_the_run_folder_can_repeat_the_run(finished: tuple[RunFolder, str]) -> None:
+    run, _ = finished
+    assert read(Recipe, run.recipe_file).train.steps == 4
+    assert json.loads(run.versions.read_text())["mmopd"]
+    difficulty = json.loads((run.difficulty / "difficulty.json").read_text())
+    assert {name: len(one["weights"]) for name, one in difficulty["sources"].items()} == {"additions": 16, "digit_sum": 16}
+    assert {path.name for path in run.checkpoints.iterdir()} == {"step-00000002", "step-00000004"}
+    assert {"serve", "difficulty", "distil"} <= json.loads(run.timings.read_text()).keys()
+
+
+def test_student_and_teachers_are_evaluated_before_and_the_student_after(finished: tuple[RunFolder, str]) -> None:
+    run, output = finished
+    results = Results.read(run.results)
+    assert [row.name for row in results.rows] == ["base", "text_teacher", "image_teacher", "distilled"]
+    assert not results.failures()
+    assert all(row.record(column).n == 6 for row in results.rows for column in ("Additions", "Digit sums"))  # type: ignore[union-attr]
+    assert "distilled" in output
+    assert run.report.stat().st_size > 1_000_000  # plotly is in it
+
+
+def test_the_exported_student_loads_and_is_another_model_than_the_base(finished: tuple[RunFolder, str], workspace: Path) -> None:
+    run, _ = finished
+    model, info = Qwen3VLForConditionalGeneration.from_pretrained(run.export, output_loading_info=True)
+    assert not info["missing_keys"]
+    assert not info["unexpected_keys"]
+    assert model.config.architectures == ["Qwen3VLForConditionalGeneration"]
+    AutoProcessor.from_pretrained(run.export)
+    assert hash_model(run.export) != hash_model(workspace / ".mmopd" / "demo" / "base")
+
+
+def test_no_key_is_left_in_the_run_folder(finished: tuple[RunFolder, str]) -> None:
+    run, _ = finished
+    assert not run.endpoints.exists()
+    for log in run.logs.iterdir():
+        assert "Bearer" not in log.read_text()
+        assert "VLLM_API_KEY=" not in log.read_text()
+
+
+def test_a_second_run_into_the_same_folder_is_refused(finished: tuple[RunFolder, str], workspace: Path) -> None:
+    status, output = Command(workspace, "train", "recipes/small.yaml", "--run", "runs/whole").finish()
+    assert status == 2
+    assert "runs/whole: this run folder exists" in output
+
+
+def test_nothing_survives_kill_9_and_the_run_resumes_where_it_was(workspace: Path) -> None:
+    run = RunFolder(workspace / "runs" / "killed")
+    command = Command(workspace, "train", "recipes/small.yaml", *SMALL, "train.steps=6", NO_SUITE, "--run", "runs/killed")
+    command.wait_for(lambda: len(read_lines(run.metrics)) >= 3)
+    command.process.send_signal(signal.SIGKILL)
+    command.process.wait()
+    command.assert_nothing_survives()
+    before = read_lines(run.metrics)[:2]
+
+    resumed = Command(workspace, "train", "--resume", "runs/killed")
+    status, output = resumed.finish()
+    assert status == 0, output
+    resumed.assert_nothing_survives()
+    after = read_lines(run.metrics)
+    assert [row["step"] for row in after] == [0, 1, 2, 3, 4, 5]
+    assert after[:2] == before
+    assert max(row["probe"] for row in after) <= 1e-4
+
+
+def test_ctrl_c_stops_everything_and_says_so(workspace: Path) -> None:
+    command = Command(workspace, "train", "recipes/small.yaml", *SMALL, NO_SUITE, "--run", "runs/interrupted")
+    command.wait_for(lambda: len(command.survivors()) > 3)
+    command.process.send_signal(signal.SIGINT)
+    status, output = command.finish()
+    assert status == 130
+    assert "interrupted" in output
+    command.assert_nothing_survives()

@@ -1,0 +1,80 @@
+"""Prompts as ids: what we count is what transformers' own processor makes, and nothing large is decoded."""
+
+import io
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from mmopd.demo import world
+from mmopd.errors import UserError
+from mmopd.modality import Encoder
+from mmopd.modality.encode import open_image
+from mmopd.records import Prompt
+
+
+@pytest.fixture(scope="module")
+def encoder(tmp_path_factory: pytest.TempPathFactory) -> Encoder:
+    folder = tmp_path_factory.mktemp("model")
+    world.build_student(folder)
+    return Encoder(folder)
+
+
+def png(width: int, height: int) -> bytes:
+    file = io.BytesIO()
+    Image.new("RGB", (width, height), "white").save(file, "PNG")
+    return file.getvalue()
+
+
+def prompt(*images: bytes, placeholders: int | None = None) -> Prompt:
+    parts = [{"type": "image"}] * (len(images) if placeholders is None else placeholders)
+    messages = ({"role": "user", "content": [*parts, {"type": "text", "text": "What is their sum?"}]},)
+    return Prompt("p/0", "digit_sum", "image" if images else "text", messages, images, "8")
+
+
+@pytest.mark.parametrize("sizes", [[], [(64, 32)], [(37, 211)], [(1, 1)], [(700, 300), (64, 32)]])
+def test_ids_and_grids_are_those_of_the_processor(encoder: Encoder, sizes: list[tuple[int, int]]) -> None:
+    encoded = encoder.encode(prompt(*(png(*size) for size in sizes)))
+    text = encoder.processor.apply_chat_template(list(encoded.prompt.messages), tokenize=False, add_generation_prompt=True)
+    images = [Image.open(io.BytesIO(data)) for data in encoded.prompt.images]
+    expected = encoder.processor(text=[text], images=images or None, return_tensors="pt")
+    assert list(encoded.expanded) == expected["input_ids"][0].tolist()
+    assert encoded.ids.count(encoder.image_token) == len(sizes)
+    if sizes:
+        assert [list(grid) for grid in encoded.grids] == expected["image_grid_thw"].tolist()
+        assert encoder.pixel_values(encoded)[0].equal(expected["pixel_values"])
+
+
+def test_placeholders_and_images_must_match(encoder: Encoder) -> None:
+    with pytest.raises(ValueError, match="2 image placeholders for 1 images"):
+        encoder.encode(prompt(png(64, 32), placeholders=2))
+
+
+def test_an_image_is_bounded_by_its_header_alone() -> None:
+    with pytest.raises(ValueError, match="30000 x 1 pixels"):
+        open_image(png(30_000, 1))
+    with pytest.raises(ValueError, match="not an image"):
+        open_image(b"GIF89a nothing")
+
+
+def test_control_tokens_of_vision_are_known_to_be_banned(encoder: Encoder) -> None:
+    assert encoder.image_token in encoder.banned
+    assert encoder.tokenizer.convert_tokens_to_ids("<|video_pad|>") in encoder.banned
+    assert encoder.tokenizer.eos_token_id not in encoder.banned
+
+
+def test_a_folder_without_a_processor_is_named(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=str(tmp_path)):
+        Encoder(tmp_path)
+
+
+def test_images_are_read_upright_and_on_white_as_servers_do(encoder: Encoder) -> None:
+    sideways, clear = io.BytesIO(), io.BytesIO()
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned by a quarter
+    Image.new("RGB", (96, 64), "red").save(sideways, "JPEG", exif=exif)
+    Image.new("RGBA", (64, 32), (255, 0, 0, 0)).save(clear, "PNG")
+    turned, white = encoder.encode(prompt(sideways.getvalue())), encoder.encode(prompt(clear.getvalue()))
+    assert turned.grids == ((1, 6, 4),)
+    encoder.pixel_values(turned)
+    assert encoder.pixel_values(white)[0].equal(encoder.pixel_values(encoder.encode(prompt(png(64, 32))))[0])

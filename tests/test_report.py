@@ -1,0 +1,218 @@
+"""Metrics, token samples and the report page."""
+
+import base64
+import io
+import json
+import math
+import re
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from mmopd import config
+from mmopd.config import Recipe, Student
+from mmopd.errors import UserError
+from mmopd.evaluate import Record, Results, Row
+from mmopd.records import Absent, Outcome, Prompt, Response, Sample, Score
+from mmopd.report.heatmap import TokenRow, as_json, cells, choose, picture, read_rows, token_row
+from mmopd.report.html import curves, script_json, write_report
+from mmopd.report.metrics import JsonLines, MetricsWriter, read_lines
+
+
+def png(width: int, height: int) -> str:
+    file = io.BytesIO()
+    Image.new("RGB", (width, height), "white").save(file, format="PNG")
+    return base64.b64encode(file.getvalue()).decode()
+
+
+def row(step: int = 0, task: str = "digit_sum", outcome: float | None = 1.0, **more: object) -> TokenRow:
+    values: dict[str, object] = {
+        "step": step,
+        "task": task,
+        "modality": "image",
+        "prompt": "What is their sum?",
+        "images": [png(64, 32)],
+        "tokens": ["3", "+", "5", "=", "8"],
+        "student": [-0.1, -0.2, -0.3, -0.4, -0.5],
+        "teacher": [-0.2, -0.2, -0.3, -6.4, -0.1],
+        "advantage": [0.1, 0.2, 0.2, -5.8, 0.6],
+        "outcome": outcome,
+        "teacher_name": "image_teacher",
+        "kept": True,
+    }
+    return TokenRow(**(values | more))  # type: ignore[arg-type]
+
+
+# Metrics.
+
+
+def test_a_step_is_one_line_and_the_same_numbers_are_in_tensorboard(tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    with MetricsWriter(tmp_path) as writer:
+        writer.write(0, {"return": -0.5, "accuracy/digit_sum": 0.25, "grad_norm": math.nan})
+        writer.write(1, {"return": -0.25, "accuracy/digit_sum": 0.5})
+    assert read_lines(tmp_path / "metrics.jsonl") == [
+        {"step": 0, "return": -0.5, "accuracy/digit_sum": 0.25, "grad_norm": None},
+        {"step": 1, "return": -0.25, "accuracy/digit_sum": 0.5},
+    ]
+    board = EventAccumulator(str(tmp_path / "tensorboard"))
+    board.Reload()
+    assert [(e.step, e.value) for e in board.Scalars("return")] == [(0, -0.5), (1, -0.25)]
+    assert sorted(board.Tags()["scalars"]) == ["accuracy/digit_sum", "return"]
+
+
+def test_a_name_that_is_explained_nowhere_is_refused(tmp_path: Path) -> None:
+    with MetricsWriter(tmp_path) as writer, pytest.raises(ValueError, match="'retrun' is not explained"):
+        writer.write(0, {"retrun": 1.0})
+
+
+def test_a_resumed_run_removes_what_is_later_than_its_checkpoint_and_a_torn_line(tmp_path: Path) -> None:
+    with MetricsWriter(tmp_path) as writer:
+        for step in range(4):
+            writer.write(step, {"loss": float(step)})
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(path.read_bytes()[:-4])
+    assert [r["step"] for r in read_lines(path)] == [0, 1, 2]
+    with MetricsWriter(tmp_path, done=2) as writer:
+        writer.write(2, {"loss": 20.0})
+    assert [(r["step"], r["loss"]) for r in read_lines(path)] == [(0, 0.0), (1, 1.0), (2, 20.0)]
+
+
+def test_a_run_that_starts_over_keeps_nothing(tmp_path: Path) -> None:
+    lines = JsonLines(tmp_path / "samples.jsonl", 0)
+    lines.append({"step": 0})
+    lines.close()
+    JsonLines(tmp_path / "samples.jsonl", 0).close()
+    assert (tmp_path / "samples.jsonl").read_bytes() == b""
+
+
+# Samples.
+
+
+def test_a_row_says_what_was_sampled_scored_and_learned() -> None:
+    parts = [{"type": "image"}, {"type": "text", "text": "What is their sum?"}]
+    prompt = Prompt("digits/7", "digit_sum", "image", ({"role": "user", "content": parts},), (b"image",), "8")
+    response = Response((5, 6), (-0.1, -0.2), "=8", "stop", "step-3")
+    sample = Sample(0, response, Outcome(math.nan, "no key"), Score("image_teacher", (-0.3, -0.1)))
+    made = token_row(3, prompt, sample, ["=", "8"], [0.25, 0.5], kept=False)
+    assert made.images == [base64.b64encode(b"image").decode()]
+    assert (made.prompt, made.outcome, made.verdict, made.kept) == ("What is their sum?", None, "unknown", False)
+    assert made.reward == pytest.approx((-0.2 + 0.1) / 2)
+    with pytest.raises(ValueError, match="digits/7 has no score"):
+        token_row(3, prompt, Sample(0, response, Outcome(1.0), Absent("t", "timeout")), ["=", "8"], [0.0, 0.0], kept=False)
+
+
+def test_rows_survive_the_way_through_the_file_to_four_digits(tmp_path: Path) -> None:
+    lines = JsonLines(tmp_path / "samples.jsonl", 0)
+    lines.append(as_json(row(prompt="a\u2028b", student=[-0.123456] * 5)))
+    lines.close()
+    [back] = read_rows(tmp_path / "samples.jsonl")
+    assert (back.prompt, back.student) == ("a\u2028b", [-0.1235] * 5)
+
+
+def test_the_handful_has_right_and_wrong_of_each_task_early_and_late() -> None:
+    rows = [row(step, task, outcome) for step in (0, 5, 9) for task in ("additions", "digit_sum") for outcome in (1.0, 0.0, 0.0)]
+    assert [(r.step, r.task, r.verdict) for r in choose(rows)] == [
+        (step, task, verdict) for step in (0, 9) for task in ("additions", "digit_sum") for verdict in ("right", "wrong")
+    ]
+    assert len(choose(rows, limit=3)) == 3
+    assert choose([]) == []
+    assert choose([row(tokens=[], student=[], teacher=[], advantage=[])]) == []
+
+
+def test_colour_is_teacher_minus_student_and_is_bounded() -> None:
+    assert [round(c["colour"], 4) for c in cells(row())] == [-0.0333, 0.0, 0.0, -1.0, 0.1333]
+
+
+@pytest.mark.parametrize(("token", "seen"), [(" ", "␣"), (" the", " the"), ("\n\n", "⏎⏎"), (".\n", ".⏎"), ("\x07", r"\x07"), ("", "")])
+def test_every_token_can_be_seen(token: str, seen: str) -> None:
+    [cell] = cells(row(tokens=[token], student=[0.0], teacher=[0.0], advantage=[0.0]))
+    assert cell["text"] == seen
+
+
+def test_a_large_image_is_shown_smaller_and_a_small_one_as_it_is() -> None:
+    assert picture(png(64, 32)) == (f"data:image/png;base64,{png(64, 32)}", 64, 32)
+    url, width, height = picture(png(2000, 1000))
+    assert (width, height) == (640, 320)
+    assert url.startswith("data:image/jpeg;base64,")
+
+
+# The page.
+
+
+def write_run(run: Path) -> Path:
+    """A small but complete run folder."""
+    (run / "difficulty").mkdir(parents=True)
+    recipe = Recipe(student=Student(model=Path("models/base")), fleet=Path("teachers/f.yaml"), mixture=Path("data/m.yaml"))
+    (run / "recipe.yaml").write_text(config.dump(recipe))
+    (run / "versions.json").write_text(json.dumps({"mmopd": "1.2.3", "torch": "9.9"}))
+    (run / "stages.json").write_text(json.dumps({"serve": 30.0, "distil": 170.0}))
+    source = {"correct": [0, 2, 2, 1], "attempts": [2, 2, 2, 2], "shape": "flat", "weights": [1.0, 1.0, 1.0, 2.0]}
+    (run / "difficulty" / "difficulty.json").write_text(json.dumps({"version": 1, "made_from": {}, "sources": {"digits": source}}))
+    with MetricsWriter(run) as writer:
+        for step in range(20):
+            writer.write(step, {"return": -0.2 + step / 100, "accuracy/digit_sum": 0.4, "absent": 0, "kept": 8, "seconds/rollout": 1.5})
+
+    def record(model: str, score: float | None) -> Record:
+        status, reason = ("ok", "") if score is not None else ("failed", "3 of 8 requests failed")
+        return Record(model, "student", "Digits", "t", "m", status, reason, score, 1.0, 8, "w", "d", {}, {}, 1.0)  # type: ignore[arg-type]
+
+    rows = [
+        Row("base", "base", (record("base", 40.0),)),
+        Row("t", "teacher", (record("t", 90.0),)),
+        Row("distilled", "distilled", (record("distilled", 70.0),)),
+    ]
+    Results.of([*rows, Row("other", "teacher", (record("other", None),))]).write(run)
+    samples = JsonLines(run / "samples.jsonl", 0)
+    samples.append(as_json(row(prompt="is 1 < 2 & </script><b>?", tokens=["</script>", "<img src=x>", "5", "=", "8"])))
+    samples.close()
+    return run
+
+
+@pytest.fixture
+def page(tmp_path: Path) -> str:
+    return write_report(write_run(tmp_path / "run")).read_text()
+
+
+def test_the_report_needs_nothing_but_itself(page: str) -> None:
+    ours = re.sub(r"<script>.*?</script>", "", page, flags=re.DOTALL)
+    assert not re.findall(r"(?:src|href)=[\"'](?!data:)|@import|url\((?!data:)", ours)
+    assert page.count("plotly.js v") == 1
+
+
+def test_the_report_shows_results_curves_difficulty_time_and_tokens(page: str) -> None:
+    for title in ("Results", "Training", "Difficulty", "Responses, token by token", "Time"):
+        assert f"<h2>{title}" in page
+    assert "<b>60 %</b> <span>of the gap closed</span>" in page
+    assert "other, Digits: 3 of 8 requests failed" in page
+    assert "3 min 20 s in all" in page
+    data = json.loads(re.search(r'id="data">(.*?)</script>', page, re.DOTALL)[1])  # type: ignore[index]
+    assert [chart["title"] for chart in data["curves"]] == ["Accuracy of the rollouts", "Return", "Where responses went", "Time of a step"]
+    assert [s["name"] for s in data["curves"][2]["series"]] == ["kept"]
+    assert data["difficulty"][0]["before"] == [0.25, 0.25, 0.5]
+    assert data["difficulty"][0]["after"] == [0.2, 0.4, 0.4]
+
+
+def test_what_a_model_wrote_stays_text(page: str) -> None:
+    assert "is 1 &lt; 2 &amp; &lt;/script&gt;&lt;b&gt;?" in page
+    assert "<img src=x>" not in page
+    assert script_json({"x": "</script>\u2028"}) == '{"x":"\\u003c/script>\\u2028"}'
+
+
+def test_a_run_that_has_just_begun_has_a_report_too(tmp_path: Path) -> None:
+    (tmp_path / "recipe.yaml").write_text(config.dump(Recipe(student=Student(model=Path("m")), fleet=Path("f"), mixture=Path("d"))))
+    page = write_report(tmp_path).read_text()
+    assert "<h2>" not in page
+    assert "0 of 100 steps" in page
+
+
+def test_a_folder_that_is_no_run_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="not a run folder"):
+        write_report(tmp_path)
+
+
+def test_a_number_that_was_not_finite_is_a_gap_in_the_curve() -> None:
+    [chart] = curves([{"step": 0, "loss": 1.0}, {"step": 1, "loss": None}, {"step": 2, "loss": 3.0}])
+    assert chart["series"] == [{"name": "loss", "x": [0, 1, 2], "y": [1.0, None, 3.0]}]

@@ -1,0 +1,211 @@
+import base64
+import io
+import os
+import shutil
+import socket
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import httpx
+import psutil
+import pytest
+import torch
+from PIL import Image
+
+from mmopd.config import Engine
+from mmopd.demo.world import build_student, digit_sums
+from mmopd.errors import UserError
+from mmopd.processes import Children
+from mmopd.rollout.sync import FileSync, SyncError
+from mmopd.teacher import endpoint
+from mmopd.teacher.endpoint import Endpoint
+from mmopd.teacher.serve import ServerSpec, serve
+
+pytest.importorskip("vllm")
+ENGINE = Engine(dtype="float32", max_model_len=256, max_num_seqs=8, kv_cache_mib=32)
+
+
+class Running(NamedTuple):
+    student: Endpoint
+    teacher: Endpoint
+    children: Children
+    check: Callable[[], None]
+    logs: Path
+    events: Sequence[tuple[str, str]]
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """Two students with different weights."""
+    folder = tmp_path_factory.mktemp("models")
+    for seed in (0, 1):
+        build_student(folder / str(seed), seed)
+    return folder / "0", folder / "1"
+
+
+@pytest.fixture(scope="module")
+def running(models: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+    logs, events = tmp_path_factory.mktemp("logs"), list[tuple[str, str]]()
+    specs = [ServerSpec("student", models[0], ENGINE, updatable=True), ServerSpec("teacher", models[1], ENGINE, updatable=False)]
+    with Children() as children:
+        with serve(specs, children, logs, lambda *event: events.append(event)) as servers:
+            yield Running(servers["student"], servers["teacher"], children, servers.check, logs, events)
+        assert not any(child.alive for child in children)
+
+
+def refused(spec: ServerSpec, logs: Path) -> str:
+    """The message with which a server is not started; nothing is left of it."""
+    with Children() as children, pytest.raises(UserError) as error, serve([spec], children, logs, lambda *event: None):
+        pass
+    assert not any(child.alive for child in children)
+    return str(error.value)
+
+
+def test_a_folder_without_a_model_is_refused(tmp_path: Path) -> None:
+    assert "there is no config.json" in refused(ServerSpec("x", tmp_path, ENGINE, updatable=False), tmp_path)
+
+
+def test_a_port_that_is_taken_is_named_with_its_key(models: tuple[Path, Path], tmp_path: Path) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        message = refused(ServerSpec("x", models[0], ENGINE.model_copy(update={"port": port}), updatable=False), tmp_path)
+    assert str(port) in message
+    assert "engine.port" in message
+
+
+def test_memory_that_is_short_is_said_with_what_is_needed(models: tuple[Path, Path], tmp_path: Path) -> None:
+    message = refused(ServerSpec("x", models[0], ENGINE.model_copy(update={"kv_cache_mib": 10**9}), updatable=False), tmp_path)
+    assert "KV cache 1,000,000,000" in message
+    assert f"{psutil.virtual_memory().available >> 30:,}"[:1] in message
+    assert "engine.kv_cache_mib" in message
+
+
+def test_a_server_that_dies_during_start_shows_its_last_words(models: tuple[Path, Path], tmp_path: Path) -> None:
+    broken = tmp_path / "broken"
+    shutil.copytree(models[0], broken)
+    weights = broken / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:100_000])
+    message = refused(ServerSpec("broken", broken, ENGINE, updatable=False), tmp_path)
+    assert "'broken' ended" in message
+    assert str(tmp_path / "broken.log") in message
+    assert "SafetensorError" in message
+
+
+def test_endpoints_are_written_for_this_user_alone(tmp_path: Path) -> None:
+    path, one = tmp_path / "endpoints.json", Endpoint("a", "http://127.0.0.1:1", "m", "secret", "teacher")
+    endpoint.save(path, [one])
+    assert path.stat().st_mode & 0o777 == 0o600
+    assert endpoint.load(path) == {"a": one}
+    assert "secret" not in repr(one)
+
+
+def test_readiness_is_told_for_each_server(running: Running) -> None:
+    assert [event for event in running.events if event[1] == "starting"] == [("student", "starting"), ("teacher", "starting")]
+    assert {name for name, what in running.events if what.startswith("ready after")} == {"student", "teacher"}
+    running.check()
+
+
+def test_no_route_is_open_without_the_key(running: Running) -> None:
+    for path in ("/health", "/v1/models", "/pause", "/resume", "/collective_rpc", "/update_weights", "/inference/v1/generate", "/metrics"):
+        assert httpx.post(running.student.url + path).status_code == 401
+        assert httpx.get(running.student.url + path, headers={"Authorization": "Bearer wrong"}).status_code == 401
+
+
+def test_only_the_student_can_be_changed(running: Running) -> None:
+    for path in ("/pause", "/update_weights", "/collective_rpc"):
+        assert httpx.post(running.teacher.url + path, headers=running.teacher.headers).status_code == 404
+
+
+def test_the_key_is_on_no_command_line_and_in_no_log(running: Running) -> None:
+    key = running.student.api_key
+    lines = [line for p in descendants(running.children) for line in p.cmdline()]
+    assert any("vllm_main" in line for line in lines)
+    assert not any(key in line for line in lines)
+    assert not any(key in log.read_text() for log in running.logs.iterdir())
+
+
+def test_after_a_sync_the_engine_answers_as_the_new_weights_do(running: Running, models: tuple[Path, Path]) -> None:
+    old, new = (load_model(model) for model in models)
+    prompts = [Question(models[0], row) for row in digit_sums("train", 2, seed=0)]
+    with FileSync(running.student, bucket_bytes=200_000) as sync:  # several buckets, whose borders cut layers
+        for version, model, stale in [("start", old, new), ("step-1", new, old), ("step-2", old, new)]:
+            sync.send(model.named_parameters(), version)
+            assert sync.version() == version
+            for _ in range(2):  # the second time the image and the prefix are in the engine's caches
+                for prompt in prompts:
+                    answer = prompt.ask(running.student)
+                    assert {span["version"] for span in answer["weight_versions"]} == {version}
+                    tokens = answer["token_ids"]
+                    greedy, logprobs = prompt.forward(model, tokens)
+                    served = torch.tensor([entry["logprob"] for entry in answer["logprobs"]["content"]])
+                    assert tokens == greedy
+                    assert (served - logprobs).abs().max() < 1e-4
+                    assert (served - prompt.forward(stale, tokens)[1]).abs().max() > 0.1  # the test can tell them apart
+
+
+def test_a_sync_that_lacks_a_weight_is_an_error(running: Running, models: tuple[Path, Path]) -> None:
+    weights = list(load_model(models[0]).named_parameters())
+    with FileSync(running.student) as sync:
+        with pytest.raises(SyncError, match=r"1 parameters were not sent, such as .*norm\.weight"):
+            sync.send(weights[:-1], "incomplete")
+        with pytest.raises(SyncError, match="start_weight_update"):  # and the engine stays out of use
+            sync.send(weights, "complete")
+
+
+def test_a_server_that_dies_later_is_found_by_name(running: Running) -> None:
+    port = int(running.teacher.url.rpartition(":")[2])
+    listening = [p for p in descendants(running.children) if any(c.laddr.port == port for c in p.net_connections() if c.status == "LISTEN")]
+    os.kill(min(p.pid for p in listening), 9)
+    while all(child.alive for child in running.children):
+        time.sleep(0.1)
+    with pytest.raises(UserError, match="server 'teacher' ended") as error:
+        running.check()
+    assert str(running.logs / "teacher.log") in str(error.value)
+
+
+def descendants(children: Children) -> list[psutil.Process]:
+    return [p for child in children if child.alive for p in psutil.Process(child.pid).children(recursive=True)]
+
+
+def load_model(path: Path) -> Any:
+    from transformers import Qwen3VLForConditionalGeneration
+
+    return Qwen3VLForConditionalGeneration.from_pretrained(path, dtype=torch.float32).eval()
+
+
+class Question:
+    """An image prompt, for a server and for the model itself."""
+
+    def __init__(self, model: Path, row: Any) -> None:
+        from transformers import AutoProcessor
+
+        processor = AutoProcessor.from_pretrained(model)
+        text = processor.apply_chat_template(row["messages"], add_generation_prompt=True, tokenize=False)
+        self.ids = processor.tokenizer.encode(text)
+        self.url = "data:image/png;base64," + base64.b64encode(row["images"][0]).decode()
+        self.inputs = processor(text=[text], images=[Image.open(io.BytesIO(row["images"][0]))], return_tensors="pt")
+
+    def ask(self, server: Endpoint) -> Any:
+        """12 greedy tokens."""
+        body = {
+            "token_ids": self.ids,
+            "content_parts": [{"type": "image_url", "url": self.url}],
+            "sampling_params": {"max_tokens": 12, "temperature": 0, "logprobs": 0, "detokenize": False, "ignore_eos": True},
+        }
+        reply = httpx.post(f"{server.url}/inference/v1/generate", json=body, headers=server.headers, timeout=60)
+        assert reply.status_code == 200, reply.text
+        return reply.json()["choices"][0]
+
+    @torch.no_grad()
+    def forward(self, model: Any, tokens: list[int]) -> tuple[list[int], torch.Tensor]:
+        """What the model would choose at each place, and its log-probs of `tokens`."""
+        ids = torch.cat([self.inputs["input_ids"], torch.tensor([tokens])], 1)
+        pixels = {name: self.inputs[name] for name in ("pixel_values", "image_grid_thw")}
+        types = (ids == model.config.image_token_id).int()
+        logits = model(input_ids=ids, attention_mask=torch.ones_like(ids), mm_token_type_ids=types, **pixels).logits[0]
+        logprobs = logits.log_softmax(-1)[-len(tokens) - 1 : -1]
+        return logprobs.argmax(-1).tolist(), logprobs.gather(-1, torch.tensor(tokens)[:, None])[:, 0]
