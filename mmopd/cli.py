@@ -73,20 +73,21 @@ def train(
     resume: Annotated[Path | None, typer.Option(help="Continue this run folder from its last checkpoint.", show_default=False)] = None,
 ) -> None:
     """Prepare, serve, balance by difficulty, distil, evaluate and report: everything that RECIPE describes."""
-    from mmopd import catalog, launch
+    from mmopd import catalog
     from mmopd.run import RunFolder
 
     if (recipe is None) == (resume is None):
         raise UserError("give a recipe (mmopd train recipes/demo.yaml), or --resume with a run folder")
-    if resume is not None:
+    if recipe is not None:
+        resolved = catalog.load_recipe(recipe, overrides=overrides or ())
+        folder = RunFolder(run or Path("runs") / f"{recipe.stem}-{datetime.now():%Y%m%d-%H%M%S}")
+        folder.create(resolved)
+    elif resume is not None:
         folder = RunFolder(resume)
-        launch.launch(folder, folder.recipe(), console)
-        return
-    assert recipe is not None
-    resolved = catalog.load_recipe(recipe, overrides=overrides or ())
-    folder = RunFolder(run or Path("runs") / f"{recipe.stem}-{datetime.now():%Y%m%d-%H%M%S}")
-    folder.create(resolved)
-    launch.launch(folder, resolved, console)
+        resolved = folder.recipe()
+    from mmopd.launch import launch
+
+    launch(folder, resolved, console)
 
 
 @app.command("eval")

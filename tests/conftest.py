@@ -1,7 +1,31 @@
+import dataclasses
 import os
+from pathlib import Path
 
+import pytest
 import torch
+from rich.console import Console
+
+from mmopd import catalog
+from mmopd.progress import Stages
 
 # Before any test starts a process: the machine's few cores are shared by servers, ranks and the tests themselves.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The demo's own preparation with few rows and few steps, and a recipe that takes it as it is."""
+    folder = tmp_path_factory.mktemp("workspace")
+    world = catalog.load_module(catalog.shipped() / "data" / "demo.py")
+    for name in ("BASE", "TEXT_TEACHER", "IMAGE_TEACHER"):
+        setattr(world, name, dataclasses.replace(getattr(world, name), steps=12))
+    world.PROMPTS = dict.fromkeys(world.PROMPTS, 16)
+    world.HELD_OUT = dict.fromkeys(world.HELD_OUT, 6)
+    with Stages(Console(quiet=True)) as stages, stages.stage("prepare") as stage:
+        world.prepare(folder, stage)
+    recipe = (catalog.shipped() / "recipes" / "demo.yaml").read_text()
+    (folder / "recipes").mkdir()
+    (folder / "recipes" / "small.yaml").write_text(recipe.replace("prepare: data/demo.py\n", ""))
+    return folder

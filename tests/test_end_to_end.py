@@ -1,6 +1,5 @@
 """The whole job on a world of a few rows: real vLLM servers, ZeRO-3 on two ranks, lmms-eval; and that nothing survives it."""
 
-import dataclasses
 import json
 import os
 import signal
@@ -12,37 +11,17 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from rich.console import Console
 from transformers import AutoProcessor, Qwen3VLForConditionalGeneration
 
-from mmopd import catalog
 from mmopd.config import Recipe, read
 from mmopd.evaluate import Results
 from mmopd.fingerprint import hash_model
-from mmopd.progress import Stages
 from mmopd.report.metrics import read_lines
 from mmopd.run import RunFolder
 
 SMALL = ["train.steps=4", "train.checkpoint_every=2", "rollout.prompts=6", "rollout.group=4", "algorithm.difficulty.attempts=2"]
 NO_SUITE = "suite=null"
 MARK = "MMOPD_TEST_MARK"
-
-
-@pytest.fixture(scope="module")
-def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The demo's own preparation with few rows and few steps, and a recipe that takes it as it is."""
-    folder = tmp_path_factory.mktemp("workspace")
-    world = catalog.load_module(catalog.shipped() / "data" / "demo.py")
-    for name in ("BASE", "TEXT_TEACHER", "IMAGE_TEACHER"):
-        setattr(world, name, dataclasses.replace(getattr(world, name), steps=12))
-    world.PROMPTS = dict.fromkeys(world.PROMPTS, 16)
-    world.HELD_OUT = dict.fromkeys(world.HELD_OUT, 6)
-    with Stages(Console(quiet=True)) as stages, stages.stage("prepare") as stage:
-        world.prepare(folder, stage)
-    recipe = (catalog.shipped() / "recipes" / "demo.yaml").read_text()
-    (folder / "recipes").mkdir()
-    (folder / "recipes" / "small.yaml").write_text(recipe.replace("prepare: data/demo.py\n", ""))
-    return folder
 
 
 class Command:

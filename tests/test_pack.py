@@ -4,12 +4,13 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
 from train_worker import make_items
 from transformers import Qwen2_5_VLConfig
 
 from mmopd.demo.world import build_student
 from mmopd.modality import Encoder
-from mmopd.train.logprob import STUDENTS, LogprobHead
+from mmopd.train.logprob import STUDENTS, LogprobHead, load_student
 from mmopd.train.pack import Collator, Item, Size, assign, fill_rows
 
 
@@ -127,6 +128,15 @@ def test_qwen2_5_vl_packs_too(encoder: Encoder, items: list[Item]) -> None:
         flat = student(**batch.inputs)
     for i, packed in zip(batch.order, flat.split([len(items[i].tokens) for i in batch.order]), strict=True):
         torch.testing.assert_close(packed, alone(student, encoder, items[i]), rtol=1e-5, atol=1e-5)
+
+
+def test_qwen2_5_vl_loads_from_a_folder_with_its_older_weight_names(encoder: Encoder, tmp_path: Path) -> None:
+    student = STUDENTS["qwen2_5_vl"](qwen2_5_vl(encoder))
+    student.save_pretrained(tmp_path)
+    with safe_open(tmp_path / "model.safetensors", "pt") as file:
+        assert "model.norm.weight" in file.keys()  # noqa: SIM118 (no mapping)
+    loaded = load_student(tmp_path, torch.float32)
+    assert all(map(torch.equal, student.parameters(), loaded.parameters()))
 
 
 def test_head_equals_plain_log_softmax_in_value_and_gradient() -> None:

@@ -1,6 +1,6 @@
 """The demo world: two tasks with real held-out data, and a tiny Qwen3-VL that can learn them on a CPU.
 
-- *text*: additions of two two-digit numbers, column by column: `7+5=12 4+8+1=13 =132`.
+- *text*: additions of two two-digit numbers, column by column: `7+5=12 4+8=12+1=13 =132`.
 - *image*: two handwritten digits (scans that scikit-learn ships) side by side: `3+5=8`.
 
 Each task has three splits. `few` is all that the base student ever sees; `train` (which contains
@@ -126,14 +126,15 @@ def _addition_pairs() -> list[tuple[int, int]]:
 
 
 def _addition(a: int, b: int, forget: bool) -> Row:
-    units = a % 10 + b % 10
-    carry = int(units >= 10 and not forget)
-    tens = a // 10 + b // 10 + carry
+    units, tens = a % 10 + b % 10, a // 10 + b // 10
+    steps = f"{a % 10}+{b % 10}={units} {a // 10}+{b // 10}={tens}"
+    if units >= 10 and not forget:
+        steps, tens = f"{steps}+1={tens + 1}", tens + 1
     return Row(
         messages=[{"role": "user", "content": [{"type": "text", "text": f"What is {a}+{b}?"}]}],
         images=[],
         answer=str(a + b),
-        solution=f"{a % 10}+{b % 10}={units} {a // 10}+{b // 10}{'+1' * carry}={tens} ={tens}{units % 10}",
+        solution=f"{steps} ={tens}{units % 10}",
     )
 
 
