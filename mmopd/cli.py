@@ -30,16 +30,13 @@ RunOption = Annotated[Path | None, typer.Option("--run", help="The run folder to
 
 
 def main() -> None:
-    """Entry point: a UserError is one message on stderr and exit status 2, Ctrl-C is 130, SIGTERM ends like an exception."""
+    """Entry point: a UserError is one message on stderr and exit status 2; SIGTERM ends like an exception, so that children are stopped."""
     signal.signal(signal.SIGTERM, _terminate)
     try:
         app()
     except UserError as error:
         Console(stderr=True, highlight=False).print(f"[bold red]error:[/] {_escape(str(error))}", soft_wrap=True)
         sys.exit(2)
-    except KeyboardInterrupt:
-        Console(stderr=True).print("interrupted")
-        sys.exit(130)
 
 
 @app.callback(invoke_without_command=True)
@@ -87,7 +84,11 @@ def train(
         resolved = folder.recipe()
     from mmopd.launch import launch
 
-    launch(folder, resolved, console)
+    try:
+        launch(folder, resolved, console)
+    except KeyboardInterrupt:
+        console.print(f"interrupted; `mmopd train --resume {folder.root}` goes on from the last checkpoint")
+        raise typer.Exit(130) from None
 
 
 @app.command("eval")

@@ -225,7 +225,9 @@ class Recipe(Config):
         attempts = self.algorithm.difficulty.attempts if self.algorithm.difficulty else 0
         for key, n in (("rollout.group", self.rollout.group), ("algorithm.difficulty.attempts", attempts)):
             if n > limit:
-                raise ValueError(f"{key} is {n}, and student.engine.max_num_seqs is {limit}: vLLM takes no request for more responses than that")
+                raise ValueError(
+                    f"{key} is {n}, and student.engine.max_num_seqs is {limit}: vLLM takes no request for more responses than that"
+                )
         return self
 
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import torch
 from rich.console import Console
 
 from mmopd import catalog, config
@@ -31,7 +32,7 @@ from mmopd.prompts import difficulty
 from mmopd.prompts.shards import Shards, open_mixture
 from mmopd.report.html import write_report
 from mmopd.rollout.collect import count_right
-from mmopd.rollout.engine import StudentEngine
+from mmopd.rollout.engine import EngineError, StudentEngine
 from mmopd.run import RunFolder
 from mmopd.task.pool import VerifierPool
 from mmopd.teacher.endpoint import Endpoint
@@ -57,11 +58,13 @@ def launch(run: RunFolder, recipe: Recipe, console: Console) -> None:
     Raises:
         UserError: anything that a user can put right; whatever was started is stopped, what was measured is kept.
     """
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed, which transformers imports, would warn that it found nothing else
     with Stages(console, run.timings) as stages:
         prepare(recipe, stages)
         job = check(recipe)
         with Children() as children, serving(job, run, children, stages) as servers:
-            measure_difficulty(job, servers["student"], run, stages)
+            measure_difficulty(job, servers, run, stages)
             rows = evaluate_all(job.suite, starting_points(job, servers), run.evaluation, stages)
             distil(job, run, children, servers, stages)
             rows += evaluate_all(job.suite, [Candidate("distilled", "distilled", servers["student"], run.export)], run.evaluation, stages)
@@ -146,10 +149,13 @@ def running_elsewhere(name: str, url: str, key_variable: str | None) -> Endpoint
         raise UserError(f"teacher {name}: {url} does not answer as a vLLM server ({type(error).__name__}: {error})") from error
 
 
-def measure_difficulty(job: Job, student: Endpoint, run: RunFolder, stages: Stages) -> None:
+def measure_difficulty(job: Job, servers: Servers, run: RunFolder, stages: Stages) -> None:
     """Offline balancing: the untrained student answers every prompt; counts, weights and the picture go to the run folder.
 
     Kept in the workspace, keyed by what it is made from; a pass that was stopped goes on where it was.
+
+    Raises:
+        UserError: the engine ended; with the last lines of its log.
     """
     settings, recipe = job.recipe.algorithm.difficulty, job.recipe
     if settings is None or (run.difficulty / difficulty.FILE).is_file():
@@ -159,7 +165,11 @@ def measure_difficulty(job: Job, student: Endpoint, run: RunFolder, stages: Stag
     with stages.stage("difficulty") as stage:
         if not (cache / difficulty.FILE).is_file():
             with difficulty.Counts(cache / "counts.jsonl", made_from) as counts:
-                asyncio.run(_answer_all(job, settings, student, counts, stage))
+                try:
+                    asyncio.run(_answer_all(job, settings, servers["student"], counts, stage))
+                except EngineError as error:
+                    servers.check()
+                    raise UserError(f"{error} ({run.logs / 'student.log'})") from error
                 measured = difficulty.measure(counts, job.sources, settings)
             difficulty.draw(cache / difficulty.PICTURE, measured)
             difficulty.save(cache / difficulty.FILE, measured, made_from)

@@ -90,7 +90,7 @@ def test_a_teacher_with_other_token_ids_is_named(mine: Path) -> None:
         return json.dumps(tokenizer)
 
     edit(mine / DEMO / "text_teacher" / "tokenizer.json", swap)
-    with pytest.raises(UserError, match="teacher 'text_teacher'.*2 of 1024 tokens differ"):
+    with pytest.raises(UserError, match=r"teacher 'text_teacher'.*2 of 1024 tokens differ"):
         check(recipe())
 
 
@@ -117,7 +117,10 @@ def test_too_little_memory_is_said_before_anything_starts(mine: Path, monkeypatc
 
 
 def test_a_server_that_dies_during_start_shows_its_last_words(mine: Path) -> None:
-    edit(mine / "teachers" / "demo.yaml", lambda text: text.replace("engine: *tiny", "engine: {kv_cache_mib: 64, extra_args: [--no-such-flag]}"))
+    edit(
+        mine / "teachers" / "demo.yaml",
+        lambda text: text.replace("engine: *tiny", "engine: {kv_cache_mib: 64, extra_args: [--no-such-flag]}"),
+    )
     message = run_and_fail(recipe())
     assert "server 'image_teacher.0' ended" in message
     assert "--no-such-flag" in message

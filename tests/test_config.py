@@ -55,7 +55,7 @@ def test_overrides_replace_values_and_switch_parts_off(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("override", ["train.steps", "student.model.x=1"])
 def test_an_override_that_makes_no_sense_is_refused(tmp_path: Path, override: str) -> None:
-    with pytest.raises(UserError, match="override|has no keys"):
+    with pytest.raises(UserError, match=r"override|has no keys"):
         config.read(Recipe, write(tmp_path, RECIPE), [override])
 
 

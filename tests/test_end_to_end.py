@@ -7,7 +7,7 @@ import subprocess
 import sys
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -68,12 +68,12 @@ class Command:
 
 
 @pytest.fixture(scope="module")
-def finished(workspace: Path) -> Iterator[tuple[RunFolder, str]]:
+def finished(workspace: Path) -> tuple[RunFolder, str]:
     command = Command(workspace, "train", "recipes/small.yaml", *SMALL, "--run", "runs/whole")
     status, output = command.finish()
     assert status == 0, output
     command.assert_nothing_survives()
-    yield RunFolder(workspace / "runs" / "whole"), output
+    return RunFolder(workspace / "runs" / "whole"), output
 
 
 def test_every_step_is_recorded_with_engine_and_trainer_in_agreement(finished: tuple[RunFolder, str]) -> None:

@@ -5,6 +5,7 @@ import shutil
 import socket
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -49,7 +50,8 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 def running(models: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
     logs, events = tmp_path_factory.mktemp("logs"), list[tuple[str, str]]()
     specs = [ServerSpec("student", models[0], ENGINE, updatable=True), ServerSpec("teacher", models[1], ENGINE, updatable=False)]
-    with Children() as children:
+    with Children() as children, pytest.MonkeyPatch.context() as patch:
+        patch.setattr("mmopd.teacher.serve.BATCHED_TOKENS", ENGINE.max_model_len)  # one long prompt fills a pass: the next must wait, whole
         with serve(specs, children, logs, lambda *event: events.append(event)) as servers:
             yield Running(servers["student"], servers["teacher"], children, servers.check, logs, events)
         assert not any(child.alive for child in children)
@@ -126,6 +128,18 @@ def test_the_key_is_on_no_command_line_and_in_no_log(running: Running) -> None:
     assert any("vllm_main" in line for line in lines)
     assert not any(key in line for line in lines)
     assert not any(key in log.read_text() for log in running.logs.iterdir())
+
+
+def test_long_prompts_with_seeds_that_arrive_together_are_all_answered(running: Running) -> None:
+    def ask(seed: int) -> int:
+        sampling = {"max_tokens": 2, "seed": seed, "n": 2, "detokenize": False}
+        body = {"token_ids": [5 + seed] * (100 + seed), "sampling_params": sampling}
+        url = f"{running.student.url}/inference/v1/generate"
+        return httpx.post(url, json=body, headers=running.student.headers, timeout=60).status_code
+
+    with ThreadPoolExecutor(24) as pool:
+        assert list(pool.map(ask, range(24))) == [200] * 24
+    running.check()
 
 
 def test_after_a_sync_the_engine_answers_as_the_new_weights_do(running: Running, models: tuple[Path, Path]) -> None:

@@ -31,6 +31,7 @@ class Course:
     split: Split
     steps: int
     lr: float
+    careless: float = 0.0  # share of the solutions' hard places that are wrong
 
 
 @dataclass(frozen=True)

@@ -5,8 +5,14 @@
 
 Each task has three splits. `few` is all that the base student ever sees; `train` (which contains
 `few`) is for the teachers and for the distillation prompts; `heldout` shares no addition and no
-scan with the other two. The tokenizer is a byte-level BPE with the rules and special tokens of
-Qwen, trained on English text that scikit-learn ships, so nothing is downloaded.
+scan with the other two. Solutions can be `careless`: carries forgotten, lookalike digits misread.
+
+A base that learned from few and careless solutions is weak *and knows the alternative*: it gives
+the right token a probability near 0.2, which its own samples find. A base that merely saw too
+little is wrong with 0.9 to 0.005, and distillation on its own samples hardly moves it.
+
+The tokenizer is a byte-level BPE with the rules and special tokens of Qwen, trained on English
+text that scikit-learn ships, so nothing is downloaded.
 """
 
 import functools
@@ -38,12 +44,40 @@ from transformers import (
 
 Split = Literal["few", "train", "heldout"]
 
-SCAN_SPLITS: dict[Split, range] = {"few": range(150), "train": range(1400), "heldout": range(1400, 1797)}
-ADDITION_SPLITS: dict[Split, slice] = {"few": slice(150), "train": slice(6500), "heldout": slice(6500, None)}
+SCAN_SPLITS: dict[Split, range] = {"few": range(400), "train": range(1400), "heldout": range(1400, 1797)}
+ADDITION_SPLITS: dict[Split, slice] = {"few": slice(600), "train": slice(6500), "heldout": slice(6500, None)}
 LOOKALIKES = {7: 1, 8: 3, 9: 4}  # what a careless reader takes for what
 
-CONTROL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|object_ref_start|>", "<|object_ref_end|>", "<|box_start|>", "<|box_end|>", "<|quad_start|>", "<|quad_end|>", "<|vision_start|>", "<|vision_end|>", "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>"]
-ADDED_TOKENS = ["<tool_call>", "</tool_call>", "<|fim_prefix|>", "<|fim_middle|>", "<|fim_suffix|>", "<|fim_pad|>", "<|repo_name|>", "<|file_sep|>", "<tool_response>", "</tool_response>", "<think>", "</think>"]
+CONTROL_TOKENS = [
+    "<|endoftext|>",
+    "<|im_start|>",
+    "<|im_end|>",
+    "<|object_ref_start|>",
+    "<|object_ref_end|>",
+    "<|box_start|>",
+    "<|box_end|>",
+    "<|quad_start|>",
+    "<|quad_end|>",
+    "<|vision_start|>",
+    "<|vision_end|>",
+    "<|vision_pad|>",
+    "<|image_pad|>",
+    "<|video_pad|>",
+]
+ADDED_TOKENS = [
+    "<tool_call>",
+    "</tool_call>",
+    "<|fim_prefix|>",
+    "<|fim_middle|>",
+    "<|fim_suffix|>",
+    "<|fim_pad|>",
+    "<|repo_name|>",
+    "<|file_sep|>",
+    "<tool_response>",
+    "</tool_response>",
+    "<think>",
+    "</think>",
+]
 VOCAB_SIZE = 1024  # a multiple of 64 (vLLM), with the 26 tokens above
 
 CHAT_TEMPLATE = """\
@@ -98,16 +132,13 @@ def digit_sums(split: Split, n: int, seed: int, careless: float = 0.0) -> list[R
     """
     rng = random.Random(f"digit_sums-{split}-{seed}")
     scans = SCAN_SPLITS[split]
-    return [
-        _digit_sum(rng.choice(scans), rng.choice(scans), (rng.random() < careless, rng.random() < careless))
-        for _ in range(n)
-    ]
+    return [_digit_sum(rng.choice(scans), rng.choice(scans), (rng.random() < careless, rng.random() < careless)) for _ in range(n)]
 
 
 def is_correct(response: str, answer: str) -> bool:
     """Whether the integer after the last `=` of `response` is `answer`; only blanks and control tokens may follow it."""
     match = re.fullmatch(r"\s*(\d+)\s*(?:<\|[^|]*\|>\s*)*", response.rpartition("=")[2]) if "=" in response else None
-    return match is not None and match[1] == answer
+    return match is not None and int(match[1]) == int(answer)
 
 
 def _draw(pairs: list[tuple[int, int]], n: int, rng: random.Random) -> list[tuple[int, int]]:
@@ -165,9 +196,7 @@ def build_student(folder: str | Path, seed: int = 0) -> None:
     processor = build_processor()
     torch.manual_seed(seed)
     model = Qwen3VLForConditionalGeneration(_model_config(processor.tokenizer))
-    model.generation_config = GenerationConfig(
-        eos_token_id=processor.tokenizer.eos_token_id, pad_token_id=processor.tokenizer.pad_token_id
-    )
+    model.generation_config = GenerationConfig(eos_token_id=processor.tokenizer.eos_token_id, pad_token_id=processor.tokenizer.pad_token_id)
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
 
@@ -196,10 +225,10 @@ def build_tokenizer() -> Qwen2Tokenizer:
     )
     trained.train_from_iterator(_english(), trainer)
     model = json.loads(trained.to_str())["model"]
+    merges: list[Any] = [tuple(pair) for pair in model["merges"]]  # annotated as strings upstream, accepted as pairs
     tokenizer = Qwen2Tokenizer(
         vocab=model["vocab"],
-        merges=[tuple(pair) for pair in model["merges"]],
-        unk_token=None,
+        merges=merges,
         eos_token="<|im_end|>",
         pad_token="<|endoftext|>",
         model_max_length=2048,
@@ -221,7 +250,7 @@ def _english() -> Iterator[str]:
 
 def _model_config(tokenizer: Qwen2Tokenizer) -> Qwen3VLConfig:
     """About 1 M parameters; head_dim 32 is the smallest that vLLM's CPU attention takes."""
-    ids = {token: int(tokenizer.convert_tokens_to_ids(token)) for token in CONTROL_TOKENS}
+    ids = tokenizer.get_vocab()
     return Qwen3VLConfig(
         architectures=["Qwen3VLForConditionalGeneration"],
         tie_word_embeddings=True,

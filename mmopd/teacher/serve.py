@@ -29,6 +29,7 @@ from mmopd.teacher.vllm_main import KEY_VARIABLE, RequireKey, Server, ended
 HOST = "127.0.0.1"
 TIMEOUT = 1800.0  # seconds until all servers are ready; large checkpoints take minutes
 KV_CACHE_MIB = 256  # on CPU, if the engine does not say
+BATCHED_TOKENS = 4096  # on CPU, in one pass
 SHARED_MIB = 700  # measured: the process that has imported vLLM ...
 SERVER_MIB = 600  # ... and what a server under load adds to it, weights and KV cache apart
 LAST_LINES = 12
@@ -178,6 +179,8 @@ def _server(spec: ServerSpec, port: int, logs: Path, cpu: bool) -> Server:
         # The class by its path: under the name "uni" vLLM would replace it, on CPU, by one more process.
         argv += ["--distributed-executor-backend", "vllm.v1.executor.uniproc_executor.UniProcExecutor"]
         argv += ["--enforce-eager", "--kv-cache-memory-bytes", str((engine.kv_cache_mib or KV_CACHE_MIB) << 20)]
+        # A prompt whose prefill is cut in two, and whose request has a seed, ends vLLM 0.32 on CPU ("CPU Generator does not use offset").
+        argv += ["--no-enable-chunked-prefill", "--max-num-batched-tokens", str(max(BATCHED_TOKENS, engine.max_model_len))]
     else:
         argv += ["--tensor-parallel-size", str(engine.tensor_parallel), "--gpu-memory-utilization", str(engine.gpu_share)]
         argv += ["--enforce-eager"] * engine.enforce_eager
