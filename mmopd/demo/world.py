@@ -20,7 +20,6 @@ import importlib.resources
 import io
 import json
 import random
-import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal, TypedDict
@@ -133,12 +132,6 @@ def digit_sums(split: Split, n: int, seed: int, careless: float = 0.0) -> list[R
     rng = random.Random(f"digit_sums-{split}-{seed}")
     scans = SCAN_SPLITS[split]
     return [_digit_sum(rng.choice(scans), rng.choice(scans), (rng.random() < careless, rng.random() < careless)) for _ in range(n)]
-
-
-def is_correct(response: str, answer: str) -> bool:
-    """Whether the integer after the last `=` of `response` is `answer`; only blanks and control tokens may follow it."""
-    match = re.fullmatch(r"\s*(\d+)\s*(?:<\|[^|]*\|>\s*)*", response.rpartition("=")[2]) if "=" in response else None
-    return match is not None and int(match[1]) == int(answer)
 
 
 def _draw(pairs: list[tuple[int, int]], n: int, rng: random.Random) -> list[tuple[int, int]]:
