@@ -181,9 +181,10 @@ def measure_difficulty(job: Job, servers: Servers, run: RunFolder, stages: Stage
 
 async def _answer_all(job: Job, settings: config.Difficulty, student: Endpoint, counts: difficulty.Counts, stage: Stage) -> None:
     recipe, encoder = job.recipe, Encoder(job.recipe.student.model)
-    todo = [prompt for shards in job.sources.values() for prompt in shards if prompt.key not in counts]
-    stage.total(len(counts) + len(todo), done=len(counts))
-    stage.outcome = f"{len(todo)} prompts x {settings.attempts} answers"
+    todo = (prompt for shards in job.sources.values() for prompt in shards if prompt.key not in counts)
+    total = sum(map(len, job.sources.values()))
+    stage.total(total, done=len(counts))
+    stage.outcome = f"{total - len(counts)} prompts x {settings.attempts} answers"
 
     def done(key: str, right: int, known: int) -> None:
         counts.add(key, right, known)
@@ -282,17 +283,35 @@ def one_line(metrics: Mapping[str, Any]) -> str:
 
 
 def finish(run: RunFolder, rows: Sequence[Row], stages: Stages) -> None:
-    """Results table and report."""
+    """Results table and report.
+
+    Raises:
+        UserError: a benchmark has no score; everything is written all the same.
+    """
     results = Results.of(rows)
     results.write(run.root)
     with stages.stage("report") as stage:
         write_report(run.root)
         stage.outcome = str(run.report)
-    if rows:
-        stages.console.print(results.rich(title="Score on held-out data, 0-100"))
-    for failed in results.failures():
-        stages.console.print(f"[bold red]failed:[/] {failed.endpoint}, {failed.column}: {failed.reason}", highlight=False)
+    print_results(results, stages.console)
     stages.console.print(f"The model: {run.export}\nThe report: {run.report}", highlight=False, markup=False)
+    check_results(results)
+
+
+def print_results(results: Results, console: Console) -> None:
+    """The table, if there is anything in it."""
+    if results.rows:
+        console.print(results.rich(title="Score on held-out data, 0-100"))
+
+
+def check_results(results: Results) -> None:
+    """Every benchmark has a score.
+
+    Raises:
+        UserError: one has none; says why.
+    """
+    if failed := results.failures():
+        raise UserError("\n".join(f"{record.column} of {record.endpoint} has no score: {record.reason}" for record in failed))
 
 
 def evaluate_models(suite: Path, models: Sequence[Path], recipe: Recipe, out: Path, console: Console) -> None:
@@ -313,7 +332,8 @@ def evaluate_models(suite: Path, models: Sequence[Path], recipe: Recipe, out: Pa
                 rows += evaluate_all(resolved, [Candidate(str(model), "base", servers[name], model)], out, stages)
     results = Results.of(rows)
     results.write(out)
-    console.print(results.rich())
+    print_results(results, console)
+    check_results(results)
 
 
 def free_port() -> int:

@@ -5,7 +5,7 @@ While one group is being scored and verified, others are still being generated: 
 
 import asyncio
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from mmopd.config import Difficulty, Recipe
 from mmopd.modality import Encoder
@@ -56,7 +56,7 @@ async def collect(
 
 
 async def count_right(
-    prompts: Sequence[Prompt],
+    prompts: Iterator[Prompt],
     *,
     settings: Difficulty,
     recipe: Recipe,
@@ -69,10 +69,9 @@ async def count_right(
 
     An answer that the verifier cannot judge is in neither count. The draws do not depend on the run's seed: runs share the pass.
     """
-    gate = asyncio.Semaphore(recipe.rollout.concurrency)
 
-    async def one(prompt: Prompt) -> None:
-        async with gate:
+    async def next_one_by_one() -> None:
+        for prompt in prompts:  # the iterator is shared: a prompt is read when somebody is free to ask it
             responses = await engine.sample(
                 encoder.encode(prompt),
                 settings.attempts,
@@ -83,7 +82,7 @@ async def count_right(
                 top_k=settings.top_k,
             )
             outcomes: list[Outcome] = await asyncio.gather(*(verifiers.verify(prompt.task, r.text, prompt.answer) for r in responses))
-        known = [outcome for outcome in outcomes if outcome.known]
-        done(prompt.key, sum(outcome.value >= recipe.algorithm.outcome_threshold for outcome in known), len(known))
+            known = [outcome for outcome in outcomes if outcome.known]
+            done(prompt.key, sum(outcome.value >= recipe.algorithm.outcome_threshold for outcome in known), len(known))
 
-    await asyncio.gather(*(one(prompt) for prompt in prompts))
+    await asyncio.gather(*(next_one_by_one() for _ in range(recipe.rollout.concurrency)))
