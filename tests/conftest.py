@@ -13,7 +13,8 @@ from mmopd.progress import Stages
 # Before any test starts a process: the machine's few cores are shared by servers, ranks and the tests themselves.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 torch.set_num_threads(1)
-# A shell that starts the tests in the background has SIGINT ignored, and so would every process that a test interrupts.
+# In the background or under nohup these are ignored, and so would be in every process that a test interrupts or hangs up on.
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
