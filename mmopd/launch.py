@@ -112,7 +112,7 @@ def serving(job: Job, run: RunFolder, children: Children, stages: Stages) -> Ite
         try:
             yield servers
         finally:
-            run.endpoints.unlink()
+            run.endpoints.unlink(missing_ok=True)
 
 
 @contextmanager
