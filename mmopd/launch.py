@@ -6,7 +6,6 @@ import hashlib
 import json
 import os
 import shutil
-import socket
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -38,6 +37,7 @@ from mmopd.task.pool import VerifierPool
 from mmopd.teacher.endpoint import Endpoint
 from mmopd.teacher.router import check_routes, check_tokenizers
 from mmopd.teacher.serve import Servers, ServerSpec, serve
+from mmopd.train.distributed import free_port
 
 CACHE = Path(".mmopd")  # of the workspace: what several runs share
 
@@ -334,10 +334,3 @@ def evaluate_models(suite: Path, models: Sequence[Path], recipe: Recipe, out: Pa
     results.write(out)
     print_results(results, console)
     check_results(results)
-
-
-def free_port() -> int:
-    """A port that nobody listens on now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
