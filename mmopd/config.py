@@ -87,12 +87,20 @@ class Margin(Config):
     retain: Fraction = Field(0.25, description="share of a side that mask always keeps")
 
 
+class Visual(Config):
+    """Visual advantage: how much more likely a response is to a teacher that sees the image than to one that is shown a blank."""
+
+    share: Fraction = Field(0.05, description="share of the responses to image prompts that are scored a second time, without the image")
+    token_weight: float = Field(0.0, ge=0, description="strength of a token weight that favours tokens that need the image; 0 = off")
+
+
 class Algorithm(Config):
     """On-policy distillation; a part that is `null` is switched off."""
 
     difficulty: Difficulty | None = Difficulty()
     balance: Balance | None = Balance()
     margin: Margin | None = Margin()
+    visual: Visual | None = Visual()
     clip_low: float = Field(0.2, ge=0, lt=1)
     clip_high: float = Field(0.28, ge=0)
     log_ratio_clip: float = Field(10.0, gt=0, description="a token whose |log pi_student - log pi_teacher| reaches it is left out")
@@ -131,6 +139,8 @@ class Teacher(Config):
     replicas: Positive = 1
     endpoints: tuple[str, ...] = Field((), description="base URLs of vLLM servers that run elsewhere")
     api_key_env: str | None = Field(None, description="environment variable that holds their key")
+    adapter: Path | None = Field(None, description="LoRA folder (peft) on top of `model`; adapters of one model share its servers")
+    view: str = Field("full", description="what it is shown of a prompt, unless a route says otherwise: a name of `views`, or a built-in one")
     weight: float = Field(1.0, gt=0, description="w_k of Eq. 4")
     concurrency: Positive = Field(32, description="requests in flight at once, per rank and replica")
     timeout: float = Field(120.0, gt=0, description="seconds in which a score must arrive, retries included")
@@ -139,29 +149,53 @@ class Teacher(Config):
     def _served_or_elsewhere(self) -> Self:
         if (self.model is None) == (not self.endpoints):
             raise ValueError("a teacher has either `model` (served by mmopd) or `endpoints` (running elsewhere)")
+        if self.adapter is not None and self.model is None:
+            raise ValueError("`adapter` goes on top of `model`; a server that runs elsewhere has its adapters already")
         return self
 
 
-class Route(Config):
-    """Which teacher scores a prompt: globs on task and modality, first match wins."""
+class View(Config):
+    """What a teacher is shown of a prompt. The ids of the response never change, so that its log-probs stay aligned."""
 
-    teacher: str
+    images: Literal["keep", "drop", "blank"] = Field("keep", description="blank: an even grey of the same size")
+    min_pixels: Positive | None = Field(None, description="smaller images are enlarged to it before they are sent")
+    max_pixels: Positive | None = Field(None, description="larger images are reduced to it before they are sent")
+    instead: str = Field("", description="text in place of the images, such as `{caption}`; fields are the row's extra texts, and {answer}")
+    hint: str = Field("", description="text after the question, such as `The answer is {answer}.`; the same fields")
+
+
+class Route(Config):
+    """Who scores a prompt: globs on task and modality, first match wins."""
+
+    teacher: str | Mapping[str, Annotated[float, Field(gt=0)]] = Field(
+        description="a teacher, or several with the weights of their log-probs: {math: 2, general: 1}"
+    )
     task: str = "*"
     modality: str = "*"
-    view: Literal["full", "text"] = Field("full", description="what the teacher is shown: all, or the text without images")
+    view: str | None = Field(None, description="what they are shown; each teacher's own view if not set")
+
+    @property
+    def teachers(self) -> Mapping[str, float]:
+        """Teacher -> share of its log-probs in the target; the shares sum to 1."""
+        weights = {self.teacher: 1.0} if isinstance(self.teacher, str) else self.teacher
+        return {name: weight / sum(weights.values()) for name, weight in weights.items()}
 
 
 class Fleet(Config):
-    """`teachers/*.yaml`: teachers, and the routes to them."""
+    """`teachers/*.yaml`: teachers, the routes to them, and views beside the built-in ones."""
 
     teachers: Mapping[str, Teacher]
     routes: tuple[Route, ...]
+    views: Mapping[str, View] = {}
 
     @model_validator(mode="after")
     def _routes_lead_somewhere(self) -> Self:
         for i, route in enumerate(self.routes):
-            if route.teacher not in self.teachers:
-                raise ValueError(f"routes.{i}.teacher: no teacher {route.teacher!r}{suggest(route.teacher, self.teachers)}")
+            if not route.teacher:
+                raise ValueError(f"routes.{i}.teacher: names no teacher")
+            for name in route.teachers:
+                if name not in self.teachers:
+                    raise ValueError(f"routes.{i}.teacher: no teacher {name!r}{suggest(name, self.teachers)}")
         return self
 
 

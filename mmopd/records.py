@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 Message = Mapping[str, Any]
@@ -18,6 +18,7 @@ class Prompt:
     messages: tuple[Message, ...]  # chat messages; {"type": "image"} parts stand for `images`, in order
     images: tuple[bytes, ...]  # encoded (PNG, JPEG, ...), never decoded here
     answer: str
+    extra: Mapping[str, str] = field(default_factory=dict)  # more texts of the row that a view may use: caption, ocr, hint, ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,10 +60,12 @@ UNKNOWN = math.nan
 
 @dataclass(frozen=True, slots=True)
 class Score:
-    """A teacher's log-prob of each response token."""
+    """The log-prob of each response token by the teacher of its prompt, or the weighted mean of several teachers'."""
 
-    teacher: str
+    teacher: str  # its name; "a+b" where several were asked
     logprobs: tuple[float, ...]
+    weight: float = 1.0  # w_k of Eq. 4
+    top: tuple[Mapping[int, float], ...] | None = None  # id -> log-prob of the likeliest ids at each position, if they were asked for
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +73,7 @@ class Absent:
     """A score that could not be had: it leaves the loss and every statistic, and is counted by cause."""
 
     teacher: str
-    cause: str  # a short, countable word: timeout, status, ids, non_finite, connection, malformed
+    cause: str  # a short, countable word: timeout, status, ids, non_finite, connection, malformed, view
     detail: str = ""
 
 
@@ -82,3 +85,4 @@ class Sample:
     response: Response
     outcome: Outcome
     score: Score | Absent
+    blind: Score | Absent | None = None  # by the same teacher with blank images; None where it was not asked for

@@ -81,7 +81,7 @@ class Shards(Sequence[Prompt]):
             data = parse_row(content)
         except (OSError, ValueError) as error:
             raise UserError(f"{index.tar}: row {row} cannot be read ({error}); write the source again") from None
-        return Prompt(f"{self.name}/{row}", data["task"], data["modality"], tuple(data["messages"]), tuple(images), data["answer"])
+        return Prompt(f"{self.name}/{row}", data["task"], data["modality"], tuple(data["messages"]), tuple(images), data["answer"], data.get("extra", {}))
 
     def image_sizes(self, row: int) -> list[tuple[int, int]]:
         """(width, height) of each image of a row, in pixels, from the index alone."""
@@ -208,6 +208,7 @@ def _members(row: Prompt, number: int) -> dict[str, bytes]:
             raise UserError(f"{named}: image {i}: {error}") from None
         members[f"{i}.{EXTENSIONS.get(form, form.lower())}"] = image
     fields = {"id": row.key, "task": row.task, "modality": row.modality, "messages": row.messages, "answer": row.answer}
+    fields |= {"extra": row.extra} if row.extra else {}
     content = json.dumps(fields, ensure_ascii=False, separators=(",", ":")).encode()
     try:
         parse_row(content)

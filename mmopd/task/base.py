@@ -1,8 +1,9 @@
 """A task: its name, its modality, how its prompts are put, and who judges the answers. One file of `modalities/` each."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 
+from mmopd.config import View
 from mmopd.records import UNKNOWN, Message, Outcome, Prompt
 
 Verify = Callable[[str, str], Outcome]  # (response text, answer key) -> outcome
@@ -32,7 +33,10 @@ class Task:
     modality: str  # text | image
     verify: Verify = unverified
     messages: Template = user_turn
+    views: Mapping[str, View] = field(default_factory=dict)  # what a teacher may be shown of its prompts, beside the built-in views
 
-    def prompt(self, key: str, question: str, answer: str, images: Sequence[bytes] = ()) -> Prompt:
-        """One row for `write_shards`; `images` are encoded files, in the order in which they are shown."""
-        return Prompt(key, self.name, self.modality, tuple(self.messages(question, len(images))), tuple(images), answer)
+    def prompt(
+        self, key: str, question: str, answer: str, images: Sequence[bytes] = (), extra: Mapping[str, str] | None = None
+    ) -> Prompt:
+        """One row for `write_shards`; `images` are encoded files, in the order in which they are shown; `extra` is for views."""
+        return Prompt(key, self.name, self.modality, tuple(self.messages(question, len(images))), tuple(images), answer, dict(extra or {}))
