@@ -1,4 +1,4 @@
-"""The command line: `mmopd init | demo | train | eval | report | show | doctor`. Heavy imports wait until a command needs them."""
+"""The command line, one function for each command of `mmopd --help`. Heavy imports wait until a command needs them."""
 
 import signal
 import sys
@@ -89,6 +89,24 @@ def train(
     except KeyboardInterrupt:
         console.print(f"interrupted; `mmopd train --resume {folder.root}` goes on from the last checkpoint")
         raise typer.Exit(130) from None
+
+
+@app.command("difficulty")
+def measure_difficulty(
+    recipe: RecipeArgument,
+    overrides: Overrides = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder for the picture, the weights and the logs. [default: difficulty/NAME]", show_default=False)
+    ] = None,
+) -> None:
+    """Let the untrained student answer every prompt of RECIPE several times, and show how hard they are.
+
+    The counts are kept beside the shards, so that a stopped pass goes on where it was, and `mmopd train` needs none of its own.
+    """
+    from mmopd import catalog, launch
+
+    resolved = catalog.load_recipe(recipe, overrides=overrides or ())
+    launch.difficulty_alone(resolved, out or Path("difficulty") / recipe.stem, console)
 
 
 @app.command("eval")

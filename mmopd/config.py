@@ -61,8 +61,11 @@ class Difficulty(Config):
     """Offline balancing: K answers per prompt, and weights that flatten the histogram (paper 3.3, A.1)."""
 
     attempts: Positive = 8
-    shape: Literal["auto", "u", "mirrored_j", "flat"] = "auto"
-    cap: float = Field(4.0, ge=1, description="largest sampling weight of a prompt")
+    policy: Literal["flatten", "drop_easy", "frontier"] = Field(
+        "flatten", description="the paper's; or to compare: without the always right ones (POLARIS), or weighted by p (1 - p) (PACED)"
+    )
+    shape: Literal["auto", "u", "mirrored_j", "flat"] = Field("auto", description="of the histogram, for flatten")
+    cap: float = Field(4.0, ge=1, description="largest sampling weight of a prompt, for flatten")
     temperature: float = Field(1.0, gt=0)
     top_p: float = Field(0.95, gt=0, le=1)
     top_k: int = Field(50, ge=0)
@@ -140,7 +143,9 @@ class Teacher(Config):
     endpoints: tuple[str, ...] = Field((), description="base URLs of vLLM servers that run elsewhere")
     api_key_env: str | None = Field(None, description="environment variable that holds their key")
     adapter: Path | None = Field(None, description="LoRA folder (peft) on top of `model`; adapters of one model share its servers")
-    view: str = Field("full", description="what it is shown of a prompt, unless a route says otherwise: a name of `views`, or a built-in one")
+    view: str = Field(
+        "full", description="what it is shown of a prompt, unless a route says otherwise: a name of `views`, or a built-in one"
+    )
     weight: float = Field(1.0, gt=0, description="w_k of Eq. 4")
     concurrency: Positive = Field(32, description="requests in flight at once, per rank and replica")
     timeout: float = Field(120.0, gt=0, description="seconds in which a score must arrive, retries included")

@@ -1,11 +1,8 @@
 """`mmopd train`: the stages of a run in order, on this machine. `launch` is the summary; each stage is a function below it."""
 
-import asyncio
 import dataclasses
-import hashlib
 import json
 import os
-import shutil
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -24,16 +21,14 @@ from mmopd.errors import UserError
 from mmopd.evaluate.lmms import Record, evaluate, read_suite
 from mmopd.evaluate.table import Kind, Results, Row
 from mmopd.fingerprint import hash_model
-from mmopd.modality import Encoder
 from mmopd.processes import Children
-from mmopd.progress import Stage, Stages
+from mmopd.progress import Stages
 from mmopd.prompts import difficulty
 from mmopd.prompts.shards import Shards, open_mixture
 from mmopd.report.html import write_report
-from mmopd.rollout.collect import count_right
-from mmopd.rollout.engine import EngineError, StudentEngine
+from mmopd.rollout.difficulty import run_pass
+from mmopd.rollout.engine import EngineError
 from mmopd.run import RunFolder
-from mmopd.task.pool import VerifierPool
 from mmopd.teacher.endpoint import Endpoint
 from mmopd.teacher.router import check_routes, check_tokenizers
 from mmopd.teacher.serve import Servers, ServerSpec, serve
@@ -152,47 +147,39 @@ def running_elsewhere(name: str, url: str, key_variable: str | None) -> Endpoint
 def measure_difficulty(job: Job, servers: Servers, run: RunFolder, stages: Stages) -> None:
     """Offline balancing: the untrained student answers every prompt; counts, weights and the picture go to the run folder.
 
-    Kept in the workspace, keyed by what it is made from; a pass that was stopped goes on where it was.
-
     Raises:
         UserError: the engine ended; with the last lines of its log.
     """
-    settings, recipe = job.recipe.algorithm.difficulty, job.recipe
-    if settings is None or (run.difficulty / difficulty.FILE).is_file():
+    if job.recipe.algorithm.difficulty is None or (run.difficulty / difficulty.FILE).is_file():
         return
-    made_from = difficulty.origin(job.sources, recipe.student.model, settings, max_tokens=recipe.rollout.max_tokens)
-    cache = CACHE / "difficulty" / hashlib.sha256(json.dumps(made_from, sort_keys=True).encode()).hexdigest()[:16]
     with stages.stage("difficulty") as stage:
-        if not (cache / difficulty.FILE).is_file():
-            with difficulty.Counts(cache / "counts.jsonl", made_from) as counts:
-                try:
-                    asyncio.run(_answer_all(job, settings, servers["student"], counts, stage))
-                except EngineError as error:
-                    servers.check()
-                    raise UserError(f"{error} ({run.logs / 'student.log'})") from error
-                measured = difficulty.measure(counts, job.sources, settings)
-            difficulty.draw(cache / difficulty.PICTURE, measured)
-            difficulty.save(cache / difficulty.FILE, measured, made_from)
-        else:
-            stage.outcome = f"cached in {cache}"
-        for name in (difficulty.PICTURE, difficulty.FILE):
-            shutil.copyfile(cache / name, run.difficulty / name)
+        try:
+            run_pass(job.recipe, job.sources, servers["student"], run.difficulty, stage)
+        except EngineError as error:
+            servers.check()
+            raise UserError(f"{error} ({run.logs / 'student.log'})") from error
 
 
-async def _answer_all(job: Job, settings: config.Difficulty, student: Endpoint, counts: difficulty.Counts, stage: Stage) -> None:
-    recipe, encoder = job.recipe, Encoder(job.recipe.student.model)
-    todo = (prompt for shards in job.sources.values() for prompt in shards if prompt.key not in counts)
-    total = sum(map(len, job.sources.values()))
-    stage.total(total, done=len(counts))
-    stage.outcome = f"{total - len(counts)} prompts x {settings.attempts} answers"
+def difficulty_alone(recipe: Recipe, out: Path, console: Console) -> None:
+    """`mmopd difficulty`: prepare, serve the student, measure, and print what was found; nothing is trained.
 
-    def done(key: str, right: int, known: int) -> None:
-        counts.add(key, right, known)
-        stage.advance()
-
-    async with StudentEngine(student, encoder) as engine:
-        with VerifierPool() as verifiers:
-            await count_right(todo, settings=settings, recipe=recipe, encoder=encoder, engine=engine, verifiers=verifiers, done=done)
+    Raises:
+        UserError: as `prepare`, `check` and `run_pass`, or the engine ended.
+    """
+    logs = out / "logs"
+    logs.mkdir(parents=True, exist_ok=True)
+    with Stages(console) as stages, Children() as children:
+        prepare(recipe, stages)
+        job = check(recipe)
+        spec = ServerSpec("student", recipe.student.model, recipe.student.engine, updatable=False)
+        with serve_in_stage([spec], children, logs, stages) as servers, stages.stage("difficulty") as stage:
+            try:
+                measured = run_pass(recipe, job.sources, servers["student"], out, stage)
+            except EngineError as error:
+                servers.check()
+                raise UserError(f"{error} ({logs / 'student.log'})") from error
+    console.print(difficulty.table(measured))
+    console.print(f"Before and after: {out / difficulty.PICTURE}", highlight=False, markup=False)
 
 
 @dataclass(frozen=True, slots=True)

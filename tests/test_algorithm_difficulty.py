@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mmopd.algorithm import difficulty_shape, difficulty_weights
+from mmopd.algorithm import difficulty_shape, difficulty_weights, drop_easy_weights, frontier_weights
 
 many = settings(max_examples=150, deadline=None)
 U = [60, 8, 5, 4, 4, 4, 5, 8, 102]
@@ -142,3 +142,14 @@ def test_permuting_prompts_permutes_the_weights(correct, random):
     c = torch.tensor(correct)
     order = torch.tensor(random.sample(range(len(c)), len(c)))
     assert torch.equal(difficulty_weights(c, 8, cap=4.0)[order], difficulty_weights(c[order], 8, cap=4.0))
+
+
+def test_the_rules_of_others_drop_or_weigh_by_hand_worked_numbers():
+    correct, attempts = torch.tensor([0, 1, 4, 8, 2, 0]), torch.tensor([8, 8, 8, 8, 4, 0])
+    assert drop_easy_weights(correct, attempts).tolist() == [1, 1, 1, 0, 1, 1]
+    assert frontier_weights(correct, attempts).tolist() == pytest.approx([0, 0.4375, 1, 0, 1, (0.4375 + 1 + 1) / 5])
+    assert frontier_weights(torch.tensor([0]), torch.tensor([0])).tolist() == [1]
+    assert drop_easy_weights(torch.tensor([2, 2]), torch.tensor([2, 8])).tolist() == [0, 1], "all of two is always, two of eight is not"
+    for rule in (drop_easy_weights, frontier_weights):
+        with pytest.raises(ValueError, match=r"correct\[1\] is 9 of 8"):
+            rule(torch.tensor([1, 9]), 8)

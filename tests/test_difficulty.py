@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from rich.console import Console
 
 from mmopd import config
 from mmopd.errors import UserError
@@ -30,73 +31,109 @@ def u_shaped(tmp_path: Path) -> tuple[dict[str, Shards], list[int]]:
 def count(path: Path, correct: list[int], made_from: dict[str, object]) -> None:
     with difficulty.Counts(path, made_from) as counts:
         for row, c in enumerate(correct):
-            counts.add(f"sums/{row}", c, 8)
+            counts.add(row, c, 8)
 
 
 def test_counts_go_on_where_they_were_stopped(tmp_path: Path) -> None:
     path = tmp_path / "pass/counts.jsonl"
     with difficulty.Counts(path, {"student": "x"}) as counts:
-        counts.add("sums/0", 3, 8)
-        counts.add("sums/1", 0, 0)
+        counts.add(0, 3, 8)
+        counts.add(1, 0, 0)
     with path.open("a") as file:
-        file.write('["sums/2", 5,')  # killed while writing
+        file.write("[2, 5,")  # killed while writing
     with difficulty.Counts(path, {"student": "x"}) as counts:
         assert len(counts) == 2
-        assert "sums/1" in counts
-        assert "sums/2" not in counts
-        counts.add("sums/2", 8, 8)
+        assert 1 in counts
+        assert 2 not in counts
+        counts.add(2, 8, 8)
     with difficulty.Counts(path, {"student": "x"}) as counts:
-        assert counts.of(shards_of(tmp_path / "sums", 3)) == ([3, 0, 8], [8, 0, 8])
+        assert counts.of(3) == ([3, 0, 8], [8, 0, 8])
 
 
-def test_counts_and_results_are_refused_for_anything_else(tmp_path: Path) -> None:
-    made_from: dict[str, object] = {"student": "x", "settings": {"attempts": 8}}
+def test_two_runs_do_not_write_the_same_counts_at_once(tmp_path: Path) -> None:
+    path = tmp_path / "counts.jsonl"
+    with difficulty.Counts(path, {}) as counts:
+        counts.add(0, 1, 8)
+        with pytest.raises(UserError, match=r"counts\.jsonl: another run is measuring"):
+            difficulty.Counts(path, {})
+    with difficulty.Counts(path, {}) as counts:
+        assert 0 in counts
+
+
+def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"file/counts\.jsonl: the counts of the difficulty pass cannot be kept here"):
+        difficulty.Counts(tmp_path / "file" / "counts.jsonl", {})
+
+
+def test_counts_are_refused_for_anything_else(tmp_path: Path) -> None:
+    made_from: dict[str, object] = {"student": "x", "sampling": {"attempts": 8}}
     count(tmp_path / "counts.jsonl", [1, 2], made_from)
-    difficulty.save(tmp_path / "difficulty.json", {}, made_from)
-    other = {"student": "y", "settings": {"attempts": 8}}
     with pytest.raises(UserError, match=r"counts\.jsonl: made from another student; delete it"):
-        difficulty.Counts(tmp_path / "counts.jsonl", other)
-    with pytest.raises(UserError, match=r"difficulty\.json: made from another student; delete it"):
-        difficulty.load(tmp_path / "difficulty.json", other)
-    for content in ("", "{}", "[]\n", "not json"):
+        difficulty.Counts(tmp_path / "counts.jsonl", {**made_from, "student": "y"})
+    for content in ("{}", "[]\n", "not json"):
         (tmp_path / "difficulty.json").write_text(content)
         (tmp_path / "counts.jsonl").write_text(content)
         with pytest.raises(UserError, match=r"difficulty\.json: not the result"):
-            difficulty.load(tmp_path / "difficulty.json", made_from)
+            difficulty.load(tmp_path / "difficulty.json")
         with pytest.raises(UserError, match=r"counts\.jsonl: not the counts"):
             difficulty.Counts(tmp_path / "counts.jsonl", made_from)
     with pytest.raises(UserError, match="run the difficulty pass first"):
-        difficulty.load(tmp_path / "nowhere.json", made_from)
+        difficulty.load(tmp_path / "nowhere.json")
 
 
-def test_the_origin_changes_with_data_student_settings_and_what_else_matters(
+def test_counts_lie_beside_the_shards_and_depend_on_data_student_and_sampling_but_not_on_policy(
     tmp_path: Path, u_shaped: tuple[dict[str, Shards], list[int]]
 ) -> None:
-    student = tmp_path / "student"
-    student.mkdir()
-    (student / "model.safetensors").write_bytes(b"weights")
-    first = difficulty.origin(u_shaped[0], student, SETTINGS, seed=0)
-    assert first == difficulty.origin(u_shaped[0], student, SETTINGS, seed=0)
-    others = [
-        difficulty.origin({"sums": shards_of(tmp_path / "others", 3)}, student, SETTINGS, seed=0),
-        difficulty.origin(u_shaped[0], student, config.Difficulty(attempts=4), seed=0),
-        difficulty.origin(u_shaped[0], student, SETTINGS, seed=1),
-    ]
-    (student / "model.safetensors").write_bytes(b"other weights")
-    others.append(difficulty.origin(u_shaped[0], student, SETTINGS, seed=0))
-    assert first not in others
+    def file(shards: Shards = u_shaped[0]["sums"], student: str = "s", max_tokens: int = 9, **settings: object) -> Path:
+        return difficulty.counts_file(
+            shards, difficulty.origin(shards, student, config.Difficulty.model_validate(settings), max_tokens=max_tokens, threshold=0.5)
+        )
+
+    assert file().parent.parent == u_shaped[0]["sums"].folder
+    assert file() == file(cap=2) == file(policy="drop_easy") == file(shape="flat")
+    others = {file(student="t"), file(attempts=4), file(temperature=0.5), file(max_tokens=8), file(shards_of(tmp_path / "others", 3))}
+    assert len(others | {file()}) == 6
+
+
+@pytest.mark.parametrize(("policy", "weights"), [("drop_easy", [1, 1, 1, 0, 1]), ("frontier", [0, 0.4375, 1, 0, 0.359375])])
+def test_the_policies_of_others_can_be_chosen(tmp_path: Path, policy: str, weights: list[float]) -> None:
+    with difficulty.Counts(tmp_path / "counts.jsonl", {}) as counts:
+        for row, (correct, attempts) in enumerate([(0, 8), (1, 8), (4, 8), (8, 8), (0, 0)]):
+            counts.add(row, correct, attempts)
+        measured = difficulty.measure(counts, 5, config.Difficulty.model_validate({"policy": policy}))
+        assert measured.weights == pytest.approx(weights)
+        plan = Plan({"sums": Rows(5, "f", measured.weights)}, {"sums": 1}, 0)
+        drawn = np.bincount([row for _, row in plan.draw(1000)], minlength=5)
+        assert drawn / 1000 == pytest.approx(np.array(weights) / sum(weights), abs=0.01)
+
+
+def test_a_policy_that_leaves_nothing_is_an_error(tmp_path: Path) -> None:
+    with difficulty.Counts(tmp_path / "counts.jsonl", {}) as counts:
+        counts.add(0, 8, 8)
+        for policy in ("drop_easy", "frontier"):
+            with pytest.raises(UserError, match=f"{policy} leaves no prompt"):
+                difficulty.measure(counts, 1, config.Difficulty.model_validate({"policy": policy}))
+
+
+def test_the_table_says_how_many_rows_are_never_and_always_right(tmp_path: Path) -> None:
+    measured = difficulty.Measured((0, 8, 3, 0), (8, 8, 8, 0), "mirrored_j", (1.0, 1.0, 4.0, 1.0))
+    console = Console(width=120, file=io.StringIO(), record=True)
+    console.print(difficulty.table({"sums": measured}))
+    line = next(line for line in console.export_text().splitlines() if "sums" in line)
+    assert line.replace("│", " ").split() == ["sums", "4", "1", "1", "1", "1", "mirrored", "j", "1.00", "to", "4.00"]
 
 
 def test_a_u_shaped_source_gets_weights_that_the_plan_follows(tmp_path: Path, u_shaped: tuple[dict[str, Shards], list[int]]) -> None:
     sources, correct = u_shaped
     count(tmp_path / "counts.jsonl", correct, {})
     with difficulty.Counts(tmp_path / "counts.jsonl", {}) as counts:
-        measured = difficulty.measure(counts, sources, SETTINGS)
+        measured = {"sums": difficulty.measure(counts, 100, SETTINGS)}
     assert measured["sums"].shape == "u"
     assert min(measured["sums"].weights) > 0
     assert max(measured["sums"].weights) <= SETTINGS.cap
-    difficulty.save(tmp_path / "difficulty.json", measured, {"a": (1,)})
-    assert difficulty.load(tmp_path / "difficulty.json", {"a": (1,)}) == difficulty.load(tmp_path / "difficulty.json") == measured
+    difficulty.save(tmp_path / "difficulty.json", measured, {"sums": sources["sums"].fingerprint})
+    assert difficulty.load(tmp_path / "difficulty.json") == measured
 
     before, after = difficulty.histogram(measured["sums"])
     assert before.tolist() == [40, 2, 2, 2, 8, 2, 2, 2, 40]
@@ -109,10 +146,9 @@ def test_a_u_shaped_source_gets_weights_that_the_plan_follows(tmp_path: Path, u_
 
 
 def test_an_incomplete_pass_gives_no_weights(tmp_path: Path, u_shaped: tuple[dict[str, Shards], list[int]]) -> None:
-    sources, correct = u_shaped
-    count(tmp_path / "counts.jsonl", correct[:-1], {})
-    with difficulty.Counts(tmp_path / "counts.jsonl", {}) as counts, pytest.raises(KeyError, match="sums/99"):
-        difficulty.measure(counts, sources, SETTINGS)
+    count(tmp_path / "counts.jsonl", u_shaped[1][:-1], {})
+    with difficulty.Counts(tmp_path / "counts.jsonl", {}) as counts, pytest.raises(KeyError, match="99"):
+        difficulty.measure(counts, 100, SETTINGS)
 
 
 def test_rows_that_could_not_be_judged_are_drawn_and_not_shown() -> None:

@@ -4,7 +4,7 @@ They take a few numbers per response (`opd`: per token), on the CPU; `clipped_lo
 """
 
 from mmopd.algorithm.balance import balance_online
-from mmopd.algorithm.difficulty import difficulty_shape, difficulty_weights
+from mmopd.algorithm.difficulty import difficulty_shape, difficulty_weights, drop_easy_weights, frontier_weights
 from mmopd.algorithm.margin import margin_mask, margin_shift, margins
 from mmopd.algorithm.objective import Targets, clipped_loss, opd
 
@@ -14,6 +14,8 @@ __all__ = [
     "clipped_loss",
     "difficulty_shape",
     "difficulty_weights",
+    "drop_easy_weights",
+    "frontier_weights",
     "margin_mask",
     "margin_shift",
     "margins",

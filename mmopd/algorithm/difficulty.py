@@ -1,6 +1,7 @@
 """Offline balancing by difficulty (paper 3.3, A.1): sampling weights that flatten the histogram of right answers.
 
 Before training, the student answers every prompt K times, c of them right. P prompts; the histogram has K + 1 bins.
+Beside the paper's rule stand two others of the field, `drop_easy_weights` and `frontier_weights`.
 """
 
 from typing import Literal
@@ -52,6 +53,35 @@ def difficulty_weights(
     level = ends.min() if len(ends) else histogram.max()
     weight = torch.where(raised, (level / histogram.clamp(min=1)).clamp(1, cap), 1.0)
     return torch.where(judged, weight[c], 1.0).float()
+
+
+def drop_easy_weights(correct: Int[Tensor, " P"], attempts: int | Int[Tensor, " P"]) -> Float[Tensor, " P"]:
+    """0 for the prompts that were always answered right, 1 for all others, those that could not be judged included.
+
+    The filter of POLARIS (An et al., 2025), which the paper argues against (A.1); here to be compared with.
+
+    Raises:
+        ValueError: counts that cannot be (with the prompt's index).
+    """
+    c, judged, histogram = _bins(correct, attempts)
+    return torch.where(judged & (c == len(histogram) - 1), 0.0, 1.0)
+
+
+def frontier_weights(correct: Int[Tensor, " P"], attempts: int | Int[Tensor, " P"]) -> Float[Tensor, " P"]:
+    """4 p (1 - p), p the share of right answers: 1 where the student is right half of the time, 0 at both ends.
+
+    The weighting of PACED (arXiv 2603.11178) with its exponents at 1; here to be compared with. A prompt that could not be judged has the
+    mean weight of the others (1 if there are none).
+
+    Raises:
+        ValueError: counts that cannot be (with the prompt's index).
+    """
+    _, judged, _ = _bins(correct, attempts)
+    k = torch.as_tensor(attempts).clamp(min=1)
+    p = correct / k
+    weight = 4 * p * (1 - p)
+    unknown = weight[judged].mean() if judged.any() else torch.tensor(1.0)
+    return torch.where(judged, weight, unknown)
 
 
 def difficulty_shape(correct: Int[Tensor, " P"], attempts: int | Int[Tensor, " P"], *, heavy: float = 1.5) -> Shape:

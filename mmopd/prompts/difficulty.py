@@ -1,12 +1,16 @@
 """Bookkeeping of the offline difficulty pass (paper 3.3, A.1): counts, weights, the picture; no model runs here.
 
-`counts.jsonl` grows while the untrained student answers, and is where a stopped pass goes on. From it come
-`difficulty.json` (counts, shape and weights for each row of each source) and the histograms before and after (Fig. 3).
-Both files say what they are made from, and are refused for anything else.
+The counts of a source lie beside its shards, in `difficulty/NAME.jsonl`, NAME for the student and the way it was sampled:
+every mixture, policy and run shares them. The file grows while the student answers, and is where a stopped pass goes on.
+From the counts come a run's `difficulty.json` (counts, shape and weights for each row of each source) and the histograms
+before and after (Fig. 3). The files say what they are made from, and are refused for anything else.
 """
 
+import fcntl
+import hashlib
 import json
 from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Self, TextIO
@@ -15,14 +19,14 @@ import numpy as np
 import torch
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
+from rich.table import Table
 
 from mmopd import config
-from mmopd.algorithm import difficulty_shape, difficulty_weights
+from mmopd.algorithm import difficulty_shape, difficulty_weights, drop_easy_weights, frontier_weights
 from mmopd.errors import UserError
-from mmopd.fingerprint import hash_model
 from mmopd.prompts.shards import Shards
 
-VERSION = 1
+VERSION = 2
 FILE, PICTURE = "difficulty.json", "difficulty.png"
 Origin = Mapping[str, Any]
 
@@ -37,42 +41,46 @@ class Measured:
     weights: tuple[float, ...]  # [P] for `Rows.weights`
 
 
-def origin(sources: Mapping[str, Shards], student: Path, settings: config.Difficulty, **more: Any) -> dict[str, Any]:
-    """What a pass is made from: the sources' content, the student's files, the settings, and what else matters (seed, limits)."""
-    return {
-        "sources": {name: shards.fingerprint for name, shards in sorted(sources.items())},
-        "student": hash_model(student),
-        "settings": settings.model_dump(mode="json"),
-        **more,
-    }
+def origin(shards: Shards, student: str, settings: config.Difficulty, *, max_tokens: int, threshold: float) -> dict[str, Any]:
+    """What the counts of a source are made from; what is done with them later (policy, shape, cap) is no part of it.
+
+    Args:
+        student: hash of the model's files.
+        max_tokens: response limit.
+        threshold: of an outcome that counts as right.
+    """
+    sampling = settings.model_dump(mode="json", include={"attempts", "temperature", "top_p", "top_k"})
+    return {"data": shards.fingerprint, "student": student, "sampling": sampling | {"max_tokens": max_tokens}, "threshold": threshold}
+
+
+def counts_file(shards: Shards, made_from: Origin) -> Path:
+    """Where the counts of a source are kept."""
+    name = hashlib.sha256(json.dumps(made_from, sort_keys=True).encode()).hexdigest()[:16]
+    return shards.folder / "difficulty" / f"{name}.jsonl"
 
 
 class Counts:
-    """Counts of each prompt by its key, kept in a file that only grows: what was counted before is there when it is opened.
+    """Counts of each row of a source, kept in a file that only grows: what was counted before is there when it is opened.
 
     Raises:
-        UserError: the file was made from something else, or is not such a file.
+        UserError: the file was made from something else, is not such a file, or cannot be written.
     """
 
     def __init__(self, path: Path, made_from: Origin) -> None:
-        self._found: dict[str, tuple[int, int]] = {}
-        if path.exists():
-            whole = self._load(path, made_from)
-            self._file: TextIO = path.open("r+")
-            self._file.truncate(whole)  # a line that a kill cut short
-            self._file.seek(whole)
-        else:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = path.open("w")
-            self._append({"version": VERSION, "made_from": made_from})
+        self._found: dict[int, tuple[int, int]] = {}
+        try:
+            self._file = self._open(path, made_from)
+        except OSError as error:
+            raise UserError(f"{path}: the counts of the difficulty pass cannot be kept here ({error.strerror})") from None
 
-    def add(self, key: str, correct: int, attempts: int) -> None:
-        """Count a prompt: `correct` of `attempts` judged answers were right."""
-        self._found[key] = correct, attempts
-        self._append([key, correct, attempts])
+    def add(self, row: int, correct: int, attempts: int) -> None:
+        """Count a row: `correct` of `attempts` judged answers were right."""
+        self._found[row] = correct, attempts
+        self._file.write(json.dumps([row, correct, attempts]) + "\n")
+        self._file.flush()
 
-    def __contains__(self, key: str) -> bool:
-        return key in self._found
+    def __contains__(self, row: int) -> bool:
+        return row in self._found
 
     def __len__(self) -> int:
         return len(self._found)
@@ -83,18 +91,30 @@ class Counts:
     def __exit__(self, *_: object) -> None:
         self._file.close()
 
-    def of(self, shards: Shards) -> tuple[list[int], list[int]]:
-        """(correct, attempts) of every row of a source.
+    def of(self, rows: int) -> tuple[list[int], list[int]]:
+        """(correct, attempts) of the rows 0 to `rows` - 1.
 
         Raises:
             KeyError: a row has not been counted.
         """
-        pairs = [self._found[f"{shards.name}/{row}"] for row in range(len(shards))]
+        pairs = [self._found[row] for row in range(rows)]
         return [c for c, _ in pairs], [a for _, a in pairs]
 
-    def _append(self, line: object) -> None:
-        self._file.write(json.dumps(line) + "\n")
-        self._file.flush()
+    def _open(self, path: Path, made_from: Origin) -> TextIO:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with ExitStack() as undo:
+            file = undo.enter_context(path.open("a+"))
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise UserError(f"{path}: another run is measuring this source now; wait for it, or stop it") from None
+            if path.stat().st_size:
+                file.truncate(self._load(path, made_from))  # without a line that a kill cut short
+            else:
+                file.write(json.dumps({"version": VERSION, "made_from": made_from}) + "\n")
+                file.flush()
+            undo.pop_all()
+        return file
 
     def _load(self, path: Path, made_from: Origin) -> int:
         """Read the complete lines; returns their length in bytes."""
@@ -102,41 +122,48 @@ class Counts:
         try:
             head, *lines = map(json.loads, whole.splitlines())
             _check(path, head, made_from)
-            self._found = {key: (correct, attempts) for key, correct, attempts in lines}
+            self._found = {row: (correct, attempts) for row, correct, attempts in lines}
         except (ValueError, TypeError, KeyError) as error:
             raise UserError(f"{path}: not the counts of a difficulty pass ({error}); delete it to measure again") from None
         return len(whole) + len(newline)
 
 
-def measure(counts: Counts, sources: Mapping[str, Shards], settings: config.Difficulty) -> dict[str, Measured]:
-    """Shape and weights of each source from complete counts."""
-    measured = {}
-    for name, shards in sources.items():
-        correct, attempts = counts.of(shards)
-        c, k = torch.tensor(correct), torch.tensor(attempts)
-        shape = difficulty_shape(c, k) if settings.shape == "auto" else settings.shape
+def measure(counts: Counts, rows: int, settings: config.Difficulty) -> Measured:
+    """Shape and weights of a source of `rows` rows from complete counts.
+
+    Raises:
+        KeyError: a row has not been counted.
+        UserError: the policy leaves no row.
+    """
+    correct, attempts = counts.of(rows)
+    c, k = torch.tensor(correct), torch.tensor(attempts)
+    shape = difficulty_shape(c, k) if settings.shape == "auto" else settings.shape
+    if settings.policy == "flatten":
         weights = difficulty_weights(c, k, shape=shape, cap=settings.cap)
-        measured[name] = Measured(tuple(correct), tuple(attempts), shape, tuple(weights.tolist()))
-    return measured
+    else:
+        weights = {"drop_easy": drop_easy_weights, "frontier": frontier_weights}[settings.policy](c, k)
+    if not weights.any():
+        raise UserError(f"algorithm.difficulty.policy: {settings.policy} leaves no prompt of a source, all are {shape}; choose flatten")
+    return Measured(tuple(correct), tuple(attempts), shape, tuple(weights.tolist()))
 
 
-def save(path: Path, measured: Mapping[str, Measured], made_from: Origin) -> None:
+def save(path: Path, measured: Mapping[str, Measured], fingerprints: Mapping[str, str]) -> None:
     """Write `difficulty.json`; it is there when it is whole."""
-    sources = {name: asdict(one) for name, one in measured.items()}
+    sources = {name: {"fingerprint": fingerprints[name], **asdict(one)} for name, one in measured.items()}
     unfinished = path.with_suffix(".unfinished")
-    unfinished.write_text(json.dumps({"version": VERSION, "made_from": made_from, "sources": sources}))
+    unfinished.write_text(json.dumps({"version": VERSION, "sources": sources}))
     unfinished.replace(path)
 
 
-def load(path: Path, made_from: Origin | None = None) -> dict[str, Measured]:
-    """Read `difficulty.json`, and compare what it was made from, if that is given.
+def load(path: Path) -> dict[str, Measured]:
+    """Read `difficulty.json`.
 
     Raises:
-        UserError: missing, not such a file, or made from something else.
+        UserError: missing, or not such a file.
     """
     try:
         data = json.loads(path.read_text())
-        _check(path, data, made_from)
+        _check_version(data)
         return {
             name: Measured(tuple(one["correct"]), tuple(one["attempts"]), one["shape"], tuple(one["weights"]))
             for name, one in data["sources"].items()
@@ -164,6 +191,21 @@ def histogram(measured: Measured) -> tuple[NDArray[np.float64], NDArray[np.float
     return before, after.astype(np.float64)
 
 
+def table(measured: Mapping[str, Measured]) -> Table:
+    """What was found, a line for each source."""
+    shown = Table(title="Right answers of the untrained student", title_justify="left")
+    for column in ("source", "rows", "never right", "sometimes", "always", "not judged", "shape", "weights"):
+        shown.add_column(column, justify="left" if column in {"source", "shape"} else "right")
+    for name, one in measured.items():
+        correct, attempts = np.array(one.correct), np.array(one.attempts)
+        known = attempts > 0
+        never, always = int((known & (correct == 0)).sum()), int((known & (correct == attempts)).sum())
+        counts = [len(known), never, int(known.sum()) - never - always, always, int((~known).sum())]
+        weights = f"{min(one.weights):.2f} to {max(one.weights):.2f}"
+        shown.add_row(name, *(f"{n:,}" for n in counts), one.shape.replace("_", " "), weights)
+    return shown
+
+
 def draw(path: Path, measured: Mapping[str, Measured]) -> None:
     """The histograms of each source before and after as a PNG (Fig. 3)."""
     shown = {name: one for name, one in measured.items() if any(one.attempts)}
@@ -175,7 +217,7 @@ def draw(path: Path, measured: Mapping[str, Measured]) -> None:
         x = np.arange(len(before))
         axes.bar(x - 0.2, before, 0.4, color="#b8c4d0", label="before: rows")
         axes.bar(x + 0.2, after, 0.4, color="#2f6f9f", label="after: draws in an epoch as long")
-        axes.set_title(f"{name} ({one.shape}, {len(one.correct):,} rows)", fontsize=10, loc="left")
+        axes.set_title(f"{name} ({one.shape.replace('_', ' ')}, {len(one.correct):,} rows)", fontsize=10, loc="left")
         axes.set_xticks(x)
         axes.set_xlabel(f"right answers of {len(before) - 1}", fontsize=9)
         axes.spines[["top", "right"]].set_visible(False)
@@ -185,11 +227,13 @@ def draw(path: Path, measured: Mapping[str, Measured]) -> None:
     figure.savefig(path, dpi=150)
 
 
-def _check(path: Path, data: Mapping[str, Any], made_from: Origin | None) -> None:
+def _check_version(data: Mapping[str, Any]) -> None:
     if data["version"] != VERSION:
         raise ValueError(f"version {data['version']}, and this is made for {VERSION}")
-    if made_from is None:
-        return
+
+
+def _check(path: Path, data: Mapping[str, Any], made_from: Origin) -> None:
+    _check_version(data)
     was, now = data["made_from"], json.loads(json.dumps(made_from))
     if changed := sorted(key for key in {*was, *now} if was.get(key) != now.get(key)):
         raise UserError(f"{path}: made from another {', another '.join(changed)}; delete it to measure again")

@@ -1,18 +1,21 @@
-"""Rollouts of one step: sample, verify and score, group by group, all at once.
+"""Rollouts of one step: sample, verify and score, all at once.
 
-While one group is being scored and verified, others are still being generated: a group waits for nobody.
+A response is scored and verified as soon as it is finished, while others are still being generated. Short ones of a
+group are asked for, and come, together: there a request costs more than what waiting for the longest does.
 """
 
 import asyncio
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
+from itertools import chain
 
-from mmopd.config import Difficulty, Recipe
-from mmopd.modality import Encoder
-from mmopd.records import Encoded, Outcome, Prompt, Sample
+from mmopd.config import Recipe
+from mmopd.records import Encoded, Response, Sample
 from mmopd.rollout.engine import StudentEngine
 from mmopd.task.pool import VerifierPool
 from mmopd.teacher.client import Scorer
+
+SHORT = 256  # tokens; up to this limit a group is one request
 
 
 def seed_of(*parts: object) -> int:
@@ -30,59 +33,48 @@ async def collect(
     verifiers: VerifierPool,
 ) -> list[Sample]:
     """G samples of each prompt of this rank's share, (group number over all ranks, prompt), in its order."""
-    rollout = recipe.rollout
+    rollout, visual = recipe.rollout, recipe.algorithm.visual
     gate = asyncio.Semaphore(rollout.concurrency)
+    G = rollout.group
+    at_once = G if rollout.max_tokens <= SHORT else 1
 
     async def one_group(number: int, encoded: Encoded) -> list[Sample]:
-        prompt = encoded.prompt
-        async with gate:
+        seed = seed_of(recipe.seed, step, encoded.prompt.key)
+
+        async def some(first: int) -> list[asyncio.Task[Sample]]:
             responses = await engine.sample(
                 encoded,
-                rollout.group,
-                seed_of(recipe.seed, step, prompt.key),
+                at_once,
+                seed + first,
                 max_tokens=rollout.max_tokens,
                 temperature=rollout.temperature,
                 top_p=rollout.top_p,
                 top_k=rollout.top_k,
             )
-        scores, outcomes = await asyncio.gather(
-            asyncio.gather(*(scorer.score(encoded, r.tokens) for r in responses)),
-            asyncio.gather(*(verifiers.verify(prompt.task, r.text, prompt.answer) for r in responses)),
+            return [asyncio.create_task(judge(number, encoded, first + i, response)) for i, response in enumerate(responses)]
+
+        async with gate:
+            judged = await asyncio.gather(*(some(first) for first in range(0, G, at_once)))
+        return await asyncio.gather(*chain.from_iterable(judged))
+
+    async def judge(number: int, encoded: Encoded, i: int, response: Response) -> Sample:
+        prompt = encoded.prompt
+        chosen = visual is not None and scorer.sees_image(encoded) and _draw(recipe.seed, step, prompt.key, i) < visual.share
+        score, blind, outcome = await asyncio.gather(
+            scorer.score(encoded, response.tokens),
+            scorer.score(encoded, response.tokens, blind=True) if chosen else _nothing(),
+            verifiers.verify(prompt.task, response.text, prompt.answer),
         )
-        return [Sample(number, r, o, s) for r, o, s in zip(responses, outcomes, scores, strict=True)]
+        return Sample(number, response, outcome, score, blind)
 
     groups = await asyncio.gather(*(one_group(n, e) for n, e in share))
     return [sample for group in groups for sample in group]
 
 
-async def count_right(
-    prompts: Iterator[Prompt],
-    *,
-    settings: Difficulty,
-    recipe: Recipe,
-    encoder: Encoder,
-    engine: StudentEngine,
-    verifiers: VerifierPool,
-    done: Callable[[str, int, int], None],
-) -> None:
-    """The offline difficulty pass: calls `done(prompt key, right, known)` as each prompt has its answers.
+def _draw(*parts: object) -> float:
+    """A number in [0, 1) from anything that names a draw."""
+    return seed_of("visual", *parts) / 2**31
 
-    An answer that the verifier cannot judge is in neither count. The draws do not depend on the run's seed: runs share the pass.
-    """
 
-    async def next_one_by_one() -> None:
-        for prompt in prompts:  # the iterator is shared: a prompt is read when somebody is free to ask it
-            responses = await engine.sample(
-                encoder.encode(prompt),
-                settings.attempts,
-                seed_of("difficulty", prompt.key),
-                max_tokens=recipe.rollout.max_tokens,
-                temperature=settings.temperature,
-                top_p=settings.top_p,
-                top_k=settings.top_k,
-            )
-            outcomes: list[Outcome] = await asyncio.gather(*(verifiers.verify(prompt.task, r.text, prompt.answer) for r in responses))
-            known = [outcome for outcome in outcomes if outcome.known]
-            done(prompt.key, sum(outcome.value >= recipe.algorithm.outcome_threshold for outcome in known), len(known))
-
-    await asyncio.gather(*(next_one_by_one() for _ in range(recipe.rollout.concurrency)))
+async def _nothing() -> None:
+    return None

@@ -33,7 +33,7 @@ class StudentEngine:
     """
 
     def __init__(
-        self, endpoint: Endpoint, encoder: Encoder, *, concurrency: int = 256, timeout: float = TIMEOUT, patience: float = PATIENCE
+        self, endpoint: Endpoint, encoder: Encoder, *, concurrency: int = 4096, timeout: float = TIMEOUT, patience: float = PATIENCE
     ) -> None:
         self._endpoint, self._encoder = endpoint, encoder
         self._limits = {"timeout": timeout, "patience": patience}

@@ -1,0 +1,97 @@
+"""The offline difficulty pass (paper 3.3, A.1): the untrained student answers every prompt K times; the books are `prompts.difficulty`."""
+
+import asyncio
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
+from pathlib import Path
+
+from mmopd.config import Difficulty, Recipe
+from mmopd.errors import UserError
+from mmopd.fingerprint import hash_model
+from mmopd.modality import Encoder
+from mmopd.progress import Stage
+from mmopd.prompts import difficulty
+from mmopd.prompts.difficulty import Counts, Measured
+from mmopd.prompts.shards import Shards
+from mmopd.records import Encoded
+from mmopd.rollout.collect import seed_of
+from mmopd.rollout.engine import StudentEngine
+from mmopd.task.pool import VerifierPool
+from mmopd.teacher.endpoint import Endpoint
+
+
+def run_pass(recipe: Recipe, sources: Mapping[str, Shards], student: Endpoint, out: Path, stage: Stage) -> dict[str, Measured]:
+    """Answer what has not been answered yet, and write `difficulty.json` and the picture into `out`.
+
+    Raises:
+        EngineError: the student's engine is gone; what was counted is kept.
+        UserError: the recipe has difficulty switched off, the counts beside the shards cannot be used, or the policy leaves nothing.
+    """
+    settings = _settings(recipe)
+    threshold, weights_of = recipe.algorithm.outcome_threshold, hash_model(recipe.student.model)
+    with ExitStack() as stack:
+        counts: dict[str, Counts] = {}
+        for name, shards in sources.items():
+            made_from = difficulty.origin(shards, weights_of, settings, max_tokens=recipe.rollout.max_tokens, threshold=threshold)
+            counts[name] = stack.enter_context(Counts(difficulty.counts_file(shards, made_from), made_from))
+        total, done = sum(map(len, sources.values())), sum(map(len, counts.values()))
+        stage.total(total, done=done)
+        unreadable = asyncio.run(_answer(recipe, sources, counts, student, stage)) if done < total else 0
+        measured = {name: difficulty.measure(counts[name], len(shards), settings) for name, shards in sources.items()}
+    stage.outcome = f"{total - done} prompts x {settings.attempts} answers" if done < total else "counted before, beside the shards"
+    stage.outcome += f", {unreadable} prompts could not be read" if unreadable else ""
+    out.mkdir(parents=True, exist_ok=True)
+    difficulty.draw(out / difficulty.PICTURE, measured)
+    difficulty.save(out / difficulty.FILE, measured, {name: shards.fingerprint for name, shards in sources.items()})
+    return measured
+
+
+async def _answer(recipe: Recipe, sources: Mapping[str, Shards], counts: Mapping[str, Counts], student: Endpoint, stage: Stage) -> int:
+    """Count the right answers of every row that is not counted yet; how many rows could not be read.
+
+    An answer that the verifier cannot judge is not counted as an attempt, and a row that cannot be read has none. The
+    draws do not depend on the run's seed: runs share the counts.
+    """
+    settings, encoder, unreadable = _settings(recipe), Encoder(recipe.student.model), 0
+    todo: Iterator[tuple[str, int]] = (
+        (name, row) for name, shards in sources.items() for row in range(len(shards)) if row not in counts[name]
+    )
+
+    async def right_of(encoded: Encoded, engine: StudentEngine, verifiers: VerifierPool) -> tuple[int, int]:
+        prompt = encoded.prompt
+        responses = await engine.sample(
+            encoded,
+            settings.attempts,
+            seed_of("difficulty", prompt.key),
+            max_tokens=recipe.rollout.max_tokens,
+            temperature=settings.temperature,
+            top_p=settings.top_p,
+            top_k=settings.top_k,
+        )
+        outcomes = await asyncio.gather(*(verifiers.verify(prompt.task, r.text, prompt.answer) for r in responses))
+        known = [outcome.value >= recipe.algorithm.outcome_threshold for outcome in outcomes if outcome.known]
+        return sum(known), len(known)
+
+    async def next_one_by_one(engine: StudentEngine, verifiers: VerifierPool) -> None:
+        nonlocal unreadable
+        for name, row in todo:  # the iterator is shared: a row is read when somebody is free to ask it
+            try:
+                encoded = encoder.encode(sources[name][row])
+            except (UserError, ValueError) as error:
+                unreadable += 1
+                stage.note(f"{name}/{row} cannot be read: {error}")
+                counts[name].add(row, 0, 0)
+            else:
+                counts[name].add(row, *await right_of(encoded, engine, verifiers))
+            stage.advance()
+
+    async with StudentEngine(student, encoder) as engine:
+        with VerifierPool() as verifiers:
+            await asyncio.gather(*(next_one_by_one(engine, verifiers) for _ in range(recipe.rollout.concurrency)))
+    return unreadable
+
+
+def _settings(recipe: Recipe) -> Difficulty:
+    if recipe.algorithm.difficulty is None:
+        raise UserError("algorithm.difficulty is null in this recipe: there is nothing to measure; give it at least `{}`")
+    return recipe.algorithm.difficulty
