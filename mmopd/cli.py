@@ -123,6 +123,23 @@ def evaluate(
 
 
 @app.command()
+def merge(
+    base: Annotated[Path, typer.Argument(help="HF folder of the model that the teachers were trained from.", show_default=False)],
+    teachers: Annotated[list[str], typer.Argument(metavar="FOLDER[=WEIGHT]...", help="HF folders of the teachers.", show_default=False)],
+    out: Annotated[Path, typer.Option(help="The HF folder to write.", show_default=False)],
+    alpha: Annotated[float, typer.Option(help="How far to go: 1 is the mean of the teachers, more goes past it (ExPO).")] = 1.25,
+) -> None:
+    """Merge TEACHERS and extrapolate from BASE, without training (ExPO, a baseline); one tensor in memory at a time."""
+    from mmopd.merge import merge as extrapolate
+    from mmopd.merge import parse_teacher
+    from mmopd.progress import Stages
+
+    with Stages(console) as stages, stages.stage("merge") as stage:
+        extrapolate(base, dict(map(parse_teacher, teachers)), alpha, out, stage)
+        stage.outcome = str(out)
+
+
+@app.command()
 def report(run: Annotated[Path, typer.Argument(help="A run folder, finished or not.", show_default=False)]) -> None:
     """Write RUN/report.html from what the run has recorded so far."""
     from mmopd.report.html import write_report
