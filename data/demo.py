@@ -18,7 +18,8 @@ from transformers.utils import logging
 
 from mmopd.demo import pretrain, world
 from mmopd.progress import Stage
-from mmopd.prompts.shards import write_shards
+from mmopd.prompts import TokenCounter, write_shards
+from mmopd.prompts.index import VERSION
 from mmopd.records import Prompt
 
 MODALITY = {"additions": "text", "digit_sum": "image"}
@@ -43,7 +44,7 @@ def prepare(workspace: Path, stage: Stage) -> None:
         ("base", BASE, partial(_learn, BASE, root / "untrained", stage)),
         ("text_teacher", TEXT_TEACHER, partial(_learn, TEXT_TEACHER, root / "base", stage)),
         ("image_teacher", IMAGE_TEACHER, partial(_learn, IMAGE_TEACHER, root / "base", stage)),
-        *((f"shards/{task}", n, partial(_shards, task, n)) for task, n in PROMPTS.items()),
+        *((f"shards/{task}", (n, VERSION), partial(_shards, task, n, root / "base")) for task, n in PROMPTS.items()),
         *((f"heldout/{task}", n, partial(_table, task, n)) for task, n in HELD_OUT.items()),
     ]
     key, made = inspect.getsource(world) + inspect.getsource(pretrain), 0
@@ -80,12 +81,12 @@ def _learn(course: pretrain.Course, start: Path, stage: Stage, folder: Path) -> 
     pretrain.train(start, folder, rows, steps=course.steps, lr=course.lr, progress=show)
 
 
-def _shards(task: str, n: int, folder: Path) -> None:
+def _shards(task: str, n: int, student: Path, folder: Path) -> None:
     prompts = [
         Prompt(f"{task}/{i}", task, MODALITY[task], tuple(row["messages"]), tuple(row["images"]), row["answer"])
         for i, row in enumerate(_rows(task, "train", n))
     ]
-    write_shards(prompts, folder)
+    write_shards(prompts, folder, counter=TokenCounter(student))
 
 
 def _table(task: str, n: int, folder: Path) -> None:

@@ -14,7 +14,7 @@ from typing import TypeVar
 
 import mmopd
 from mmopd import config
-from mmopd.config import Config, Fleet, Mixture, Recipe, Suite
+from mmopd.config import Comparison, Config, Fleet, Mixture, Recipe, Suite
 from mmopd.errors import UserError
 from mmopd.task.base import Task
 
@@ -58,6 +58,11 @@ def load_mixture(name: str | Path, workspace: Path | None = None) -> Mixture:
 def load_suite(name: str | Path, workspace: Path | None = None) -> Suite:
     """A file of eval/."""
     return _load(Suite, name, workspace)
+
+
+def load_comparison(name: str | Path, workspace: Path | None = None) -> Comparison:
+    """A file recipes/compare_*.yaml."""
+    return _load(Comparison, name, workspace)
 
 
 def load_recipe(name: str | Path, workspace: Path | None = None, overrides: Iterable[str] = ()) -> Recipe:

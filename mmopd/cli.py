@@ -27,6 +27,10 @@ Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Settings to change, such as train.steps=20.", show_default=False)
 ]
 RunOption = Annotated[Path | None, typer.Option("--run", help="The run folder to make. [default: runs/NAME-DATE-TIME]", show_default=False)]
+EndpointsOption = Annotated[
+    list[Path] | None,
+    typer.Option(help="A file of `mmopd serve`: the teachers in it are used from there; may be repeated.", show_default=False),
+]
 
 
 def main() -> None:
@@ -68,6 +72,7 @@ def train(
     overrides: Overrides = None,
     run: RunOption = None,
     resume: Annotated[Path | None, typer.Option(help="Continue this run folder from its last checkpoint.", show_default=False)] = None,
+    endpoints: EndpointsOption = None,
 ) -> None:
     """Prepare, serve, balance by difficulty, distil, evaluate and report: everything that RECIPE describes."""
     from mmopd import catalog
@@ -85,10 +90,31 @@ def train(
     from mmopd.launch import launch
 
     try:
-        launch(folder, resolved, console)
+        launch(folder, resolved, console, endpoints or ())
     except KeyboardInterrupt:
         console.print(f"interrupted; `mmopd train --resume {folder.root}` goes on from the last checkpoint")
         raise typer.Exit(130) from None
+
+
+@app.command()
+def serve(
+    fleet: Annotated[Path, typer.Argument(help="A fleet file, such as teachers/demo.yaml.", show_default=False)],
+    *,
+    host: Annotated[str, typer.Option(help="The address to listen on; 0.0.0.0 for all of this machine's.")] = "127.0.0.1",
+    out: Annotated[Path, typer.Option(help="The file of endpoints to write, for `mmopd train --endpoints`.")] = Path("endpoints.json"),
+    api_key_env: Annotated[
+        str | None,
+        typer.Option(help="The environment variable with the key; a new one is made if not given.", show_default=False),
+    ] = None,
+) -> None:
+    """Serve the teachers of FLEET on their own, for runs of other jobs or machines, until Ctrl-C; what dies is started again."""
+    from mmopd import catalog
+    from mmopd.teacher.fleet import serve_alone
+
+    try:
+        serve_alone(catalog.load_fleet(fleet), host=host, out=out, key_variable=api_key_env, console=console)
+    except (KeyboardInterrupt, SystemExit):  # Ctrl-C and SIGTERM are how it ends
+        console.print("stopped")
 
 
 @app.command("difficulty")
@@ -123,6 +149,22 @@ def evaluate(
 
 
 @app.command()
+def compare(
+    comparison: Annotated[Path, typer.Argument(help="A comparison, such as recipes/compare_demo.yaml.", show_default=False)],
+    out: Annotated[Path, typer.Option(help="Folder for the runs, the tables and the plots.")] = Path("compare"),
+) -> None:
+    """Run a grid of variants and seeds, one after the other, and write tables with intervals; what is finished is not run again."""
+    from mmopd import catalog
+    from mmopd.compare import compare as run_grid
+    from mmopd.progress import Stages
+
+    with Stages(console) as stages:
+        page = run_grid(comparison.stem, catalog.load_comparison(comparison), out, stages)
+    console.print(page.read_text(), markup=False, soft_wrap=True)
+    console.print(f"The tables: {page}", highlight=False, markup=False)
+
+
+@app.command()
 def merge(
     base: Annotated[Path, typer.Argument(help="HF folder of the model that the teachers were trained from.", show_default=False)],
     teachers: Annotated[list[str], typer.Argument(metavar="FOLDER[=WEIGHT]...", help="HF folders of the teachers.", show_default=False)],
@@ -140,6 +182,66 @@ def merge(
 
 
 @app.command()
+def prepare(
+    converter: Annotated[Path, typer.Argument(help="A converter of data/, such as data/deepmath.py.", show_default=False)],
+    out: Annotated[Path, typer.Argument(help="The folder of shards to write.", show_default=False)],
+    *,
+    settings: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="A setting of the converter, such as data=FILE; may be repeated.")
+    ] = None,
+    processor: Annotated[
+        Path | None, typer.Option(help="The student's folder: count the tokens of each row for it.", show_default=False)
+    ] = None,
+    workers: Annotated[int | None, typer.Option(min=1, help="Processes. [default: the cores of this machine]", show_default=False)] = None,
+    max_bad: Annotated[float, typer.Option(min=0, max=1, help="Share of examples that may be bad; they are left out and counted.")] = 0.01,
+) -> None:
+    """Write public or own data as shards, by a converter; a stopped call goes on where it was.
+
+    Each converter says at its top what it reads, and which settings it has.
+    """
+    import os
+
+    from mmopd import catalog
+    from mmopd.progress import Stages
+    from mmopd.prompts.prepare import prepare as write
+    from mmopd.prompts.tree import prepared
+
+    cores = workers or len(os.sched_getaffinity(0))
+    try:
+        with Stages(console) as stages, stages.stage(f"prepare {out}") as stage:
+            shards, count = write(
+                catalog.find(converter), out, settings or (), processor=processor, workers=cores, max_bad=max_bad, stage=stage
+            )
+            stage.outcome = f"{count.shards} shards"
+    except KeyboardInterrupt:
+        console.print("interrupted; the same command goes on behind the last shard that was finished")
+        raise typer.Exit(130) from None
+    console.print(prepared(shards, count))
+
+
+@app.command()
+def index(
+    folder: Annotated[Path, typer.Argument(help="A folder of WebDataset tars.", show_default=False)],
+    processor: Annotated[
+        Path | None, typer.Option(help="The student's folder: count the tokens of each row for it.", show_default=False)
+    ] = None,
+) -> None:
+    """Write the index of every tar of FOLDER anew: for tars that another tool wrote, or to count tokens for another student."""
+    from mmopd.progress import Stages
+    from mmopd.prompts import TokenCounter, index_tar
+
+    tars = sorted(folder.glob("*.tar"))
+    if not tars:
+        raise UserError(f"{folder}: no .tar in this folder")
+    counter = TokenCounter(processor) if processor else None
+    with Stages(console) as stages, stages.stage(f"index {folder}") as stage:
+        stage.total(len(tars))
+        for tar in tars:
+            index_tar(tar, counter)
+            stage.advance()
+
+
+@app.command()
 def report(run: Annotated[Path, typer.Argument(help="A run folder, finished or not.", show_default=False)]) -> None:
     """Write RUN/report.html from what the run has recorded so far."""
     from mmopd.report.html import write_report
@@ -148,21 +250,51 @@ def report(run: Annotated[Path, typer.Argument(help="A run folder, finished or n
 
 
 @app.command()
-def show(recipe: RecipeArgument, overrides: Overrides = None) -> None:
-    """Print the resolved RECIPE, with every default, and what it would start."""
+def show(
+    recipe: Annotated[Path, typer.Argument(help="A recipe, or a mixture such as data/demo.yaml.", show_default=False)],
+    overrides: Overrides = None,
+    prompts: Annotated[
+        int | None, typer.Option(min=1, help="Of a mixture: how often each source is gone through in so many prompts.", show_default=False)
+    ] = None,
+) -> None:
+    """Print the resolved RECIPE, with every default, and what it would start; or what is in a mixture."""
     from mmopd import catalog
+    from mmopd.prompts.tree import is_mixture, mixture_tree
     from mmopd.show import show as print_recipe
 
-    print_recipe(catalog.load_recipe(recipe, overrides=overrides or ()), console)
+    if is_mixture(catalog.find(recipe)):
+        console.print(mixture_tree(catalog.load_mixture(recipe), str(recipe), prompts))
+    else:
+        print_recipe(catalog.load_recipe(recipe, overrides=overrides or ()), console)
 
 
 @app.command()
-def doctor() -> None:
-    """Say in a table what this machine can do and what is missing; exit status 1 if something needed is."""
+def doctor(
+    recipe: Annotated[Path | None, typer.Argument(help="A recipe, whose teachers are to be proved too.", show_default=False)] = None,
+    overrides: Overrides = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder for what was found, and for the logs. [default: doctor/NAME]", show_default=False)
+    ] = None,
+    endpoints: EndpointsOption = None,
+) -> None:
+    """Say in a table what this machine can do and what is missing; exit status 1 if something needed is.
+
+    With RECIPE, its student and teachers are then served as `mmopd train` does it, and every teacher is examined: that it has the
+    student's vocabulary, room for the longest response, scores that repeat, and sees the images that it is sent.
+    """
+    from mmopd import catalog
     from mmopd.doctor import machine_report, render
 
+    resolved = catalog.load_recipe(recipe, overrides=overrides or ()) if recipe is not None else None
     checks = machine_report()
     render(checks, console)
+    if recipe is not None and resolved is not None:
+        from mmopd import launch
+        from mmopd.teacher.preflight import show
+
+        found = launch.prove_alone(resolved, out or Path("doctor") / recipe.stem, console, endpoints or ())
+        show(found, console)
+        checks += found
     if any(check.state == "fail" for check in checks):
         raise typer.Exit(1)
 

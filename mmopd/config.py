@@ -207,20 +207,36 @@ class Fleet(Config):
 class Source(Config):
     """One folder of shards, all of one task."""
 
-    shards: Path = Field(description="folder of .tar shards with their .index.json")
+    shards: str | Path = Field(description="folder of .tar shards with their .index.safetensors, or its URL (s3://..., https://...)")
     task: str = Field(description="a task of modalities/")
     weight: float = Field(1.0, ge=0)
+    schedule: Mapping[Annotated[int, Field(ge=1)], Annotated[float, Field(ge=0)]] = Field(
+        {}, description="step -> weight at that step, linear in between: {100: 0.5, 200: 2}; `weight` is that of step 0"
+    )
+    max_prompt_tokens: Positive | None = Field(None, description="rows with a longer prompt are left out, images included")
+
+    def weight_at(self, step: int) -> float:
+        """The weight at a step of the run."""
+        points = sorted({0: self.weight, **self.schedule}.items())
+        before, low = [point for point in points if point[0] <= step][-1]
+        after, high = next((point for point in points if point[0] > step), (before + 1, low))
+        return low + (high - low) * (step - before) / (after - before)
 
 
 class Mixture(Config):
     """`data/*.yaml`: weighted sources."""
 
     sources: Mapping[str, Source]
+    adapt: float = Field(
+        0.0, ge=0, lt=1, description="how strongly sources are preferred in which the student is now right and now wrong; 0 = off"
+    )
+    cache_gib: float = Field(50.0, gt=0, description="local copies of remote shards, at most; the least recently used go first")
 
     @model_validator(mode="after")
     def _some_weight(self) -> Self:
-        if sum(s.weight for s in self.sources.values()) <= 0:
-            raise ValueError("sources: the weights sum to zero")
+        for step in sorted({0}.union(*(source.schedule for source in self.sources.values()))):
+            if sum(source.weight_at(step) for source in self.sources.values()) <= 0:
+                raise ValueError("sources: the weights sum to zero" + (f" at step {step}" if step else ""))
         return self
 
 
@@ -270,6 +286,39 @@ class Recipe(Config):
         return self
 
 
+class Variant(Config):
+    """One method of a comparison: the recipe with some settings changed."""
+
+    label: str = Field("", description="how tables call it; its name if not given")
+    set: Mapping[str, Any] = Field({}, description="key.path -> value, as on the command line")
+
+
+class ComparisonTable(Config):
+    """Variants side by side, each with the same seeds."""
+
+    title: str
+    seeds: Positive = Field(3, description="seeds 0, 1, ...")
+    baseline: str = Field(description="the variant that the others are paired with, seed by seed")
+    variants: tuple[str, ...]
+
+
+class Comparison(Config):
+    """`recipes/compare_*.yaml`: a grid of variants and seeds over one recipe."""
+
+    recipe: Path
+    set: Mapping[str, Any] = Field({}, description="changes for all variants")
+    variants: Mapping[str, Variant]
+    tables: Mapping[str, ComparisonTable]
+
+    @model_validator(mode="after")
+    def _tables_name_variants(self) -> Self:
+        for name, table in self.tables.items():
+            for variant in (table.baseline, *table.variants):
+                if variant not in self.variants:
+                    raise ValueError(f"tables.{name}: no variant {variant!r}{suggest(variant, self.variants)}")
+        return self
+
+
 C = TypeVar("C", bound=Config)
 
 
@@ -294,13 +343,25 @@ def read(cls: type[C], path: Path, overrides: Iterable[str] = ()) -> C:
         raise UserError(f"{path}: not valid YAML: {error}") from None
     if not isinstance(data, dict):
         raise UserError(f"{path}: expected keys and values, found {type(data).__name__}")
+    return build(cls, data, str(path), overrides)
+
+
+def build(cls: type[C], data: dict[str, Any], where: str, overrides: Iterable[str] = ()) -> C:
+    """`data` as `cls`, with `key.path=value` overrides on top.
+
+    Args:
+        where: what messages begin with.
+
+    Raises:
+        UserError: a key is unknown, or a value does not fit; names the key.
+    """
     for override in overrides:
         _set(data, override)
     try:
         return cls.model_validate(data)
     except ValidationError as error:
         lines = [_explain(cls, e["loc"], e["msg"], e["type"]) for e in error.errors()]
-        raise UserError("\n".join(f"{path}: {line}" for line in lines)) from None
+        raise UserError("\n".join(f"{where}: {line}" for line in lines)) from None
 
 
 def dump(config: Config) -> str:

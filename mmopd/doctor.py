@@ -1,7 +1,8 @@
 """What this machine can do and what is missing: `mmopd doctor`.
 
 Each check looks at one thing that a run needs and, where it falls short, says the way out. `fail` means that a run
-on this machine cannot work, `warn` that some of it cannot. Nothing heavy is imported but torch.
+on this machine cannot work, `warn` that some of it cannot. Nothing heavy is imported but torch. What the servers of a
+recipe can do is looked at by `mmopd.teacher.preflight`, with the same `Check`s.
 """
 
 import importlib.metadata
@@ -11,8 +12,8 @@ import shutil
 import socket
 import subprocess
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -40,6 +41,8 @@ class Check:
     state: State
     found: str
     way_out: str = ""
+    of: str = ""  # the server or the teacher that it is about; empty for this machine
+    numbers: Mapping[str, float] = field(default_factory=dict)  # what was measured, by name
 
 
 def machine_report(folder: Path | None = None) -> list[Check]:
@@ -198,15 +201,19 @@ def available_memory() -> int:
     return int(free)
 
 
-def render(checks: list[Check], console: Console) -> None:
+def render(checks: Sequence[Check], console: Console, title: str = "What this machine can do") -> None:
     """Print the report as a table; what to do stands on a line of its own, under what was found."""
     marks = {"ok": "[green]ok[/]", "warn": "[yellow]warn[/]", "fail": "[red]fail[/]"}
-    table = Table(title="What this machine can do", title_justify="left", box=None, pad_edge=False)
-    for column in ("", "what", "found"):
-        table.add_column(column, overflow="fold")
+    servers = any(check.of for check in checks)
+    table = Table(title=title, title_justify="left", box=None, pad_edge=False)
+    for column in ("", *["server"] * servers, "what", "found"):
+        table.add_column(column, overflow="fold", no_wrap=column == "what")
+    before = ""
     for check in checks:
         way_out = f"\n[bold]→[/] {escape(check.way_out)}" if check.way_out else ""
-        table.add_row(marks[check.state], check.name, escape(check.found) + way_out)
+        server = [escape(check.of) if check.of != before else ""] * servers
+        table.add_row(marks[check.state], *server, check.name, escape(check.found) + way_out)
+        before = check.of
     console.print(table)
 
 

@@ -1,26 +1,28 @@
 """`mmopd train`: the stages of a run in order, on this machine. `launch` is the summary; each stage is a function below it."""
 
+import asyncio
 import dataclasses
 import json
 import os
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import httpx
 import torch
 from rich.console import Console
 
 from mmopd import catalog, config
 from mmopd.config import Fleet, Recipe, Suite
+from mmopd.doctor import Check
 from mmopd.errors import UserError
 from mmopd.evaluate.lmms import Record, evaluate, read_suite
 from mmopd.evaluate.table import Kind, Results, Row
 from mmopd.fingerprint import hash_model
+from mmopd.modality import Encoder
 from mmopd.processes import Children
 from mmopd.progress import Stages
 from mmopd.prompts import difficulty
@@ -30,8 +32,11 @@ from mmopd.rollout.difficulty import run_pass
 from mmopd.rollout.engine import EngineError
 from mmopd.run import RunFolder
 from mmopd.teacher.endpoint import Endpoint
+from mmopd.teacher.fleet import from_files, serve_fleet, serve_in_stage
+from mmopd.teacher.preflight import answers, insist, preflight, save, summary
+from mmopd.teacher.probes import look
 from mmopd.teacher.router import check_routes, check_tokenizers
-from mmopd.teacher.serve import Servers, ServerSpec, serve
+from mmopd.teacher.serve import Servers, ServerSpec
 from mmopd.train.distributed import free_port
 
 CACHE = Path(".mmopd")  # of the workspace: what several runs share
@@ -45,10 +50,14 @@ class Job:
     fleet: Fleet
     sources: Mapping[str, Shards]
     suite: Suite | None
+    elsewhere: Sequence[Endpoint] = ()  # of teachers that another `mmopd serve` serves
 
 
-def launch(run: RunFolder, recipe: Recipe, console: Console) -> None:
-    """Prepare, serve, measure difficulty, evaluate, distil, evaluate, report.
+def launch(run: RunFolder, recipe: Recipe, console: Console, endpoints: Sequence[Path] = ()) -> None:
+    """Prepare, serve, prove the teachers, measure difficulty, evaluate, distil, evaluate, report.
+
+    Args:
+        endpoints: files of `mmopd serve`; the teachers in them are used from there.
 
     Raises:
         UserError: anything that a user can put right; whatever was started is stopped, what was measured is kept.
@@ -57,8 +66,9 @@ def launch(run: RunFolder, recipe: Recipe, console: Console) -> None:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed, which transformers imports, would warn that it found nothing else
     with Stages(console, run.timings) as stages:
         prepare(recipe, stages)
-        job = check(recipe)
+        job = check(recipe, endpoints)
         with Children() as children, serving(job, run, children, stages) as servers:
+            insist(prove(job, servers, run, stages), console)
             measure_difficulty(job, servers, run, stages)
             rows = evaluate_all(job.suite, starting_points(job, servers), run.evaluation, stages)
             distil(job, run, children, servers, stages)
@@ -74,35 +84,32 @@ def prepare(recipe: Recipe, stages: Stages) -> None:
             catalog.load_module(path).prepare(Path.cwd(), stage)
 
 
-def check(recipe: Recipe) -> Job:
-    """Open all that the recipe names, before anything is started.
+def check(recipe: Recipe, endpoints: Sequence[Path] = ()) -> Job:
+    """Open all that the recipe names, before anything is started; the models of teachers in `endpoints` need not be on this machine.
 
     Raises:
         UserError: a file, a model, a shard, a task, a route or a tokenizer is missing or wrong; names it.
     """
     fleet = catalog.load_fleet(recipe.fleet)
-    folders = {name: t.model for name, t in fleet.teachers.items() if t.model is not None}
+    elsewhere = from_files(fleet, endpoints)
+    there = {endpoint.teacher for endpoint in elsewhere}
+    folders = {name: t.model for name, t in fleet.teachers.items() if t.model is not None and name not in there}
     for name, folder in {"student": recipe.student.model, **folders}.items():
         if not (folder / "config.json").is_file():
             raise UserError(f"{folder}: no model in this folder (of {name}); it needs a config.json and weights in safetensors")
-    sources = open_mixture(catalog.load_mixture(recipe.mixture), catalog.load_tasks(), Path.cwd())
-    check_routes(fleet, [pair for shards in sources.values() for pair in shards.kinds])
+    tasks = catalog.load_tasks()
+    sources = open_mixture(catalog.load_mixture(recipe.mixture), tasks, Path.cwd())
+    check_routes(fleet, tasks, [pair for shards in sources.values() for pair in shards.kinds])
     check_tokenizers(recipe.student.model, folders)
     suite = read_suite(catalog.find(recipe.suite), Path.cwd()) if recipe.suite is not None else None
-    return Job(recipe, fleet, sources, suite)
+    return Job(recipe, fleet, sources, suite, elsewhere)
 
 
 @contextmanager
 def serving(job: Job, run: RunFolder, children: Children, stages: Stages) -> Iterator[Servers]:
     """The student's engine and the replicas of every teacher, by name (student, TEACHER.NUMBER), while the block lasts."""
-    specs = [ServerSpec("student", job.recipe.student.model, job.recipe.student.engine, updatable=True)]
-    outside: dict[str, Endpoint] = {}
-    for name, teacher in job.fleet.teachers.items():
-        if teacher.model is not None:
-            specs += [ServerSpec(f"{name}.{i}", teacher.model, teacher.engine, updatable=False) for i in range(teacher.replicas)]
-        outside |= {f"{name}.{i}": running_elsewhere(f"{name}.{i}", url, teacher.api_key_env) for i, url in enumerate(teacher.endpoints)}
-    with serve_in_stage(specs, children, run.logs, stages) as servers:
-        servers.update(outside)
+    student = ServerSpec("student", job.recipe.student.model, job.recipe.student.engine, updatable=True)
+    with serve_fleet(job.fleet, children, run.logs, stages, elsewhere=job.elsewhere, also=[student]) as servers:
         run.write_endpoints(servers)
         try:
             yield servers
@@ -110,38 +117,58 @@ def serving(job: Job, run: RunFolder, children: Children, stages: Stages) -> Ite
             run.endpoints.unlink(missing_ok=True)
 
 
-@contextmanager
-def serve_in_stage(specs: Sequence[ServerSpec], children: Children, logs: Path, stages: Stages) -> Iterator[Servers]:
-    """`serve`, its start shown as a stage."""
-    with ExitStack() as stack:
-        with stages.stage("serve") as stage:
-            stage.total(len(specs))
-            stage.outcome = f"{len(specs)} vLLM servers"
-
-            def show(name: str, what: str) -> None:
-                stage.note(f"{name}: {what}")
-                if what.startswith("ready"):
-                    stage.advance()
-
-            servers = stack.enter_context(serve(specs, children, logs, show))
-        yield servers
-
-
-def running_elsewhere(name: str, url: str, key_variable: str | None) -> Endpoint:
-    """An endpoint of the fleet file, asked for the name of its model.
+def prove(job: Job, servers: Servers, run: RunFolder, stages: Stages) -> list[Check]:
+    """Preflight: what each replica of each teacher shows of itself; it is kept in the run folder.
 
     Raises:
-        UserError: the variable with its key is not set, or it does not answer.
+        UserError: the student's engine ended, with the last lines of its log; or no row of a source can be read.
     """
-    if key_variable is not None and key_variable not in os.environ:
-        raise UserError(f"teacher {name}: the environment variable {key_variable} (api_key_env) is not set")
-    key = os.environ[key_variable] if key_variable else ""
-    found = Endpoint(name, url.rstrip("/").removesuffix("/v1"), "", key, "teacher")
-    try:
-        reply = httpx.get(f"{found.url}/v1/models", headers=found.headers, timeout=30)
-        return dataclasses.replace(found, model=reply.raise_for_status().json()["data"][0]["id"])
-    except (httpx.HTTPError, ValueError, LookupError) as error:
-        raise UserError(f"teacher {name}: {url} does not answer as a vLLM server ({type(error).__name__}: {error})") from error
+    max_tokens, encoder = job.recipe.rollout.max_tokens, Encoder(job.recipe.student.model)
+    student, endpoints = run.read_endpoints()
+
+    async def ask() -> list[Check]:
+        kinds = look(job.sources, encoder)
+        responses = await answers(student, encoder, kinds, max_tokens=max_tokens)
+        return await preflight(
+            job.fleet,
+            catalog.load_tasks(),
+            endpoints,
+            encoder,
+            kinds,
+            max_tokens=max_tokens,
+            responses=responses,
+            done=lambda endpoint: stage.advance(),
+        )
+
+    with stages.stage("preflight") as stage:
+        stage.total(sum(map(len, endpoints.values())))
+        try:
+            checks = asyncio.run(ask())
+        except EngineError as error:
+            servers.check()
+            raise UserError(f"{error} ({run.logs / 'student.log'})") from error
+        save(checks, run.preflight)
+        stage.outcome = summary(checks, endpoints)
+    return checks
+
+
+def prove_alone(recipe: Recipe, out: Path, console: Console, endpoints: Sequence[Path] = ()) -> list[Check]:
+    """`mmopd doctor RECIPE`: prepare, serve all that the recipe names, and prove the teachers; nothing is trained.
+
+    Args:
+        out: where logs and findings go.
+        endpoints: as in `launch`.
+
+    Raises:
+        UserError: as `prepare`, `check`, `serving` and `prove`.
+    """
+    run = RunFolder(out)
+    run.logs.mkdir(parents=True, exist_ok=True)
+    with Stages(console) as stages, Children() as children:
+        prepare(recipe, stages)
+        job = check(recipe, endpoints)
+        with serving(job, run, children, stages) as servers:
+            return prove(job, servers, run, stages)
 
 
 def measure_difficulty(job: Job, servers: Servers, run: RunFolder, stages: Stages) -> None:
@@ -189,12 +216,16 @@ class Candidate:
     name: str
     kind: Kind
     endpoint: Endpoint
-    model: Path | None  # its folder; None if it runs elsewhere
+    model: Path | None  # the folder with exactly its weights; None if it runs elsewhere, or has an adapter
 
 
 def starting_points(job: Job, servers: Mapping[str, Endpoint]) -> list[Candidate]:
     """The student before training, and the first replica of each teacher."""
-    teachers = [Candidate(name, "teacher", servers[f"{name}.0"], teacher.model) for name, teacher in job.fleet.teachers.items()]
+    unknown = {endpoint.teacher for endpoint in job.elsewhere} | {name for name, t in job.fleet.teachers.items() if t.adapter}
+    teachers = [
+        Candidate(name, "teacher", servers[f"{name}.0"], None if name in unknown else teacher.model)
+        for name, teacher in job.fleet.teachers.items()
+    ]
     return [Candidate("base", "base", servers["student"], job.recipe.student.model), *teachers]
 
 

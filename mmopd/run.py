@@ -47,6 +47,7 @@ class RunFolder:
         self.timings = root / "stages.json"
         self.logs = root / "logs"
         self.endpoints = root / "endpoints.json"  # while the servers run
+        self.preflight = root / "preflight.json"  # what was found of each replica of each teacher
 
     def create(self, recipe: Recipe) -> None:
         """Make the folder, with the resolved recipe and the versions in it.

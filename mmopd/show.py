@@ -1,18 +1,21 @@
 """`mmopd show`: the recipe with every default, and what it would start."""
 
 from rich.console import Console
+from rich.markup import escape
 from rich.syntax import Syntax
 from rich.table import Table
 
 from mmopd import catalog, config
-from mmopd.config import Recipe
+from mmopd.config import Fleet, Mixture, Recipe
+from mmopd.errors import UserError
+from mmopd.teacher.router import Judge, find_judges
 
 
 def show(recipe: Recipe, console: Console) -> None:
-    """Print the resolved recipe, then its processes and sources.
+    """Print the resolved recipe, then its processes and sources, then who scores what.
 
     Raises:
-        UserError: a file that the recipe names is missing or wrong.
+        UserError: a file that the recipe names is missing or wrong, or a prompt has no teacher or no view.
     """
     console.print(Syntax(config.dump(recipe), "yaml", background_color="default"))
     fleet, mixture = catalog.load_fleet(recipe.fleet), catalog.load_mixture(recipe.mixture)
@@ -22,7 +25,7 @@ def show(recipe: Recipe, console: Console) -> None:
         table.add_column(column)
     table.add_row("student engine", str(recipe.student.model), f"{rollout.prompts} prompts x {rollout.group} responses a step")
     for name, teacher in fleet.teachers.items():
-        routes = ", ".join(f"{r.task}/{r.modality}" for r in fleet.routes if r.teacher == name)
+        routes = ", ".join(f"{r.task}/{r.modality}" for r in fleet.routes if name in r.teachers)
         where = f"{teacher.model} x {teacher.replicas}" if teacher.model else ", ".join(teacher.endpoints)
         table.add_row(f"teacher {name}", where, f"responses to {routes}" if routes else "nothing: no route")
     table.add_row(f"{train.ranks} training ranks", str(recipe.student.model), f"{train.steps} steps, ZeRO-3, {train.dtype}")
@@ -30,3 +33,29 @@ def show(recipe: Recipe, console: Console) -> None:
     for name, source in mixture.sources.items():
         table.add_row(f"source {name}", str(source.shards), f"{source.weight / total:.0%} of the prompts, task {source.task}")
     console.print(table)
+    console.print(judges_table(fleet, mixture))
+
+
+def judges_table(fleet: Fleet, mixture: Mixture) -> Table:
+    """The teachers of each task of the mixture, with their shares and what they are shown.
+
+    Raises:
+        UserError: an unknown task, or one whose prompts have no teacher or no view.
+    """
+    tasks = catalog.load_tasks()
+    table = Table(title="Who scores what", title_justify="left")
+    for column in ("prompts", "teacher", "of the target", "w_k", "is shown"):
+        table.add_column(column)
+    for name in dict.fromkeys(source.task for source in mixture.sources.values()):
+        if name not in tasks:
+            raise UserError(f"no task {name!r} in modalities/{config.suggest(name, tasks)}")
+        for i, judge in enumerate(find_judges(fleet, tasks, name, tasks[name].modality)):
+            prompts = "" if i else f"{name} ({tasks[name].modality})"
+            table.add_row(prompts, judge.teacher, f"{judge.share:.0%}", f"{judge.weight:g}", escape(_shown(judge)))
+    return table
+
+
+def _shown(judge: Judge) -> str:
+    """The keys of its view that are set."""
+    keys = judge.view.model_dump(exclude_defaults=True)
+    return ", ".join(f"{key}: {value if key == 'images' else repr(value)}" for key, value in keys.items()) or "all of it"

@@ -19,7 +19,8 @@ from mmopd.teacher.endpoint import Endpoint
 Fault = str | None
 FAULTS = {  # name: the cause that a client must name
     "500": "status",
-    "429": "status",
+    "429": "status",  # with Retry-After: 1
+    "slow": "timeout",  # `SLOW` seconds
     "close": "connection",  # the connection ends without a reply
     "hang": "timeout",
     "garbage": "malformed",
@@ -35,6 +36,9 @@ FAULTS = {  # name: the cause that a client must name
     "floor": "non_finite",  # what vLLM writes for -inf
     "positive": "non_finite",
 }
+
+
+SLOW = 1.5
 
 
 def logprob(token: int, position: int, images: Sequence[bytes]) -> float:
@@ -90,13 +94,13 @@ class FakeVLLM:
         """One request and its reply; whether the connection stays open."""
         head = (await reader.readuntil(b"\r\n\r\n")).decode().split("\r\n")
         headers = {k.lower(): v for k, v in (line.split(": ", 1) for line in head[1:] if line)}
-        request = json.loads(await reader.readexactly(int(headers["content-length"])))
+        request = json.loads(await reader.readexactly(int(headers.get("content-length", 0))) or "{}")
         fault = self.faults(len(self.requests))
         self.requests.append(request)
         self.in_flight += 1
         self.most_in_flight = max(self.most_in_flight, self.in_flight)
         try:
-            await asyncio.sleep(1e6 if fault == "hang" else self.delay)
+            await asyncio.sleep({"hang": 1e6, "slow": SLOW}.get(fault or "", self.delay))
         finally:
             self.in_flight -= 1
         if fault == "close":
@@ -104,7 +108,9 @@ class FakeVLLM:
         status, body = self._reply(head[0], headers, request, fault)
         if fault == "truncated":
             body = body[: len(body) // 2]
-        writer.write(f"HTTP/1.1 {status} X\r\ncontent-type: application/json\r\ncontent-length: {len(body)}\r\n\r\n".encode() + body)
+        pause = "retry-after: 1\r\n" if status == 429 else ""
+        head_out = f"HTTP/1.1 {status} X\r\ncontent-type: application/json\r\n{pause}content-length: {len(body)}\r\n\r\n"
+        writer.write(head_out.encode() + body)
         await writer.drain()
         return status != 500  # as uvicorn does after an exception
 
@@ -123,8 +129,8 @@ class FakeVLLM:
         ids = self._expand(request["token_ids"], images)
         reply = _empty(headers.get("x-request-id", "?"), ids)
         settings = request["sampling_params"]
-        if settings.get("prompt_logprobs") == 0:
-            reply["prompt_logprobs"] = [None] + [{str(t): _row(logprob(t, i, images))} for i, t in enumerate(ids) if i]
+        if (k := settings.get("prompt_logprobs")) is not None:
+            reply["prompt_logprobs"] = [None] + [_rows(t, i, images, k, len(self.encoder.tokenizer)) for i, t in enumerate(ids) if i]
             reply["choices"] = [_choice(0, [1], None, "length")]
         else:
             reply["choices"] = [self._sample(i, len(ids), images, settings) for i in range(settings["n"])]
@@ -149,8 +155,15 @@ def _error(message: str, kind: str, code: int) -> bytes:
     return json.dumps({"error": {"message": message, "type": kind, "param": None, "code": code}}).encode()
 
 
-def _row(value: float) -> dict[str, Any]:
-    return {"logprob": value, "rank": 1, "decoded_token": None}
+def _row(value: float, rank: int = 1) -> dict[str, Any]:
+    return {"logprob": value, "rank": rank, "decoded_token": None}
+
+
+def _rows(token: int, position: int, images: Sequence[bytes], k: int, vocabulary: int) -> dict[str, Any]:
+    """The token of the prompt and the k likeliest, as vLLM gives them: the token first, and once if it is among them."""
+    values = {i: logprob(i, position, images) for i in range(vocabulary if k else 0)} | {token: logprob(token, position, images)}
+    order = sorted(values, key=lambda i: (-values[i], i))
+    return {str(i): _row(values[i], order.index(i) + 1) for i in dict.fromkeys((token, *order[:k]))}
 
 
 def _empty(request_id: str, ids: list[int]) -> dict[str, Any]:

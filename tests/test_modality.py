@@ -9,7 +9,7 @@ from PIL import Image
 from mmopd.demo import world
 from mmopd.errors import UserError
 from mmopd.modality import Encoder
-from mmopd.modality.encode import open_image
+from mmopd.modality.encode import open_image, size_of, to_rgb
 from mmopd.records import Prompt
 
 
@@ -32,7 +32,7 @@ def prompt(*images: bytes, placeholders: int | None = None) -> Prompt:
     return Prompt("p/0", "digit_sum", "image" if images else "text", messages, images, "8")
 
 
-@pytest.mark.parametrize("sizes", [[], [(64, 32)], [(37, 211)], [(1, 1)], [(700, 300), (64, 32)]])
+@pytest.mark.parametrize("sizes", [[], [(64, 32)], [(37, 211)], [(1, 1)], [(1, 180), (150, 3), (2700, 17)], [(700, 300), (64, 32)]])
 def test_ids_and_grids_are_those_of_the_processor(encoder: Encoder, sizes: list[tuple[int, int]]) -> None:
     encoded = encoder.encode(prompt(*(png(*size) for size in sizes)))
     text = encoder.processor.apply_chat_template(list(encoded.prompt.messages), tokenize=False, add_generation_prompt=True)
@@ -78,3 +78,18 @@ def test_images_are_read_upright_and_on_white_as_servers_do(encoder: Encoder) ->
     assert turned.grids == ((1, 6, 4),)
     encoder.pixel_values(turned)
     assert encoder.pixel_values(white)[0].equal(encoder.pixel_values(encoder.encode(prompt(png(64, 32))))[0])
+
+
+def test_the_size_of_a_png_is_read_without_its_pixels_and_its_orientation_wherever_it_stands() -> None:
+    whole = png(96, 64)
+    assert size_of(open_image(whole[:-60])) == (96, 64), "cut inside its pixels"
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    file = io.BytesIO()
+    Image.new("RGB", (96, 64)).save(file, "PNG", exif=exif)
+    early = file.getvalue()
+    start = early.index(b"eXIf") - 4
+    chunk = early[start : start + 12 + int.from_bytes(early[start : start + 4], "big")]
+    end = early.index(b"IEND") - 4
+    late = early[:start] + early[start + len(chunk) : end] + chunk + early[end:]
+    assert size_of(open_image(early)) == size_of(open_image(late)) == to_rgb(open_image(late)).size == (64, 96)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from mmopd.errors import UserError
-from mmopd.prompts import Plan, Rows
+from mmopd.prompts import Plan, RowError, Rows
 
 SIZES = {"geo": 3_000, "chart": 40_000, "doc": 700, "text": 100_000}
 EARLY = {"geo": 0.5, "chart": 0.3, "doc": 0.15, "text": 0.05}
@@ -137,6 +137,93 @@ def test_a_resume_refuses_what_has_changed(sources: dict[str, Rows], seed: int, 
     state = Plan({"a": Rows(9, "x")}, {"a": 1}, 0).state()
     with pytest.raises(UserError, match=message):
         Plan(sources, dict.fromkeys(sources, 1.0), seed).restore(state)
+
+
+@pytest.mark.parametrize("stop", [0, 3, 50])
+def test_sources_come_and_go_at_a_resume_only_by_name(stop: int) -> None:
+    before = Plan(SOURCES, EARLY, 0)
+    before.draw(stop)
+    state = json.loads(json.dumps(before.state()))
+    others = {name: SOURCES[name] for name in ("geo", "chart", "text")} | {"new": Rows(50, "")}
+    weights = {"geo": 0.5, "chart": 0.3, "text": 0.1, "new": 0.1}
+
+    def plan() -> Plan:
+        return Plan(others, weights, 0)
+
+    with pytest.raises(UserError, match=r"\['doc', 'new'\] was added or removed"):
+        plan().restore(state)
+    with pytest.raises(UserError, match=r"\['doc'\] was added or removed"):
+        plan().restore(state, ["new"])
+    with pytest.raises(UserError, match=r"\['chart'\] was neither added nor removed"):
+        plan().restore(state, ["new", "doc", "chart"])
+    after = plan()
+    after.restore(state, ["new", "doc"])
+    rows = after.draw(1_000)
+    assert furthest(rows, weights) <= 2
+    uninterrupted = Plan(SOURCES, EARLY, 0)
+    taken = sum(source == "geo" for source, _ in uninterrupted.draw(stop))
+    geo = [row for source, row in uninterrupted.draw(2_000) if source == "geo"]
+    assert [row for source, row in rows if source == "geo"][:100] == geo[:100], taken
+    assert len({row for source, row in rows if source == "new"}) == 50
+
+
+def broken(source: str, row: int) -> tuple[str, int]:
+    """A reader for which every third row of `geo` and every row of `doc` from 300 on is bad."""
+    if source == "geo" and row % 3 == 0:
+        raise RowError("bad image", f"row {row}")
+    if source == "doc" and row >= 300:
+        raise ValueError(f"row {row}")
+    return source, row
+
+
+def test_a_bad_row_is_replaced_from_its_source_and_counted() -> None:
+    plan, plain = Plan(SOURCES, EARLY, 0), Plan(SOURCES, EARLY, 0)
+    rows = plan.read(3_000, broken)
+    assert [source for source, _ in rows] == [source for source, _ in plain.draw(3_000)]
+    assert not [row for source, row in rows if (source == "geo" and row % 3 == 0) or (source == "doc" and row >= 300)]
+    assert set(plan.replaced) == {("geo", "bad image"), ("doc", "unusable")}
+    used = Counter(source for source, _ in rows)
+    for source in ("geo", "doc"):
+        drawn = sum(n for (name, _), n in plan.replaced.items() if name == source) + used[source]
+        assert plan.epochs()[source] * SIZES[source] == pytest.approx(drawn)
+
+
+def test_a_resume_goes_on_behind_the_bad_rows() -> None:
+    whole = Plan(SOURCES, EARLY, 7)
+    rows = whole.read(2_000, broken)
+    half = Plan(SOURCES, EARLY, 7)
+    before = half.read(777, broken)
+    resumed = Plan(SOURCES, EARLY, 7)
+    resumed.restore(json.loads(json.dumps(half.state())))
+    assert before + resumed.read(2_000 - 777, broken) == rows
+    assert resumed.replaced == whole.replaced
+    assert resumed.state() == whole.state()
+
+
+def test_each_good_row_still_comes_once_before_any_comes_again() -> None:
+    plan = Plan({"geo": Rows(300, "")}, {"geo": 1}, 0)
+    rows = [row for _, row in plan.read(400, broken)]
+    assert sorted(rows[:200]) == sorted(rows[200:]) == [row for row in range(300) if row % 3]
+
+
+def test_a_source_that_is_broken_ends_the_run_and_says_why() -> None:
+    def gone(source: str, row: int) -> int:
+        if source == "doc":
+            raise RowError("truncated", "doc.tar: the file ends inside the row")
+        return row
+
+    with pytest.raises(UserError, match=r"source 'doc': 100 rows in a row cannot be used; the last one: doc\.tar: the file ends"):
+        Plan(SOURCES, EARLY, 0).read(1_000, gone)
+    with pytest.raises(UserError, match="source 'doc': 7 rows in a row"):
+        Plan({"doc": Rows(7, "")}, {"doc": 1}, 0).read(1, gone)
+
+
+def test_our_own_mistakes_are_no_bad_rows() -> None:
+    def mistaken(source: str, row: int) -> int:
+        raise TypeError("ours")
+
+    with pytest.raises(TypeError):
+        Plan(SOURCES, EARLY, 0).read(1, mistaken)
 
 
 @pytest.mark.parametrize(

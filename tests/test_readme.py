@@ -58,7 +58,7 @@ def test_the_rows_become_shards_that_the_mixture_finds(workspace):
 def test_the_fleet_routes_every_task_of_the_mixture(workspace):
     fleet, mixture = catalog.load_fleet("teachers/mine.yaml", workspace), catalog.load_mixture("data/mine.yaml", workspace)
     tasks = catalog.load_tasks(workspace)
-    check_routes(fleet, [(source.task, tasks[source.task].modality) for source in mixture.sources.values()])
+    check_routes(fleet, tasks, [(source.task, tasks[source.task].modality) for source in mixture.sources.values()])
     assert find_route(fleet, "clock", "image").teacher == "vision"
     assert isinstance(fleet, Fleet)
 

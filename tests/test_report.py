@@ -17,7 +17,7 @@ from mmopd.evaluate import Record, Results, Row
 from mmopd.records import Absent, Outcome, Prompt, Response, Sample, Score
 from mmopd.report.heatmap import TokenRow, as_json, cells, choose, picture, read_rows, token_row
 from mmopd.report.html import curves, script_json, write_report
-from mmopd.report.metrics import JsonLines, MetricsWriter, read_lines
+from mmopd.report.metrics import JsonLines, MetricsWriter, documented, read_lines
 
 
 def png(width: int, height: int) -> str:
@@ -112,6 +112,26 @@ def test_rows_survive_the_way_through_the_file_to_four_digits(tmp_path: Path) ->
     assert (back.prompt, back.student) == ("a\u2028b", [-0.1235] * 5)
 
 
+def test_what_the_image_does_is_part_of_a_row_where_it_was_asked_and_a_row_without_it_reads_as_before(tmp_path: Path) -> None:
+    parts = [{"type": "image"}, {"type": "text", "text": "What is their sum?"}]
+    prompt = Prompt("digits/7", "digit_sum", "image", ({"role": "user", "content": parts},), (b"image",), "8")
+    sample = Sample(0, Response((5, 6), (-0.1, -0.2), "=8", "stop", "s"), Outcome(1.0), Score("t", (-0.3, -0.1)))
+    rows = [token_row(0, prompt, sample, ["=", "8"], [0.2, 0.1], kept=True, visual=visual) for visual in ([-0.123456, 2.0], None)]
+    lines = JsonLines(tmp_path / "samples.jsonl", 0)
+    for made in rows:
+        lines.append(as_json(made))
+    old = as_json(rows[1])
+    del old["visual"]  # of a run before there was such a thing
+    lines.append(old)
+    lines.close()
+    seen, unasked, before = read_rows(tmp_path / "samples.jsonl")
+    assert seen.visual == [-0.1235, 2.0]
+    assert [(c["visual"], round(c["line"], 3)) for c in cells(seen)] == [(-0.1235, -0.041), (2.0, 0.667)]
+    assert unasked == before
+    assert [(c["visual"], c["line"]) for c in cells(before)] == [(None, 0.0)] * 2
+    assert choose([unasked, seen]) == [seen]
+
+
 def test_the_handful_has_right_and_wrong_of_each_task_early_and_late() -> None:
     rows = [row(step, task, outcome) for step in (0, 5, 9) for task in ("additions", "digit_sum") for outcome in (1.0, 0.0, 0.0)]
     assert [(r.step, r.task, r.verdict) for r in choose(rows)] == [
@@ -167,6 +187,7 @@ def write_run(run: Path) -> Path:
     Results.of([*rows, Row("other", "teacher", (record("other", None),))]).write(run)
     samples = JsonLines(run / "samples.jsonl", 0)
     samples.append(as_json(row(prompt="is 1 < 2 & </script><b>?", tokens=["</script>", "<img src=x>", "5", "=", "8"])))
+    samples.append(as_json(row(step=19, visual=[0.0, -0.5, 3.5, 1.25, 0.5])))
     samples.close()
     return run
 
@@ -193,6 +214,47 @@ def test_the_report_shows_results_curves_difficulty_time_and_tokens(page: str) -
     assert [s["name"] for s in data["curves"][2]["series"]] == ["kept"]
     assert data["difficulty"][0]["before"] == [0.25, 0.25, 0.5]
     assert data["difficulty"][0]["after"] == [0.2, 0.4, 0.4]
+
+
+def test_the_report_shows_what_the_image_does_for_each_token_where_that_was_asked(page: str) -> None:
+    without, image = re.findall(r"<article.*?</article>", page, re.DOTALL)
+    assert "--seen" not in without
+    assert "<span>image" not in without
+    assert re.findall(r"--seen:var\(--(\w+)\);--b:([0-9.]+)", image) == [
+        ("with", "0.00"),
+        ("without", "0.17"),
+        ("with", "1.00"),
+        ("with", "0.42"),
+        ("with", "0.17"),
+    ]
+    assert image.count('|1.250">=</span>') == 1
+    assert "<span>image <b>+0.950</b></span>" in image
+    assert "likelier without the image" in page
+
+
+def test_a_report_without_visual_advantage_does_not_speak_of_it(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run")
+    lines = (run / "samples.jsonl").read_text().splitlines(keepends=True)
+    (run / "samples.jsonl").write_text(lines[0])
+    assert "without the image" not in write_report(run).read_text()
+
+
+def test_scoring_and_visual_advantage_have_their_panels() -> None:
+    numbers = {
+        "scoring/requests": 90.0,
+        "scoring/reused": 6.0,
+        "scoring/hedged": 0.0,
+        "scoring/restarts": 0.0,
+        "scoring/failed/timeout": 2.0,
+    }
+    numbers |= {"visual_advantage/charts": 0.2, "visual_advantage/clock": 0.5, "scored_blind": 4.0, "absent_blind": 1.0}
+    assert all(documented(name) for name in numbers)
+    shown = {chart["title"]: [s["name"] for s in chart["series"]] for chart in curves([{"step": 0} | numbers, {"step": 1} | numbers])}
+    assert shown == {
+        "Visual advantage": ["charts", "clock"],
+        "Scoring": ["requests", "reused"],
+        "Scoring faults": ["failed/timeout", "absent_blind"],
+    }
 
 
 def test_what_a_model_wrote_stays_text(page: str) -> None:

@@ -60,7 +60,7 @@ def score_all(encoder, jobs, *servers, view="full", **limits):
         async with AsyncExitStack() as stack:
             for server in servers:
                 await stack.enter_async_context(server)
-            scorer = await stack.enter_async_context(Scorer(fleet(view, **limits), {"t": [s.endpoint for s in servers]}, encoder))
+            scorer = await stack.enter_async_context(Scorer(fleet(view, **limits), {}, {"t": [s.endpoint for s in servers]}, encoder))
             results = await asyncio.gather(*(scorer.score(encoded, tokens) for encoded, tokens in jobs))
             return results, scorer.counts, [len(s.requests) for s in servers]
 
@@ -70,13 +70,14 @@ def score_all(encoder, jobs, *servers, view="full", **limits):
 def balances(counts, n):
     absent = sum(v for k, v in counts.items() if k.startswith("absent/"))
     failed = sum(v for k, v in counts.items() if k.startswith("failed/"))
-    return counts["asked"] == n == counts["scored"] + absent and counts["requests"] - failed == counts["scored"] - counts["reused"]
+    sent = counts["requests"] - failed - counts["cancelled"]
+    return counts["asked"] == n == counts["scored"] + absent and sent == counts["answers"] - counts["reused"]
 
 
 def test_text_and_image_are_scored_token_by_token(encoder, image, text):
     results, counts, _ = score_all(encoder, [(image, TOKENS), (text, TOKENS)], FakeVLLM(encoder))
     assert results == [Score("t", right(image, TOKENS)), Score("t", right(text, TOKENS))]
-    assert counts == {"asked": 2, "scored": 2, "requests": 2}
+    assert counts == {"asked": 2, "scored": 2, "answers": 2, "requests": 2}
 
 
 def test_the_text_view_sends_no_image_and_no_placeholder_and_keeps_the_response(encoder, image):
@@ -105,7 +106,7 @@ def test_equal_responses_are_scored_once_and_others_are_not_mixed_up(encoder, im
 def test_a_score_is_remembered_but_an_absent_one_is_asked_for_again(encoder, image):
     async def main():
         server = FakeVLLM(encoder, lambda n: "wrong_ids" if n == 0 else None)
-        async with server, Scorer(fleet(), {"t": [server.endpoint]}, encoder) as scorer:
+        async with server, Scorer(fleet(), {}, {"t": [server.endpoint]}, encoder) as scorer:
             return [await scorer.score(image, TOKENS) for _ in range(4)], scorer.counts, len(server.requests)
 
     results, counts, requests = asyncio.run(main())
@@ -141,7 +142,7 @@ def test_an_expired_key_or_a_wrong_model_is_told_without_the_key(encoder, image,
     async def main():
         async with FakeVLLM(encoder, key=key) as server:
             endpoint = type(server.endpoint)("t.0", server.endpoint.url, model, "a-secret" if key == "other" else "k", "teacher")
-            async with Scorer(fleet(), {"t": [endpoint]}, encoder) as scorer:
+            async with Scorer(fleet(), {}, {"t": [endpoint]}, encoder) as scorer:
                 return await scorer.score(image, TOKENS), len(server.requests)
 
     result, requests = asyncio.run(main())
@@ -165,7 +166,7 @@ def test_a_server_that_comes_back_loses_no_score(encoder, image):
         server = FakeVLLM(encoder)
         async with server:
             endpoint = server.endpoint
-        async with Scorer(fleet(timeout=20), {"t": [endpoint]}, encoder) as scorer:
+        async with Scorer(fleet(timeout=20), {}, {"t": [endpoint]}, encoder) as scorer:
             scores = asyncio.gather(*(scorer.score(image, (i, 1)) for i in range(20)))
             await asyncio.sleep(1.0)
             async with server:
@@ -181,7 +182,7 @@ def test_a_dead_teacher_holds_nobody_up_for_longer_than_its_timeout(encoder, ima
     async def main():
         async with FakeVLLM(encoder) as server:
             endpoint = server.endpoint
-        async with Scorer(fleet(timeout=1, concurrency=4), {"t": [endpoint]}, encoder) as scorer:
+        async with Scorer(fleet(timeout=1, concurrency=4), {}, {"t": [endpoint]}, encoder) as scorer:
             return await asyncio.gather(*(scorer.score(image, (i, 1)) for i in range(200))), scorer.counts
 
     results, counts = asyncio.run(asyncio.wait_for(main(), 20))
@@ -192,7 +193,7 @@ def test_a_dead_teacher_holds_nobody_up_for_longer_than_its_timeout(encoder, ima
 
 def test_a_caller_that_is_cancelled_takes_nothing_from_the_others(encoder, image):
     async def main():
-        async with FakeVLLM(encoder, delay=0.1) as server, Scorer(fleet(), {"t": [server.endpoint]}, encoder) as scorer:
+        async with FakeVLLM(encoder, delay=0.1) as server, Scorer(fleet(), {}, {"t": [server.endpoint]}, encoder) as scorer:
             first, second = (asyncio.create_task(scorer.score(image, TOKENS)) for _ in range(2))
             await asyncio.sleep(0.03)
             first.cancel()
@@ -219,7 +220,7 @@ def test_two_thousand_requests_under_random_faults_balance_exactly(encoder, imag
 
 def test_a_routed_teacher_without_an_endpoint_is_named(encoder):
     with pytest.raises(UserError, match="'t' has no endpoint"):
-        Scorer(fleet(), {}, encoder)
+        Scorer(fleet(), {}, {}, encoder)
 
 
 @pytest.fixture(scope="module")
@@ -252,7 +253,7 @@ def test_a_real_server_gives_the_log_probs_of_transformers_for_text_and_image(re
     rows = [prompt(r, "image") for r in digit_sums("few", 3, 0)] + [prompt(r, "text") for r in additions("few", 3, 0)]
 
     async def main():
-        async with StudentEngine(endpoint, encoder) as engine, Scorer(fleet(), {"t": [endpoint]}, encoder) as scorer:
+        async with StudentEngine(endpoint, encoder) as engine, Scorer(fleet(), {}, {"t": [endpoint]}, encoder) as scorer:
             for encoded in map(encoder.encode, rows):
                 responses = await engine.sample(encoded, 4, 11, max_tokens=24)
                 assert [r.tokens for r in responses] == [r.tokens for r in await engine.sample(encoded, 4, 11, max_tokens=24)]
@@ -299,7 +300,7 @@ def test_the_fake_server_speaks_the_wire_format_of_the_real_one(real, encoder, i
 
 def test_a_real_server_refuses_what_it_cannot_score_and_the_next_request_is_unharmed(real, encoder, text):
     async def main():
-        async with Scorer(fleet(), {"t": [real[0]]}, encoder) as scorer:
+        async with Scorer(fleet(), {}, {"t": [real[0]]}, encoder) as scorer:
             bad = await asyncio.gather(scorer.score(text, (5000,)), scorer.score(text, tuple(range(600))))
             return bad, await scorer.score(text, TOKENS)
 

@@ -2,9 +2,10 @@ import base64
 import io
 import os
 import shutil
+import signal
 import socket
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,6 +14,7 @@ import httpx
 import psutil
 import pytest
 import torch
+from peft import LoraConfig, PeftModel, get_peft_model
 from PIL import Image
 
 from mmopd.config import Engine
@@ -20,21 +22,29 @@ from mmopd.demo.world import build_student, digit_sums
 from mmopd.errors import UserError
 from mmopd.processes import Children
 from mmopd.rollout.sync import FileSync, SyncError
-from mmopd.teacher import endpoint
+from mmopd.teacher import endpoint, wire
+from mmopd.teacher.adapter import read_adapter
 from mmopd.teacher.endpoint import Endpoint
-from mmopd.teacher.serve import ServerSpec, serve
+from mmopd.teacher.serve import Servers, ServerSpec, serve
 
 pytest.importorskip("vllm")
 ENGINE = Engine(dtype="float32", max_model_len=256, max_num_seqs=8, kv_cache_mib=32)
 
 
 class Running(NamedTuple):
-    student: Endpoint
-    teacher: Endpoint
+    servers: Servers
+    adapters: Mapping[str, Path]  # of the teacher's server
     children: Children
-    check: Callable[[], None]
     logs: Path
     events: Sequence[tuple[str, str]]
+
+    @property
+    def student(self) -> Endpoint:
+        return self.servers["student"]
+
+    @property
+    def teacher(self) -> Endpoint:
+        return self.servers["teacher"]
 
 
 @pytest.fixture(scope="module")
@@ -49,11 +59,16 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 @pytest.fixture(scope="module")
 def running(models: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
     logs, events = tmp_path_factory.mktemp("logs"), list[tuple[str, str]]()
-    specs = [ServerSpec("student", models[0], ENGINE, updatable=True), ServerSpec("teacher", models[1], ENGINE, updatable=False)]
+    adapters = make_adapters(models[1], tmp_path_factory.mktemp("adapters"))
+    names = {"teacher": None} | {name: read_adapter(path) for name, path in adapters.items()}
+    specs = [
+        ServerSpec("student", models[0], ENGINE, updatable=True),
+        ServerSpec("teacher", models[1], ENGINE, updatable=False, names=names),
+    ]
     with Children() as children, pytest.MonkeyPatch.context() as patch:
         patch.setattr("mmopd.teacher.serve.BATCHED_TOKENS", ENGINE.max_model_len)  # one long prompt fills a pass: the next must wait, whole
         with serve(specs, children, logs, lambda *event: events.append(event)) as servers:
-            yield Running(servers["student"], servers["teacher"], children, servers.check, logs, events)
+            yield Running(servers, adapters, children, logs, events)
         assert not any(child.alive for child in children)
 
 
@@ -108,7 +123,7 @@ def test_endpoints_are_written_for_this_user_alone(tmp_path: Path) -> None:
 def test_readiness_is_told_for_each_server(running: Running) -> None:
     assert [event for event in running.events if event[1] == "starting"] == [("student", "starting"), ("teacher", "starting")]
     assert {name for name, what in running.events if what.startswith("ready after")} == {"student", "teacher"}
-    running.check()
+    running.servers.check()
 
 
 def test_no_route_is_open_without_the_key(running: Running) -> None:
@@ -139,7 +154,7 @@ def test_long_prompts_with_seeds_that_arrive_together_are_all_answered(running: 
 
     with ThreadPoolExecutor(24) as pool:
         assert list(pool.map(ask, range(24))) == [200] * 24
-    running.check()
+    running.servers.check()
 
 
 def test_after_a_sync_the_engine_answers_as_the_new_weights_do(running: Running, models: tuple[Path, Path]) -> None:
@@ -170,15 +185,82 @@ def test_a_sync_that_lacks_a_weight_is_an_error(running: Running, models: tuple[
             sync.send(weights, "complete")
 
 
-def test_a_server_that_dies_later_is_found_by_name(running: Running) -> None:
-    port = int(running.teacher.url.rpartition(":")[2])
-    listening = [p for p in descendants(running.children) if any(c.laddr.port == port for c in p.net_connections() if c.status == "LISTEN")]
-    os.kill(min(p.pid for p in listening), 9)
+@pytest.mark.parametrize("name", ["teacher", "words", "words_and_vision"])
+def test_an_adapter_scores_as_its_merged_weights_do(running: Running, models: tuple[Path, Path], name: str) -> None:
+    model = load_model(models[1])
+    if adapter := running.adapters.get(name):
+        model = PeftModel.from_pretrained(model, adapter).merge_and_unload()
+    base = load_model(models[1])
+    tokens = list(range(40, 60))
+    for row in digit_sums("train", 2, seed=1):
+        question = Question(models[1], row)
+        served = question.score(running.servers[name], tokens)
+        assert (served - question.forward(model, tokens)[1]).abs().max() < 1e-3
+        if adapter:
+            assert (served - question.forward(base, tokens)[1]).abs().max() > 0.1  # the test can tell them apart
+
+
+def test_adapters_that_are_asked_together_do_not_mix(running: Running, models: tuple[Path, Path]) -> None:
+    questions = [Question(models[1], row) for row in digit_sums("train", 3, seed=3)]
+    asked = [(question, running.servers[name]) for question in questions for name in ("teacher", *running.adapters)]
+    alone = [question.score(server, list(range(40, 60))) for question, server in asked]
+    with ThreadPoolExecutor(len(asked)) as pool:
+        for _ in range(3):
+            together = list(pool.map(lambda one: one[0].score(one[1], list(range(40, 60))), asked))
+            assert all((a - b).abs().max() < 1e-4 for a, b in zip(together, alone, strict=True))
+
+
+@pytest.mark.parametrize("process", ["API server", "engine"])
+def test_scoring_goes_on_after_a_teacher_was_killed_and_nothing_is_lost(running: Running, models: tuple[Path, Path], process: str) -> None:
+    questions = [Question(models[1], row) for row in digit_sums("train", 4, seed=2)]
+    asked = [(question, list(range(begin, begin + 8))) for question in questions for begin in (30, 40, 50, 60)]
+    before = [question.score(running.servers["words"], tokens) for question, tokens in asked]
+    restarts = running.servers.restarts["teacher"]
+    old = processes_of(running.teacher, running.children)
+    os.kill(min(old) if process == "API server" else max(old), signal.SIGKILL)
+
+    deadline = time.monotonic() + 120
+
+    def insist(question: "Question", tokens: list[int]) -> torch.Tensor:
+        while True:
+            try:
+                return question.score(running.servers["words"], tokens)
+            except (httpx.TransportError, AssertionError):
+                assert time.monotonic() < deadline
+                time.sleep(0.2)
+
+    with ThreadPoolExecutor(8) as pool:
+        after = list(pool.map(lambda one: insist(*one), asked))
+    assert all((a - b).abs().max() < 1e-4 for a, b in zip(after, before, strict=True))
+    running.servers.check()
+    assert running.servers.restarts["teacher"] == restarts + 1
+    assert not any(psutil.pid_exists(pid) for pid in old)
+
+
+def test_a_student_that_dies_ends_the_run_by_name(running: Running) -> None:
+    os.kill(min(processes_of(running.student, running.children)), signal.SIGKILL)
     while all(child.alive for child in running.children):
         time.sleep(0.1)
-    with pytest.raises(UserError, match="server 'teacher' ended") as error:
-        running.check()
-    assert str(running.logs / "teacher.log") in str(error.value)
+    with pytest.raises(UserError, match="server 'student' ended with status -9") as error:
+        running.servers.check()
+    assert str(running.logs / "student.log") in str(error.value)
+
+
+def make_adapters(model: Path, folder: Path) -> dict[str, Path]:
+    """Two adapters with random weights, one of them also of the vision part."""
+    words = r".*language_model.*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
+    modules = {"words": (4, words), "words_and_vision": (8, rf"({words}|.*visual\.(blocks|merger).*\.(qkv|proj|linear_fc1|linear_fc2))")}
+    for seed, (name, (rank, target)) in enumerate(modules.items()):
+        torch.manual_seed(seed)
+        config = LoraConfig(r=rank, lora_alpha=16, target_modules=target, init_lora_weights=False)
+        get_peft_model(load_model(model), config).save_pretrained(str(folder / name))
+    return {name: folder / name for name in modules}
+
+
+def processes_of(endpoint: Endpoint, children: Children) -> list[int]:
+    """The API server behind an endpoint, and its engine."""
+    port = int(endpoint.url.rpartition(":")[2])
+    return [p.pid for p in descendants(children) if any(c.laddr.port == port for c in p.net_connections() if c.status == "LISTEN")]
 
 
 def descendants(children: Children) -> list[psutil.Process]:
@@ -200,7 +282,8 @@ class Question:
         processor = AutoProcessor.from_pretrained(model)
         text = processor.apply_chat_template(row["messages"], add_generation_prompt=True, tokenize=False)
         self.ids = processor.tokenizer.encode(text)
-        self.url = "data:image/png;base64," + base64.b64encode(row["images"][0]).decode()
+        self.image = row["images"][0]
+        self.url = "data:image/png;base64," + base64.b64encode(self.image).decode()
         self.inputs = processor(text=[text], images=[Image.open(io.BytesIO(row["images"][0]))], return_tensors="pt")
 
     def ask(self, server: Endpoint) -> Any:
@@ -213,6 +296,14 @@ class Question:
         reply = httpx.post(f"{server.url}/inference/v1/generate", json=body, headers=server.headers, timeout=60)
         assert reply.status_code == 200, reply.text
         return reply.json()["choices"][0]
+
+    def score(self, server: Endpoint, tokens: list[int]) -> torch.Tensor:
+        """The log-probs of `tokens` after the prompt."""
+        body = wire.scoring_body(server.model, self.ids, [self.image], tokens)
+        headers = {**server.headers, wire.REQUEST_ID: "x", "Content-Type": "application/json"}
+        reply = httpx.post(server.url + wire.PATH, content=body, headers=headers, timeout=60)
+        assert reply.status_code == 200, reply.text
+        return torch.tensor(wire.parse_scores(reply.content, "x", self.inputs["input_ids"][0].tolist(), tokens))
 
     @torch.no_grad()
     def forward(self, model: Any, tokens: list[int]) -> tuple[list[int], torch.Tensor]:

@@ -1,10 +1,12 @@
 """Shards: what is written is read back, by us and by the webdataset library, and what is broken is refused by name."""
 
+import hashlib
 import io
 import json
 import pickle
 import tarfile
 from collections import Counter
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -85,7 +87,7 @@ def test_a_tar_that_webdataset_wrote_is_read_once_it_is_indexed(tmp_path: Path) 
         for i in range(3):
             fields = {"task": "digit_sum", "modality": "image", "messages": list(user_turn("?", 1)), "answer": str(i)}
             writer.write({"__key__": f"some.folder/row{i}", "json": fields, "0.png": np.full((8, 8, 3), i / 3)})
-    with pytest.raises(UserError, match=r"theirs\.index\.json.*index_tar"):
+    with pytest.raises(UserError, match=r"theirs\.index\.safetensors: .* has no index; make it with `mmopd index "):
         Shards(tmp_path)
     index_tar(tar)
     assert [row.answer for row in Shards(tmp_path)] == ["0", "1", "2"]
@@ -99,6 +101,12 @@ def test_the_same_rows_give_the_same_bytes_and_any_change_another_fingerprint(tm
     third = write_shards([*rows[:4], text_row(99)], tmp_path / "c")
     assert first.fingerprint == second.fingerprint != third.fingerprint
     assert (tmp_path / "a/shard-00000-of-00001.tar").read_bytes() == (tmp_path / "b/shard-00000-of-00001.tar").read_bytes()
+
+
+def test_the_bytes_of_a_shard_never_change(tmp_path: Path) -> None:
+    write_shards([text_row(i) for i in range(5)], tmp_path / "s")
+    digest = hashlib.sha256((tmp_path / "s/shard-00000-of-00001.tar").read_bytes()).hexdigest()
+    assert digest == "110991cb4c0c4573d812fa372315405866f87573afee4b5834ba1c1e91f39dd8"
 
 
 def test_a_shard_is_closed_at_its_bytes(tmp_path: Path) -> None:
@@ -138,7 +146,7 @@ def test_an_empty_folder_is_refused(tmp_path: Path) -> None:
 
 def test_a_missing_index_is_refused(mixed: tuple[list[Prompt], Path]) -> None:
     index_path(only_tar(mixed[1])).unlink()
-    with pytest.raises(UserError, match=r"shard-00000-of-00003\.index\.json: .* has no index"):
+    with pytest.raises(UserError, match=r"shard-00000-of-00003\.index\.safetensors: .* has no index"):
         Shards(mixed[1])
 
 
@@ -178,11 +186,41 @@ def test_content_of_the_same_size_but_another_hash_is_refused_by_verify(mixed: t
         Shards(mixed[1]).verify()
 
 
-@pytest.mark.parametrize("content", ["", "[]", '{"version": 7}', '{"version": 1}', "not json"])
-def test_an_index_that_is_none_is_refused(mixed: tuple[list[Prompt], Path], content: str) -> None:
-    index_path(only_tar(mixed[1])).write_text(content)
-    with pytest.raises(UserError, match=r"shard-00000-of-00003\.index\.json: not an index"):
+def header(index: bytes) -> bytes:
+    return index[: 8 + int.from_bytes(index[:8], "little")]
+
+
+@pytest.mark.parametrize(
+    "broken",
+    [
+        lambda index: b"",
+        lambda index: b"not an index",
+        lambda index: b"\xff" * 100,
+        lambda index: index[:50],
+        lambda index: index[:-8],
+        header,
+        lambda index: index.replace(b'\\"version\\": 2', b'\\"version\\": 3'),
+        lambda index: index.replace(b'"offsets"', b'"offzets"'),
+    ],
+)
+def test_an_index_that_is_none_is_refused(mixed: tuple[list[Prompt], Path], broken: Callable[[bytes], bytes]) -> None:
+    path = index_path(only_tar(mixed[1]))
+    assert broken(path.read_bytes()) != path.read_bytes()
+    path.write_bytes(broken(path.read_bytes()))
+    with pytest.raises(UserError, match=r"shard-00000-of-00003\.index\.safetensors: not an index"):
         Shards(mixed[1])
+
+
+def test_an_index_of_version_1_says_what_to_do(mixed: tuple[list[Prompt], Path]) -> None:
+    path = index_path(only_tar(mixed[1]))
+    path.rename(path.with_name(path.name.replace(".safetensors", ".json")))
+    with pytest.raises(
+        UserError, match=r"shard-00000-of-00003\.index\.json: an index of version 1; write the source again, or run `mmopd index"
+    ):
+        Shards(mixed[1])
+    index_tar(only_tar(mixed[1]))
+    assert len(Shards(mixed[1])) == 25
+    assert not list(mixed[1].glob("*.json"))
 
 
 def make_tar(path: Path, members: list[tuple[str, bytes]]) -> Path:
@@ -237,6 +275,8 @@ def test_no_tar_and_half_a_tar_get_no_index(tmp_path: Path) -> None:
         (Prompt("k", "t", "image", tuple(user_turn("?", 1)), (b"GIF89a",), "1"), "image 0: not an image"),
         (Prompt("k", "t", "image", tuple(user_turn("?", 1)), (picture(0, (20_001, 1)),), "1"), "image 0: image of 20001 x 1"),
         (Prompt("k", "t", "text", tuple(user_turn("?", 0)), (), 5), "5 as 'answer'"),  # type: ignore[arg-type]
+        (Prompt("k", "t", "text", tuple(user_turn(" \n", 0)), (), "1"), "no text in its messages"),
+        (Prompt("k", "t", "text", tuple(user_turn("?" * 1_000_001, 0)), (), "1"), "1,000,001 characters of text"),
     ],
 )
 def test_a_bad_row_is_named_and_nothing_is_left_behind(tmp_path: Path, row: Prompt, message: str) -> None:

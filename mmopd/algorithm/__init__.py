@@ -7,6 +7,7 @@ from mmopd.algorithm.balance import balance_online
 from mmopd.algorithm.difficulty import difficulty_shape, difficulty_weights, drop_easy_weights, frontier_weights
 from mmopd.algorithm.margin import margin_mask, margin_shift, margins
 from mmopd.algorithm.objective import Targets, clipped_loss, opd
+from mmopd.algorithm.visual import visual_weights
 
 __all__ = [
     "Targets",
@@ -20,4 +21,5 @@ __all__ = [
     "margin_shift",
     "margins",
     "opd",
+    "visual_weights",
 ]

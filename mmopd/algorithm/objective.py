@@ -50,7 +50,7 @@ def opd(
         response: which response the token belongs to, 0..N-1.
         outcome: 1 right, 0 wrong, between cut at `outcome_threshold`, NaN unknown.
         group: number of the response's prompt, over all ranks.
-        weight: w_k of the teacher that scored the response (Eq. 4).
+        weight: w_k of the teacher that scored the response (Eq. 4); of several, the mean by their shares.
         settings: the parts that are on, and their numbers.
         seed: of the run and the step.
 

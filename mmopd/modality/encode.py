@@ -1,7 +1,8 @@
 """Prompts as token ids: the chat template, and how many visual tokens an image becomes.
 
-The arithmetic is Qwen's (qwen-vl-utils `smart_resize`), on image headers alone; pixels are decoded only where a
-trainer needs them. Servers expand placeholders themselves; their answer is compared with `Encoded.expanded`.
+The arithmetic is that of the processor which trainer and servers run (transformers; qwen-vl-utils rounds thin images to other
+sizes), on image headers alone; pixels are decoded only where a trainer needs them. Servers expand placeholders themselves; their
+answer is compared with `Encoded.expanded`.
 """
 
 import io
@@ -10,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image, ImageOps
-from qwen_vl_utils.vision_process import smart_resize
+from PIL import Image, ImageFile, ImageOps
 from transformers import AutoProcessor
+from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize
 
 from mmopd.errors import UserError
 from mmopd.records import Encoded, Prompt
@@ -20,6 +21,7 @@ from mmopd.records import Encoded, Prompt
 MAX_SIDE = 20_000  # pixels; a larger header is refused before anything is decoded
 MAX_PIXELS = 100_000_000
 ORIENTATION, SIDEWAYS = 0x0112, frozenset({5, 6, 7, 8})  # EXIF: stored lying on its side
+PNG_NOTES = frozenset({b"eXIf", b"tEXt", b"zTXt", b"iTXt"})  # chunks that an orientation may stand in
 CONTROL_TOKENS = ("<|vision_start|>", "<|vision_end|>", "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>")
 
 
@@ -33,7 +35,11 @@ class PixelPolicy:
     max_pixels: int
 
     def grid(self, width: int, height: int) -> tuple[int, int, int]:
-        """Patches (1, rows, columns) of an image of this size, in pixels."""
+        """Patches (1, rows, columns) of an image of this size, in pixels.
+
+        Raises:
+            ValueError: one side is more than 200 times the other.
+        """
         rows, columns = smart_resize(height, width, self.patch * self.merge, self.min_pixels, self.max_pixels)
         return 1, rows // self.patch, columns // self.patch
 
@@ -52,16 +58,34 @@ def open_image(data: bytes) -> Image.Image:
         image = Image.open(io.BytesIO(data))
     except Exception as error:
         raise ValueError(f"not an image that can be opened: {error}") from error
-    width, height = image.size
+    check_size(*image.size)
+    return image
+
+
+def check_size(width: int, height: int) -> None:
+    """Raise ValueError if an image of this size, in pixels, is too large to be decoded."""
     if max(width, height) > MAX_SIDE or width * height > MAX_PIXELS:
         raise ValueError(f"image of {width} x {height} pixels; at most {MAX_SIDE} a side and {MAX_PIXELS} in all")
-    return image
 
 
 def size_of(image: Image.Image) -> tuple[int, int]:
     """(width, height) as a person sees it and a server reads it, from the header alone: turned upright by EXIF."""
     width, height = image.size
+    if image.format == "PNG" and not _has_notes(image):
+        return width, height
     return (height, width) if image.getexif().get(ORIENTATION) in SIDEWAYS else (width, height)
+
+
+def _has_notes(image: Image.Image) -> bool:
+    """Whether a PNG may say an orientation: to find out, Pillow would decode all of its pixels, since notes may follow them."""
+    assert isinstance(image, ImageFile.ImageFile)
+    assert isinstance(image.fp, io.BytesIO)
+    data, at = image.fp.getbuffer(), 8
+    while at < len(data):
+        if bytes(data[at + 4 : at + 8]) in PNG_NOTES:
+            return True
+        at += 12 + int.from_bytes(data[at : at + 4], "big")  # length, kind, content, checksum
+    return False
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -93,8 +117,11 @@ class Encoder:
         vocabulary = self.tokenizer.get_vocab()
         self.banned: tuple[int, ...] = tuple(vocabulary[t] for t in CONTROL_TOKENS if t in vocabulary)
 
-    def encode(self, prompt: Prompt) -> Encoded:
+    def encode(self, prompt: Prompt, pixels: PixelPolicy | None = None) -> Encoded:
         """Ids of the prompt up to and with the assistant's header.
+
+        Args:
+            pixels: the budget that images are resized to, if it is not the student's.
 
         Raises:
             ValueError: an image that cannot be opened, or more or fewer images than placeholders.
@@ -103,7 +130,7 @@ class Encoder:
         ids: list[int] = self.tokenizer.encode(text, add_special_tokens=False)
         if ids.count(self.image_token) != len(prompt.images):
             raise ValueError(f"{prompt.key}: {ids.count(self.image_token)} image placeholders for {len(prompt.images)} images")
-        grids = tuple(self.pixels.grid(*size_of(open_image(data))) for data in prompt.images)
+        grids = tuple((pixels or self.pixels).grid(*size_of(open_image(data))) for data in prompt.images)
         return Encoded(prompt, tuple(ids), self.expand(ids, grids), grids)
 
     def expand(self, ids: list[int], grids: tuple[tuple[int, int, int], ...]) -> tuple[int, ...]:

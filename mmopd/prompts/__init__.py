@@ -2,6 +2,9 @@
 
 from mmopd.prompts.index import index_tar
 from mmopd.prompts.plan import Plan, Rows
-from mmopd.prompts.shards import Shards, open_mixture, write_shards
+from mmopd.prompts.rows import RowError
+from mmopd.prompts.shards import Shards, open_mixture
+from mmopd.prompts.tokens import TokenCounter
+from mmopd.prompts.writer import write_shards
 
-__all__ = ["Plan", "Rows", "Shards", "index_tar", "open_mixture", "write_shards"]
+__all__ = ["Plan", "RowError", "Rows", "Shards", "TokenCounter", "index_tar", "open_mixture", "write_shards"]

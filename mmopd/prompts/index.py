@@ -1,13 +1,13 @@
 """The index beside a tar: where each row's members lie, and what can be known without decoding anything.
 
-`NAME.tar` has `NAME.index.json`. Filters, budgets and the plan read only the index; a row is one `pread`. The tar
-itself is plain WebDataset: members `KEY.json`, `KEY.0.png`, `KEY.1.jpg`, ... in a row, with one key for each row.
+`NAME.tar` has `NAME.index.safetensors`. Filters, budgets and the plan read only the index; a row is one `pread` for each of
+its members. The tar itself is plain WebDataset: `KEY.json`, `KEY.0.png`, `KEY.1.jpg`, ... in a row, with one key for each row.
 """
 
 import json
+import os
 import re
 import tarfile
-from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,19 +15,23 @@ from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
+from safetensors import SafetensorError
+from safetensors.numpy import load, save
 from webdataset.tariterators import base_plus_ext
 
 from mmopd.errors import UserError
 from mmopd.fingerprint import hash_file
-from mmopd.modality.encode import open_image
+from mmopd.prompts.rows import RowError, check_image, parse, unpack
+from mmopd.prompts.tokens import Counter
 
-VERSION = 1
-FIELDS = ("task", "modality", "messages", "answer")  # of a row's json
+VERSION = 2
+SUFFIX = ".index.safetensors"
+OLD_SUFFIX = ".index.json"  # of version 1
 
 
 def index_path(tar: Path) -> Path:
-    """`NAME.index.json` of `NAME.tar`."""
-    return tar.with_suffix(".index.json")
+    """`NAME.index.safetensors` of `NAME.tar`."""
+    return tar.with_suffix(SUFFIX)
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,22 +41,46 @@ class Index:
     tar: Path
     size: int  # bytes of the tar
     sha256: str  # of the tar
-    kinds: Counter[tuple[str, str]]  # (task, modality) -> rows
-    first: NDArray[np.int64]  # [R + 1]: row r has members first[r] to first[r + 1]
-    members: NDArray[np.int64]  # [M, 2]: offset and size in the tar, bytes
-    images: NDArray[np.int32]  # [I, 2]: width and height, pixels
+    kinds: tuple[tuple[str, str], ...]  # (task, modality)
+    kind: NDArray[np.int16]  # [R] number of the row's kind
+    first: NDArray[np.int32]  # [R + 1]: row r has members first[r] to first[r + 1]
+    offsets: NDArray[np.int64]  # [M] in the tar, bytes
+    sizes: NDArray[np.int32]  # [M] bytes
+    images: NDArray[np.int32]  # [I, 2]: width and height, pixels, turned upright
+    processor: str | None  # for which tokens were counted, see `tokens.hash_processor`
+    text: NDArray[np.int32]  # [R] text tokens; [0] if they were not counted
+    visual: NDArray[np.int32]  # [R] image tokens, all images together; [0] if they were not counted
 
     def __len__(self) -> int:
         return len(self.first) - 1
 
-    def row_members(self, row: int) -> list[tuple[int, int]]:
-        """(offset, size) of the json and of each image of a row, in bytes."""
-        return [(int(offset), int(size)) for offset, size in self.members[self.first[row] : self.first[row + 1]]]
+    def image_counts(self) -> NDArray[np.int32]:
+        """[R] images of each row."""
+        counts: NDArray[np.int32] = np.diff(self.first) - 1
+        return counts
 
     def row_images(self, row: int) -> list[tuple[int, int]]:
         """(width, height) of each image of a row, in pixels."""
         before = int(self.first[row]) - row  # each earlier row has one member that is no image
-        return [(int(w), int(h)) for w, h in self.images[before : before + int(self.first[row + 1] - self.first[row]) - 1]]
+        return [(w, h) for w, h in self.images[before : before + int(self.first[row + 1] - self.first[row]) - 1].tolist()]
+
+    def read(self, tar: Path, row: int) -> list[bytes]:
+        """The json and the images of a row, from the tar or a copy of it.
+
+        Raises:
+            OSError: the file cannot be read.
+            RowError: it ends inside the row.
+        """
+        members = slice(self.first[row], self.first[row + 1])
+        spans = zip(self.offsets[members].tolist(), self.sizes[members].tolist(), strict=True)
+        file = os.open(tar, os.O_RDONLY)
+        try:
+            contents = [(os.pread(file, size, offset), size) for offset, size in spans]
+        finally:
+            os.close(file)
+        if any(len(content) != size for content, size in contents):
+            raise RowError("truncated", "the file ends inside the row")
+        return [content for content, _ in contents]
 
     @classmethod
     def load(cls, tar: Path) -> Self:
@@ -61,89 +89,107 @@ class Index:
         Raises:
             UserError: the tar or its index is missing, the index does not read, or the tar has another size.
         """
-        path = index_path(tar)
         if not tar.is_file():
             raise UserError(f"{tar}: this shard is missing, though its index is there; write the source again")
-        try:
-            data = json.loads(path.read_text())
-            if data["version"] != VERSION:
-                raise ValueError(f"version {data['version']}, and this is made for {VERSION}")
-            index = cls(
-                tar=tar,
-                size=data["bytes"],
-                sha256=data["sha256"],
-                kinds=Counter({(task, modality): rows for task, modality, rows in data["kinds"]}),
-                first=np.cumsum([0, *data["counts"]], dtype=np.int64),
-                members=np.array(data["members"], dtype=np.int64).reshape(-1, 2),
-                images=np.array(data["images"], dtype=np.int32).reshape(-1, 2),
-            )
-            if index.first[-1] != len(index.members) or len(index.images) + len(index) != len(index.members):
-                raise ValueError("its counts do not add up")
-        except FileNotFoundError:
-            raise UserError(f"{path}: the shard {tar.name} has no index; make it with mmopd.prompts.index_tar") from None
-        except (ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{path}: not an index of a shard ({type(error).__name__}: {error}); write the source again") from None
+        index = cls.load_alone(tar)
         if (size := tar.stat().st_size) != index.size:
             raise UserError(f"{tar}: {size} bytes, and its index says {index.size}: truncated or replaced; write the source again")
         return index
 
-    def verify(self) -> None:
-        """Read the whole tar and compare its hash.
+    @classmethod
+    def load_alone(cls, tar: Path) -> Self:
+        """Read the index that belongs beside `tar`, which may be elsewhere.
+
+        Raises:
+            UserError: the index is missing, of another version, or does not read.
+        """
+        path = index_path(tar)
+        try:
+            content = path.read_bytes()
+            header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
+            about, arrays = json.loads(header["__metadata__"]["index"]), load(content)
+            if about["version"] != VERSION:
+                raise ValueError(f"version {about['version']}, and this is made for {VERSION}")
+            kinds = tuple((task, modality) for task, modality in about["kinds"])
+            index = cls(tar=tar, size=about["bytes"], sha256=about["sha256"], kinds=kinds, processor=about["processor"], **arrays)
+            index._check()
+        except FileNotFoundError:
+            if tar.with_suffix(OLD_SUFFIX).exists():
+                old = f"{tar.with_suffix(OLD_SUFFIX)}: an index of version 1"
+                raise UserError(f"{old}; write the source again, or run {_command(tar)}") from None
+            raise UserError(f"{path}: the shard {tar.name} has no index; make it with {_command(tar)}") from None
+        except (ValueError, KeyError, TypeError, SafetensorError) as error:
+            raise UserError(f"{path}: not an index of a shard ({type(error).__name__}: {error}); write the source again") from None
+        return index
+
+    def _check(self) -> None:
+        rows, members = len(self), len(self.offsets)
+        counted = rows if self.processor else 0
+        right = (
+            len(self.kind) == rows
+            and self.first[-1] == len(self.sizes) == members
+            and len(self.images) + rows == members
+            and len(self.text) == len(self.visual) == counted
+        )
+        if not right:
+            raise ValueError("its counts do not add up")
+
+    def verify(self, tar: Path) -> None:
+        """Read the whole tar, or a copy of it, and compare its hash.
 
         Raises:
             UserError: the content is not what was indexed.
         """
-        if hash_file(self.tar) != self.sha256:
-            raise UserError(f"{self.tar}: its content is not what {index_path(self.tar).name} was made from; write the source again")
+        if hash_file(tar) != self.sha256:
+            raise UserError(f"{tar}: its content is not what {index_path(self.tar).name} was made from; write the source again")
 
 
-def index_tar(tar: Path) -> None:
-    """Read a WebDataset tar and write its index beside it.
+def index_tar(tar: Path, counter: Counter | None = None) -> None:
+    """Read a WebDataset tar and write its index beside it; an index that is there is replaced.
+
+    Args:
+        counter: counts the tokens of each row, in order; they are left out of the index without one.
 
     Raises:
         UserError: no tar or a truncated one, a row without json, an unknown member, a key that occurs twice, or an image
-            that cannot be opened or is too large; names the file and the row.
+            that cannot be used; names the file and the row.
     """
-    counts: list[int] = []
-    members: list[tuple[int, int]] = []
+    kinds: dict[tuple[str, str], int] = {}
+    kind: list[int] = []
+    first = [0]
+    spans: list[tuple[int, int]] = []
     images: list[tuple[int, int]] = []
-    kinds: Counter[tuple[str, str]] = Counter()
+    tokens: list[tuple[int, int]] = []
     for key, infos, contents in _rows(tar):
         try:
-            row = parse_row(contents[0])
-            images += [open_image(content).size for content in contents[1:]]
+            row = parse(contents[0])
+            images += [check_image(content)[1] for content in contents[1:]]
+            if counter is not None:
+                tokens.append(counter(unpack(key, contents[0], contents[1:])))
         except ValueError as error:
             raise UserError(f"{tar}: row {key!r}: {error}") from None
-        kinds[row["task"], row["modality"]] += 1
-        counts.append(len(infos))
-        members += [(info.offset_data, info.size) for info in infos]
-    data = {
-        "version": VERSION,
-        "tar": tar.name,
-        "bytes": tar.stat().st_size,
-        "sha256": hash_file(tar),
-        "rows": len(counts),
-        "kinds": [[*kind, rows] for kind, rows in sorted(kinds.items())],
-        "counts": counts,
-        "members": members,
-        "images": images,
+        kind.append(kinds.setdefault((row["task"], row["modality"]), len(kinds)))
+        spans += [(info.offset_data, info.size) for info in infos]
+        first.append(len(spans))
+    arrays: dict[str, NDArray[Any]] = {
+        "kind": np.array(kind, dtype=np.int16),
+        "first": np.array(first, dtype=np.int32),
+        "offsets": np.array([offset for offset, _ in spans], dtype=np.int64),
+        "sizes": np.array([size for _, size in spans], dtype=np.int32),
+        "images": np.array(images, dtype=np.int32).reshape(-1, 2),
+        "text": np.array([text for text, _ in tokens], dtype=np.int32),
+        "visual": np.array([visual for _, visual in tokens], dtype=np.int32),
     }
-    index_path(tar).write_text(json.dumps(data, separators=(",", ":")))
+    about = {"version": VERSION, "bytes": tar.stat().st_size, "sha256": hash_file(tar), "kinds": list(kinds)}
+    about["processor"] = counter.processor if counter is not None else None
+    unfinished = tar.with_suffix(".unfinished")
+    unfinished.write_bytes(save(arrays, metadata={"index": json.dumps(about)}))
+    unfinished.replace(index_path(tar))
+    tar.with_suffix(OLD_SUFFIX).unlink(missing_ok=True)
 
 
-def parse_row(content: bytes) -> dict[str, Any]:
-    """The fields of a row's json.
-
-    Raises:
-        ValueError: not json, or a field is missing or of another type.
-    """
-    row = json.loads(content)
-    if not isinstance(row, dict):
-        raise ValueError(f"its json is {type(row).__name__}, not an object")
-    for field in FIELDS:
-        if not isinstance(row.get(field), list if field == "messages" else str):
-            raise ValueError(f"its json has {row[field]!r} as {field!r}" if field in row else f"its json has no {field!r}")
-    return row
+def _command(tar: Path) -> str:
+    return f"`mmopd index {tar.parent}`"
 
 
 def _rows(tar: Path) -> Iterator[tuple[str, list[tarfile.TarInfo], list[bytes]]]:
@@ -168,8 +214,18 @@ def _rows(tar: Path) -> Iterator[tuple[str, list[tarfile.TarInfo], list[bytes]]]
                 row.append((extension, info))
             if row:
                 yield _read(tar, archive, key, row)
+            _check_end(tar, archive.offset)
     except (tarfile.TarError, OSError, EOFError) as error:
         raise UserError(f"{tar}: not a tar, or a truncated one ({error})") from None
+
+
+def _check_end(tar: Path, offset: int) -> None:
+    """A tar ends in zeros; tarfile takes a broken header, too, for the end."""
+    with tar.open("rb") as file:
+        file.seek(offset)
+        rest = file.read()
+    if len(rest) < tarfile.BLOCKSIZE or rest.strip(b"\0"):
+        raise tarfile.ReadError(f"no header and no end at byte {offset}")
 
 
 def _read(

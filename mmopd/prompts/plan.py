@@ -10,22 +10,30 @@ within 2 rows of its weights. The state is one number for each source: what it i
 *Which row of it*: epochs. In an epoch a row of weight w (relative to the source's mean) occurs floor(w) or ceil(w) times:
 after E epochs always within one of E * w. Without weights that is every row once. The order of an epoch is drawn from
 (seed, source, epoch), and spreads the copies of a row over the epoch. The state is two numbers: epoch and position.
+
+A row that cannot be used is replaced by the next one of its source, so that windows keep their composition; it is counted by source
+and cause, and its place in the epoch is used up, so that a resume goes on behind it.
 """
 
 import hashlib
 import math
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from mmopd.errors import UserError
+from mmopd.prompts.rows import RowError
 
-VERSION = 1
+VERSION = 2
+MAX_BAD = 100  # unusable rows of a source in a row: then it is the source that is broken
 SLACK = 1e-9  # rows; sums of shares are not exact, and of two sources that are owed 1/2 each one must be found
 ONE = 1 << 32  # row weights are fixed-point: sums of floats would let a weight of 1 skip a row
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +62,8 @@ class Plan:
         self._seed = seed
         self._streams = {name: _Stream(name, sources[name], seed) for name in self._names}
         self._owed = np.zeros(len(self._names))
+        self._weights = np.zeros(len(self._names))
+        self.replaced: Counter[tuple[str, str]] = Counter()  # (source, cause) -> rows that could not be used
         self.reweight(weights)
 
     def reweight(self, weights: Mapping[str, float]) -> None:
@@ -69,15 +79,42 @@ class Plan:
             raise UserError(f"source {bad[0]!r}: a weight of {weights[bad[0]]}; a weight is 0 or more")
         if not values.any():
             raise UserError(f"the weights of the sources {self._names} are all zero")
+        if np.array_equal(values, self._weights):
+            return
         self._weights = values
         self._share = values / values.sum()
-        live = values > 0
-        self._owed = np.where(live, self._owed - self._owed[live].mean(), 0.0)
+        self._owed = self._level(self._owed)
 
     def draw(self, n: int) -> list[tuple[str, int]]:
         """The next n (source, row)."""
         sources = [self._names[self._next_source()] for _ in range(n)]
         return [(source, self._streams[source].next()) for source in sources]
+
+    def read(self, n: int, read: Callable[[str, int], T]) -> list[T]:
+        """`read(source, row)` of the next n. A row that cannot be read is replaced by the next of its source, and counted in `replaced`.
+
+        Args:
+            read: raises RowError or ValueError for a row that cannot be used; must do so on every rank, or on none.
+
+        Raises:
+            UserError: MAX_BAD rows of a source in a row (or all it has) cannot be used; names it and the last cause.
+        """
+        return [self._usable(self._names[self._next_source()], read) for _ in range(n)]
+
+    def _usable(self, source: str, read: Callable[[str, int], T]) -> T:
+        stream = self._streams[source]
+        while True:
+            row = stream.next()
+            try:
+                value = read(source, row)
+            except (RowError, ValueError) as error:
+                self.replaced[source, error.cause if isinstance(error, RowError) else "unusable"] += 1
+                stream.bad += 1
+                if stream.bad >= min(MAX_BAD, stream.count):
+                    raise UserError(f"source {source!r}: {stream.bad} rows in a row cannot be used; the last one: {error}") from None
+            else:
+                stream.bad = 0
+                return value
 
     def epochs(self) -> dict[str, float]:
         """How often each source has been gone through."""
@@ -85,17 +122,22 @@ class Plan:
 
     def state(self) -> dict[str, Any]:
         """Where the plan stands, for `restore`: a few numbers for each source, ready for json."""
+        replaced = {name: {cause: n for (source, cause), n in self.replaced.items() if source == name} for name in self._names}
         return {
             "version": VERSION,
             "seed": self._seed,
             "sources": {
-                name: {"weight": float(weight), "owed": float(owed), **self._streams[name].state()}
+                name: {"weight": float(weight), "owed": float(owed), "replaced": replaced[name], **self._streams[name].state()}
                 for name, weight, owed in zip(self._names, self._weights, self._owed, strict=True)
             },
         }
 
-    def restore(self, state: Mapping[str, Any]) -> None:
+    def restore(self, state: Mapping[str, Any], change: Collection[str] = ()) -> None:
         """Go on where `state` was taken; the weights of the sources are those of the state.
+
+        Args:
+            change: sources that are added or removed on purpose. A new one starts level with the others, and all take the weights that
+                this plan was made with.
 
         Raises:
             UserError: the state is of another version or seed, or its sources, their content or row weights are others.
@@ -104,12 +146,22 @@ class Plan:
             if state[key] != mine:
                 raise UserError(f"the plan's {key} is {mine}, and that of the checkpoint {state[key]}: this run cannot be continued")
         kept: Mapping[str, Mapping[str, Any]] = state["sources"]
-        if changed := set(kept) ^ set(self._names):
-            raise UserError(f"the sources were {sorted(kept)} and are now {self._names}: {sorted(changed)} was added or removed")
-        for name, stream in self._streams.items():
-            stream.restore(kept[name])
-        self.reweight({name: kept[name]["weight"] for name in self._names})
-        self._owed = np.array([kept[name]["owed"] for name in self._names])
+        changed = set(kept) ^ set(self._names)
+        if wrong := changed ^ set(change):
+            was = f"the sources were {sorted(kept)} and are now {self._names}"
+            raise UserError(f"{was}: {sorted(wrong)} {'was added or removed' if wrong & changed else 'was neither added nor removed'}")
+        for name in set(kept) & set(self._names):
+            self._streams[name].restore(kept[name])
+        if not changed:
+            self.reweight({name: kept[name]["weight"] for name in self._names})
+        owed = np.array([kept[name]["owed"] if name in kept else 0.0 for name in self._names])
+        self._owed = self._level(owed) if changed else owed
+        self.replaced = Counter({(name, cause): n for name in self._names for cause, n in kept.get(name, {}).get("replaced", {}).items()})
+
+    def _level(self, owed: NDArray[np.float64]) -> NDArray[np.float64]:
+        """What is owed sums to zero over the sources that are drawn."""
+        live = self._weights > 0
+        return np.where(live, owed - owed[live].mean(), 0.0)
 
     def _next_source(self) -> int:
         """Index of the source to draw: the earliest deadline among those that are owed enough (Tijdeman 1980, section 2)."""
@@ -130,8 +182,8 @@ class _Stream:
         if rows.count < 1:
             raise UserError(f"source {name!r} has no rows")
         self._name, self._seed, self._fingerprint = name, seed, rows.fingerprint
-        self._weights = _fixed_point(name, rows)
-        self._phase = (self._random("phase").random(rows.count) * ONE).astype(np.int64)
+        self.count, self.bad = rows.count, 0  # rows in a row that could not be used
+        self._weights = None if rows.weights is None else _fixed_point(name, rows.count, rows.weights)
         self._epoch, self._position = 0, 0
         self._order = self._order_of(0)
 
@@ -150,7 +202,7 @@ class _Stream:
             "epoch": self._epoch,
             "position": self._position,
             "fingerprint": self._fingerprint,
-            "row_weights": hashlib.sha256(self._weights.tobytes()).hexdigest(),
+            "row_weights": None if self._weights is None else hashlib.sha256(self._weights.tobytes()).hexdigest(),
         }
 
     def restore(self, state: Mapping[str, Any]) -> None:
@@ -160,28 +212,28 @@ class _Stream:
         self._epoch, self._position = state["epoch"], state["position"]
         self._order = self._order_of(self._epoch)
 
-    def _order_of(self, epoch: int) -> NDArray[np.int64]:
+    def _order_of(self, epoch: int) -> NDArray[np.int32]:
         """The rows of an epoch, each as often as it is due, in their order."""
+        start = self._random(epoch).random(self.count)
+        if self._weights is None:
+            return np.argsort(start, kind="stable").astype(np.int32)
+        phase = (self._random("phase").random(self.count) * ONE).astype(np.int64)
         fraction = self._weights % ONE
-        copies = self._weights // ONE + ((epoch * fraction + self._phase) % ONE + fraction) // ONE
-        rows = np.repeat(np.arange(len(copies)), copies)
+        copies = self._weights // ONE + ((epoch * fraction + phase) % ONE + fraction) // ONE
+        rows = np.repeat(np.arange(self.count, dtype=np.int32), copies)
         copy = np.arange(len(rows)) - np.repeat(np.cumsum(copies) - copies, copies)
-        start = self._random(epoch).random(len(copies))
-        order = np.argsort((copy + start[rows]) / copies[rows], kind="stable")
-        return np.take(rows, order)
+        return np.take(rows, np.argsort((copy + start[rows]) / copies[rows], kind="stable"))
 
     def _random(self, what: object) -> np.random.Generator:
         digest = hashlib.sha256(repr((self._seed, self._name, what)).encode()).digest()
         return np.random.Generator(np.random.PCG64(int.from_bytes(digest)))
 
 
-def _fixed_point(name: str, rows: Rows) -> NDArray[np.int64]:
+def _fixed_point(name: str, count: int, given: Sequence[float]) -> NDArray[np.int64]:
     """Row weights relative to their mean, in units of 1 / ONE."""
-    if rows.weights is None:
-        return np.full(rows.count, ONE)
-    weights = np.asarray(rows.weights, dtype=np.float64)
-    if weights.shape != (rows.count,):
-        raise UserError(f"source {name!r}: {len(weights)} row weights for {rows.count} rows; measure its difficulty again")
+    weights = np.asarray(given, dtype=np.float64)
+    if weights.shape != (count,):
+        raise UserError(f"source {name!r}: {len(weights)} row weights for {count} rows; measure its difficulty again")
     if not (np.isfinite(weights).all() and (weights >= 0).all() and weights.any()):
         raise UserError(f"source {name!r}: row weights must be finite, 0 or more, and not all 0")
     fixed: NDArray[np.int64] = np.rint(weights / weights.mean() * ONE).astype(np.int64)

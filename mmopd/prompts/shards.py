@@ -4,26 +4,37 @@ The format is WebDataset's, so that other tools read the same files; the reading
 weighted plan that resumes exactly needs row numbers (a sequential reader has none). Images stay encoded.
 """
 
+import copy
 import hashlib
-import json
-import os
 import re
-import shutil
+from bisect import bisect_right
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Self
 
 import numpy as np
-from webdataset import TarWriter
+from numpy.typing import NDArray
 
 from mmopd.config import Mixture, suggest
 from mmopd.errors import UserError
-from mmopd.modality.encode import open_image
-from mmopd.prompts.index import Index, index_tar, parse_row
+from mmopd.prompts.index import SUFFIX, Index
+from mmopd.prompts.remote import Cache, Remote, is_remote
+from mmopd.prompts.rows import RowError, unpack
 from mmopd.records import Prompt
 
-EXTENSIONS = {"JPEG": "jpg"}  # where it is not the format's own name
 NUMBERED = re.compile(r"shard-\d+-of-(\d+)\.tar")
+
+
+@dataclass(frozen=True, slots=True)
+class Totals:
+    """What a source holds, from its indices alone."""
+
+    rows: int
+    images: int
+    text: int | None  # tokens; None where they were not counted
+    visual: int | None  # tokens of images
 
 
 class Shards(Sequence[Prompt]):
@@ -33,70 +44,118 @@ class Shards(Sequence[Prompt]):
     row takes, so that an instance is safe to use from threads and to hand to other processes.
 
     Args:
-        folder: holds `*.tar` with `*.index.json`.
+        folder: holds `*.tar` with `*.index.safetensors`.
         name: of the source, the first part of each prompt's key; the folder's name if not given.
+        remote: where the tars are, if not in the folder.
 
     Raises:
         UserError: no folder, no shard, no row, a missing, truncated or surplus file; names it.
     """
 
-    def __init__(self, folder: Path, name: str | None = None) -> None:
+    def __init__(self, folder: Path, name: str | None = None, remote: Remote | None = None) -> None:
         if not folder.is_dir():
             raise UserError(f"{folder}: no such folder of shards")
         self.folder = folder
         self.name = name or folder.name
-        indexed = (path.with_name(path.name.removesuffix(".index.json") + ".tar") for path in folder.glob("*.index.json"))
+        self.left_out: Counter[str] = Counter()  # why `filtered` left rows out -> how many
+        self._remote = remote
+        indexed = (path.with_name(path.name.removesuffix(SUFFIX) + ".tar") for path in folder.glob(f"*{SUFFIX}"))
         tars = sorted({*folder.glob("*.tar"), *indexed})
         totals = [int(match[1]) for tar in tars if (match := NUMBERED.fullmatch(tar.name))]
         if totals and (len(set(totals)) > 1 or len(totals) != totals[0]):
             raise UserError(f"{folder}: {len(totals)} shards, and their names say there are {max(totals)}; write the source again")
-        self._indices = [Index.load(tar) for tar in tars]
-        self._starts = np.cumsum([0, *map(len, self._indices)])
+        self._indices = [Index.load_alone(tar) if remote else Index.load(tar) for tar in tars]
+        self._starts = [0, *np.cumsum([len(index) for index in self._indices]).tolist()]
+        self._kept: NDArray[np.int64] | None = None  # numbers of the rows that `filtered` kept; all without
         if not len(self):
             raise UserError(f"{folder}: no rows, in {len(tars)} shards")
 
     def __len__(self) -> int:
-        return int(self._starts[-1])
+        return int(self._starts[-1]) if self._kept is None else len(self._kept)
 
     def __getitem__(self, row: int) -> Prompt:  # type: ignore[override]
         """One prompt.
 
         Raises:
             IndexError: no such row.
-            UserError: the tar has been cut or overwritten since it was opened.
+            RowError: its content is not that of a row.
+            UserError: the tar is not there any more.
         """
-        index, local = self._locate(row)
-        members = index.row_members(local)
-        start = min(offset for offset, _ in members)
-        end = max(offset + size for offset, size in members)
+        number = self._number(row)
+        index, local = self._locate(number)
         try:
-            file = os.open(index.tar, os.O_RDONLY)
-            try:
-                block = os.pread(file, end - start, start)
-            finally:
-                os.close(file)
-            if len(block) != end - start:
-                raise ValueError("the file ends inside the row")
-            content, *images = (block[offset - start : offset - start + size] for offset, size in members)
-            data = parse_row(content)
-        except (OSError, ValueError) as error:
-            raise UserError(f"{index.tar}: row {row} cannot be read ({error}); write the source again") from None
-        return Prompt(f"{self.name}/{row}", data["task"], data["modality"], tuple(data["messages"]), tuple(images), data["answer"], data.get("extra", {}))
+            content, *images = self._remote.read(index, local) if self._remote else index.read(index.tar, local)
+            return unpack(f"{self.name}/{number}", content, images)
+        except OSError as error:
+            raise UserError(f"{index.tar}: the shard cannot be read any more ({error.strerror or error})") from None
+        except (ValueError, RowError) as error:
+            cause = error.cause if isinstance(error, RowError) else "unreadable"
+            raise RowError(cause, f"{index.tar}: row {number} cannot be read ({error}); write the source again") from None
+
+    def filtered(self, max_tokens: int) -> Self:
+        """The rows with at most so many tokens, images included; the others are counted in `left_out`. Reads the index only.
+
+        Raises:
+            UserError: the tokens have not been counted, or no row is left.
+        """
+        if self.processor is None:
+            raise UserError(f"{self.folder}: its tokens have not been counted; `mmopd index {self.folder} --processor MODEL` does it")
+        total = np.concatenate([index.text + index.visual for index in self._indices])
+        before = np.arange(len(total)) if self._kept is None else self._kept
+        shorter = copy.copy(self)
+        shorter._kept = before[total[before] <= max_tokens]
+        shorter.left_out = self.left_out + Counter({f"over {max_tokens} tokens": len(before) - len(shorter._kept)})
+        if not len(shorter):
+            raise UserError(f"{self.folder}: each of its {len(before)} rows has more than {max_tokens} tokens")
+        return shorter
 
     def image_sizes(self, row: int) -> list[tuple[int, int]]:
         """(width, height) of each image of a row, in pixels, from the index alone."""
-        index, local = self._locate(row)
+        index, local = self._locate(self._number(row))
         return index.row_images(local)
+
+    def tokens(self, row: int) -> int | None:
+        """Tokens of a row, images included, from the index alone; None if they have not been counted."""
+        index, local = self._locate(self._number(row))
+        return int(index.text[local] + index.visual[local]) if index.processor else None
+
+    @property
+    def processor(self) -> str | None:
+        """For which processor the tokens of all rows have been counted, see `tokens.hash_processor`; None if for none, or for several."""
+        processors = {index.processor for index in self._indices}
+        return processors.pop() if len(processors) == 1 else None
 
     @property
     def kinds(self) -> Counter[tuple[str, str]]:
         """(task, modality) -> rows, from the index alone."""
-        return sum((index.kinds for index in self._indices), Counter[tuple[str, str]]())
+        counts: Counter[tuple[str, str]] = Counter()
+        for index, chosen in self._chosen():
+            rows = np.bincount(index.kind[chosen], minlength=len(index.kinds)).tolist()
+            counts.update({kind: n for kind, n in zip(index.kinds, rows, strict=True) if n})
+        return counts
+
+    def totals(self) -> Totals:
+        """Rows, images and tokens, from the index alone."""
+        counted = self.processor is not None
+        sums = [
+            (int(index.image_counts()[chosen].sum()), *(int(part[chosen].sum()) if counted else 0 for part in (index.text, index.visual)))
+            for index, chosen in self._chosen()
+        ]
+        images, text, visual = (sum(column) for column in zip(*sums, strict=True))
+        return Totals(len(self), images, text if counted else None, visual if counted else None)
+
+    @property
+    def bytes(self) -> int:
+        """Size of all shards."""
+        return sum(index.size for index in self._indices)
 
     @property
     def fingerprint(self) -> str:
-        """Names the content: changes with any byte of any shard, or with their order."""
-        return hashlib.sha256("\n".join(index.sha256 for index in self._indices).encode()).hexdigest()
+        """Names the content: changes with any byte of any shard, with their order, and with the rows that `filtered` kept."""
+        digest = hashlib.sha256("\n".join(index.sha256 for index in self._indices).encode())
+        if self._kept is not None and len(self._kept) < self._starts[-1]:
+            digest.update(self._kept.tobytes())
+        return digest.hexdigest()
 
     def verify(self) -> None:
         """Read every byte and compare with the fingerprint.
@@ -105,120 +164,61 @@ class Shards(Sequence[Prompt]):
             UserError: a shard's content is not what was indexed; names it.
         """
         for index in self._indices:
-            index.verify()
+            index.verify(self._remote.fetch(index) if self._remote else index.tar)
 
-    def _locate(self, row: int) -> tuple[Index, int]:
+    def _number(self, row: int) -> int:
+        """The number of a row among those that were written."""
         if not 0 <= row < len(self):
             raise IndexError(f"{self.folder}: row {row} of {len(self)}")
-        shard = int(np.searchsorted(self._starts, row, side="right")) - 1
-        return self._indices[shard], row - int(self._starts[shard])
+        return row if self._kept is None else int(self._kept[row])
+
+    def _locate(self, number: int) -> tuple[Index, int]:
+        shard = bisect_right(self._starts, number) - 1
+        return self._indices[shard], number - self._starts[shard]
+
+    def _chosen(self) -> Iterable[tuple[Index, NDArray[np.int64] | slice]]:
+        """Each index with its rows that are kept."""
+        for index, start, end in zip(self._indices, self._starts[:-1], self._starts[1:], strict=True):
+            if self._kept is None:
+                yield index, slice(None)
+            else:
+                yield index, self._kept[np.searchsorted(self._kept, start) : np.searchsorted(self._kept, end)] - start
 
 
-def open_mixture(mixture: Mixture, tasks: Iterable[str], root: Path) -> dict[str, Shards]:
-    """The sources of a mixture, by name.
+def open_mixture(mixture: Mixture, tasks: Iterable[str], root: Path, processor: str | None = None) -> dict[str, Shards]:
+    """The sources of a mixture, by name, each without the rows that it leaves out.
 
     Args:
         tasks: names that there are.
-        root: what relative `shards` paths start from.
+        root: what relative `shards` paths start from, and where copies of remote shards are kept.
+        processor: of the student (`tokens.hash_processor`); a limit on tokens that were counted for another one is refused.
 
     Raises:
         UserError: an unknown task, shards that cannot be opened, or rows of another task than the mixture says.
     """
     tasks = set(tasks)
+    cache = Cache(root / ".mmopd" / "shards", int(mixture.cache_gib * 2**30))
     opened = {}
     for name, source in mixture.sources.items():
         if source.task not in tasks:
             raise UserError(f"sources.{name}.task: no task {source.task!r} in modalities/{suggest(source.task, tasks)}")
-        opened[name] = shards = Shards(root / source.shards, name)
+        shards = open_remote(str(source.shards), cache, name) if is_remote(source.shards) else Shards(root / source.shards, name)
         if found := {task for task, _ in shards.kinds} - {source.task}:
             raise UserError(f"sources.{name}.task: {source.task!r}, and {shards.folder} has rows of task {', '.join(sorted(found))}")
+        if source.max_prompt_tokens is not None:
+            if processor and shards.processor and processor != shards.processor:
+                where = f"sources.{name}.max_prompt_tokens: its tokens were counted for another processor than the student's"
+                raise UserError(f"{where}; count them again with `mmopd index {source.shards} --processor STUDENT`")
+            shards = shards.filtered(source.max_prompt_tokens)
+        opened[name] = shards
     return opened
 
 
-def write_shards(rows: Iterable[Prompt], folder: Path, *, max_rows: int = 10_000, max_bytes: int = 1 << 28) -> Shards:
-    """Write rows as `shard-00000-of-00002.tar`, ... with their indices; the folder appears when it is complete.
-
-    The tar key is the row number; a prompt's own key is kept in the json as `id`. The same rows give the same bytes.
-
-    Args:
-        max_rows: rows of a shard, at most.
-        max_bytes: bytes of content after which a shard is closed.
+def open_remote(url: str, cache: Cache, name: str | None = None) -> Shards:
+    """The shards of an fsspec URL: their indices are read now, a tar when a row of it is needed.
 
     Raises:
-        UserError: the folder has something in it, there are no rows, or a row is not well formed; names the row.
+        UserError: nothing can be read there.
     """
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UserError(f"{folder}: already there; remove it to write the source anew")
-    partial = folder.with_name(f".{folder.name}.partial")  # a rest of an interrupted call is of no use
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    try:
-        tars = _write_tars(rows, partial, max_rows, max_bytes)
-        if not tars:
-            raise UserError(f"{folder}: there are no rows to write")
-        for number, tar in enumerate(tars):
-            named = tar.rename(partial / f"shard-{number:05d}-of-{len(tars):05d}.tar")
-            index_tar(named)
-        if folder.exists():
-            folder.rmdir()
-        partial.rename(folder)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-    return Shards(folder)
-
-
-def _write_tars(rows: Iterable[Prompt], folder: Path, max_rows: int, max_bytes: int) -> list[Path]:
-    tars: list[Path] = []
-    writer: TarWriter | None = None
-    in_shard = content = 0
-    try:
-        for number, row in enumerate(rows):
-            members = _members(row, number)
-            if writer is None or in_shard >= max_rows or content >= max_bytes:
-                if writer is not None:
-                    writer.close()
-                tars.append(folder / f"{len(tars):05d}.tar")
-                writer, in_shard, content = TarWriter(str(tars[-1]), encoder=False, mtime=0, compress=False), 0, 0
-            content += writer.write({"__key__": f"{number:08d}", **members})
-            in_shard += 1
-    finally:
-        if writer is not None:
-            writer.close()
-    return tars
-
-
-def _members(row: Prompt, number: int) -> dict[str, bytes]:
-    """Extension -> content of a row.
-
-    Raises:
-        UserError: no messages, images that do not match the messages or the modality, or that cannot be opened.
-    """
-    named = f"row {number} ({row.key or 'no key'})"
-    if not row.messages:
-        raise UserError(f"{named}: it has no messages")
-    if (placeholders := count_images(row.messages)) != len(row.images):
-        raise UserError(f"{named}: {placeholders} image parts in its messages, and {len(row.images)} images")
-    if (row.modality == "text") != (not row.images):
-        raise UserError(f"{named}: {len(row.images)} images, and its modality is {row.modality!r}")
-    members = {}
-    for i, image in enumerate(row.images):
-        try:
-            form = open_image(image).format or "image"
-        except ValueError as error:
-            raise UserError(f"{named}: image {i}: {error}") from None
-        members[f"{i}.{EXTENSIONS.get(form, form.lower())}"] = image
-    fields = {"id": row.key, "task": row.task, "modality": row.modality, "messages": row.messages, "answer": row.answer}
-    fields |= {"extra": row.extra} if row.extra else {}
-    content = json.dumps(fields, ensure_ascii=False, separators=(",", ":")).encode()
-    try:
-        parse_row(content)
-    except ValueError as error:
-        raise UserError(f"{named}: {error}") from None
-    return {"json": content, **members}
-
-
-def count_images(messages: Iterable[Mapping[str, object]]) -> int:
-    """Image parts in the messages of a chat."""
-    contents = (message.get("content") for message in messages)
-    parts = (part for content in contents if isinstance(content, list | tuple) for part in content)
-    return sum(isinstance(part, Mapping) and part.get("type") == "image" for part in parts)
+    remote = Remote(url, cache)
+    return Shards(remote.read_indices(), name or url.rstrip("/").rpartition("/")[2], remote)

@@ -37,6 +37,7 @@ class TokenRow:
     outcome: float | None  # 1 right, 0 wrong, between for soft scores, None unknown
     teacher_name: str
     kept: bool  # whether it was in the loss
+    visual: list[float] | None = None  # [T] log-prob by the teacher with minus without the image; None where that was not asked
 
     @property
     def reward(self) -> float:
@@ -52,12 +53,22 @@ class TokenRow:
         return {1.0: "right", 0.0: "wrong"}.get(self.outcome, "partly")
 
 
-def token_row(step: int, prompt: Prompt, sample: Sample, tokens: Sequence[str], advantage: Sequence[float], *, kept: bool) -> TokenRow:
+def token_row(
+    step: int,
+    prompt: Prompt,
+    sample: Sample,
+    tokens: Sequence[str],
+    advantage: Sequence[float],
+    *,
+    kept: bool,
+    visual: Sequence[float] | None = None,
+) -> TokenRow:
     """The row of a scored response to `prompt`.
 
     Args:
         tokens: [T] the text of each response token.
         advantage: [T] of the loss.
+        visual: [T] log-prob by the teacher with minus without the image, if it was asked for both.
 
     Raises:
         ValueError: the sample has no score.
@@ -77,13 +88,15 @@ def token_row(step: int, prompt: Prompt, sample: Sample, tokens: Sequence[str], 
         outcome=sample.outcome.value if sample.outcome.known else None,
         teacher_name=sample.score.teacher,
         kept=kept,
+        visual=None if visual is None else list(visual),
     )
 
 
 def as_json(row: TokenRow) -> dict[str, Any]:
     """What `metrics.JsonLines.append` takes; numbers to 4 digits, since a person will look at them."""
     data = dataclasses.asdict(row)
-    return data | {name: [round(x, 4) for x in data[name]] for name in ("student", "teacher", "advantage")}
+    numbers = [name for name in ("student", "teacher", "advantage", "visual") if data[name] is not None]
+    return data | {name: [round(x, 4) for x in data[name]] for name in numbers}
 
 
 def read_rows(path: Path) -> list[TokenRow]:
@@ -97,23 +110,29 @@ def choose(rows: Sequence[TokenRow], limit: int = 12) -> list[TokenRow]:
     for task in dict.fromkeys(row.task for row in rows):
         of_task = [row for row in rows if row.task == task and row.tokens]
         for step in sorted({row.step for row in of_task})[:: max(1, len({row.step for row in of_task}) - 1)]:
-            for row in sorted((r for r in of_task if r.step == step), key=lambda r: (not r.kept, -_spread(r))):
+            for row in sorted((r for r in of_task if r.step == step), key=lambda r: (not r.kept, r.visual is None, -_spread(r))):
                 chosen.setdefault((task, step, row.verdict), row)
     return sorted(chosen.values(), key=lambda r: (r.step, r.task, r.verdict))[:limit]
 
 
 def cells(row: TokenRow) -> Iterable[Mapping[str, Any]]:
-    """What the page needs of each token: text, colour from -1 (student likelier) to 1 (teacher likelier), numbers."""
-    for text, student, teacher, advantage in zip(row.tokens, row.student, row.teacher, row.advantage, strict=True):
+    """What the page needs of each token: text, colour from -1 (student likelier) to 1 (teacher likelier), numbers.
+
+    `visual` is None where it was not asked; `line` is its colour, from -1 (likelier without the image) to 1 (with it).
+    """
+    visuals = row.visual if row.visual is not None else [None] * len(row.tokens)
+    for text, student, teacher, advantage, visual in zip(row.tokens, row.student, row.teacher, row.advantage, visuals, strict=True):
         difference = teacher - student
         yield {
             "text": _visible(text),
             "breaks": text.endswith("\n"),
-            "colour": max(-1.0, min(1.0, difference / FULL_COLOUR)),
+            "colour": _colour(difference),
+            "line": _colour(visual or 0.0),
             "student": student,
             "teacher": teacher,
             "difference": difference,
             "advantage": advantage,
+            "visual": visual,
         }
 
 
@@ -129,6 +148,10 @@ def picture(encoded: str) -> tuple[str, int, int]:
         image.save(file, format="JPEG", quality=85)
         data, kind = file.getvalue(), "image/jpeg"
     return f"data:{kind};base64,{base64.b64encode(data).decode()}", image.width, image.height
+
+
+def _colour(nats: float) -> float:
+    return max(-1.0, min(1.0, nats / FULL_COLOUR))
 
 
 def _spread(row: TokenRow) -> float:

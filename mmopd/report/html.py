@@ -42,6 +42,9 @@ CHARTS = (
     Chart("Order consistency", "share of two-sided groups", ("order_consistency/*",), share=True),
     Chart("Margin and shift", "nats per token", ("margin/before", "margin/after", "shift")),
     Chart("Where responses went", "responses a step", ("kept", "balanced_away", "masked", "absent", "unknown")),
+    Chart("Visual advantage", "teacher with minus without the image, nats per token", ("visual_advantage/*",)),
+    Chart("Scoring", "requests a step", ("scoring/requests", "scoring/reused", "scoring/hedged")),
+    Chart("Scoring faults", "failed requests and restarts a step", ("scoring/failed/*", "scoring/restarts", "absent_blind")),
     Chart("Response length", "tokens", ("response_length",)),
     Chart("Loss", "clipped policy loss", ("loss",)),
     Chart("Gradient norm", "before clipping", ("grad_norm",)),
@@ -63,6 +66,7 @@ def write_report(run: Path) -> Path:
     )
     recipe_text = (run / "recipe.yaml").read_text()
     metrics = read_lines(run / "metrics.jsonl")
+    samples = [sample_view(row) for row in heatmap.choose(heatmap.read_rows(run / "samples.jsonl"))]
     data = {"curves": curves(metrics), "difficulty": difficulty(run / "difficulty" / "difficulty.json")}
     page = environment.get_template("report.html.j2").render(
         name=run.resolve().name,
@@ -73,7 +77,8 @@ def write_report(run: Path) -> Path:
         training_seconds=sum(row.get("seconds") or 0 for row in metrics),
         results=results_view(run / "results.json"),
         stages=stages(_json(run / "stages.json", {})),
-        samples=[sample_view(row) for row in heatmap.choose(heatmap.read_rows(run / "samples.jsonl"))],
+        samples=samples,
+        has_visual=any(sample["visual"] is not None for sample in samples),
         full_colour=heatmap.FULL_COLOUR,
         has_curves=bool(data["curves"]),
         has_difficulty=bool(data["difficulty"]),
@@ -151,6 +156,7 @@ def sample_view(row: heatmap.TokenRow) -> dict[str, Any]:
         "pictures": pictures,
         "cells": list(heatmap.cells(row)),
         "advantage": sum(advantages) / len(advantages) if advantages else 0.0,
+        "visual": sum(row.visual) / len(row.visual) if row.visual else None,
     }
 
 

@@ -7,6 +7,12 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Literal
 
+import msgspec
+
+from mmopd.errors import UserError
+
+MAX_BYTES = 1 << 20  # of a file of endpoints
+
 
 @dataclass(frozen=True, slots=True)
 class Endpoint:
@@ -23,6 +29,11 @@ class Endpoint:
         """HTTP headers that every request needs."""
         return {"Authorization": f"Bearer {self.api_key}"} if self.api_key else {}
 
+    @property
+    def teacher(self) -> str:
+        """Whose replica it is: these are named TEACHER.NUMBER; empty for the student's engine."""
+        return self.name.rpartition(".")[0]
+
 
 def save(path: Path, endpoints: Iterable[Endpoint]) -> None:
     """Write endpoints as JSON that only this user can read, since their keys are in it."""
@@ -32,5 +43,21 @@ def save(path: Path, endpoints: Iterable[Endpoint]) -> None:
 
 
 def load(path: Path) -> dict[str, Endpoint]:
-    """The endpoints that `save` wrote, by name."""
-    return {record["name"]: Endpoint(**record) for record in json.loads(path.read_text())}
+    """The endpoints that `save` wrote, by name.
+
+    Raises:
+        UserError: there is no such file, others may read it, or it is something else.
+    """
+    try:
+        status = path.stat()
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file of endpoints; it is there while the servers run") from None
+    if status.st_mode & 0o077:
+        raise UserError(f"{path}: other users may read it, and there are keys in it: chmod 600 {path}")
+    if status.st_size > MAX_BYTES:
+        raise UserError(f"{path}: {status.st_size:,} bytes are no file of endpoints")
+    try:
+        found = msgspec.json.decode(path.read_bytes(), type=list[Endpoint])
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not a file of endpoints, as `mmopd serve` writes it: {error}") from None
+    return {endpoint.name: endpoint for endpoint in found}

@@ -1,9 +1,12 @@
 """The replicas behind one name: who gets the next request, when to try again, and when to stop trying.
 
-- The replica with the fewest requests in flight gets the next one, never more than `concurrency` at once.
+- The replica with the fewest requests in flight gets the next one, never more than `concurrency` at once. Requests that show
+  the same images go to the same replica, which encodes them once, as long as it is not much busier than the others.
 - A request that failed goes to a replica that has not had it yet, after a jittered pause; where a server is merely away
   or busy, trying goes on until the deadline, and no caller waits longer than that for a pool in which nothing answers.
-- A replica that keeps failing is left alone for a while (circuit breaker), then gets one request to prove itself.
+- An answer that is late by the measure of the last ones is asked for at another replica too; the first good one counts, and
+  the other request is called off.
+- A replica that keeps failing, or being late, is left alone for a while (circuit breaker), then gets one request to prove itself.
 
 The HTTP client is aiohttp: 0.26 ms of CPU a request with 32 in flight, where httpx takes 4.8 (its pool looks at every
 connection for every other one) and vLLM itself about 13.
@@ -11,11 +14,12 @@ connection for every other one) and vLLM itself about 13.
 
 import asyncio
 import contextlib
+import hashlib
 import math
 import random
 import time
 import uuid
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from http import HTTPStatus
@@ -30,6 +34,10 @@ from mmopd.teacher.wire import PATH, REQUEST_ID, ReplyError
 TRIES = 4  # of a request that replicas do answer, but badly
 BREAK_AFTER = 5  # failures in a row that open a replica's circuit
 COOLDOWN = (0.5, 30.0)  # seconds that it stays open: at first, at most
+LONGEST_PAUSE = 10.0  # seconds; of what a server may ask for by Retry-After
+SLACK = 8  # requests that the replica which knows an image may have more in flight than the least busy one
+LATENCIES = 200  # of the last good answers, by which lateness is measured ...
+LATE_AFTER, LATE_FACTOR, LATE_AT_LEAST = 20, 3.0, 1.0  # ... from so many on: 3 times their 95th percentile, and never under a second
 KEEP_ALIVE = 3.0  # seconds; shorter than the 5 of vLLM's HTTP server, which otherwise closes a connection as it is reused
 T = TypeVar("T")
 
@@ -77,7 +85,8 @@ class Pool:
         timeout: seconds in which an answer must arrive, retries included; one attempt may take half of it.
         patience: seconds for which a pool in which nothing answers is waited for.
         concurrency: requests in flight at once, per replica.
-        counts: where attempts are counted: `requests`, of which `failed/<cause>`.
+        counts: where attempts are counted: `requests`, of which `failed/<cause>` and `cancelled` (called off, or not needed any more);
+            `hedged` of them were sent since another was late.
     """
 
     def __init__(
@@ -95,25 +104,61 @@ class Pool:
         self._changed = asyncio.Condition()
         self._silent_since = math.inf  # time of the first of the failures since a replica last worked
         self._last_failure: tuple[float, ReplyError] | None = None
+        self._latencies: deque[float] = deque(maxlen=LATENCIES)
 
-    async def call(self, build: Callable[[str], bytes], parse: Callable[[bytes, str], T]) -> T:
+    async def call(self, build: Callable[[str], bytes], parse: Callable[[bytes, str], T], *, affinity: bytes = b"") -> T:
         """`parse(reply, request id)` of the first good reply to `build(model)`.
+
+        Args:
+            affinity: calls with the same bytes go to the same replica, if it has room.
 
         Raises:
             ReplyError: the last failure, when nothing is left to try.
         """
-        call = _Call()
+        home = max(self.replicas, key=lambda r: hashlib.blake2b(affinity + r.url.encode()).digest()) if affinity else None
+        call = _Call(home)
         attempts = tenacity.AsyncRetrying(
-            retry=tenacity.retry_if_exception(lambda error: self._is_worth_retrying(error, call)),
-            wait=tenacity.wait_random_exponential(multiplier=0.1, max=5.0),
-            reraise=True,
+            retry=tenacity.retry_if_exception(lambda error: self._is_worth_retrying(error, call)), wait=_pause, reraise=True
         )
         return await attempts(self._attempt, call, build, parse)
 
     async def _attempt(self, call: "_Call", build: Callable[[str], bytes], parse: Callable[[bytes, str], T]) -> T:
+        """Ask one replica, and a second one if the first is late."""
         replica = await self._lease(call)
         call.began(replica)
-        request_id, circuit = uuid.uuid4().hex, replica.retry_at
+        late = self._late()
+        if late is None:
+            return await self._ask(replica, build, parse)
+        racing = {asyncio.create_task(self._ask(replica, build, parse)): replica}
+        try:
+            done, _ = await asyncio.wait(racing, timeout=late)
+            if not done and (other := self._spare(call)) is not None:
+                self._counts["hedged"] += 1
+                call.began(other)
+                racing[asyncio.create_task(self._ask(other, build, parse))] = other
+            return await self._first_good(racing)
+        finally:
+            for task in racing:
+                task.cancel()
+            await asyncio.gather(*racing, return_exceptions=True)
+
+    async def _first_good(self, racing: "dict[asyncio.Task[T], Replica]") -> T:
+        """The answer of the first that has a good one; the failure of the last to end if none has."""
+        waiting = set(racing)
+        while True:
+            done, waiting = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+            good = [task for task in done if task.exception() is None]
+            if good:
+                self._counts["cancelled"] += len(good) - 1  # both at once: one is not needed
+                for task in waiting:
+                    racing[task].failed(time.monotonic())  # beaten by a request that was sent later
+                return good[0].result()
+            if not waiting:
+                return done.pop().result()
+
+    async def _ask(self, replica: Replica, build: Callable[[str], bytes], parse: Callable[[bytes, str], T]) -> T:
+        """Ask a replica that was leased, and give it back."""
+        request_id, circuit, began = uuid.uuid4().hex, replica.retry_at, time.monotonic()
         self._counts["requests"] += 1
         try:
             result = parse(await self._post(replica, build(replica.endpoint.model), request_id), request_id)
@@ -124,9 +169,13 @@ class Pool:
                 replica.failed(now)
             self._silent_since, self._last_failure = min(self._silent_since, now), (now, fault)
             raise
+        except asyncio.CancelledError:
+            self._counts["cancelled"] += 1
+            raise
         else:
             replica.worked()
             self._silent_since = math.inf
+            self._latencies.append(time.monotonic() - began)
             return result
         finally:
             replica.in_flight -= 1
@@ -141,14 +190,15 @@ class Pool:
                 asyncio.timeout(self._timeout / 2),
                 self._http.post(replica.url, data=body, headers=headers, allow_redirects=False) as response,
             ):
-                status, reply = response.status, await response.read()
+                status, pause, reply = response.status, response.headers.get("Retry-After", ""), await response.read()
         except TimeoutError:
             raise ReplyError("timeout", f"{name}: no answer within {self._timeout / 2:g} s", transient=True) from None
         except (aiohttp.ClientError, OSError) as error:
             raise ReplyError("connection", f"{name}: {type(error).__name__} {error}".rstrip(), transient=True) from None
         if status != HTTPStatus.OK:
             away = status == HTTPStatus.TOO_MANY_REQUESTS or status >= HTTPStatus.INTERNAL_SERVER_ERROR
-            raise ReplyError("status", f"{name}: {status}: {reply[:300].decode(errors='replace')}", transient=away)
+            detail = f"{name}: {status}: {reply[:300].decode(errors='replace')}"
+            raise ReplyError("status", detail, transient=away, pause=float(pause) if pause.isdecimal() else 0.0)
         return reply
 
     async def _lease(self, call: "_Call") -> Replica:
@@ -158,7 +208,9 @@ class Pool:
                 now = time.monotonic()
                 free = [r for r in self.replicas if r.is_free(self._concurrency, now)]
                 if free:
-                    best = min(free, key=lambda r: (r in call.tried, r.strikes > 0, r.in_flight, random.random()))
+                    best = min(
+                        free, key=lambda r: (r in call.tried, r.strikes > 0, r.in_flight - SLACK * (r is call.home), random.random())
+                    )
                     best.in_flight += 1
                     return best
                 opening = [r.retry_at for r in self.replicas if r.retry_at]
@@ -167,6 +219,21 @@ class Pool:
                 with contextlib.suppress(TimeoutError):  # time for a probe
                     async with asyncio.timeout(max(min(opening) - now, 0.05) if opening else None):
                         await self._changed.wait()
+
+    def _spare(self, call: "_Call") -> Replica | None:
+        """A healthy replica that has room and has not had this call, leased."""
+        now = time.monotonic()
+        spare = [r for r in self.replicas if r not in call.tried and not r.retry_at and r.is_free(self._concurrency, now)]
+        best = min(spare, key=lambda r: r.in_flight, default=None)
+        if best is not None:
+            best.in_flight += 1
+        return best
+
+    def _late(self) -> float | None:
+        """Seconds after which an answer is late; None where that is not known, or nobody else could be asked."""
+        if len(self.replicas) < 2 or len(self._latencies) < LATE_AFTER:
+            return None
+        return max(LATE_AT_LEAST, LATE_FACTOR * sorted(self._latencies)[int(0.95 * len(self._latencies))])
 
     def _give_up_if_silent(self, call: "_Call", now: float) -> None:
         """Nobody waits for a pool that has answered nothing for `patience`, and failed again since this call was made."""
@@ -187,6 +254,7 @@ class Pool:
 class _Call:
     """What is known of one call of `Pool.call`, over its attempts."""
 
+    home: Replica | None = None  # that has seen the same images
     made: float = field(default_factory=time.monotonic)
     started: float = math.inf  # first attempt; waiting for a free replica is not counted against it
     attempts: int = 0
@@ -197,3 +265,13 @@ class _Call:
         self.started = min(self.started, time.monotonic())
         self.attempts += 1
         self.tried.add(replica)
+
+
+def _pause(state: tenacity.RetryCallState) -> float:
+    """Seconds before the next attempt: jittered and growing, or what the server has asked for."""
+    error = state.outcome.exception() if state.outcome else None
+    asked = min(error.pause, LONGEST_PAUSE) if isinstance(error, ReplyError) else 0.0
+    return max(asked, _BACKOFF(state))
+
+
+_BACKOFF = tenacity.wait_random_exponential(multiplier=0.1, max=5.0)

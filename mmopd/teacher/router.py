@@ -1,15 +1,26 @@
 """Which teacher scores which prompt, and what it is shown: everything here is checked before training starts."""
 
-import dataclasses
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
 
 from transformers import AutoTokenizer
 
-from mmopd.config import Fleet, Route
+from mmopd.config import Fleet, Route, View, suggest
 from mmopd.errors import UserError
-from mmopd.records import Message, Prompt
+from mmopd.task.base import Task
+from mmopd.teacher.view import BUILT_IN, ViewError, check_view
+
+
+@dataclass(frozen=True, slots=True)
+class Judge:
+    """One teacher of a prompt, and what it is shown."""
+
+    teacher: str  # its name in the fleet
+    share: float  # of its log-probs in the target; those of a prompt's judges sum to 1
+    weight: float  # w_k of Eq. 4
+    view: View
 
 
 def find_route(fleet: Fleet, task: str, modality: str) -> Route:
@@ -25,14 +36,51 @@ def find_route(fleet: Fleet, task: str, modality: str) -> Route:
     raise UserError(f"no route for prompts of task {task!r} and modality {modality!r}; add one to the fleet's routes, which are:{routes}")
 
 
-def check_routes(fleet: Fleet, pairs: Iterable[tuple[str, str]]) -> None:
-    """Every (task, modality) of a mixture has a teacher.
+def find_view(fleet: Fleet, tasks: Mapping[str, Task], task: str, name: str) -> View:
+    """The view of this name, the nearest first: the fleet's, the task's, the built-in one.
 
     Raises:
-        UserError: names the first pair that has none, and the routes that there are.
+        UserError: nobody has one; names the task, and what there is.
     """
-    for task, modality in sorted(set(pairs)):
-        find_route(fleet, task, modality)
+    layers = (fleet.views, tasks[task].views if task in tasks else {}, BUILT_IN)
+    for views in layers:
+        if name in views:
+            return views[name]
+    known = [known for views in layers for known in views]
+    raise UserError(f"no view {name!r} for prompts of task {task!r}, in the fleet, the task, or built in{suggest(name, known)}")
+
+
+def find_judges(fleet: Fleet, tasks: Mapping[str, Task], task: str, modality: str) -> tuple[Judge, ...]:
+    """The teachers of such prompts, in the order of their route, each with the view of the route or else its own.
+
+    Raises:
+        UserError: no route matches, or there is no view of a name that it leads to.
+    """
+    route = find_route(fleet, task, modality)
+    return tuple(
+        Judge(name, share, fleet.teachers[name].weight, find_view(fleet, tasks, task, route.view or fleet.teachers[name].view))
+        for name, share in route.teachers.items()
+    )
+
+
+def check_routes(fleet: Fleet, tasks: Mapping[str, Task], pairs: Iterable[tuple[str, str]]) -> None:
+    """Every (task, modality) of a mixture has its teachers, and every view of the fleet and of these tasks is well formed.
+
+    Whether a row has the texts that its view shows is known when the row is read.
+
+    Raises:
+        UserError: names the first pair, or the first view.
+    """
+    pairs = sorted(set(pairs))
+    declared = {"the fleet": fleet.views} | {f"task {task!r}": tasks[task].views for task, _ in pairs if task in tasks}
+    for owner, views in declared.items():
+        for name, view in views.items():
+            try:
+                check_view(view)
+            except ViewError as error:
+                raise UserError(f"view {name!r} of {owner}: {error}") from None
+    for task, modality in pairs:
+        find_judges(fleet, tasks, task, modality)
 
 
 def check_tokenizers(student: Path, teachers: Mapping[str, Path]) -> None:
@@ -58,30 +106,9 @@ def check_tokenizers(student: Path, teachers: Mapping[str, Path]) -> None:
             )
 
 
-def show(prompt: Prompt, view: str) -> Prompt:
-    """The prompt as a teacher with this view reads it."""
-    return VIEWS[view](prompt)
-
-
 def _vocabulary(folder: Path) -> dict[str, int]:
     try:
         vocabulary: dict[str, int] = AutoTokenizer.from_pretrained(folder).get_vocab()
     except Exception as error:
         raise UserError(f"{folder}: no tokenizer can be loaded from this folder: {error}") from error
     return vocabulary
-
-
-def _full(prompt: Prompt) -> Prompt:
-    return prompt
-
-
-def _text(prompt: Prompt) -> Prompt:
-    return dataclasses.replace(prompt, messages=tuple(_without_images(m) for m in prompt.messages), images=())
-
-
-def _without_images(message: Message) -> Message:
-    content = message["content"]
-    return message if isinstance(content, str) else {**message, "content": [part for part in content if part.get("type") != "image"]}
-
-
-VIEWS: dict[str, Callable[[Prompt], Prompt]] = {"full": _full, "text": _text}

@@ -1,19 +1,21 @@
 """vLLM servers for teachers and student: started together, watched, stopped together.
 
-Loopback only, on free ports, with an API key that is passed by environment. On CPU all servers are forked from one
-process that has imported vLLM (`vllm_main`); on GPU each has a process of its own. GPU flags are read from vLLM 0.32,
-not run.
+On the loopback interface unless told otherwise, on free ports, with an API key that is passed by environment. They run
+under supervisors (`vllm_main`), which start a dead teacher again: on CPU one for all servers, which has imported vLLM once;
+on GPU one for each. GPU flags are read from vLLM 0.32, not run.
 """
 
 import json
+import os
 import re
 import secrets
 import socket
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import httpx
@@ -22,17 +24,21 @@ import torch
 
 from mmopd.config import Engine
 from mmopd.errors import UserError
-from mmopd.processes import Child, Children
+from mmopd.processes import Children
+from mmopd.teacher.adapter import Adapter, lora_flags
 from mmopd.teacher.endpoint import Endpoint
-from mmopd.teacher.vllm_main import KEY_VARIABLE, RequireKey, Server, ended
+from mmopd.teacher.vllm_main import KEY_VARIABLE, READY, RequireKey, Server
 
-HOST = "127.0.0.1"
+HOST, ANY_HOST = "127.0.0.1", "0.0.0.0"
 TIMEOUT = 1800.0  # seconds until all servers are ready; large checkpoints take minutes
 KV_CACHE_MIB = 256  # on CPU, if the engine does not say
 BATCHED_TOKENS = 4096  # on CPU, in one pass
 SHARED_MIB = 700  # measured: the process that has imported vLLM ...
 SERVER_MIB = 600  # ... and what a server under load adds to it, weights and KV cache apart
 LAST_LINES = 12
+NO_DOMAIN = "no domain"  # a blank is in no URL: whatever a prompt names, nothing is fetched
+_PID = re.compile(r"supervisor: (\d+)")
+_SAID = re.compile(r"server (?P<what>restarted|ended): (?P<name>.+) \(status (?P<status>-?\d+)\)")
 _LOG_PREFIX = re.compile(r"^\(\S+ pid=\d+\) (?:[A-Z]+ \S+ \S+ \[[^\]]*\] )?")
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
@@ -41,42 +47,138 @@ CPU_ENV = {
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # bound, all servers would share core 0
     "TORCHDYNAMO_DISABLE": "1",  # no C++ compiler at run time, no stall at the first request
 }
-ENV = {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
+ENV = {
+    "HF_HUB_OFFLINE": "1",
+    "VLLM_NO_USAGE_STATS": "1",
+    "VLLM_HOST_IP": "127.0.0.1",  # what the processes of one server say to each other stays on this machine
+    "GLOO_SOCKET_IFNAME": "lo",
+    "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "0",
+}
+OnEvent = Callable[[str, str], None]  # server's name, what happened
 
 
 @dataclass(frozen=True, slots=True)
 class ServerSpec:
-    """A model to serve; `updatable` opens the routes that change its weights."""
+    """A model to serve; `updatable` opens the routes that change its weights, and it is not started again: they are lost with it."""
 
     name: str
     model: Path
     engine: Engine
     updatable: bool
+    names: Mapping[str, Adapter | None] = field(default_factory=dict)  # of its endpoints: the model itself (None), or adapted
+
+    @property
+    def served(self) -> Mapping[str, Adapter | None]:
+        """`names`, or else its own name alone."""
+        return self.names or {self.name: None}
 
 
 class Servers(dict[str, Endpoint]):
-    """Endpoints by name, and the processes behind them."""
+    """Endpoints by name, and the processes behind them.
 
-    def __init__(self, endpoints: Sequence[Endpoint], children: Sequence[Child], logs: Path) -> None:
-        super().__init__({endpoint.name: endpoint for endpoint in endpoints})
-        self._children, self._logs = children, logs
+    Attributes:
+        restarts: how often each server was started again, by its name.
+        gpus: of each endpoint, by its name, such as `3,2`; empty on CPU.
+    """
 
-    def check(self) -> None:
-        """All servers still run.
+    def __init__(self, endpoints: Mapping[str, Sequence[Endpoint]], gpus: Mapping[str, str], logs: Path, on_event: OnEvent) -> None:
+        super().__init__({endpoint.name: endpoint for group in endpoints.values() for endpoint in group})
+        self.restarts: Counter[str] = Counter()
+        self.gpus = gpus
+        self._endpoints, self._logs, self._on_event = endpoints, logs, on_event
+        self._supervisors: list[_Supervisor] = []
+        self._away: dict[str, float] = {}  # servers that do not answer yet: name -> since when
+        self._http = httpx.Client(timeout=5.0)
+
+    def start(self, groups: Sequence[list[Server]], children: Children, key: str, preload: bool) -> None:
+        """Start a supervisor for each group of servers."""
+        self._supervisors += [_Supervisor(group, children, self._logs, key, preload) for group in groups]
+
+    def await_ready(self, deadline: float) -> None:
+        """Wait until every server answers; from then on one that dies is started again.
 
         Raises:
-            UserError: one has ended; with the last lines of its log.
+            UserError: one has ended, or does not answer in time; with the last lines of its log.
         """
-        for child in self._children:
-            if child.alive:
-                continue
-            named = [name for name in self if ended(name) in child.tail(5).splitlines()]
-            name, log = (named[0], self.log(named[0])) if named else (child.name, child.log)
-            raise UserError(f"server {name!r} ended with status {child.returncode}; the last lines of {log}:\n{_last_words(log)}")
+        self._away = dict.fromkeys(self._endpoints, time.monotonic())
+        for name in self._away:
+            self._on_event(name, "starting")
+        while True:
+            self.check()
+            if not self._away:
+                break
+            if time.monotonic() > deadline:
+                name = next(iter(self._away))
+                raise UserError(f"server {name!r} is not ready in time; the last lines of its log:\n{_last_words(self.log(name))}")
+            time.sleep(0.1)
+        for supervisor in self._supervisors:
+            supervisor.all_ready()
 
-    def log(self, name: str) -> Path:
+    def check(self) -> None:
+        """Hear what has happened since the last call; every server runs, or is being started again.
+
+        Raises:
+            UserError: one has ended for good; with the last lines of its log.
+        """
+        for supervisor in self._supervisors:
+            status = supervisor.child.returncode  # first, so that its last words are all there
+            for said in supervisor.hear():
+                self._heed(said["what"], said["name"], said["status"])
+            if status is not None:
+                raise self._lost(supervisor.child.name, status, supervisor.child.log)
+        for name in [name for name in self._away if all(_ready(self._http, endpoint) for endpoint in self._endpoints[name])]:
+            self._on_event(name, f"ready after {time.monotonic() - self._away.pop(name):.1f} s")
+
+    def stop(self) -> None:
+        """End all servers, at the same time; nothing of them runs any more on return."""
+        self._http.close()
+        for supervisor in self._supervisors:
+            supervisor.child.terminate()
+        for supervisor in self._supervisors:
+            supervisor.child.stop()
+
+    def log(self, server: str) -> Path:
         """The log file of a server."""
-        return log_of(self._logs, name)
+        return log_of(self._logs, server)
+
+    def _heed(self, what: str, name: str, status: str) -> None:
+        if what == "ended":
+            raise self._lost(name, int(status), self.log(name))
+        self.restarts[name] += 1
+        self._away[name] = time.monotonic()
+        self._on_event(name, f"ended with status {status}, started again")
+
+    def _lost(self, name: str, status: int, log: Path) -> UserError:
+        again = f", after {self.restarts[name]} restarts" if self.restarts[name] else ""
+        return UserError(f"server {name!r} ended with status {status}{again}; the last lines of {log}:\n{_last_words(log)}")
+
+
+class _Supervisor:
+    """The process above one server or several, and what it says in its log."""
+
+    def __init__(self, group: list[Server], children: Children, logs: Path, key: str, preload: bool) -> None:
+        name = "servers" if preload else f"{group[0]['name']}.supervisor"
+        command = [sys.executable, "-m", "mmopd.teacher.vllm_main", *["--preload"] * preload, json.dumps(group)]
+        log = log_of(logs, name)
+        self._heard = log.stat().st_size if log.is_file() else 0  # bytes; what an earlier run said is not for us
+        self._pid: int | None = None
+        self.child = children.start(name, command, log, {**ENV, **(CPU_ENV if preload else {}), KEY_VARIABLE: key})
+
+    def hear(self) -> list[re.Match[str]]:
+        """What it has said of its servers since the last call."""
+        with self.child.log.open("rb") as file:
+            file.seek(self._heard)
+            whole, newline, _ = file.read().rpartition(b"\n")
+        self._heard += len(whole + newline)
+        lines = whole.decode(errors="replace").splitlines()
+        self._pid = next((int(found[1]) for line in lines if (found := _PID.fullmatch(line))), self._pid)
+        return [found for line in lines if (found := _SAID.fullmatch(line))]
+
+    def all_ready(self) -> None:
+        """Tell it that a death is no failed start from now on."""
+        if self._pid is None:
+            raise RuntimeError(f"{self.child.log}: no line with the supervisor's process id")
+        os.kill(self._pid, READY)
 
 
 def log_of(logs: Path, name: str) -> Path:
@@ -86,16 +188,25 @@ def log_of(logs: Path, name: str) -> Path:
 
 @contextmanager
 def serve(
-    specs: Sequence[ServerSpec], children: Children, logs: Path, on_event: Callable[[str, str], None], timeout: float = TIMEOUT
+    specs: Sequence[ServerSpec],
+    children: Children,
+    logs: Path,
+    on_event: OnEvent,
+    timeout: float = TIMEOUT,
+    *,
+    host: str = HOST,
+    key: str | None = None,
 ) -> Iterator[Servers]:
     """Start all servers at once and yield their endpoints when all are ready; stop them at the end.
 
     Args:
-        specs: with different names.
+        specs: with different names, also of their endpoints.
         children: where the processes are kept.
-        logs: folder for one log per server.
-        on_event: told (server's name, what happened), for a display.
+        logs: folder for one log per server, and one per supervisor.
+        on_event: told what happens to a server, for a display; after the start by `Servers.check`.
         timeout: seconds until all must be ready.
+        host: the address that they listen on.
+        key: the API key; a new one if not given.
 
     Raises:
         UserError: a model folder is missing, a port is taken, memory is short, a server ended or was not ready in time.
@@ -106,26 +217,30 @@ def serve(
             raise UserError(f"{spec.model}: no model to serve as {spec.name!r}: there is no config.json")
     if cpu:
         check_memory(specs)
-    key = secrets.token_urlsafe(32)
+    key = key or secrets.token_urlsafe(32)
+    gpus = dict.fromkeys((spec.name for spec in specs), "") if cpu else _assign_gpus(specs)
     with ExitStack() as ports:
-        reserved = [ports.enter_context(_reserve(spec)) for spec in specs]
-        endpoints = [
-            Endpoint(s.name, f"http://{HOST}:{port}", s.name, key, "student" if s.updatable else "teacher")
-            for s, port in zip(specs, reserved, strict=True)
-        ]
-        to_run = [_server(spec, port, logs, cpu) for spec, port in zip(specs, reserved, strict=True)]
-        if not cpu:
-            _assign_gpus(specs, to_run)
-        started = [_start(group, children, logs, key) for group in ([to_run] if cpu else [[server] for server in to_run])]
-        servers = Servers(endpoints, started, logs)
+        reserved = {spec.name: ports.enter_context(_reserve(spec, host)) for spec in specs}
+        to_run = [_server(spec, (host, reserved[spec.name]), logs, gpus[spec.name]) for spec in specs]
+        endpoints = {
+            spec.name: [
+                Endpoint(name, f"http://{local(host)}:{reserved[spec.name]}", name, key, "student" if spec.updatable else "teacher")
+                for name in spec.served
+            ]
+            for spec in specs
+        }
+        servers = Servers(endpoints, {name: gpus[spec.name] for spec in specs for name in spec.served}, logs, on_event)
         try:
-            _await_ready(servers, on_event, time.monotonic() + timeout)
+            servers.start([to_run] if cpu else [[server] for server in to_run], children, key, preload=cpu)
+            servers.await_ready(time.monotonic() + timeout)
             yield servers
         finally:
-            for child in started:
-                child.terminate()
-            for child in started:
-                child.stop()
+            servers.stop()
+
+
+def local(host: str) -> str:
+    """Where this machine reaches a server that listens on `host`."""
+    return HOST if host == ANY_HOST else host
 
 
 def check_memory(specs: Sequence[ServerSpec]) -> None:
@@ -154,28 +269,32 @@ def _weights_mib(spec: ServerSpec) -> int:
 
 
 @contextmanager
-def _reserve(spec: ServerSpec) -> Iterator[int]:
-    """A port that nobody else is given: bound but not listening, so that the server (SO_REUSEADDR too) can still take it."""
+def _reserve(spec: ServerSpec, host: str) -> Iterator[int]:
+    """A port that nobody else is given: bound but not listening, so that the server (SO_REUSEADDR too) can still take it, also again."""
     with socket.socket() as held:
         held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
-            held.bind((HOST, spec.engine.port or 0))
+            held.bind((host, spec.engine.port or 0))
+        except socket.gaierror as error:
+            raise UserError(f"--host {host}: no address of this machine ({error.strerror})") from None
         except OSError as error:
+            port = f"port {spec.engine.port}" if spec.engine.port else "a port"
             raise UserError(
-                f"port {spec.engine.port} for server {spec.name!r} cannot be used ({error.strerror}): "
+                f"{port} on {host} for server {spec.name!r} cannot be used ({error.strerror}): "
                 "set engine.port to another, or leave it out for a free one"
             ) from None
         yield int(held.getsockname()[1])
 
 
-def _server(spec: ServerSpec, port: int, logs: Path, cpu: bool) -> Server:
-    """vLLM's arguments for a spec; the engine's own extra arguments come last, and win."""
-    engine = spec.engine
-    argv = ["--model", str(spec.model), "--served-model-name", spec.name, "--host", HOST, "--port", str(port), "--dtype", engine.dtype]
-    argv += ["--max-model-len", str(engine.max_model_len), "--max-num-seqs", str(engine.max_num_seqs)]
+def _server(spec: ServerSpec, address: tuple[str, int], logs: Path, gpus: str) -> Server:
+    """vLLM's arguments for a spec (without GPUs: on CPU); the engine's own extra arguments come last, and win."""
+    engine, adapters = spec.engine, [(name, adapter) for name, adapter in spec.served.items() if adapter is not None]
+    names = [name for name, adapter in spec.served.items() if adapter is None] or [spec.name]
+    argv = ["--model", str(spec.model), "--served-model-name", *names, "--host", address[0], "--port", str(address[1])]
+    argv += ["--dtype", engine.dtype, "--max-model-len", str(engine.max_model_len), "--max-num-seqs", str(engine.max_num_seqs)]
     argv += ["--limit-mm-per-prompt", '{"video": 0}', "--enable-scale-out", "--disable-uvicorn-access-log", "--disable-log-stats"]
-    argv += ["--middleware", f"{RequireKey.__module__}.{RequireKey.__qualname__}"]
-    if cpu:
+    argv += ["--middleware", f"{RequireKey.__module__}.{RequireKey.__qualname__}", "--allowed-media-domains", NO_DOMAIN]
+    if not gpus:
         # The class by its path: under the name "uni" vLLM would replace it, on CPU, by one more process.
         argv += ["--distributed-executor-backend", "vllm.v1.executor.uniproc_executor.UniProcExecutor"]
         argv += ["--enforce-eager", "--kv-cache-memory-bytes", str((engine.kv_cache_mib or KV_CACHE_MIB) << 20)]
@@ -187,40 +306,20 @@ def _server(spec: ServerSpec, port: int, logs: Path, cpu: bool) -> Server:
         argv += ["--kv-cache-memory-bytes", str(engine.kv_cache_mib << 20)] if engine.kv_cache_mib else []
     if spec.updatable:
         argv += ["--weight-transfer-config", '{"backend": "mmopd_file"}']
-    env = {"VLLM_SERVER_DEV_MODE": "1"} if spec.updatable else {}
-    return Server(name=spec.name, model=str(spec.model), argv=[*argv, *engine.extra_args], log=str(log_of(logs, spec.name)), env=env)
+    argv += lora_flags(adapters) if adapters else []
+    env = {"VLLM_SERVER_DEV_MODE": "1" if spec.updatable else "0"} | ({"CUDA_VISIBLE_DEVICES": gpus} if gpus else {})
+    log = str(log_of(logs, spec.name))
+    return Server(name=spec.name, model=str(spec.model), argv=[*argv, *engine.extra_args], log=log, env=env, restart=not spec.updatable)
 
 
-def _assign_gpus(specs: Sequence[ServerSpec], servers: Sequence[Server]) -> None:
+def _assign_gpus(specs: Sequence[ServerSpec]) -> dict[str, str]:
     """GPUs for each server, from the last one down: training ranks take theirs from the first one up. [not run]"""
-    free, total = 0, torch.cuda.device_count()
-    for spec, server in zip(specs, servers, strict=True):
+    free, total, gpus = 0, torch.cuda.device_count(), {}
+    for spec in specs:
         devices = [(total - 1 - free - i) % total for i in range(spec.engine.tensor_parallel)]
         free += len(devices)
-        server["env"]["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, devices))
-
-
-def _start(group: list[Server], children: Children, logs: Path, key: str) -> Child:
-    name = group[0]["name"] if len(group) == 1 else "servers"
-    env = {**ENV, **({} if torch.cuda.is_available() else CPU_ENV), KEY_VARIABLE: key}
-    return children.start(name, [sys.executable, "-m", "mmopd.teacher.vllm_main", json.dumps(group)], log_of(logs, name), env)
-
-
-def _await_ready(servers: Servers, on_event: Callable[[str, str], None], deadline: float) -> None:
-    """Probe until every server is healthy and lists its model."""
-    begin, waiting = time.monotonic(), dict(servers)
-    for name in waiting:
-        on_event(name, "starting")
-    with httpx.Client(timeout=5.0) as client:
-        while waiting:
-            servers.check()
-            for name in [name for name, endpoint in waiting.items() if _ready(client, endpoint)]:
-                del waiting[name]
-                on_event(name, f"ready after {time.monotonic() - begin:.1f} s")
-            if waiting and time.monotonic() > deadline:
-                name = next(iter(waiting))
-                raise UserError(f"server {name!r} is not ready in time; the last lines of its log:\n{_last_words(servers.log(name))}")
-            time.sleep(0.1)
+        gpus[spec.name] = ",".join(map(str, devices))
+    return gpus
 
 
 def _ready(client: httpx.Client, endpoint: Endpoint) -> bool:

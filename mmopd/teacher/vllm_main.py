@@ -1,26 +1,38 @@
-"""Runs vLLM's API server: `python -m mmopd.teacher.vllm_main SERVERS`, with SERVERS a JSON list of `Server`.
+"""Runs vLLM's API servers and keeps them running: `python -m mmopd.teacher.vllm_main [--preload] SERVERS`, SERVERS a JSON list of `Server`.
 
-On GPU one server, in this process. On CPU any number, which share one import of vLLM: it is most of a small server's
-start-up time and memory, so it is done once, each server is forked from here, and forks its engine in turn. The first
-server that ends takes the others with it.
+This process is the supervisor: each server is forked from it, and forks its engine in turn. With `--preload` (on CPU) it
+has imported vLLM first, once for all: that is most of a small server's start-up time and memory. Without it (on GPU, one
+supervisor for each server) it imports nothing, since a process that has touched CUDA cannot be forked. [not run on GPU]
+
+Until the launcher says that all are ready (SIGUSR1), the first server that ends takes the others with it. After that one
+that may be restarted is, on the same port, and what happens is said in lines of this process's output (`started`,
+`restarted`, `ended`).
 
 This calls the API server's module, because the `vllm` command of the CPU wheel cannot find its own version.
 """
 
+import contextlib
 import gc
 import hmac
 import json
 import multiprocessing
 import os
+import select
 import signal
 import sys
+import time
 import traceback
 from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
 from typing import Any, TypedDict
 
 KEY_VARIABLE = "VLLM_API_KEY"
+RESTARTS = 3  # of one server within WINDOW; one more death, and it is given up
+WINDOW = 600.0  # seconds
+READY = signal.SIGUSR1
+_HANDLED = frozenset({signal.SIGTERM, signal.SIGCHLD, READY})
 
 
 class Server(TypedDict):
@@ -31,6 +43,7 @@ class Server(TypedDict):
     argv: list[str]  # vLLM's own arguments
     log: str  # file that its output is appended to
     env: dict[str, str]  # added to the environment
+    restart: bool  # start it again if it dies; not where its weights would be lost
 
 
 class RequireKey:
@@ -74,66 +87,159 @@ def preload(models: set[Path]) -> None:
 
 def run(server: Server) -> None:
     """Serve until told to stop, in this process."""
-    from vllm.entrypoints.launchers.api_server import entry
-
     output = os.open(server["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     os.dup2(output, 1)
     os.dup2(output, 2)
     os.environ.update(server["env"])
+    from vllm.entrypoints.launchers.api_server import entry
+
     sys.argv = ["vllm", *server["argv"]]
     entry.main()  # type: ignore[no-untyped-call]
 
 
-def run_all(servers: list[Server]) -> int:
-    """Fork each server; the exit status of the first that ends, named on the last line of this process's output."""
-    names: dict[int, str] = {}
-    for server in servers:
-        pid = os.fork()
-        if pid == 0:
-            status = 1
-            try:
-                run(server)
-                status = 0
-            except BaseException:
-                traceback.print_exc()
-            sys.stdout.flush()
-            os._exit(status)
-        names[pid] = server["name"]
+@dataclass(slots=True)
+class _Running:
+    """One server under supervision."""
 
-    def stop(number: int, frame: FrameType | None) -> None:
-        for pid in names:
-            os.kill(pid, signal.SIGTERM)
-
-    signal.signal(signal.SIGTERM, stop)
-    first = None
-    while names:
-        pid, code = os.wait()
-        name = names.pop(pid)
-        if first is None:
-            first = os.waitstatus_to_exitcode(code)
-            print(ended(name), flush=True)
-            stop(signal.SIGTERM, None)
-    return first if first is not None and first >= 0 else 1
+    server: Server
+    pid: int | None = None  # None between its death and its next start
+    start_at: float = 0.0  # then: when that is, on the monotonic clock
+    deaths: list[float] = field(default_factory=list)  # times of those within WINDOW
+    status: int = 0  # of the last death
 
 
-def ended(name: str) -> str:
-    """The line that says which server ended first."""
-    return f"server ended: {name}"
+class Supervisor:
+    """Forks servers, starts again what dies, and ends all of them together."""
+
+    def __init__(self, servers: list[Server]) -> None:
+        self._running = [_Running(server) for server in servers]
+        self._ready = self._stopping = False
+        self._status = 0  # of the server that ended the others
+
+    def run(self) -> int:
+        """Until all have ended; the exit status of the first that ended for good."""
+        wake, notify = os.pipe()
+        os.set_blocking(notify, False)
+        signal.set_wakeup_fd(notify, warn_on_full_buffer=False)
+        for number in _HANDLED:
+            signal.signal(number, _ignore)
+        say(started(os.getpid()))
+        for one in self._running:
+            one.pid = _fork(one.server)
+        while any(one.pid is not None for one in self._running) or not self._stopping:
+            starts = [one.start_at for one in self._running if one.pid is None]
+            wait = max(0.0, min(starts) - time.monotonic()) if starts and not self._stopping else None
+            received = os.read(wake, 4096) if select.select([wake], [], [], wait)[0] else b""
+            self._ready |= READY in received
+            if signal.SIGTERM in received:
+                self._stop()
+            self._bury()
+            self._start_again()
+        return self._status
+
+    def _stop(self) -> None:
+        self._stopping = True
+        for one in self._running:
+            if one.pid is not None:
+                os.kill(one.pid, signal.SIGTERM)
+
+    def _bury(self) -> None:
+        """Note every server that has ended, and decide what follows."""
+        for one in self._running:
+            if one.pid is None or (status := _reap(one.pid)) is None:
+                continue
+            one.pid, one.status, now = None, status, time.monotonic()
+            if self._stopping:
+                continue
+            one.deaths = [death for death in one.deaths if now - death < WINDOW] + [now]
+            if self._ready and one.server["restart"] and len(one.deaths) <= RESTARTS:
+                one.start_at = now + 2 ** (len(one.deaths) - 1)
+                continue
+            self._status = status if status > 0 else 1
+            say(ended(one.server["name"], status))
+            self._stop()
+
+    def _start_again(self) -> None:
+        for one in self._running:
+            if one.pid is None and not self._stopping and one.start_at <= time.monotonic():
+                one.pid = _fork(one.server)
+                say(restarted(one.server["name"], one.status))
 
 
-def main(servers: list[Server]) -> int:
+def _fork(server: Server) -> int:
+    """Run a server in a process group of its own; its process id."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, _HANDLED)  # a stop that arrives now waits until the child can hear it
+    sys.stdout.flush()
+    pid = os.fork()
+    if pid != 0:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, _HANDLED)
+        return pid
+    status = 1
+    try:
+        signal.set_wakeup_fd(-1)
+        for number in _HANDLED:
+            signal.signal(number, signal.SIG_DFL)
+        os.setpgid(0, 0)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, _HANDLED)
+        run(server)
+        status = 0
+    except BaseException:
+        traceback.print_exc()
+    sys.stdout.flush()
+    os._exit(status)  # no teardown of the libraries: it is noisy, and would bury the last words of a failed start
+
+
+def _reap(pid: int) -> int | None:
+    """The exit status of a server that has ended, with all that it started gone too; None while it runs.
+
+    A server that was killed leaves its engine, which holds the memory and the port: the next one could not start.
+    """
+    if os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
+        return None
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(pid, signal.SIGKILL)  # before it is buried, so that its number still means this group
+    _, code = os.waitpid(pid, 0)
+    with contextlib.suppress(ProcessLookupError):
+        for _ in range(500):  # 5 s, until the guard above has buried the others
+            os.killpg(pid, 0)
+            time.sleep(0.01)
+    return os.waitstatus_to_exitcode(code)
+
+
+def _ignore(number: int, frame: FrameType | None) -> None:
+    """A handler that does nothing: the wake-up pipe tells the supervisor."""
+
+
+def say(line: str) -> None:
+    """A line of this process's output, which the launcher reads."""
+    print(line, flush=True)
+
+
+def started(pid: int) -> str:
+    """The line that says where the launcher's signal goes to."""
+    return f"supervisor: {pid}"
+
+
+def restarted(name: str, status: int) -> str:
+    """The line that says that a server is started again, and how it had ended (a signal is negative)."""
+    return f"server restarted: {name} (status {status})"
+
+
+def ended(name: str, status: int) -> str:
+    """The line that says which server ended for good, first of all."""
+    return f"server ended: {name} (status {status})"
+
+
+def main(arguments: list[str]) -> int:
     """Serve until told to stop; the exit status."""
-    from vllm.platforms import current_platform
-
-    if current_platform.is_cpu():
+    *flags, encoded = arguments
+    servers: list[Server] = json.loads(encoded)
+    if flags == ["--preload"]:
         preload({Path(server["model"]) for server in servers})
-        return run_all(servers)
-    (server,) = servers
-    run(server)
-    return 0
+    return Supervisor(servers).run()
 
 
 if __name__ == "__main__":
-    exit_status = main(json.loads(sys.argv[1]))
+    exit_status = main(sys.argv[1:])
     sys.stdout.flush()
-    os._exit(exit_status)  # no teardown of the libraries: it is noisy, and would bury the last words of a failed start
+    os._exit(exit_status)

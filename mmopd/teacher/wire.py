@@ -6,16 +6,19 @@ A reply is decoded with typed msgspec structs, so that only the rows of the resp
 """
 
 import base64
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from threading import Lock
 from typing import TypeVar
 
 import msgspec
+from cachetools import LRUCache, cached
 
 PATH = "/inference/v1/generate"
 REQUEST_ID = "X-Request-Id"  # header; comes back in the reply's `request_id`
 FLOOR = -9999.0  # vLLM writes it for -inf, and for NaN of a sampled token
 CEILING = 1e-3  # 0, and what rounding may add
+PARTS_BYTES = 1 << 26  # of images that are kept encoded
 BAN = -100.0  # logit bias; the largest that OpenAI-style servers take
 
 
@@ -26,11 +29,12 @@ class ReplyError(Exception):
         cause: connection, timeout, status, malformed, ids or non_finite.
         detail: for a person; holds no key.
         transient: whether the same replica may do better a little later.
+        pause: seconds that the server asks to be left alone for.
     """
 
-    def __init__(self, cause: str, detail: str, *, transient: bool = False) -> None:
+    def __init__(self, cause: str, detail: str, *, transient: bool = False, pause: float = 0.0) -> None:
         super().__init__(f"{cause}: {detail}")
-        self.cause, self.detail, self.transient = cause, detail, transient
+        self.cause, self.detail, self.transient, self.pause = cause, detail, transient, pause
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,9 +60,17 @@ class Choice:
     version: str  # weight version; "a+b" if the weights changed while it was sampled
 
 
-def scoring_body(model: str, ids: Sequence[int], images: Sequence[bytes], tokens: Sequence[int]) -> bytes:
-    """The request for the log-probs of `tokens` after the prompt `ids`."""
-    return _body(model, [*ids, *tokens], images, {"max_tokens": 1, "prompt_logprobs": 0, "detokenize": False})
+@dataclass(frozen=True, slots=True)
+class Scored:
+    """What a server says of the T tokens of a response."""
+
+    logprobs: tuple[float, ...]  # [T]
+    top: tuple[Mapping[int, float], ...] | None = None  # [T] id -> log-prob of the K likeliest ids, if they were asked for
+
+
+def scoring_body(model: str, ids: Sequence[int], images: Sequence[bytes], tokens: Sequence[int], top_k: int = 0) -> bytes:
+    """The request for the log-probs of `tokens` after the prompt `ids`, and of the `top_k` likeliest ids in their places."""
+    return _body(model, [*ids, *tokens], images, {"max_tokens": 1, "prompt_logprobs": top_k, "detokenize": False})
 
 
 def sampling_body(model: str, ids: Sequence[int], images: Sequence[bytes], sampling: Sampling) -> bytes:
@@ -78,7 +90,12 @@ def sampling_body(model: str, ids: Sequence[int], images: Sequence[bytes], sampl
 
 
 def parse_scores(reply: bytes, request_id: str, expanded: Sequence[int], tokens: Sequence[int]) -> tuple[float, ...]:
-    """Log-prob of each of `tokens` after the prompt `expanded`.
+    """`parse_scored`, and of it the log-probs."""
+    return parse_scored(reply, request_id, expanded, tokens).logprobs
+
+
+def parse_scored(reply: bytes, request_id: str, expanded: Sequence[int], tokens: Sequence[int], top_k: int = 0) -> Scored:
+    """Log-prob of each of `tokens` after the prompt `expanded`, and of the likeliest ids if `top_k` were asked for.
 
     Raises:
         ReplyError: malformed, ids (the server saw another prompt, or answers another request) or non_finite.
@@ -92,7 +109,8 @@ def parse_scores(reply: bytes, request_id: str, expanded: Sequence[int], tokens:
     missing = [i for i, (row, token) in enumerate(zip(rows, tokens, strict=True)) if row is None or token not in row]
     if missing:
         raise ReplyError("ids", f"no log-prob for token {tokens[missing[0]]} at position {missing[0]} of the response")
-    return _finite([row[token].logprob for row, token in zip(rows, tokens, strict=True) if row is not None])
+    logprobs = _finite([row[token].logprob for row, token in zip(rows, tokens, strict=True) if row is not None])
+    return Scored(logprobs, tuple(_likeliest(row or {}, top_k) for row in rows) if top_k else None)
 
 
 def parse_samples(reply: bytes, request_id: str, expanded: Sequence[int], sampling: Sampling, end: int) -> list[Choice]:
@@ -113,6 +131,7 @@ def parse_samples(reply: bytes, request_id: str, expanded: Sequence[int], sampli
 class _Token(msgspec.Struct):
     logprob: float | None
     token_id: int = -1
+    rank: int = 0  # 1 = the likeliest
 
 
 class _Content(msgspec.Struct):
@@ -154,13 +173,14 @@ T = TypeVar("T")
 def _body(model: str, ids: Sequence[int], images: Sequence[bytes], settings: dict[str, object]) -> bytes:
     body: dict[str, object] = {"model": model, "token_ids": ids, "sampling_params": settings, "return_token_ids": True}
     if images:
-        body["content_parts"] = [{"type": "image_url", "url": _data_url(image)} for image in images]
+        body["content_parts"] = [_image_part(image) for image in images]
     return _ENCODER.encode(body)
 
 
-def _data_url(image: bytes) -> str:
-    """The bytes themselves; vLLM reads their kind from them, not from the media type."""
-    return "data:image/*;base64," + base64.b64encode(image).decode()
+@cached(LRUCache(PARTS_BYTES, getsizeof=lambda part: len(bytes(part))), lock=Lock())
+def _image_part(image: bytes) -> msgspec.Raw:
+    """JSON of the image as its own bytes, made once for a group; vLLM reads their kind from them, not from the media type."""
+    return msgspec.Raw(b'{"type":"image_url","url":"data:image/*;base64,' + base64.b64encode(image) + b'"}')
 
 
 def _decode(decoder: "msgspec.json.Decoder[T]", data: bytes | msgspec.Raw) -> T:
@@ -193,6 +213,13 @@ def _choice(choice: _Choice, banned: frozenset[int], end: int) -> Choice:
         raise ReplyError("malformed", "the log-probs are not those of the response's tokens")
     versions = dict.fromkeys(span.version for span in choice.weight_versions or ())
     return Choice(tuple(tokens), _finite([token.logprob for token in content]), choice.finish_reason, "+".join(versions))
+
+
+def _likeliest(row: Mapping[int, _Token], k: int) -> Mapping[int, float]:
+    ids = [token for token, entry in row.items() if 0 < entry.rank <= k]
+    if len(ids) != k:
+        raise ReplyError("malformed", f"{len(ids)} of the {k} likeliest ids at a position; does the server allow as many (--max-logprobs)?")
+    return dict(zip(ids, _finite([row[token].logprob for token in ids]), strict=True))
 
 
 def _finite(logprobs: Sequence[float | None]) -> tuple[float, ...]:

@@ -3,13 +3,15 @@
 Letters: N scored samples, M their response tokens, one after the other.
 """
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from mmopd.algorithm.objective import Targets, opd
-from mmopd.config import Algorithm, Fleet
+from mmopd.algorithm.visual import visual_weights
+from mmopd.config import Algorithm
 from mmopd.records import Encoded, Sample, Score
 from mmopd.train.pack import Item
 
@@ -23,12 +25,11 @@ class Batch:
     targets: Targets
 
 
-def build_batch(samples: Sequence[Sample], fleet: Fleet, settings: Algorithm, seed: int) -> Batch:
+def build_batch(samples: Sequence[Sample], settings: Algorithm, seed: int) -> Batch:
     """Balance, calibrate and turn scores into advantages; samples without a score take no part.
 
     Args:
         samples: of the whole step, over all ranks, in one order on every rank.
-        fleet: has w_k of each teacher (Eq. 4).
         seed: of the balance's draws: (run seed, step).
 
     Raises:
@@ -39,17 +40,28 @@ def build_batch(samples: Sequence[Sample], fleet: Fleet, settings: Algorithm, se
         raise ValueError("no response of this step has a score")
     lengths = torch.tensor([len(s.response.tokens) for s in scored])
     ends = torch.cumsum(lengths, 0).tolist()
+    response = torch.repeat_interleave(torch.arange(len(scored)), lengths)
     targets = opd(
         teacher=torch.tensor([x for s in scored for x in _score(s).logprobs]),
         student=torch.tensor([x for s in scored for x in s.response.logprobs]),
-        response=torch.repeat_interleave(torch.arange(len(scored)), lengths),
+        response=response,
         outcome=torch.tensor([s.outcome.value for s in scored]),
         group=torch.tensor([s.group for s in scored]),
-        weight=torch.tensor([fleet.teachers[_score(s).teacher].weight for s in scored]),
+        weight=torch.tensor([_score(s).weight for s in scored]),
         settings=settings,
         seed=seed,
     )
+    if visual := settings.visual:
+        seen = torch.tensor([x for s in scored for x in visual_advantage(s) or [math.nan] * len(s.response.tokens)])
+        targets = replace(targets, token_weight=visual_weights(targets.token_weight, seen, response, strength=visual.token_weight))
     return Batch(scored, [slice(e - n, e) for e, n in zip(ends, lengths.tolist(), strict=True)], targets)
+
+
+def visual_advantage(sample: Sample) -> list[float] | None:
+    """[T] log-prob of each token by the teacher with minus without the image, in nats; None unless both scores are there."""
+    if not (isinstance(sample.score, Score) and isinstance(sample.blind, Score)):
+        return None
+    return [seeing - blind for seeing, blind in zip(sample.score.logprobs, sample.blind.logprobs, strict=True)]
 
 
 def minibatches(batch: Batch, encoded: Sequence[Encoded], n: int) -> list[list[Item]]:

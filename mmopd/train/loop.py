@@ -41,9 +41,9 @@ async def train(run: RunFolder, recipe: Recipe, ranks: Ranks) -> None:
         UserError: too many responses lack a score, the loss is not finite, or the run cannot be continued with this data.
         RuntimeError: engine and trainer disagree after a weight sync.
     """
-    encoder = Encoder(recipe.student.model)
+    encoder, tasks = Encoder(recipe.student.model), catalog.load_tasks()
     fleet = catalog.load_fleet(recipe.fleet)
-    sources = open_mixture(catalog.load_mixture(recipe.mixture), catalog.load_tasks(), Path.cwd())
+    sources = open_mixture(catalog.load_mixture(recipe.mixture), tasks, Path.cwd())
     plan = make_plan(recipe, sources, run)
     trainer = Trainer(recipe.student.model, encoder, recipe.train, recipe.algorithm, ranks)
     checkpoints = Checkpoints(run.checkpoints, recipe.train.keep_checkpoints)
@@ -53,20 +53,20 @@ async def train(run: RunFolder, recipe: Recipe, ranks: Ranks) -> None:
     writes = ranks.rank == 0
     link = FileSync(student) if writes else None
     recorder = Recorder(run, recipe, encoder, done) if writes else None
-    async with StudentEngine(student, encoder) as engine, Scorer(fleet, teachers, encoder) as scorer:
+    async with StudentEngine(student, encoder) as engine, Scorer(fleet, tasks, teachers, encoder) as scorer:
         with VerifierPool() as verifiers, link or nullcontext(), recorder or nullcontext():
             publish(trainer, link, f"step-{done}")
             await probe(trainer, engine, probes, recipe.train.probe_tolerance)
             for step in range(done, recipe.train.steps):
                 clock = Clock()
-                prompts = [encoder.encode(sources[name][row]) for name, row in plan.draw(recipe.rollout.prompts)]
+                prompts = plan.read(recipe.rollout.prompts, lambda name, row: encoder.encode(sources[name][row]))
                 with clock("rollout"):
-                    share = list(enumerate(prompts))[ranks.rank :: ranks.size]
+                    share, before = list(enumerate(prompts))[ranks.rank :: ranks.size], scorer.counts.copy()
                     mine = await collect(share, recipe=recipe, step=step, engine=engine, scorer=scorer, verifiers=verifiers)
-                    samples = gather(mine, ranks)
+                    samples, counts = gather(mine, scorer.counts - before, ranks)
                 check_absent(samples, recipe.train.max_absent, step)
                 with clock("update"):
-                    batch = build_batch(samples, fleet, recipe.algorithm, seed_of(recipe.seed, step))
+                    batch = build_batch(samples, recipe.algorithm, seed_of(recipe.seed, step))
                     updates = [trainer.update(items) for items in minibatches(batch, prompts, recipe.train.minibatches)]
                 with clock("sync"):
                     publish(trainer, link, f"step-{step + 1}")
@@ -75,7 +75,7 @@ async def train(run: RunFolder, recipe: Recipe, ranks: Ranks) -> None:
                     with clock("checkpoint"):
                         checkpoints.save(trainer, step + 1, {"step": step + 1, "plan": plan.state()})
                 if recorder is not None:
-                    more = clock.metrics() | {"probe": gap} | epochs(plan)
+                    more = clock.metrics() | {"probe": gap} | scoring(counts) | progress(plan)
                     recorder.step(step, prompts, samples, batch, updates=updates, more=more)
             export(trainer, run.export)
 
@@ -108,9 +108,11 @@ def publish(trainer: Trainer, link: FileSync | None, version: str) -> None:
             pass
 
 
-def gather(mine: list[Sample], ranks: Ranks) -> list[Sample]:
-    """The samples of all ranks, in order of their groups: the same list everywhere, however many ranks there are."""
-    return sorted(chain.from_iterable(ranks.gather_objects(mine)), key=lambda sample: sample.group)
+def gather(mine: list[Sample], counts: Counter[str], ranks: Ranks) -> tuple[list[Sample], Counter[str]]:
+    """The samples of all ranks in order of their groups, the same list however many ranks there are; and the sum of the counts."""
+    parts = ranks.gather_objects((mine, counts))
+    samples = sorted(chain.from_iterable(samples for samples, _ in parts), key=lambda sample: sample.group)
+    return samples, sum((counts for _, counts in parts), Counter[str]())
 
 
 def check_absent(samples: Sequence[Sample], limit: float, step: int) -> None:
@@ -128,9 +130,18 @@ def check_absent(samples: Sequence[Sample], limit: float, step: int) -> None:
         raise UserError(f"step {step}: {share}, more than train.max_absent = {limit} allows:{lines}")
 
 
-def epochs(plan: Plan) -> dict[str, float]:
-    """How often each source has been gone through, as metrics."""
-    return {f"epoch/{name}": times for name, times in plan.epochs().items()}
+def scoring(counts: Counter[str]) -> dict[str, float]:
+    """What the scores of a step cost, as metrics: requests, those that failed by cause, those that were hedged or not needed."""
+    always = {f"scoring/{name}": float(counts[name]) for name in ("requests", "reused", "hedged")}
+    return always | {f"scoring/{name}": float(n) for name, n in sorted(counts.items()) if name.startswith("failed/")}
+
+
+def progress(plan: Plan) -> dict[str, float]:
+    """How often each source has been gone through, and how many of its rows could not be used, as metrics."""
+    bad = Counter[str]()
+    for (name, _), rows in plan.replaced.items():
+        bad[name] += rows
+    return {f"epoch/{name}": times for name, times in plan.epochs().items()} | {f"replaced/{name}": float(n) for name, n in bad.items()}
 
 
 class Clock:

@@ -14,7 +14,7 @@ from mmopd.records import Absent, Encoded, Sample
 from mmopd.report.heatmap import as_json, token_row
 from mmopd.report.metrics import JsonLines, MetricsWriter
 from mmopd.run import RunFolder
-from mmopd.train.batch import Batch
+from mmopd.train.batch import Batch, visual_advantage
 
 SHOWN = 6  # responses of each task that are kept token by token ...
 SHOWN_TIMES = 4  # ... so often in a run, first and last step included
@@ -59,7 +59,8 @@ class Recorder:
             updates: what the trainer returned for each optimiser step.
             more: times, the probe, and what else is named in `mmopd.report.metrics`.
         """
-        metrics = outcomes(prompts, samples, self._threshold) | calibration(batch.targets.diagnostics) | dict(more)
+        metrics = outcomes(prompts, samples, self._threshold) | visual(prompts, samples)
+        metrics |= calibration(batch.targets.diagnostics) | dict(more)
         if updates:
             metrics |= {name: fmean(u[name] for u in updates) for name in ("loss", "grad_norm", "lr", "clip_fraction", "packing")}
             metrics |= {"mismatch": updates[0]["mismatch"], "trained_tokens": sum(u["tokens"] for u in updates)}
@@ -69,16 +70,18 @@ class Recorder:
             self._show(step, prompts, batch)
 
     def _show(self, step: int, prompts: Sequence[Encoded], batch: Batch) -> None:
-        """A few responses of each task, each of another prompt."""
+        """A few responses of each task, each of another prompt; those first that were scored without the image too."""
         groups: dict[str, set[int]] = defaultdict(set)
-        for i, (sample, span) in enumerate(zip(batch.samples, batch.spans, strict=True)):
+        for i in sorted(range(len(batch.samples)), key=lambda i: visual_advantage(batch.samples[i]) is None):
+            sample, span = batch.samples[i], batch.spans[i]
             seen = groups[prompts[sample.group].prompt.task]
             if sample.group in seen or len(seen) == SHOWN:
                 continue
             seen.add(sample.group)
             texts = [self._encoder.tokenizer.decode([token]) for token in sample.response.tokens]
             advantage, keep = batch.targets.advantage[span].tolist(), bool(batch.targets.keep[i])
-            self._samples.append(as_json(token_row(step, prompts[sample.group].prompt, sample, texts, advantage, kept=keep)))
+            prompt, needed = prompts[sample.group].prompt, visual_advantage(sample)
+            self._samples.append(as_json(token_row(step, prompt, sample, texts, advantage, kept=keep, visual=needed)))
 
 
 def outcomes(prompts: Sequence[Encoded], samples: Sequence[Sample], threshold: float) -> dict[str, float]:
@@ -97,6 +100,20 @@ def outcomes(prompts: Sequence[Encoded], samples: Sequence[Sample], threshold: f
         **{f"absent/{cause}": float(n) for cause, n in absent.items()},
         **{f"accuracy/{task}": fmean(known) for task, known in sorted(right.items())},
     }
+
+
+def visual(prompts: Sequence[Encoded], samples: Sequence[Sample]) -> dict[str, float]:
+    """What the image does for the responses that were to be scored without it too; nothing if none was."""
+    asked = [sample for sample in samples if sample.blind is not None]
+    if not asked:
+        return {}
+    means: dict[str, list[float]] = defaultdict(list)
+    for sample in asked:
+        if needed := visual_advantage(sample):
+            means[prompts[sample.group].prompt.task].append(fmean(needed))
+    scored = sum(map(len, means.values()))
+    counts = {"scored_blind": float(scored), "absent_blind": float(len(asked) - scored)}
+    return counts | {f"visual_advantage/{task}": fmean(values) for task, values in sorted(means.items())}
 
 
 def calibration(seen: Mapping[str, float]) -> dict[str, float]:

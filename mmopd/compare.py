@@ -1,0 +1,222 @@
+"""`mmopd compare`: a grid of variants and seeds, one run after the other, and tables with intervals and paired differences.
+
+A run is named by what it is made of (variant, settings, seed), so that tables share runs, a stopped comparison goes on where
+it was, and a changed setting is another run. Every run is an ordinary one: `mmopd train` in a process of its own, its folder
+is there to be looked at.
+"""
+
+import csv
+import hashlib
+import io
+import json
+import math
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import Any
+
+from matplotlib.figure import Figure
+from scipy.stats import t as student_t
+
+from mmopd.config import Comparison, ComparisonTable
+from mmopd.errors import UserError
+from mmopd.evaluate.table import Results
+from mmopd.launch import last_metrics, one_line
+from mmopd.processes import Children
+from mmopd.progress import Stage, Stages
+from mmopd.run import RunFolder
+
+CONFIDENCE = 0.95
+AVERAGE = "average"
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """One variant with one seed."""
+
+    variant: str
+    seed: int
+    settings: Mapping[str, Any]  # key.path -> value
+    folder: Path
+
+    @property
+    def finished(self) -> bool:
+        """Whether it has its scores."""
+        return (self.folder / "results.json").is_file()
+
+
+@dataclass(frozen=True, slots=True)
+class Interval:
+    """A mean over seeds with its 95 % interval (Student's t); one seed has no interval."""
+
+    mean: float
+    half: float | None
+    n: int
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> "Interval":
+        """Of independent values, at least one."""
+        n = len(values)
+        half = float(student_t.ppf((1 + CONFIDENCE) / 2, n - 1)) * stdev(values) / math.sqrt(n) if n > 1 else None
+        return cls(fmean(values), half, n)
+
+    def text(self, *, sign: bool = False) -> str:
+        """`81.5 ± 1.2`."""
+        return f"{self.mean:{'+' if sign else ''}.1f}" + (f" ± {self.half:.1f}" if self.half is not None else "")
+
+
+@dataclass(frozen=True, slots=True)
+class Line:
+    """A row of a table: for each column the interval of the score, and that of the difference to the baseline."""
+
+    label: str
+    kind: str  # base | teacher | variant
+    score: Mapping[str, Interval]
+    difference: Mapping[str, Interval]  # paired by seed; empty for the baseline, base and teachers
+
+
+def plan_runs(comparison: Comparison, out: Path) -> dict[tuple[str, int], Run]:
+    """Every run that the tables need, by (variant, seed), in the order of the tables."""
+    runs: dict[tuple[str, int], Run] = {}
+    for table in comparison.tables.values():
+        for seed in range(table.seeds):
+            for variant in dict.fromkeys((table.baseline, *table.variants)):
+                settings = {**comparison.set, **comparison.variants[variant].set, "seed": seed}
+                made_of = json.dumps([str(comparison.recipe), settings], sort_keys=True, default=str)
+                name = f"{variant}-seed{seed}-{hashlib.sha256(made_of.encode()).hexdigest()[:8]}"
+                runs.setdefault((variant, seed), Run(variant, seed, settings, out / "runs" / name))
+    return runs
+
+
+def run_all(comparison: Comparison, runs: Sequence[Run], stages: Stages) -> None:
+    """Make the runs that are not finished, one after the other.
+
+    Raises:
+        UserError: a run failed; names its log. Those before it are kept.
+    """
+    todo = [run for run in runs if not run.finished]
+    with stages.stage("runs") as stage, Children() as children:
+        stage.total(len(runs), done=len(runs) - len(todo))
+        for run in todo:
+            _run(comparison.recipe, run, children, stage)
+            stage.advance()
+        stage.outcome = f"{len(todo)} made, {len(runs) - len(todo)} were there"
+
+
+def _run(recipe: Path, run: Run, children: Children, stage: Stage) -> None:
+    log = run.folder.with_suffix(".log")
+    log.parent.mkdir(parents=True, exist_ok=True)
+    folder = RunFolder(run.folder)
+    overrides = [f"{key}={json.dumps(value)}" for key, value in run.settings.items()]  # JSON is YAML
+    fresh = [str(recipe), *overrides, "--run", str(run.folder)]
+    command = [sys.executable, "-m", "mmopd", "train", *(["--resume", str(run.folder)] if folder.recipe_file.is_file() else fresh)]
+    child = children.start(f"{run.variant}, seed {run.seed}", command, log, {})
+    while child.alive:
+        latest = last_metrics(folder.metrics)
+        stage.note(f"{child.name}: " + (f"step {int(latest['step']) + 1}  {one_line(latest)}" if latest else "starting"))
+        child.wait(1.0)
+    if child.returncode or not run.finished:
+        raise UserError(f"the run {run.folder.name} ended with status {child.returncode}; the last lines of {log}:\n{child.tail()}")
+
+
+def lines(comparison: Comparison, table: ComparisonTable, runs: Mapping[tuple[str, int], Run]) -> tuple[list[str], list[Line]]:
+    """(columns, rows) of a table: base and teachers as they were measured, then a line for each variant.
+
+    Raises:
+        UserError: a run has no score in a column.
+    """
+    results = {key: Results.read(run.folder / "results.json") for key, run in runs.items() if key[1] < table.seeds}
+    first = results[table.baseline, 0]
+    columns = list(first.columns)
+    found = [
+        Line(row.name, row.kind, {c: Interval(s, None, 1) for c in columns if (s := row.score(c)) is not None}, {})
+        for row in first.rows
+        if row.kind != "distilled"
+    ]
+    scores = {
+        variant: [_scores(results[variant, seed], columns, runs[variant, seed]) for seed in range(table.seeds)]
+        for variant in dict.fromkeys((table.baseline, *table.variants))
+    }
+    for variant in table.variants:
+        by_seed, paired = scores[variant], list(zip(scores[variant], scores[table.baseline], strict=True))
+        means = {c: Interval.of([s[c] for s in by_seed]) for c in by_seed[0]}
+        differences = {c: Interval.of([a[c] - b[c] for a, b in paired]) for c in by_seed[0]} if variant != table.baseline else {}
+        found.append(Line(comparison.variants[variant].label or variant, "variant", means, differences))
+    return columns + [AVERAGE] * (len(columns) > 1), found
+
+
+def _scores(results: Results, columns: Sequence[str], run: Run) -> dict[str, float]:
+    distilled = next(row for row in results.rows if row.kind == "distilled")
+    scores = {c: score for c in columns if (score := distilled.score(c)) is not None}
+    if missing := [c for c in columns if c not in scores]:
+        raise UserError(f"{run.folder}: no score in {', '.join(missing)}; see its results.md, remove the folder to make the run again")
+    return scores | ({AVERAGE: fmean(scores.values())} if len(columns) > 1 else {})
+
+
+def markdown(table: ComparisonTable, columns: Sequence[str], rows: Sequence[Line]) -> str:
+    """The table for a page: scores, then differences to the baseline."""
+
+    def cells() -> Iterator[list[str]]:
+        for row in rows:
+            scores = [row.score[c].text() if c in row.score else "–" for c in columns]
+            yield [row.label, *scores, *(row.difference[c].text(sign=True) if c in row.difference else "" for c in columns)]
+
+    head = ["", *columns, *(f"Δ {c}" for c in columns)]
+    body = [head, ["---", *["---:"] * (len(head) - 1)], *cells()]
+    seeds = f"{table.seeds} seeds; mean and {CONFIDENCE:.0%} interval over seeds; Δ is paired with {table.baseline} by seed."
+    return f"### {table.title}\n\n" + "\n".join("| " + " | ".join(row) + " |" for row in body) + f"\n\n{seeds}\n"
+
+
+def long_csv(name: str, columns: Sequence[str], rows: Sequence[Line]) -> str:
+    """One line for each table, row and column."""
+    file = io.StringIO()
+    writer = csv.writer(file, lineterminator="\n")
+    writer.writerow(["table", "row", "kind", "column", "mean", "half", "n", "difference", "difference_half"])
+    for row in rows:
+        for c in (c for c in columns if c in row.score):
+            score, difference = row.score[c], row.difference.get(c)
+            paired = [difference.mean, difference.half] if difference else ["", ""]
+            writer.writerow([name, row.label, row.kind, c, score.mean, score.half, score.n, *paired])
+    return file.getvalue()
+
+
+def draw(path: Path, table: ComparisonTable, columns: Sequence[str], rows: Sequence[Line]) -> None:
+    """A panel for each column: the variants with their intervals, base and best teacher as lines."""
+    shown = [row for row in rows if row.kind == "variant"]
+    figure = Figure(figsize=(1.2 + 3.2 * len(columns), 1.3 + 0.32 * len(shown)), layout="constrained")
+    for axes, column in zip(figure.subplots(1, len(columns), sharey=True, squeeze=False)[0], columns, strict=True):
+        for kind, colour, best in (("base", "#999999", min), ("teacher", "#2f6f9f", max)):
+            if values := [row.score[column].mean for row in rows if row.kind == kind and column in row.score]:
+                axes.axvline(best(values), color=colour, linewidth=1, linestyle=":", label=kind)
+        scores = [row.score[column] for row in shown]
+        axes.errorbar([s.mean for s in scores], range(len(shown)), xerr=[s.half or 0 for s in scores], fmt="o", color="#1b3a57", capsize=3)
+        axes.set_yticks(range(len(shown)), [row.label for row in shown])
+        axes.set_title(column, fontsize=10)
+        axes.grid(axis="x", alpha=0.3)
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.axes[0].invert_yaxis()
+    figure.suptitle(table.title, fontsize=11)
+    figure.savefig(path, dpi=150)
+
+
+def compare(name: str, comparison: Comparison, out: Path, stages: Stages) -> Path:
+    """Make the runs and write `NAME.md`, `NAME.csv` and a PNG for each table into `out`; the path of the page.
+
+    Raises:
+        UserError: a run failed, or a score is missing.
+    """
+    runs = plan_runs(comparison, out)
+    run_all(comparison, list(runs.values()), stages)
+    page, rows_of_all = [f"# {name}\n"], []
+    for key, table in comparison.tables.items():
+        columns, rows = lines(comparison, table, runs)
+        picture = out / f"{name}-{key}.png"
+        draw(picture, table, columns, rows)
+        page.append(markdown(table, columns, rows) + f"\n![{table.title}]({picture.name})\n")
+        rows_of_all.append(long_csv(key, columns, rows))
+    (out / f"{name}.md").write_text("\n".join(page))
+    head, *_ = rows_of_all[0].splitlines(keepends=True)
+    (out / f"{name}.csv").write_text(head + "".join(line for text in rows_of_all for line in text.splitlines(keepends=True)[1:]))
+    return out / f"{name}.md"

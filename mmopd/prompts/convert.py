@@ -1,0 +1,249 @@
+"""What converters of `data/` are written with: reading public data where it lies, columns by name, images as they are encoded."""
+
+import io
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from PIL import Image
+from pydantic import Field
+
+from mmopd.config import Config, Positive
+from mmopd.errors import UserError
+from mmopd.prompts.rows import FORMATS, RowError
+from mmopd.records import Message, Prompt
+from mmopd.task import Task
+
+TABLES = (".parquet", ".jsonl", ".json")
+PICTURES = frozenset({*(f".{extension}" for extension in FORMATS.values()), ".jpeg", ".tif"})
+BATCH = 64  # examples that are read at a time
+MAX_FILE = 1 << 26  # bytes of an image file
+PLACEHOLDER = "<image>"  # where an image stands in a text
+
+
+class SourceSettings(Config):
+    """The settings that all converters have; each adds the names of its columns."""
+
+    data: str = Field(description="a file (.parquet, .jsonl, .json), a folder of them or of `save_to_disk`, or a name on the hub")
+    subset: str | None = Field(None, description="a configuration on the hub; of a folder, the files whose names begin with it")
+    split: str = Field("train", description="of a folder, the files whose names begin with it, if there are any")
+    task: str = Field(description="a task of modalities/")
+    limit: Positive | None = Field(None, description="only so many examples, from the start")
+    root: Path | None = Field(None, description="what image paths in a column start from; the folder of the data if not set")
+
+
+@dataclass(frozen=True)
+class Examples:
+    """Examples that can be gone through again; a line of a .jsonl file is bytes, which are parsed where it is converted."""
+
+    read: Callable[[], Iterator[Any]]
+    count: int  # 0 if it is not known
+
+    def __iter__(self) -> Iterator[Any]:
+        return self.read()
+
+    def __length_hint__(self) -> int:
+        return self.count
+
+
+def read(settings: SourceSettings, columns: Iterable[str] | None = None) -> Examples:
+    """The examples of a data set; images stay encoded.
+
+    Args:
+        columns: that are needed; the others are not read where the format allows it. All if not given.
+
+    Raises:
+        UserError: there is nothing of that name here, and the hub cannot be asked; or a file does not read.
+    """
+    path, wanted = Path(settings.data), None if columns is None else {name.partition(".")[0] for name in columns}
+    if (path / "dataset_info.json").is_file() or (path / "dataset_dict.json").is_file() or not path.exists():
+        found = _hub(settings, path if path.exists() else None, wanted)
+    else:
+        parts = [_table(file, wanted) for file in _files(path, settings)] or [_pictures(path)]
+        count = sum(part.count for part in parts) if all(part.count for part in parts) else 0
+        found = Examples(lambda: (example for part in parts for example in part), count)
+    if settings.limit is None:
+        return found
+    return Examples(lambda: islice(found.read(), settings.limit), min(found.count or settings.limit, settings.limit))
+
+
+def column(example: Mapping[str, Any], name: str) -> Any:
+    """A value by the name of its column; `a.b` is `b` inside of `a`.
+
+    Raises:
+        RowError: there is none.
+    """
+    value: Any = example
+    for part in [name] if name in example else name.split("."):
+        if not isinstance(value, Mapping) or value.get(part) is None:
+            there = f"there is {', '.join(map(str, value))}" if isinstance(value, Mapping) else f"{type(value).__name__} has no parts"
+            raise RowError(f"no {name}", f"the column {name!r} is missing or empty; {there}")
+        value = value[part]
+    return value
+
+
+def text(example: Mapping[str, Any], name: str) -> str:
+    """A column as text, without white space around it.
+
+    Raises:
+        RowError: there is none, or it is empty.
+    """
+    value = column(example, name)
+    if isinstance(value, Mapping | list) or not (stripped := str(value).strip()):
+        raise RowError(f"no {name}", f"the column {name!r} has {value!r}, and needs text")
+    return stripped
+
+
+def answers(example: Mapping[str, Any], name: str) -> str:
+    """A column with one right answer or several, as the JSON list that verifiers of short answers take.
+
+    Raises:
+        RowError: there is none.
+    """
+    value = column(example, name)
+    given = [str(one).strip() for one in (value if isinstance(value, list | tuple) else [value]) if one is not None]
+    if not (known := [one for one in given if one]):
+        raise RowError(f"no {name}", f"the column {name!r} has {value!r}, and needs an answer")
+    return json.dumps(list(dict.fromkeys(known)), ensure_ascii=False)
+
+
+def images(example: Mapping[str, Any], name: str, settings: SourceSettings) -> list[bytes]:
+    """A column with one image or several, as the files that they are: bytes, a path, what the hub stores, or an image in memory.
+
+    Raises:
+        RowError: there is none, or a file cannot be read.
+    """
+    value = column(example, name)
+    folder = Path(settings.data)
+    root = settings.root or (folder if folder.is_dir() else folder.parent)
+    found = [_image(one, root) for one in (value if isinstance(value, list | tuple) else [value])]
+    if not found:
+        raise RowError(f"no {name}", f"the column {name!r} has no image")
+    return found
+
+
+def ask(task: Task, key: str, question: str, answer: str, files: Sequence[bytes] = (), *, extra: Mapping[str, str] | None = None) -> Prompt:
+    """A row as the task puts it; where the question has `<image>` in it, the images stand there, and before it otherwise.
+
+    Raises:
+        RowError: more or fewer `<image>` than images.
+    """
+    if PLACEHOLDER not in question:
+        return task.prompt(key, question, answer, files, extra)
+    if question.count(PLACEHOLDER) != len(files):
+        raise RowError("images do not match", f"{question.count(PLACEHOLDER)} {PLACEHOLDER} in the question, and {len(files)} images")
+    messages = tuple(_with_images(message) for message in task.messages(question, 0))
+    return Prompt(key, task.name, task.modality, messages, tuple(files), answer, dict(extra or {}))
+
+
+def _with_images(message: Message) -> Message:
+    content = message["content"]
+    parts: list[Message] = []
+    for part in [{"type": "text", "text": content}] if isinstance(content, str) else content:
+        for i, piece in enumerate(part["text"].split(PLACEHOLDER) if part.get("type") == "text" else ()):
+            parts += [{"type": "image"}] if i else []
+            parts += [{"type": "text", "text": piece.strip("\n")}] if piece.strip() else []
+        parts += [part] if part.get("type") != "text" else []
+    return {**message, "content": parts}
+
+
+def _image(value: Any, root: Path) -> bytes:
+    if isinstance(value, Mapping):  # as the hub stores it
+        value = value.get("bytes") or value.get("path")
+    if isinstance(value, bytes):
+        return value
+    if isinstance(value, str):
+        path = root / value
+        try:
+            if path.stat().st_size > MAX_FILE:
+                raise RowError("bad image", f"{path}: more than {MAX_FILE} bytes")
+            return path.read_bytes()
+        except OSError as error:
+            raise RowError("no image file", f"{path}: {error.strerror}") from None
+    if isinstance(value, Image.Image):
+        file = io.BytesIO()
+        value.save(file, format="PNG")
+        return file.getvalue()
+    raise RowError("bad image", f"{type(value).__name__} is neither an encoded image nor a path")
+
+
+def _files(path: Path, settings: SourceSettings) -> list[Path]:
+    if path.is_file():
+        if path.suffix not in TABLES:
+            raise UserError(f"{path}: files of {', '.join(TABLES)} can be read")
+        return [path]
+    files = sorted(file for file in path.rglob("*") if file.suffix in TABLES and file.is_file())
+    if settings.subset is not None:
+        files = [file for file in files if file.name.startswith(settings.subset) or file.parent.name == settings.subset]
+        if not files:
+            raise UserError(f"{path}: no file whose name begins with {settings.subset!r} (subset)")
+    return [file for file in files if file.name.startswith(settings.split)] or files
+
+
+def _table(path: Path, wanted: set[str] | None) -> Examples:
+    if path.suffix == ".parquet":
+        try:
+            count = pq.read_metadata(path).num_rows
+        except (pa.ArrowException, OSError) as error:
+            raise UserError(f"{path}: not a parquet file, or a truncated one ({error})") from None
+        return Examples(lambda: _parquet(path, wanted), count)
+    if path.suffix == ".jsonl":
+        return Examples(lambda: _lines(path), 0)
+    try:
+        data = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise UserError(f"{path}: not valid JSON ({error})") from None
+    rows = data.get("data") if isinstance(data, dict) else data
+    if not isinstance(rows, list):
+        raise UserError(f"{path}: a list of examples is needed, or one under the key 'data'")
+    return Examples(lambda: iter(rows), len(rows))
+
+
+def _parquet(path: Path, wanted: set[str] | None) -> Iterator[Any]:
+    try:
+        with pq.ParquetFile(path) as file:
+            names = [name for name in file.schema_arrow.names if wanted is None or name in wanted]
+            for batch in file.iter_batches(BATCH, columns=names):
+                yield from batch.to_pylist()
+    except (pa.ArrowException, OSError) as error:
+        raise UserError(f"{path}: cannot be read to its end ({error})") from None
+
+
+def _lines(path: Path) -> Iterator[bytes]:
+    with path.open("rb") as file:
+        for line in file:
+            if line.strip():
+                yield line
+
+
+def _pictures(folder: Path) -> Examples:
+    """A folder of image files: their path, their name, and the folder that they are in."""
+    files = sorted(file for file in folder.rglob("*") if file.suffix.lower() in PICTURES)
+    if not files:
+        raise UserError(f"{folder}: neither {', '.join(TABLES)} files nor images in it")
+    rows = [{"file_name": str(file.relative_to(folder)), "name": file.stem, "label": file.parent.name} for file in files]
+    return Examples(lambda: iter(rows), len(rows))
+
+
+def _hub(settings: SourceSettings, folder: Path | None, wanted: set[str] | None) -> Examples:
+    try:
+        import datasets
+    except ImportError:
+        raise UserError(f"{settings.data}: no file or folder here, and the package `datasets` is not installed") from None
+    try:
+        if folder is None:
+            data = datasets.load_dataset(settings.data, settings.subset, split=settings.split)
+        else:
+            data = datasets.load_from_disk(str(folder))
+            data = data[settings.split] if isinstance(data, datasets.DatasetDict) else data
+    except Exception as error:  # its own, the hub's and the network's
+        where = "cannot be read" if folder else "no file or folder here, and the hub cannot be read"
+        raise UserError(f"{settings.data}: {where} ({type(error).__name__}: {error})") from None
+    names = [name for name in data.column_names if wanted is None or name in wanted]
+    stored = data.select_columns(names).with_format("arrow")  # as it is stored: nothing is decoded
+    return Examples(lambda: (row for table in stored.iter(BATCH) for row in table.to_pylist()), len(data))

@@ -1,0 +1,244 @@
+"""`mmopd prepare data/SOURCE.py OUT`: data of any form into shards, in parallel, in order, and to be continued.
+
+A converter is a file of `data/` with three names (`mmopd.prompts.convert` has what they are written with):
+
+    class Settings(SourceSettings): ...           its keys are what `--set KEY=VALUE` changes; one is `task`, others name columns
+    def examples(settings) -> Iterable            what there is, always in the same order; cheap, since one process reads it
+    def convert(example, settings, task) -> Prompt | None      runs in many processes; an empty key becomes the example's number
+
+`convert` returns None for an example that is not wanted, and raises RowError (or ValueError, KeyError, ...) for one that is bad: it
+is left out and counted by cause. A line of bytes, as the reader of .jsonl files gives it, arrives parsed.
+
+Shards are cut by rows and bytes alone, and what was read up to the end of each is written down: a call that is continued gives the
+same bytes as one that was not interrupted, with any number of workers.
+"""
+
+import fcntl
+import json
+import os
+import shutil
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from contextlib import closing, contextmanager
+from dataclasses import dataclass, field
+from itertools import islice
+from operator import length_hint
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from mmopd import catalog, config
+from mmopd.errors import UserError
+from mmopd.fingerprint import hash_file
+from mmopd.progress import Stage
+from mmopd.prompts import index
+from mmopd.prompts.convert import SourceSettings
+from mmopd.prompts.index import Index, index_tar
+from mmopd.prompts.shards import Shards
+from mmopd.prompts.tokens import hash_processor
+from mmopd.prompts.work import Job, Left, convert_all, tools_of
+from mmopd.prompts.writer import MAX_BYTES, MAX_ROWS, ShardWriter, check_free, partial_folder, publish
+from mmopd.records import Prompt
+
+SHOWN = 3  # of the rows that were left out, for each cause
+HOPELESS = 500  # examples without one row
+SUMMARY, PROGRESS = "prepare.json", "progress.json"
+
+
+@dataclass
+class Count:
+    """What has become of the examples: `examples` = `rows` + `not_wanted` + the sum of `left_out`."""
+
+    examples: int = 0
+    rows: int = 0
+    shards: int = 0
+    not_wanted: int = 0
+    left_out: Counter[str] = field(default_factory=Counter)  # cause -> examples
+    shown: dict[str, list[str]] = field(default_factory=dict)  # cause -> the first few, with their numbers
+
+    def leave_out(self, cause: str, detail: str) -> None:
+        """Count an example that is bad."""
+        self.left_out[cause] += 1
+        if len(shown := self.shown.setdefault(cause, [])) < SHOWN:
+            shown.append(f"example {self.examples}: {detail[:500]}")
+
+    def lines(self) -> list[str]:
+        """Why examples were left out."""
+        return [
+            line for cause, n in self.left_out.most_common() for line in (f"{n:,} x {cause}", *(f"  {one}" for one in self.shown[cause]))
+        ]
+
+
+def load_converter(path: Path, overrides: Iterable[str]) -> tuple[ModuleType, SourceSettings]:
+    """The converter of a file, and its settings with `key=value` on top.
+
+    Raises:
+        UserError: it is none, or a setting does not fit.
+    """
+    module = catalog.load_module(path)
+    for name in ("Settings", "examples", "convert"):
+        if not hasattr(module, name):
+            raise UserError(f"{path}: not a converter, it has no `{name}`; it needs Settings, examples and convert")
+    settings: SourceSettings = config.build(module.Settings, {}, str(path), overrides)
+    return module, settings
+
+
+def prepare(
+    converter: Path,
+    folder: Path,
+    overrides: Iterable[str] = (),
+    *,
+    processor: Path | None = None,
+    workers: int = 1,
+    max_bad: float = 0.01,
+    max_rows: int = MAX_ROWS,
+    max_bytes: int = MAX_BYTES,
+    stage: Stage | None = None,
+) -> tuple[Shards, Count]:
+    """Write what a converter makes of its data as shards; `folder` appears when it is complete.
+
+    Args:
+        converter: a file as above.
+        overrides: `key=value` of its settings.
+        processor: model folder for which tokens are counted; they are not without one.
+        workers: processes that convert; 1 converts in this one.
+        max_bad: share of the examples that may be left out as bad.
+        max_rows: rows of a shard, at most.
+        max_bytes: bytes of content after which a shard is closed.
+        stage: shows how far it is.
+
+    Raises:
+        UserError: `folder` has something in it, the converter or its data cannot be used, or too many examples are bad.
+    """
+    check_free(folder)
+    module, settings = load_converter(converter, overrides)
+    job = Job(converter.resolve(), settings.model_dump_json(), processor.resolve() if processor else None, Path.cwd())
+    tools_of(job)  # what is missing is missed now
+    made_from = {
+        "converter": hash_file(converter),
+        "settings": settings.model_dump(mode="json"),
+        "processor": hash_processor(processor) if processor else None,
+        "shard": [index.VERSION, max_rows, max_bytes],
+    }
+    with _opened(partial_folder(folder), made_from) as (partial, count):
+        examples = module.examples(settings)
+        if stage is not None:
+            stage.total(length_hint(examples), count.examples)
+        numbered = islice(enumerate(examples), count.examples, None)
+        _write(job, numbered, partial, made_from, count, workers=workers, limits=(max_rows, max_bytes), stage=stage)
+        _check(count, max_bad, folder)
+        (partial / SUMMARY).write_text(json.dumps({"made_from": made_from, **vars(count)}, indent=1))
+        (partial / PROGRESS).unlink(missing_ok=True)
+        shards = publish(partial, [partial / f"{number:05d}.tar" for number in range(count.shards)], folder)
+    return shards, count
+
+
+def _write(
+    job: Job,
+    examples: Iterator[tuple[int, Any]],
+    partial: Path,
+    made_from: dict[str, Any],
+    count: Count,
+    *,
+    workers: int,
+    limits: tuple[int, int],
+    stage: Stage | None,
+) -> None:
+    seen, tokens = set(_keys(partial, count.shards)), list[tuple[int, int]]()
+
+    def finish(tar: Path) -> None:
+        index_tar(tar, _Known(made_from["processor"], iter(tokens)) if job.processor else None)
+        tokens.clear()
+        count.shards += 1
+        _save(partial / PROGRESS, {"made_from": made_from, **vars(count)})
+
+    writer = ShardWriter(partial, max_rows=limits[0], max_bytes=limits[1], shards=count.shards, rows=count.rows)
+    with closing(convert_all(job, examples, workers)) as outcomes, writer:
+        for outcome in outcomes:
+            closed = None
+            if outcome is None:
+                count.not_wanted += 1
+            elif isinstance(outcome, Left):
+                count.leave_out(*outcome)
+            elif outcome.key in seen:
+                count.leave_out("duplicate key", f"the key {outcome.key!r} is that of an earlier row")
+            else:
+                seen.add(outcome.key)
+                tokens.append(outcome.tokens)
+                closed = writer.add(outcome.members)
+                count.rows += 1
+            count.examples += 1
+            if closed is not None:
+                finish(closed)
+            if not count.rows and sum(count.left_out.values()) >= HOPELESS:
+                break
+            if stage is not None:
+                stage.advance()
+                stage.note(f"{count.rows:,} rows, {sum(count.left_out.values()):,} left out")
+        if (last := writer.close()) is not None:
+            finish(last)
+
+
+def _check(count: Count, max_bad: float, folder: Path) -> None:
+    bad = sum(count.left_out.values())
+    lines = "".join(f"\n  {line}" for line in count.lines())
+    if not count.rows:
+        raise UserError(f"{folder}: no row came of {count.examples:,} examples, {count.not_wanted:,} of them not wanted{lines}")
+    if bad > max_bad * (count.rows + bad):
+        share = f"{bad:,} of {count.rows + bad:,} examples ({bad / (count.rows + bad):.1%}) are bad, more than --max-bad {max_bad:.1%}"
+        raise UserError(f"{folder}: {share}; what is done is kept, so that a call with a higher one ends at once{lines}")
+
+
+@dataclass(frozen=True)
+class _Known:
+    """A counter of rows that have been counted."""
+
+    processor: str
+    tokens: Iterator[tuple[int, int]]
+
+    def __call__(self, prompt: Prompt) -> tuple[int, int]:
+        return next(self.tokens)
+
+
+@contextmanager
+def _opened(partial: Path, made_from: dict[str, Any]) -> Iterator[tuple[Path, Count]]:
+    """The folder of an unfinished source, and how far it is; one process at a time."""
+    partial.mkdir(parents=True, exist_ok=True)
+    lock = os.open(partial, os.O_RDONLY)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield partial, _resume(partial, made_from)
+    except BlockingIOError:
+        raise UserError(f"{partial}: another call is writing this source now; wait for it, or stop it") from None
+    finally:
+        os.close(lock)
+
+
+def _resume(partial: Path, made_from: dict[str, Any]) -> Count:
+    """How far an earlier call came with the same; what else it left is removed."""
+    count = Count()
+    try:
+        kept = json.loads((partial / PROGRESS).read_text())
+        if kept.pop("made_from") == made_from:
+            count = Count(**kept | {"left_out": Counter(kept["left_out"])})
+    except (FileNotFoundError, ValueError, KeyError, TypeError):
+        pass  # nothing whole is there
+    finished = {f"{number:05d}{suffix}" for number in range(count.shards) for suffix in (".tar", index.SUFFIX)}
+    for path in partial.iterdir():
+        if path.name not in finished | {PROGRESS}:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    return count
+
+
+def _keys(partial: Path, shards: int) -> Iterator[str]:
+    """The keys of the rows in finished tars."""
+    for number in range(shards):
+        done = Index.load(partial / f"{number:05d}.tar")
+        for row in range(len(done)):
+            yield json.loads(done.read(done.tar, row)[0])["id"]
+
+
+def _save(path: Path, content: dict[str, Any]) -> None:
+    unfinished = path.with_suffix(".unfinished")
+    unfinished.write_text(json.dumps(content))
+    unfinished.replace(path)

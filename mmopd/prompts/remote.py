@@ -1,0 +1,162 @@
+"""Shards that lie elsewhere (http, S3, GCS, ...: whatever fsspec opens), with local copies of bounded total size.
+
+The indices are small and are read whenever a source is opened; a tar is copied when a row of it is needed. A copy is named after
+its hash, appears when it is whole and right, and may be shared by sources, runs and processes. The least recently used go first.
+"""
+
+import fcntl
+import hashlib
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import fsspec
+from tenacity import retry, retry_if_not_exception_type, stop_after_attempt, wait_exponential
+
+from mmopd.errors import UserError
+from mmopd.prompts.index import SUFFIX, Index, index_path
+
+BLOCK = 1 << 22
+ATTEMPTS = 3
+
+
+def is_remote(location: str | Path) -> bool:
+    """Whether this is a URL, and no path."""
+    return isinstance(location, str) and "://" in location
+
+
+class Cache:
+    """A folder of copies, of `max_bytes` in all; safe to use from several processes at once."""
+
+    def __init__(self, folder: Path, max_bytes: int) -> None:
+        self.folder = folder
+        self.max_bytes = max_bytes
+
+    def get(self, url: str, size: int, sha256: str) -> Path:
+        """A local copy of a file.
+
+        Raises:
+            UserError: it cannot be copied, or is not what its index says; names it.
+        """
+        copy = self.folder / f"{sha256}.tar"
+        if not self._touch(copy):
+            with self._lock(sha256):
+                if not self._touch(copy):  # another process has copied it meanwhile
+                    self._evict(size)
+                    _download(url, size, sha256, copy)
+                    self._touch(copy)
+        return copy
+
+    def _touch(self, copy: Path) -> bool:
+        """Note that a copy is used now; False if there is none."""
+        now = time.time_ns()  # the file system's own clock ticks too slowly to tell who was first
+        try:
+            os.utime(copy, ns=(now, now))
+        except FileNotFoundError:
+            return False
+        return True
+
+    @contextmanager
+    def _lock(self, name: str) -> Iterator[None]:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with (self.folder / f".{name}.lock").open("w") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            yield
+
+    def _evict(self, coming: int) -> None:
+        """Make room; a copy that someone is reading stays readable until it is closed."""
+        copies = sorted((stat.st_mtime_ns, stat.st_size, path) for path in self.folder.glob("*.tar") if (stat := path.stat()))
+        total = coming + sum(size for _, size, _ in copies)
+        for _, size, path in copies:
+            if total <= self.max_bytes:
+                break
+            path.unlink(missing_ok=True)
+            total -= size
+
+
+class Remote:
+    """The shards under a URL.
+
+    Args:
+        url: a folder, as fsspec writes it: `s3://bucket/path`, `https://host/path`, ...
+    """
+
+    def __init__(self, url: str, cache: Cache) -> None:
+        self.url = url.rstrip("/")
+        self._cache = cache
+
+    def read_indices(self) -> Path:
+        """Copy the indices into a folder of their own, which they replace; returns it.
+
+        Raises:
+            UserError: nothing can be listed or read there.
+        """
+        folder = self._cache.folder / hashlib.sha256(self.url.encode()).hexdigest()[:16]
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            system, path = fsspec.core.url_to_fs(self.url)
+            found = {name.rstrip("/").rpartition("/")[2]: name for name in system.ls(path, detail=False) if name.endswith(SUFFIX)}
+            for name, remote in found.items():
+                unfinished = folder / f".{name}.{os.getpid()}"
+                unfinished.write_bytes(system.cat_file(remote))
+                unfinished.replace(folder / name)
+        except Exception as error:  # each file system has its own
+            raise UserError(f"{self.url}: the shards cannot be read: {_why(error)}") from None
+        for old in folder.glob(f"*{SUFFIX}"):
+            if old.name not in found:
+                old.unlink()
+        if not found:
+            raise UserError(f"{self.url}: no *{SUFFIX} there")
+        return folder
+
+    def fetch(self, index: Index) -> Path:
+        """A local copy of a tar."""
+        return self._cache.get(f"{self.url}/{index.tar.name}", index.size, index.sha256)
+
+    def read(self, index: Index, row: int) -> list[bytes]:
+        """`Index.read` from a local copy."""
+        for _ in range(ATTEMPTS):
+            try:
+                return index.read(self.fetch(index), row)
+            except FileNotFoundError:
+                pass  # another process needed the room just now
+        raise UserError(f"{self._cache.folder}: copies of shards go before they are read; set cache_gib of the mixture to more")
+
+
+def _download(url: str, size: int, sha256: str, target: Path) -> None:
+    unfinished = target.with_name(f".{target.name}.{os.getpid()}")
+    try:
+        digest = _copy(url, size, unfinished)
+        if digest != sha256:
+            raise UserError(f"{url}: its content is not what {index_path(Path(url)).name} was made from; write the source again")
+        unfinished.replace(target)
+    except UserError:
+        raise
+    except Exception as error:  # each file system has its own
+        raise UserError(f"{url}: the shard cannot be read: {_why(error)}") from None
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+@retry(stop=stop_after_attempt(ATTEMPTS), wait=wait_exponential(0.2, max=5), retry=retry_if_not_exception_type(UserError), reraise=True)
+def _copy(url: str, size: int, target: Path) -> str:
+    """Copy a file of a known size; returns its hash."""
+    digest, copied = hashlib.sha256(), 0
+    with fsspec.open(url, "rb") as source, target.open("wb") as file:
+        while block := source.read(BLOCK):
+            copied += len(block)
+            if copied > size:
+                break  # whatever it is, it is not the shard
+            digest.update(block)
+            file.write(block)
+    if copied > size:
+        raise UserError(f"{url}: more than the {size} bytes that its index says: replaced; write the source again")
+    if copied < size:
+        raise OSError(f"it ended after {copied} of {size} bytes")
+    return digest.hexdigest()
+
+
+def _why(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__

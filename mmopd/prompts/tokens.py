@@ -1,0 +1,48 @@
+"""How many tokens a prompt has for a stated student: counted once, when shards are written, and kept in their index."""
+
+from pathlib import Path
+from typing import Protocol
+
+from mmopd.fingerprint import hash_files
+from mmopd.modality import Encoder
+from mmopd.records import Prompt
+
+PROCESSOR_FILES = ("*processor_config.json", "tokenizer*", "vocab*", "merges*", "special_tokens_map*", "added_tokens*", "chat_template*")
+
+
+def hash_processor(model: Path) -> str:
+    """Names the tokenizer, the chat template and the pixel policy of a model's folder; its weights are no part of it."""
+    return hash_files(sorted({path for pattern in PROCESSOR_FILES for path in model.glob(pattern) if path.is_file()}))
+
+
+class Counter(Protocol):
+    """Counts the tokens of a prompt."""
+
+    @property
+    def processor(self) -> str:
+        """`hash_processor` of the model for which is counted."""
+
+    def __call__(self, prompt: Prompt) -> tuple[int, int]:
+        """(text tokens, image tokens) of a prompt up to and with the assistant's header; their sum is its length.
+
+        Raises:
+            ValueError: the processor cannot take it.
+        """
+
+
+class TokenCounter:
+    """A `Counter` with the processor of a model's folder.
+
+    Raises:
+        UserError: the folder has no processor.
+    """
+
+    def __init__(self, model: Path) -> None:
+        self._encoder = Encoder(model)
+        self.processor = hash_processor(model)
+
+    def __call__(self, prompt: Prompt) -> tuple[int, int]:
+        """As `Counter`."""
+        encoded = self._encoder.encode(prompt)
+        text = len(encoded.ids) - len(prompt.images)
+        return text, len(encoded.expanded) - text

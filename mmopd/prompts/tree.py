@@ -1,0 +1,76 @@
+"""What is in a source, and in a mixture of them, as `mmopd prepare` and `mmopd show data/MIX.yaml` print it; reads indices only."""
+
+from pathlib import Path
+
+import yaml
+from rich.console import Group, RenderableType
+from rich.markup import escape
+from rich.tree import Tree
+
+from mmopd import catalog
+from mmopd.config import Mixture
+from mmopd.prompts.prepare import Count
+from mmopd.prompts.shards import Shards, Totals, open_mixture
+
+
+def prepared(shards: Shards, count: Count) -> RenderableType:
+    """What a call of `mmopd prepare` has made: totals, and what was left out, with the first few of each cause."""
+    made = f"{shards.folder}: {contents(shards.totals())}, {shards.bytes / 2**20:,.1f} MiB"
+    bad = sum(count.left_out.values())
+    of = f"of {count.examples:,} examples: {count.rows:,} rows, {count.not_wanted:,} not wanted, {bad:,} bad and left out"
+    return Group(escape(made), escape(of), *(escape(f"  {line}") for line in count.lines()))
+
+
+def contents(totals: Totals) -> str:
+    """Rows, tokens and images in a line."""
+    if totals.text is None or totals.visual is None:
+        tokens = "tokens not counted"
+    else:
+        tokens = f"{totals.text + totals.visual:,} tokens ({totals.visual:,} of images)"
+    return f"{totals.rows:,} rows, {tokens}, {totals.images:,} images"
+
+
+def is_mixture(path: Path) -> bool:
+    """Whether a file of the catalogue is a mixture, and not a recipe."""
+    try:
+        data = yaml.safe_load(path.read_text())
+    except yaml.YAMLError:
+        return False  # whoever reads it next says what is wrong
+    return isinstance(data, dict) and "sources" in data
+
+
+def mixture_tree(mixture: Mixture, title: str, prompts: int | None) -> Tree:
+    """The sources with their shares, and how often each is gone through.
+
+    Args:
+        prompts: that are drawn; so many that no source is gone through more than once if not given.
+
+    Raises:
+        UserError: a source cannot be opened.
+    """
+    opened = open_mixture(mixture, catalog.load_tasks(), Path.cwd())
+    total = sum(source.weight for source in mixture.sources.values())
+    shares = {name: source.weight / total for name, source in mixture.sources.items()}
+    if prompts is None:
+        prompts = int(min(len(opened[name]) / share for name, share in shares.items() if share))
+    tree = Tree(f"[bold]{escape(title)}[/]  {contents(_sum([shards.totals() for shards in opened.values()]))}; in {prompts:,} prompts:")
+    for name, shards in opened.items():
+        epochs = prompts * shares[name] / len(shards)
+        branch = tree.add(f"[bold]{escape(name)}[/]  {shares[name]:.1%} of the prompts, {epochs:,.2f} epochs; {contents(shards.totals())}")
+        branch.add(escape(f"{mixture.sources[name].shards}, {shards.bytes / 2**20:,.1f} MiB"))
+        for (task, modality), rows in sorted(shards.kinds.items()):
+            branch.add(escape(f"task {task} ({modality}): {rows:,} rows"))
+        if later := mixture.sources[name].schedule:
+            points = sorted({0: mixture.sources[name].weight, **later}.items())
+            branch.add("weight " + ", ".join(f"{weight:g} at step {step}" for step, weight in points))
+        for cause, rows in shards.left_out.items():
+            branch.add(escape(f"left out: {rows:,} rows {cause}"))
+    return tree
+
+
+def _sum(parts: list[Totals]) -> Totals:
+    def add(values: list[int | None]) -> int | None:
+        known = [value for value in values if value is not None]
+        return sum(known) if len(known) == len(values) else None
+
+    return Totals(sum(p.rows for p in parts), sum(p.images for p in parts), add([p.text for p in parts]), add([p.visual for p in parts]))

@@ -1,0 +1,137 @@
+"""The part of `mmopd prepare` that runs in many processes: examples into rows, in their order."""
+
+import json
+import os
+import signal
+from collections import deque
+from collections.abc import Generator, Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from itertools import chain, islice
+from multiprocessing import get_context
+from pathlib import Path
+from types import ModuleType
+from typing import Any, NamedTuple
+
+from mmopd import catalog, config
+from mmopd.errors import UserError
+from mmopd.prompts.convert import SourceSettings
+from mmopd.prompts.rows import RowError, pack
+from mmopd.prompts.tokens import TokenCounter
+from mmopd.records import Prompt
+from mmopd.task import Task
+from mmopd.task.base import unverified
+
+CHUNK = 16  # examples that a worker gets at a time
+AHEAD = 3  # chunks for each worker that are under way or waiting to be written
+
+
+class Packed(NamedTuple):
+    """An example as a row."""
+
+    key: str
+    members: dict[str, bytes]  # extension -> content
+    tokens: tuple[int, int]  # text, images; (0, 0) if they are not counted
+
+
+class Left(NamedTuple):
+    """An example that is bad."""
+
+    cause: str
+    detail: str
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a worker needs to know."""
+
+    converter: Path
+    settings: str  # json
+    processor: Path | None
+    workspace: Path
+
+
+@dataclass(frozen=True)
+class Tools:
+    """What a `Job` names, loaded."""
+
+    module: ModuleType
+    settings: SourceSettings
+    task: Task
+    counter: TokenCounter | None
+
+
+@lru_cache(maxsize=1)
+def tools_of(job: Job) -> Tools:
+    """Loaded once in each process."""
+    module = catalog.load_module(job.converter)
+    settings: SourceSettings = module.Settings.model_validate_json(job.settings)
+    tasks = catalog.load_tasks(job.workspace)
+    if settings.task not in tasks:
+        raise UserError(f"{job.converter}: task: no task {settings.task!r} in modalities/{config.suggest(settings.task, tasks)}")
+    return Tools(module, settings, tasks[settings.task], TokenCounter(job.processor) if job.processor else None)
+
+
+def convert_all(job: Job, examples: Iterator[tuple[int, Any]], workers: int) -> Generator[Packed | Left | None]:
+    """What becomes of each example, in their order."""
+    chunks = iter(lambda: list(islice(examples, CHUNK)), [])
+    if workers == 1:
+        yield from chain.from_iterable(_convert(job, chunk) for chunk in chunks)
+        return
+    context = get_context("forkserver")
+    context.set_forkserver_preload([__name__])  # the imports take seconds; once for all workers
+    pool = ProcessPoolExecutor(workers, context, _begin)
+    waiting: deque[tuple[int, Future[list[Packed | Left | None]]]] = deque()  # (number of its first example, chunk)
+    try:
+        for chunk in chunks:
+            waiting.append((chunk[0][0], pool.submit(_convert, job, chunk)))
+            if len(waiting) >= AHEAD * workers:
+                yield from waiting[0][1].result()
+                waiting.popleft()
+        while waiting:
+            yield from waiting[0][1].result()
+            waiting.popleft()
+    except BrokenProcessPool:
+        where = f"while examples from {waiting[0][0]} on were converted"
+        raise UserError(f"a worker process died {where}: out of memory, or a fault in a library; finished shards are kept") from None
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _begin() -> None:
+    """In each worker, first of all."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that writes
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+
+def _convert(job: Job, chunk: Sequence[tuple[int, Any]]) -> list[Packed | Left | None]:
+    tools = tools_of(job)
+    return [_convert_one(tools, number, example) for number, example in chunk]
+
+
+def _convert_one(tools: Tools, number: int, example: Any) -> Packed | Left | None:
+    try:
+        parsed = json.loads(example) if isinstance(example, bytes) else example
+        prompt: Prompt | None = tools.module.convert(parsed, tools.settings, tools.task)
+        if prompt is None:
+            return None
+        prompt = prompt if prompt.key else replace(prompt, key=str(number))
+        _fits(prompt, tools.task)
+        members = pack(prompt, decode=True)
+        return Packed(prompt.key, members, tools.counter(prompt) if tools.counter else (0, 0))
+    except RowError as error:
+        return Left(error.cause, error.detail)
+    except UserError:
+        raise
+    except Exception as error:  # of the converter, with this example
+        return Left(type(error).__name__, str(error))
+
+
+def _fits(prompt: Prompt, task: Task) -> None:
+    if (prompt.task, prompt.modality) != (task.name, task.modality):
+        made, wanted = f"{prompt.task!r} ({prompt.modality})", f"{task.name!r} ({task.modality})"
+        raise RowError("wrong task", f"a row of task {made}, and the source is of {wanted}")
+    if task.verify is not unverified and isinstance(prompt.answer, str) and not prompt.answer.strip():
+        raise RowError("no answer", "its answer is empty")

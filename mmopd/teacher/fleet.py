@@ -1,0 +1,223 @@
+"""What a fleet file stands for: the servers to start, and those that run elsewhere. `mmopd serve` runs a fleet on its own."""
+
+import dataclasses
+import ipaddress
+import os
+import re
+import socket
+import time
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from datetime import datetime
+from pathlib import Path
+
+import httpx
+from rich.console import Console
+from rich.table import Table
+
+from mmopd.config import Engine, Fleet, suggest
+from mmopd.errors import UserError
+from mmopd.processes import Children
+from mmopd.progress import Stages
+from mmopd.teacher.adapter import read_adapter
+from mmopd.teacher.endpoint import Endpoint, load, save
+from mmopd.teacher.serve import ANY_HOST, HOST, Servers, ServerSpec, serve
+
+WATCH_EVERY = 0.5  # seconds
+LONGEST_NAME = 80  # of a server that several teachers share: it is the name of its log
+
+
+@contextmanager
+def serve_fleet(
+    fleet: Fleet, children: Children, logs: Path, stages: Stages, *, elsewhere: Sequence[Endpoint] = (), also: Sequence[ServerSpec] = ()
+) -> Iterator[Servers]:
+    """Every replica of every teacher by name (TEACHER.NUMBER), served here or running elsewhere, while the block lasts.
+
+    Args:
+        elsewhere: of teachers that are not served here, such as `from_files` finds them.
+        also: more servers to start, such as the student's engine.
+
+    Raises:
+        UserError: as `running_elsewhere`, `to_specs` and `serve`.
+    """
+    elsewhere, known = list(elsewhere), {endpoint.teacher for endpoint in elsewhere}
+    for name, teacher in fleet.teachers.items():
+        if name not in known:
+            elsewhere += [running_elsewhere(f"{name}.{i}", url, teacher.api_key_env) for i, url in enumerate(teacher.endpoints)]
+    with serve_in_stage([*also, *to_specs(fleet, known)], children, logs, stages) as servers:
+        servers.update({endpoint.name: endpoint for endpoint in elsewhere})
+        yield servers
+
+
+@contextmanager
+def serve_in_stage(
+    specs: Sequence[ServerSpec], children: Children, logs: Path, stages: Stages, *, host: str = HOST, key: str | None = None
+) -> Iterator[Servers]:
+    """`serve`, its start shown as a stage, and what happens later as lines."""
+    with ExitStack() as stack:
+        with stages.stage("serve") as stage:
+            stage.total(len(specs))
+            stage.outcome = f"{len(specs)} vLLM servers"
+            up = False
+
+            def show(name: str, what: str) -> None:
+                if up:
+                    stages.console.print(f"{datetime.now():%H:%M:%S} {name}: {what}", markup=False, highlight=False)
+                    return
+                stage.note(f"{name}: {what}")
+                if what.startswith("ready"):
+                    stage.advance()
+
+            servers = stack.enter_context(serve(specs, children, logs, show, host=host, key=key))
+            up = True
+        yield servers
+
+
+def to_specs(fleet: Fleet, elsewhere: Collection[str] = ()) -> list[ServerSpec]:
+    """The servers of the teachers that have a `model`.
+
+    Teachers with the same model, engine settings and number of replicas share their servers, whether they have an adapter or
+    none: each is an endpoint of its own there, and is asked for by its own name.
+
+    Args:
+        elsewhere: teachers that are not to be served.
+
+    Raises:
+        UserError: an adapter cannot be served.
+    """
+    shared: dict[tuple[Path, Engine, int], list[str]] = {}
+    for name, teacher in fleet.teachers.items():
+        if teacher.model is not None and name not in elsewhere:
+            shared.setdefault((teacher.model, teacher.engine, teacher.replicas), []).append(name)
+    folders = {name: fleet.teachers[name].adapter for group in shared.values() for name in group}
+    adapters = {name: read_adapter(folder) if folder else None for name, folder in folders.items()}
+    return [
+        ServerSpec(
+            f"{_joined(group)}.{i}",
+            model,
+            engine.model_copy(update={"port": engine.port + i if engine.port else None}),
+            updatable=False,
+            names={f"{name}.{i}": adapters[name] for name in group},
+        )
+        for (model, engine, replicas), group in shared.items()
+        for i in range(replicas)
+    ]
+
+
+def from_files(fleet: Fleet, files: Sequence[Path]) -> list[Endpoint]:
+    """The endpoints of teachers in files that `mmopd serve` wrote, asked for their models; a teacher in several files has more replicas.
+
+    Raises:
+        UserError: a file cannot be used, the fleet has no such teacher, or a server does not answer; names the file.
+    """
+    found: dict[str, list[Endpoint]] = {}
+    for path in files:
+        for endpoint in load(path).values():
+            if endpoint.teacher not in fleet.teachers:
+                raise UserError(
+                    f"{path}: the fleet has no teacher {endpoint.teacher or endpoint.name!r}{suggest(endpoint.teacher, fleet.teachers)}"
+                )
+            models = _models(endpoint, f"{path}: {endpoint.name}")
+            if endpoint.model not in models:
+                raise UserError(f"{path}: {endpoint.name}: {endpoint.url} serves {', '.join(models)}, and not {endpoint.model!r}")
+            found.setdefault(endpoint.teacher, []).append(endpoint)
+    return [dataclasses.replace(one, name=f"{teacher}.{i}") for teacher, group in found.items() for i, one in enumerate(group)]
+
+
+def running_elsewhere(name: str, url: str, key_variable: str | None) -> Endpoint:
+    """An endpoint of the fleet file, asked for the name of its model.
+
+    Raises:
+        UserError: the variable with its key is not set, or it does not answer.
+    """
+    key = key_in(key_variable, f"teacher {name}", "api_key_env") if key_variable else ""
+    found = Endpoint(name, url.rstrip("/").removesuffix("/v1"), "", key, "teacher")
+    return dataclasses.replace(found, model=_models(found, f"teacher {name}")[0])
+
+
+def key_in(variable: str, owner: str, setting: str) -> str:
+    """The API key that an environment variable holds.
+
+    Raises:
+        UserError: it is not set, or what it holds can be no key; the message does not show it.
+    """
+    key = os.environ.get(variable, "")
+    if not key:
+        raise UserError(f"{owner}: the environment variable {variable} ({setting}) is not set")
+    if not re.fullmatch(r"[!-~]+", key):  # else no HTTP header could carry it
+        raise UserError(f"{owner}: the environment variable {variable} ({setting}) holds blanks, line ends or other signs that no key has")
+    return key
+
+
+def serve_alone(fleet: Fleet, *, host: str, out: Path, key_variable: str | None, console: Console) -> None:
+    """`mmopd serve`: serve every teacher that has a `model`, write their endpoints to `out`, and stay until interrupted.
+
+    Raises:
+        UserError: there is nothing to serve, a server did not start, or one died too often.
+    """
+    key = key_in(key_variable, "mmopd serve", "--api-key-env") if key_variable else None
+    specs = to_specs(fleet)
+    if not specs:
+        raise UserError("no teacher of this fleet has a `model`: all of them run elsewhere, and there is nothing to serve")
+    if not _is_loopback(host):
+        advice = "use a private network or a tunnel"
+        console.print(f"[yellow]warning:[/] others reach --host {host} too; they need the key, and it travels in plain HTTP: {advice}")
+    logs = out.with_name(f"{out.stem}-logs")
+    logs.mkdir(parents=True, exist_ok=True)
+    with Children() as children, ExitStack() as stack:
+        with Stages(console) as stages:
+            servers = stack.enter_context(serve_in_stage(specs, children, logs, stages, host=host, key=key))
+        shown = [dataclasses.replace(endpoint, url=_public(endpoint.url, host)) for endpoint in servers.values()]
+        stack.callback(out.unlink, missing_ok=True)
+        save(out, shown)
+        console.print(_table(fleet, shown, servers))
+        console.print(
+            f"The endpoints and their key: {out}\nUse them: mmopd train RECIPE --endpoints {out}\nLogs: {logs}\nCtrl-C stops.", markup=False
+        )
+        while True:
+            servers.check()
+            time.sleep(WATCH_EVERY)
+
+
+def _joined(teachers: Sequence[str]) -> str:
+    """A name for what they share."""
+    name = "+".join(teachers)
+    return name if len(name) <= LONGEST_NAME else f"{teachers[0]}+{len(teachers) - 1}"
+
+
+def _models(endpoint: Endpoint, owner: str) -> list[str]:
+    """What a server says that it serves."""
+    try:
+        reply = httpx.get(f"{endpoint.url}/v1/models", headers=endpoint.headers, timeout=30)
+        if reply.status_code in {401, 403}:
+            raise UserError(f"{owner}: {endpoint.url} does not take the key (status {reply.status_code})")
+        models = [str(model["id"]) for model in reply.raise_for_status().json()["data"]]
+    except (httpx.HTTPError, httpx.InvalidURL, ValueError, LookupError, TypeError) as error:
+        raise UserError(f"{owner}: {endpoint.url} does not answer as a vLLM server ({type(error).__name__}: {error})") from error
+    if not models:
+        raise UserError(f"{owner}: {endpoint.url} serves no model")
+    return models
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        found = socket.getaddrinfo(host, None, socket.AF_INET)
+    except OSError:
+        return False
+    return all(ipaddress.ip_address(address[0]).is_loopback for *_, address in found)
+
+
+def _public(url: str, host: str) -> str:
+    """The URL by which other machines reach a server that listens on `host`."""
+    return url.replace(HOST, socket.gethostname(), 1) if host == ANY_HOST else url
+
+
+def _table(fleet: Fleet, endpoints: Sequence[Endpoint], servers: Servers) -> Table:
+    table = Table(title="Served", title_justify="left")
+    for column in ("teacher", "URL", "model", "GPUs"):
+        table.add_column(column, overflow="fold")
+    for endpoint in endpoints:
+        teacher = fleet.teachers[endpoint.teacher]
+        model = f"{teacher.model} + {teacher.adapter}" if teacher.adapter else str(teacher.model)
+        table.add_row(endpoint.name, endpoint.url, model, servers.gpus[endpoint.name] or "CPU")
+    return table

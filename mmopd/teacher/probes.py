@@ -1,0 +1,273 @@
+"""What the preflight asks with: the longest prompts of a mixture, images of awkward sizes, and images that are not the real ones.
+
+All of it as a teacher is shown it, through its view.
+"""
+
+import dataclasses
+import heapq
+import io
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from math import ceil, isqrt
+
+import numpy as np
+from PIL import Image
+
+from mmopd.config import Fleet, Teacher, View
+from mmopd.errors import UserError
+from mmopd.modality import Encoder
+from mmopd.modality.encode import PixelPolicy, open_image, size_of, to_rgb
+from mmopd.prompts.shards import Shards
+from mmopd.records import Encoded, Prompt
+from mmopd.task.base import Task
+from mmopd.teacher.router import find_judges
+from mmopd.teacher.view import blinded, encode_view, sees_image
+
+LOOKED_AT = 1000  # rows of a source that are read, evenly spaced, to find the longest, where its index counts no tokens
+LONGEST = 32  # of them, the largest of each (task, modality), that are encoded
+SHOWN = 4  # prompts of each source that are scored with a response
+CHARACTERS = 3  # of a token, about; only ranks prompts before they are encoded
+# (what log-probs that ought to be equal may differ by, mean over a response; what another image must change one by, at least)
+PRECISE, COARSE = (1e-4, 1e-2), (5e-2, 0.25)  # of a server that computes in float32; in 16 bits, or nobody knows in what
+BAD_ROW = (UserError, ValueError, OSError)  # a row that cannot be read or shown; OSError: pixels that do not decode
+BLOCKS = 4  # a shuffled image is cut into blocks of a quarter of its shorter side
+
+
+@dataclass(slots=True)
+class Kind:
+    """The prompts of one task and modality that a preflight works with."""
+
+    task: str
+    modality: str
+    rows: int = 0  # looked at, in shards or in their index
+    unreadable: int = 0  # rows of its sources
+    longest: list[Prompt] = field(default_factory=list)
+    shown: list[Prompt] = field(default_factory=list)
+
+
+def look(sources: Mapping[str, Sequence[Prompt]], encoder: Encoder) -> list[Kind]:
+    """The kinds of prompts that there are: of each the largest, by the size of their text and images, and some typical ones.
+
+    A row that cannot be read is counted; what becomes of it in a run is decided where rows are read in earnest.
+
+    Raises:
+        UserError: no row of a source can be read; names the source.
+    """
+    kinds: dict[tuple[str, str], Kind] = {}
+    for name, shards in sources.items():
+        typical = set(range(0, len(shards), ceil(len(shards) / SHOWN)))
+        counted = _counted(shards)
+        largest = counted if counted else range(0, len(shards), ceil(len(shards) / LOOKED_AT))
+        rows, unreadable = sorted({*typical, *largest}), 0
+        here: dict[tuple[str, str], list[tuple[int, int, Prompt]]] = {}  # the largest so far, of this source
+        for row in rows:
+            try:
+                prompt = shards[row]
+                size = _size(prompt, encoder)
+            except BAD_ROW:
+                unreadable += 1
+                continue
+            key = (prompt.task, prompt.modality)
+            kind, heap = kinds.setdefault(key, Kind(*key)), here.setdefault(key, [])
+            kind.rows += 1
+            if row in typical or not kind.shown:
+                kind.shown.append(prompt)
+            heapq.heappush(heap, (size, -row, prompt))
+            if len(heap) > LONGEST:
+                heapq.heappop(heap)
+        if not here:
+            raise UserError(f"sources.{name}: none of the {len(rows)} rows that were tried can be read; write the source again")
+        for key, heap in here.items():
+            kinds[key].rows += len(shards) - len(rows) if counted else 0
+            kinds[key].unreadable += unreadable
+            kinds[key].longest += [prompt for _, _, prompt in sorted(heap, reverse=True)]
+    return list(kinds.values())
+
+
+def _counted(shards: Sequence[Prompt]) -> list[int]:
+    """The longest rows by the tokens that the index counts, so that few shards are read; none if it does not tell the rows' kinds too."""
+    if not isinstance(shards, Shards) or shards.processor is None or len(shards.kinds) > 1:
+        return []
+    return heapq.nlargest(SHOWN, range(len(shards)), key=lambda row: shards.tokens(row) or 0)
+
+
+def _size(prompt: Prompt, encoder: Encoder) -> int:
+    text = sum(len(str(message["content"])) for message in prompt.messages) + sum(map(len, prompt.extra.values())) + len(prompt.answer)
+    return text // CHARACTERS + sum(encoder.pixels.tokens(encoder.pixels.grid(*size_of(open_image(data)))) for data in prompt.images)
+
+
+def awkward_sizes(pixels: PixelPolicy) -> dict[str, tuple[int, int]]:
+    """(width, height) that image processors with other settings resize in other ways, by name."""
+    unit = pixels.patch * pixels.merge
+    side = isqrt(pixels.max_pixels) + unit
+    return {
+        "tiny": (unit // 2 + 1, unit // 2 + 1),
+        "odd": (3 * unit + 5, 2 * unit + 3),
+        "tall": (unit, 6 * unit),
+        "wide": (6 * unit, unit),
+        "over the budget": (side + unit, side),
+    }
+
+
+def with_images(prompt: Prompt, images: Sequence[bytes]) -> Prompt:
+    """The prompt with other images in place of its own."""
+    return dataclasses.replace(prompt, images=tuple(images))
+
+
+def blank(size: tuple[int, int]) -> bytes:
+    """An even grey of this size (width, height), as PNG."""
+    return _png(Image.new("RGB", size, (128, 128, 128)))
+
+
+def shuffled(image: bytes, seed: int) -> bytes:
+    """The same pixels at other places: square blocks of the image, permuted; what does not fill a block stays where it is."""
+    pixels = np.array(to_rgb(open_image(image)))  # [height, width, 3]
+    side = max(1, min(pixels.shape[:2]) // BLOCKS)
+    rows, columns = pixels.shape[0] // side, pixels.shape[1] // side
+    inner = pixels[: rows * side, : columns * side]
+    blocks = inner.reshape(rows, side, columns, side, 3).swapaxes(1, 2).reshape(-1, side, side, 3)
+    blocks = blocks[np.random.default_rng(seed).permutation(len(blocks))]
+    pixels[: rows * side, : columns * side] = blocks.reshape(rows, columns, side, side, 3).swapaxes(1, 2).reshape(inner.shape)
+    return _png(Image.fromarray(pixels))
+
+
+def _png(image: Image.Image) -> bytes:
+    file = io.BytesIO()
+    image.save(file, "PNG")
+    return file.getvalue()
+
+
+@dataclass(frozen=True, slots=True)
+class Probe:
+    """A response to be scored after a prompt, as the teacher is shown it."""
+
+    encoded: Encoded
+    tokens: tuple[int, ...]
+    others: Mapping[str, Encoded] = field(default_factory=dict)  # the prompt with a blank and a shuffled image, where images are shown
+
+
+@dataclass(frozen=True, slots=True)
+class Sized:
+    """A prompt whose images have an awkward size."""
+
+    name: str
+    size: str  # width x height, pixels
+    encoded: Encoded
+    tokens: int  # of its images
+
+
+@dataclass(slots=True)
+class Questions:
+    """All that the replicas of one teacher are asked."""
+
+    plain: Probe  # text alone, short
+    tolerance: float  # of log-probs that ought to be equal, mean over a response
+    alive: float  # a log-prob must change by more than this when the image is another
+    probes: list[Probe] = field(default_factory=list)
+    sizes: list[Sized] = field(default_factory=list)
+    longest: Encoded | None = None  # None if no prompt is routed to the teacher
+    looked: str = ""  # among how many it is the longest
+    unusable: dict[str, str] = field(default_factory=dict)  # key of a prompt -> why it cannot be shown
+
+
+def questions(
+    name: str,
+    fleet: Fleet,
+    tasks: Mapping[str, Task],
+    encoder: Encoder,
+    kinds: Sequence[Kind],
+    *,
+    responses: Mapping[str, Sequence[tuple[int, ...]]],
+) -> Questions:
+    """What to ask the teacher `name`: about the prompts that are routed to it, or a plain question where there are none."""
+    routed = [
+        (kind, judge.view) for kind in kinds for judge in find_judges(fleet, tasks, kind.task, kind.modality) if judge.teacher == name
+    ]
+    end = int(encoder.tokenizer.eos_token_id)
+    plain = encoder.encode(Prompt("preflight", "", "text", ({"role": "user", "content": "What is 12 + 30?"},), (), "42"))
+    tolerance, alive = PRECISE if in_float32(fleet.teachers[name]) else COARSE
+    asked = Questions(Probe(plain, (*encoder.tokenizer.encode("42", add_special_tokens=False), end)), tolerance, alive)
+    asked.probes.append(asked.plain)
+    for view in _different(view for _, view in routed):
+        _measure_images(asked, encoder, [kind for kind, one in routed if one == view], view)
+    _show(asked, encoder, routed, responses, end)
+    _find_longest(asked, encoder, routed)
+    return asked
+
+
+def in_float32(teacher: Teacher) -> bool:
+    """Whether its scores are computed in float32; what nobody knows is taken not to be."""
+    if teacher.model is None or teacher.engine.dtype != "auto":
+        return teacher.model is not None and teacher.engine.dtype == "float32"
+    path = teacher.model / "config.json"  # it need not be on this machine
+    config = json.loads(path.read_text()) if path.is_file() else {}
+    return str(config.get("dtype") or config.get("torch_dtype")) == "float32"
+
+
+def _show(
+    asked: Questions, encoder: Encoder, routed: Sequence[tuple[Kind, View]], responses: Mapping[str, Sequence[tuple[int, ...]]], end: int
+) -> None:
+    """Some prompts of each sort, the first of every kind before the second of any: `SHOWN` with images to see, as many without."""
+    left = {True: SHOWN, False: SHOWN}
+    ranked = sorted(((i, prompt, view) for kind, view in routed for i, prompt in enumerate(kind.shown)), key=lambda one: one[0])
+    for i, prompt, view in ranked:
+        sees = sees_image(view) and bool(prompt.images)
+        if not left[sees]:
+            continue
+        try:
+            shown = _through(encoder, prompt, view)
+            others = {}
+            if sees:
+                others["blank"] = _through(encoder, prompt, blinded(view))
+                others["shuffled"] = _through(encoder, with_images(prompt, [shuffled(image, i) for image in prompt.images]), view)
+        except BAD_ROW as error:
+            asked.unusable[prompt.key] = str(error)
+            continue
+        left[sees] -= 1
+        answer = (*encoder.tokenizer.encode(prompt.answer, add_special_tokens=False), end)
+        asked.probes += [Probe(shown, tokens, others) for tokens in dict.fromkeys([*responses.get(prompt.key, ()), answer])]
+
+
+def _measure_images(asked: Questions, encoder: Encoder, kinds: Sequence[Kind], view: View) -> None:
+    """A short prompt with images, with images of each awkward size in place of its own."""
+    prompts = [prompt for kind in kinds for prompt in kind.shown if prompt.images]
+    for name, (width, height) in awkward_sizes(encoder.pixels).items() if prompts else ():
+        prompt = min(prompts, key=lambda p: (len(p.images), len(str(p.messages))))
+        try:
+            encoded = _through(encoder, with_images(prompt, [blank((width, height))] * len(prompt.images)), view)
+        except BAD_ROW as error:
+            asked.unusable[prompt.key] = str(error)
+            continue
+        if encoded.prompt.images:
+            asked.sizes.append(Sized(name, f"{width}x{height}", encoded, encoded.expanded.count(encoder.image_token)))
+
+
+def _find_longest(asked: Questions, encoder: Encoder, routed: Sequence[tuple[Kind, View]]) -> None:
+    encoded = 0
+    for kind, view in routed:
+        for prompt in kind.longest:
+            try:
+                shown = _through(encoder, prompt, view)
+            except BAD_ROW as error:
+                asked.unusable[prompt.key] = str(error)
+                continue
+            encoded += 1
+            if asked.longest is None or len(shown.expanded) > len(asked.longest.expanded):
+                asked.longest = shown
+    rows = sum(kind.rows for kind, _ in routed)
+    unreadable = sum(kind.unreadable for kind, _ in routed)
+    asked.looked = f"the longest of {encoded:,} prompts" + (f", the largest of {rows:,}" if rows > encoded else "")
+    asked.looked += f"; {unreadable} rows cannot be read" if unreadable else ""
+
+
+def _through(encoder: Encoder, prompt: Prompt, view: View) -> Encoded:
+    return encode_view(encoder, encoder.encode(prompt), view)
+
+
+def _different(views: Iterable[View]) -> list[View]:
+    found: list[View] = []
+    for view in views:
+        if view not in found:
+            found.append(view)
+    return found

@@ -1,0 +1,186 @@
+"""What a teacher is shown of a prompt: all of it, or a rewriting of its images and words.
+
+Only the prompt is rewritten. The ids of the response are the student's own under every view, so that a score has one number for
+each of the student's tokens, whatever stands before them.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from hashlib import blake2b
+from io import BytesIO
+from string import Formatter
+from threading import Lock
+
+from cachetools import LRUCache, cached
+from PIL import Image
+
+from mmopd.config import View
+from mmopd.modality import Encoder, PixelPolicy
+from mmopd.modality.encode import MAX_PIXELS, check_size, open_image, size_of, to_rgb
+from mmopd.records import Encoded, Message, Prompt
+
+BUILT_IN: Mapping[str, View] = {
+    "full": View(),
+    "text": View(images="drop"),
+    "blank": View(images="blank"),
+    "caption": View(images="drop", instead="{caption}\n"),
+    "ocr": View(images="drop", instead="{ocr}\n"),
+    "privileged": View(hint="\nThe answer is {answer}."),
+}
+GREY = 128  # of 255
+CACHE_BYTES = 1 << 26  # of redrawn images: the responses of a group share theirs
+
+
+class ViewError(ValueError):
+    """A view that is not well formed, or a row that lacks what its view shows."""
+
+
+def check_view(view: View) -> None:
+    """What can be known of a view without a row.
+
+    Raises:
+        ViewError: keys that do not go together, or a template with more than `{name}` in it.
+    """
+    budget = view.min_pixels is not None or view.max_pixels is not None
+    if view.instead and view.images != "drop":
+        raise ViewError("`instead` is text in place of the images: it needs `images: drop`")
+    if budget and view.images == "drop":
+        raise ViewError("a pixel budget is of no use with `images: drop`")
+    if view.min_pixels and view.max_pixels and view.min_pixels > view.max_pixels:
+        raise ViewError(f"min_pixels {view.min_pixels} is more than max_pixels {view.max_pixels}")
+    if max(view.min_pixels or 0, view.max_pixels or 0) > MAX_PIXELS:
+        raise ViewError(f"a pixel budget of {max(view.min_pixels or 0, view.max_pixels or 0)}; at most {MAX_PIXELS}")
+    for template in (view.instead, view.hint):
+        _parse(template)
+
+
+def sees_image(view: View) -> bool:
+    """Whether a teacher with this view is shown the images themselves."""
+    return view.images == "keep"
+
+
+def blinded(view: View) -> View:
+    """The same words, and a grey area in place of each image, of as many visual tokens."""
+    return view.model_copy(update={"images": "blank"})
+
+
+def encode_view(encoder: Encoder, encoded: Encoded, view: View) -> Encoded:
+    """The prompt as a teacher with this view reads it; `encoded` itself if that is all of it as it stands.
+
+    Under a pixel budget the images are sent in the size that the budget gives them, as PNG, and are expected to become that many
+    visual tokens: a server whose own budget is smaller answers with other ids, which is an error there.
+
+    Raises:
+        ViewError: the row lacks a text that the view shows (names the row and the text), or has an image that cannot be redrawn.
+    """
+    prompt = encoded.prompt
+    budget = _budget(encoder.pixels, view)
+    redraws = bool(prompt.images) and (view.images == "blank" or (view.images == "keep" and budget is not None))
+    drops = bool(prompt.images) and view.images == "drop"
+    if not (redraws or drops or view.hint):
+        return encoded
+    messages, images = prompt.messages, prompt.images
+    try:
+        if drops:
+            messages, images = _without_images(messages, _fill(view.instead, prompt)), ()
+        if redraws:
+            images = tuple(_redraw(image, budget, blank=view.images == "blank") for image in images)
+        if view.hint:
+            messages = _with_hint(messages, _fill(view.hint, prompt))
+        # Images in the size of a budget are cut into patches as they are.
+        pixels = replace(encoder.pixels, min_pixels=1, max_pixels=MAX_PIXELS) if redraws and budget else encoder.pixels
+        return encoder.encode(replace(prompt, messages=messages, images=images), pixels)
+    except (ValueError, OSError) as error:  # OSError: pixels that do not decode
+        raise ViewError(f"{prompt.key}: {str(error).removeprefix(f'{prompt.key}: ')}") from error
+
+
+def _budget(own: PixelPolicy, view: View) -> PixelPolicy | None:
+    """The student's budget with the view's in its place; a bound that is not given yields to the one that is."""
+    low, high = view.min_pixels, view.max_pixels
+    if low is None and high is None:
+        return None
+    return replace(
+        own,
+        min_pixels=min(own.min_pixels, high or own.min_pixels) if low is None else low,
+        max_pixels=max(own.max_pixels, low or own.max_pixels) if high is None else high,
+    )
+
+
+def _redraw(image: bytes, budget: PixelPolicy | None, *, blank: bool) -> bytes:
+    """The image in the size of the budget, or its own; grey if blank. What would not change stays as it is, byte for byte."""
+    size = own = size_of(open_image(image))
+    if budget is not None:
+        _, rows, columns = budget.grid(*own)
+        size = (columns * budget.patch, rows * budget.patch)
+        check_size(*size)
+    if blank:
+        return _draw(None, size)
+    return image if size == own else _draw(image, size)
+
+
+def _key(image: bytes | None, size: tuple[int, int]) -> tuple[bytes | None, tuple[int, int]]:
+    return (None if image is None else blake2b(image, digest_size=16).digest()), size
+
+
+@cached(LRUCache(CACHE_BYTES, getsizeof=len), key=_key, lock=Lock())
+def _draw(image: bytes | None, size: tuple[int, int]) -> bytes:
+    """A PNG of this (width, height): of the image, upright and resized as Qwen's processor does, or grey without one."""
+    drawn = Image.new("L", size, GREY) if image is None else to_rgb(open_image(image)).resize(size, Image.Resampling.BICUBIC)
+    file = BytesIO()
+    drawn.save(file, "PNG", compress_level=1)  # lossless at every level; the smallest files take ten times as long
+    return file.getvalue()
+
+
+def _without_images(messages: Sequence[Message], instead: str) -> tuple[Message, ...]:
+    """The messages with `instead` where the first image was, and nothing where the others were."""
+    text = [{"type": "text", "text": instead}] if instead else []
+    shown: list[Message] = []
+    for message in messages:
+        if isinstance(message["content"], str):
+            shown.append(message)
+            continue
+        parts: list[Message] = []
+        for part in message["content"]:
+            if part.get("type") == "image":
+                parts += text
+                text = []
+            else:
+                parts.append(part)
+        shown.append({**message, "content": parts})
+    return tuple(shown)
+
+
+def _with_hint(messages: Sequence[Message], hint: str) -> tuple[Message, ...]:
+    """The messages with the hint at the end of the user's last one."""
+    last = max((i for i, message in enumerate(messages) if message["role"] == "user"), default=None)
+    if last is None:
+        raise ViewError("no message of a user to put the hint into")
+    content = messages[last]["content"]
+    hinted = content + hint if isinstance(content, str) else [*content, {"type": "text", "text": hint}]
+    return (*messages[:last], {**messages[last], "content": hinted}, *messages[last + 1 :])
+
+
+def _fill(template: str, prompt: Prompt) -> str:
+    """The template with the row's texts in its fields."""
+    texts = {**prompt.extra, "answer": prompt.answer}
+    filled = ""
+    for literal, name in _parse(template):
+        filled += literal
+        if name is not None:
+            if not texts.get(name, "").strip():
+                there = ", ".join(sorted(key for key, text in texts.items() if text.strip())) or "none"
+                raise ViewError(f"the row has no text {name!r}, which its view shows; it has {there}")
+            filled += texts[name]
+    return filled
+
+
+def _parse(template: str) -> list[tuple[str, str | None]]:
+    """(text, name of the field after it) of each piece. No attributes, indices or formats: rows and views are data."""
+    try:
+        pieces = list(Formatter().parse(template))
+    except ValueError as error:
+        raise ViewError(f"{template!r}: {error}; a brace that is meant is written twice") from None
+    for _, name, form, conversion in pieces:
+        if name is not None and (not name.isidentifier() or form or conversion):
+            raise ViewError(f"{template!r}: a field is a plain name such as {{caption}}; a brace that is meant is written twice")
+    return [(literal, name) for literal, name, _, _ in pieces]

@@ -1,0 +1,76 @@
+"""A package named `vllm` that starts in no time: an API server with the real one's routes for readiness, and an engine process.
+
+For tests of what happens around servers: supervisors, restarts, the command line. A model folder with a file `crash` does not start.
+"""
+
+from pathlib import Path
+
+MODULES = [  # that the real package is asked for
+    "entrypoints.launchers.api_server.routers",
+    "v1.engine.async_llm",
+    "v1.engine.utils",
+    "v1.executor.uniproc_executor",
+    "v1.worker.cpu_worker",
+]
+REGISTRY = "class ModelRegistry:\n    models = {}\n"
+ENTRY = """
+import argparse, http.server, json, os, pathlib, signal, sys, time
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        if self.headers.get("Authorization") != "Bearer " + os.environ["VLLM_API_KEY"]:
+            return self.answer(401, {})
+        if self.path == "/pids":
+            return self.answer(200, {"server": os.getpid(), "engine": ENGINE})
+        self.answer(200, {"data": [{"id": name} for name in NAMES]})
+
+    def answer(self, status, body):
+        data = json.dumps(body).encode()
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
+
+    def log_message(self, *args):
+        pass
+
+def main():
+    global NAMES, ENGINE
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--model")
+    parser.add_argument("--host")
+    parser.add_argument("--port", type=int)
+    parser.add_argument("--served-model-name", nargs="+")
+    parser.add_argument("--lora-modules", nargs="*", default=[])
+    options, _ = parser.parse_known_args()
+    if pathlib.Path(options.model, "crash").exists():
+        sys.exit("the weights are broken")
+    NAMES = options.served_model_name + [module.partition("=")[0] for module in options.lora_modules]
+    server = http.server.ThreadingHTTPServer((options.host, options.port), Handler)
+    parent = os.getpid()
+    ENGINE = os.fork()
+    if ENGINE == 0:  # it holds the port open, as the real one does, and outlives its parent
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        time.sleep(600)
+    print("serving", NAMES, flush=True)
+    server.serve_forever()
+"""
+
+
+def install(folder: Path) -> str:
+    """Write the package; what PYTHONPATH must be for it to be found first."""
+    root = folder / "fake_package"
+    for module in [*MODULES, "entrypoints.launchers.api_server.entry"]:
+        path = root / "vllm" / Path(*module.split(".")).with_suffix(".py")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(ENTRY if module.endswith("entry") else "")
+    for path in [root / "vllm", *(p for p in (root / "vllm").rglob("*") if p.is_dir())]:
+        (path / "__init__.py").write_text(REGISTRY if path.name == "vllm" else "")
+    return str(root)
+
+
+def fake_model(folder: Path) -> Path:
+    """A folder that the fake server takes for a model."""
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text('{"architectures": ["Fake"]}')
+    return folder

@@ -1,0 +1,109 @@
+"""Comparisons: every run once, statistics that can be checked by hand, and nothing made twice."""
+
+import csv
+
+import pytest
+from rich.console import Console
+
+from mmopd import compare, config
+from mmopd.config import Comparison
+from mmopd.errors import UserError
+from mmopd.evaluate.lmms import Record
+from mmopd.evaluate.table import Results, Row
+from mmopd.progress import Stages
+
+GRID = {
+    "recipe": "recipes/demo.yaml",
+    "set": {"train.steps": 3},
+    "variants": {"opd": {"label": "OPD", "set": {"algorithm.margin": None}}, "uni": {}},
+    "tables": {
+        "one": {"title": "One", "seeds": 3, "baseline": "opd", "variants": ["opd", "uni"]},
+        "two": {"title": "Two", "seeds": 2, "baseline": "uni", "variants": ["uni"]},
+    },
+}
+
+
+def grid(**changes):
+    return Comparison.model_validate({**GRID, **changes})
+
+
+def record(name, column, score):
+    return Record(name, "", column, "t", "m", "ok", "", score, 1.0, 100, "", "", {}, {}, 1.0)
+
+
+def finish(run, sums, digits):
+    rows = [Row("base", "base", (record("base", "sums", 50.0), record("base", "digits", 40.0)))]
+    rows += [Row("teacher", "teacher", (record("teacher", "sums", 100.0),))]
+    rows += [Row("distilled", "distilled", (record("distilled", "sums", sums), record("distilled", "digits", digits)))]
+    Results.of(rows).write(run.folder)
+
+
+@pytest.fixture
+def finished(tmp_path):
+    runs = compare.plan_runs(grid(), tmp_path)
+    for seed, (sums, digits) in enumerate([(90.0, 80.0), (92.0, 78.0), (94.0, 82.0)]):
+        finish(runs["opd", seed], sums, digits)
+        finish(runs["uni", seed], sums + 1 + seed, digits)
+    return runs
+
+
+def test_tables_share_runs_and_a_changed_setting_is_another_run(tmp_path):
+    runs = compare.plan_runs(grid(), tmp_path)
+    assert list(runs) == [(variant, seed) for seed in range(3) for variant in ("opd", "uni")]
+    assert runs["opd", 1].settings == {"train.steps": 3, "algorithm.margin": None, "seed": 1}
+    other = compare.plan_runs(grid(set={"train.steps": 4}), tmp_path)
+    assert not {run.folder for run in runs.values()} & {run.folder for run in other.values()}
+
+
+def test_means_intervals_and_paired_differences_are_those_worked_by_hand(finished):
+    columns, rows = compare.lines(grid(), grid().tables["one"], finished)
+    assert columns == ["sums", "digits", "average"]
+    by_label = {row.label: row for row in rows}
+    assert list(by_label) == ["base", "teacher", "OPD", "uni"]
+    sums = by_label["OPD"].score["sums"]
+    assert (sums.mean, sums.n) == (92.0, 3)
+    assert sums.half == pytest.approx(4.303 * 2 / 3**0.5, abs=1e-3)  # t(0.975, 2) x s / sqrt(n)
+    difference = by_label["uni"].difference["sums"]  # 1, 2, 3
+    assert difference.mean == pytest.approx(2.0)
+    assert difference.half == pytest.approx(4.303 * 1 / 3**0.5, abs=1e-3)
+    assert by_label["uni"].difference["average"].mean == pytest.approx(1.0)
+    assert by_label["OPD"].difference == {}
+    assert by_label["base"].score["sums"].half is None
+    assert "digits" not in by_label["teacher"].score
+
+
+def test_the_page_the_csv_and_the_pictures_are_written_from_finished_runs_without_running_anything(finished, tmp_path):
+    with Stages(Console(quiet=True)) as stages:
+        page = compare.compare("grid", grid(), tmp_path, stages)
+    text = page.read_text()
+    assert "| OPD | 92.0 ± 5.0 | 80.0 ± 5.0 | 86.0 ± 4.3 |  |  |  |" in text
+    assert "+2.0 ± 2.5" in text
+    with (tmp_path / "grid.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert {row["table"] for row in rows} == {"one", "two"}
+    assert [row["mean"] for row in rows if (row["table"], row["row"], row["column"]) == ("one", "OPD", "sums")] == ["92.0"]
+    for table in ("one", "two"):
+        assert (tmp_path / f"grid-{table}.png").read_bytes().startswith(b"\x89PNG")
+        assert f"grid-{table}.png" in text
+
+
+def test_a_run_that_fails_is_named_with_its_log_and_those_before_it_are_kept(finished, tmp_path):
+    (finished["uni", 2].folder / "results.json").unlink()
+    nowhere = grid(recipe=str(tmp_path / "nowhere.yaml"))
+    runs = [*list(finished.values())[:-1], compare.plan_runs(nowhere, tmp_path)["uni", 2]]
+    with Stages(Console(quiet=True)) as stages, pytest.raises(UserError, match=r"uni-seed2-\w+ ended with status 2.*(?s:.)*no such file"):
+        compare.run_all(nowhere, runs, stages)
+    assert all(run.finished for run in runs[:-1])
+
+
+def test_a_missing_score_is_an_error_and_not_a_mean_of_what_is_left(finished):
+    run = finished["uni", 1]
+    Results.of([Row("distilled", "distilled", (record("distilled", "sums", 91.0),))]).write(run.folder)
+    with pytest.raises(UserError, match="no score in digits"):
+        compare.lines(grid(), grid().tables["one"], finished)
+
+
+def test_a_table_with_an_unknown_variant_is_refused(tmp_path):
+    (tmp_path / "c.yaml").write_text("recipe: r\nvariants: {opd: {}}\ntables: {t: {title: T, baseline: opd, variants: [odp]}}")
+    with pytest.raises(UserError, match=r"tables.t: no variant 'odp'; did you mean 'opd'"):
+        config.read(Comparison, tmp_path / "c.yaml")

@@ -1,0 +1,299 @@
+"""Scoring by several teachers, views and replicas under faults: what comes out is exact, absent, or not believed; and it all balances.
+
+What a single reply cannot show (a server that is blind or answers at random) is found by preflight: see `test_preflight.py`.
+"""
+
+import asyncio
+import random
+import time
+from contextlib import AsyncExitStack
+from itertools import pairwise
+
+import pytest
+from fake_vllm import FAULTS, SLOW, FakeVLLM, logprob
+
+from mmopd.config import Fleet, View
+from mmopd.demo.world import additions, build_processor, digit_sums
+from mmopd.errors import UserError
+from mmopd.modality import Encoder
+from mmopd.records import Absent, Prompt, Score
+from mmopd.task import Task
+from mmopd.teacher import pool
+from mmopd.teacher.client import Scorer
+from mmopd.teacher.view import BUILT_IN, blinded, encode_view
+
+TOKENS = (5, 6, 7, 8)
+
+
+@pytest.fixture(scope="module")
+def encoder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("processor")
+    build_processor().save_pretrained(folder)
+    return Encoder(folder)
+
+
+def prompt(row, modality, key, **extra):
+    return Prompt(key, modality, modality, tuple(row["messages"]), tuple(row["images"]), row["answer"], extra)
+
+
+@pytest.fixture(scope="module")
+def images(encoder):
+    rows = digit_sums("few", 12, 0)
+    return [encoder.encode(prompt(row, "image", f"i/{i}", caption=f"{i} and {i}")) for i, row in enumerate(rows)]
+
+
+@pytest.fixture(scope="module")
+def text(encoder):
+    return encoder.encode(prompt(additions("few", 1, 0)[0], "text", "t/0"))
+
+
+def fleet(routes, **teachers):
+    each = {name: {"endpoints": [f"http://{name}"], **settings} for name, settings in teachers.items()}
+    return Fleet.model_validate({"teachers": each, "routes": routes})
+
+
+def run(work, fleet, servers, encoder, tasks=None, **settings):
+    """(what `work(scorer)` returns, counts) with the servers of each teacher running."""
+
+    async def main():
+        async with AsyncExitStack() as stack:
+            for server in {id(s): s for group in servers.values() for s in group}.values():
+                await stack.enter_async_context(server)
+            endpoints = {name: [server.endpoint for server in group] for name, group in servers.items()}
+            scorer = await stack.enter_async_context(Scorer(fleet, tasks or {}, endpoints, encoder, **settings))
+            return await work(scorer), scorer.counts
+
+    return asyncio.run(asyncio.wait_for(main(), 120))
+
+
+def balances(counts, n):
+    absent = sum(v for k, v in counts.items() if k.startswith("absent/"))
+    failed = sum(v for k, v in counts.items() if k.startswith("failed/"))
+    sent = counts["requests"] - failed - counts["cancelled"]
+    return counts["asked"] == n == counts["scored"] + absent and sent == counts["answers"] - counts["reused"]
+
+
+def right(encoder, encoded, tokens, view="full"):
+    shown = encode_view(encoder, encoded, view if isinstance(view, View) else BUILT_IN[view])
+    return tuple(logprob(t, len(shown.expanded) + i, shown.prompt.images) for i, t in enumerate(tokens))
+
+
+def one(encoded, tokens=TOKENS, **settings):
+    return lambda scorer: scorer.score(encoded, tokens, **settings)
+
+
+def test_several_teachers_give_the_mean_of_their_log_probs_by_their_shares_each_with_its_view(encoder, images):
+    routed = fleet([{"teacher": {"a": 3, "b": 1}}], a={"weight": 2.0}, b={"weight": 4.0, "view": "text"})
+    result, counts = run(one(images[0]), routed, {"a": [FakeVLLM(encoder)], "b": [FakeVLLM(encoder)]}, encoder)
+    a, b = right(encoder, images[0], TOKENS), right(encoder, images[0], TOKENS, "text")
+    assert a != b
+    assert result.logprobs == pytest.approx([0.75 * x + 0.25 * y for x, y in zip(a, b, strict=True)])
+    assert (result.teacher, result.weight) == ("a+b", 2.5)
+    assert balances(counts, 1)
+    assert counts["answers"] == 2
+
+
+def test_without_one_of_its_teachers_a_response_has_no_score_since_the_target_must_not_change(encoder, text):
+    routed = fleet([{"teacher": {"a": 1, "b": 1}}], a={"timeout": 1}, b={"timeout": 1})
+    result, counts = run(one(text), routed, {"a": [FakeVLLM(encoder)], "b": [FakeVLLM(encoder, lambda n: "nan")]}, encoder)
+    assert isinstance(result, Absent)
+    assert (result.teacher, result.cause) == ("b", "non_finite")
+    assert balances(counts, 1)
+
+
+def test_a_row_without_the_text_of_its_view_is_absent_by_that_cause_and_costs_no_request(encoder, images, text):
+    bare = encoder.encode(Prompt("i/x", "image", "image", images[0].prompt.messages, images[0].prompt.images, "1"))
+    server = FakeVLLM(encoder)
+    routed = fleet([{"teacher": "a"}], a={"view": "caption"})
+
+    async def both(scorer):
+        return await asyncio.gather(scorer.score(bare, TOKENS), scorer.score(images[3], TOKENS))
+
+    (missing, there), counts = run(both, routed, {"a": [server]}, encoder)
+    assert (missing.cause, missing.teacher) == ("view", "a")
+    assert "caption" in missing.detail
+    assert there == Score("a", right(encoder, images[3], TOKENS, "caption"))
+    assert "3 and 3" in encoder.tokenizer.decode(server.requests[0]["token_ids"])
+    assert balances(counts, 2)
+    assert counts["absent/view"] == 1
+
+
+def test_a_task_may_have_a_view_of_its_own(encoder, images):
+    tasks = {"image": Task("image", "image", views={"told": View(hint=" It is {answer}.")})}
+    server = FakeVLLM(encoder)
+    routed = fleet([{"teacher": "a", "view": "told"}], a={})
+    result, _ = run(one(images[0]), routed, {"a": [server]}, encoder, tasks)
+    assert f"It is {images[0].prompt.answer}." in encoder.tokenizer.decode(server.requests[0]["token_ids"])
+    assert result.logprobs == right(encoder, images[0], TOKENS, tasks["image"].views["told"])
+
+
+def test_a_blind_score_is_that_of_the_same_prompt_with_blank_images(encoder, images, text):
+    routed = fleet([{"teacher": "a", "modality": "image"}, {"teacher": "b"}], a={}, b={"view": "text"})
+    servers = {"a": [FakeVLLM(encoder)], "b": [FakeVLLM(encoder)]}
+
+    async def work(scorer):
+        assert scorer.sees_image(images[0])
+        assert not scorer.sees_image(text)
+        return await scorer.score(images[0], TOKENS, blind=True)
+
+    result, _ = run(work, routed, servers, encoder)
+    assert result.logprobs == right(encoder, images[0], TOKENS, blinded(View()))
+    assert result.logprobs != right(encoder, images[0], TOKENS)
+
+
+def test_the_likeliest_tokens_are_given_on_request_beside_the_responses_own(encoder, images, text):
+    async def both(scorer):
+        return await asyncio.gather(scorer.score(images[0], TOKENS), scorer.score(text, TOKENS))
+
+    results, _ = run(both, fleet([{"teacher": "a"}], a={}), {"a": [FakeVLLM(encoder)]}, encoder, top_k=5)
+    for encoded, result in zip((images[0], text), results, strict=True):
+        assert result.logprobs == right(encoder, encoded, TOKENS)
+        for i, top in enumerate(result.top):
+            at = len(encoded.expanded) + i
+            every = sorted((logprob(t, at, encoded.prompt.images) for t in range(len(encoder.tokenizer))), reverse=True)
+            assert sorted(top.values(), reverse=True) == every[:5]
+            assert all(logprob(t, at, encoded.prompt.images) == value for t, value in top.items())
+
+
+def test_the_likeliest_tokens_of_several_teachers_are_refused_with_the_reason(encoder):
+    routed = fleet([{"teacher": {"a": 1, "b": 1}}], a={}, b={})
+    endpoints = {"a": [FakeVLLM(encoder).endpoint], "b": [FakeVLLM(encoder).endpoint]}
+    with pytest.raises(UserError, match="the 5 likeliest tokens of a, b cannot be mixed"):
+        Scorer(routed, {}, endpoints, encoder, top_k=5)
+
+
+def test_the_responses_of_an_image_go_to_one_replica_and_texts_to_the_least_busy(encoder, images, text):
+    servers = [FakeVLLM(encoder, delay=0.05) for _ in range(3)]
+    where = {id(s): [] for s in servers}
+
+    async def work(scorer):
+        for encoded in images:
+            await asyncio.gather(*(scorer.score(encoded, (i, 1)) for i in range(8)))
+            for server in servers:
+                where[id(server)].append(len(server.requests))
+        before = [len(s.requests) for s in servers]
+        await asyncio.gather(*(scorer.score(text, (i, 1)) for i in range(9)))
+        return [len(s.requests) - b for s, b in zip(servers, before, strict=True)]
+
+    texts, counts = run(work, fleet([{"teacher": "a"}], a={}), {"a": servers}, encoder)
+    grown = [[b - a for a, b in pairwise([0, *totals])] for totals in where.values()]
+    assert all(sorted(by_replica) == [0, 0, 8] for by_replica in zip(*grown, strict=True)), "a group was split"
+    assert sum(any(g) for g in grown) > 1, "all images went to one replica"
+    assert texts == [3, 3, 3]
+    assert balances(counts, 8 * len(images) + 9)
+
+
+def test_a_replica_that_is_much_busier_than_the_others_does_not_get_all_of_a_large_group(encoder, images):
+    servers = [FakeVLLM(encoder, delay=0.05) for _ in range(3)]
+
+    async def work(scorer):
+        await asyncio.gather(*(scorer.score(images[0], (i, 1)) for i in range(60)))
+
+    run(work, fleet([{"teacher": "a"}], a={"concurrency": 64}), {"a": servers}, encoder)
+    most = sorted(s.most_in_flight for s in servers)
+    assert most[2] - most[0] <= pool.SLACK + 1
+    assert most[0] >= 10
+
+
+def test_a_late_answer_is_asked_for_elsewhere_and_counts_once(encoder, text, monkeypatch):
+    monkeypatch.setattr(pool, "LATE_AT_LEAST", 0.1)
+    slow = {"on": False}
+    servers = [FakeVLLM(encoder, lambda n: "slow" if slow["on"] else None), FakeVLLM(encoder)]
+
+    async def work(scorer):
+        await asyncio.gather(*(scorer.score(text, (i, 1)) for i in range(pool.LATE_AFTER + 10)))
+        slow["on"] = True
+        began = time.monotonic()
+        late = await asyncio.gather(*(scorer.score(text, (i, 2)) for i in range(10)))
+        return late, time.monotonic() - began
+
+    (late, seconds), counts = run(work, fleet([{"teacher": "a"}], a={}), {"a": servers}, encoder)
+    assert [r.logprobs for r in late] == [right(encoder, text, (i, 2)) for i in range(10)]
+    assert seconds < SLOW
+    assert 1 <= counts["hedged"] == counts["cancelled"]
+    assert balances(counts, pool.LATE_AFTER + 20)
+
+
+def test_a_replica_that_is_always_late_is_left_alone(encoder, text, monkeypatch):
+    monkeypatch.setattr(pool, "LATE_AT_LEAST", 0.05)
+    slow = {"on": False}
+    servers = [FakeVLLM(encoder, lambda n: "hang" if slow["on"] else None), FakeVLLM(encoder)]
+
+    async def work(scorer):
+        await asyncio.gather(*(scorer.score(text, (i, 1)) for i in range(pool.LATE_AFTER)))
+        slow["on"], before = True, len(servers[0].requests)
+        for i in range(40):
+            assert isinstance(await scorer.score(text, (i, 2)), Score)
+        return len(servers[0].requests) - before
+
+    hung, counts = run(work, fleet([{"teacher": "a"}], a={"timeout": 30}), {"a": servers}, encoder)
+    assert hung <= pool.BREAK_AFTER + 3
+    assert balances(counts, pool.LATE_AFTER + 40)
+
+
+def test_one_replica_alone_is_not_hedged(encoder, text, monkeypatch):
+    monkeypatch.setattr(pool, "LATE_AT_LEAST", 0.01)
+    server = FakeVLLM(encoder, lambda n: "slow" if n == 30 else None)
+
+    async def work(scorer):
+        for i in range(32):
+            await scorer.score(text, (i, 1))
+
+    _, counts = run(work, fleet([{"teacher": "a"}], a={"timeout": 10}), {"a": [server]}, encoder)
+    assert counts["hedged"] == counts["cancelled"] == 0
+    assert len(server.requests) == 32
+
+
+def test_a_server_that_asks_for_a_pause_gets_it(encoder, text):
+    times = []
+
+    def fault(n):
+        times.append(time.monotonic())
+        return "429" if n == 0 else None
+
+    result, counts = run(one(text), fleet([{"teacher": "a"}], a={"timeout": 20}), {"a": [FakeVLLM(encoder, fault)]}, encoder)
+    assert isinstance(result, Score)
+    assert times[1] - times[0] >= 1.0
+    assert counts["failed/status"] == 1
+    assert balances(counts, 1)
+
+
+def test_a_caller_that_is_cancelled_while_it_waits_for_a_view_takes_nothing_from_the_others(encoder, images):
+    async def work(scorer):
+        first, second = (asyncio.create_task(scorer.score(images[1], TOKENS)) for _ in range(2))
+        await asyncio.sleep(0)
+        first.cancel()
+        return await second
+
+    result, _ = run(work, fleet([{"teacher": "a"}], a={"view": "blank"}), {"a": [FakeVLLM(encoder)]}, encoder)
+    assert result.logprobs == right(encoder, images[1], TOKENS, "blank")
+
+
+def test_two_thousand_requests_with_overlap_views_hedges_and_random_faults_balance_exactly(encoder, images, text, monkeypatch):
+    monkeypatch.setattr(pool, "COOLDOWN", (0.02, 0.2))
+    monkeypatch.setattr(pool, "LATE_AT_LEAST", 0.2)
+    rng = random.Random(0)
+    faults = [f for f in FAULTS if f not in ("hang", "429")]
+    a = [FakeVLLM(encoder, lambda n: rng.choice(faults) if rng.random() < 0.1 else None) for _ in range(3)]
+    b = [FakeVLLM(encoder, lambda n: rng.choice(faults) if rng.random() < 0.1 else None) for _ in range(2)]
+    routed = fleet(
+        [{"teacher": {"a": 1, "b": 1}, "modality": "image"}, {"teacher": "a"}],
+        a={"concurrency": 16, "timeout": 60},
+        b={"concurrency": 16, "timeout": 60, "view": "caption"},
+    )
+    jobs = [(rng.choice([*images[:4], text]), (rng.randrange(900), rng.randrange(3)), rng.random() < 0.1) for _ in range(2000)]
+
+    async def work(scorer):
+        return await asyncio.gather(*(scorer.score(e, t, blind=blind and scorer.sees_image(e)) for e, t, blind in jobs))
+
+    results, counts = run(work, routed, {"a": a, "b": b}, encoder)
+    assert balances(counts, 2000)
+    assert counts["hedged"] > 0
+    assert counts["scored"] > 1900
+    assert counts["scored"] == sum(isinstance(r, Score) for r in results)
+    for result, (encoded, tokens, _) in zip(results, jobs, strict=True):
+        if isinstance(result, Score) and encoded is text:
+            assert result.logprobs == right(encoder, text, tokens)
+        elif isinstance(result, Score):
+            parts = right(encoder, encoded, tokens), right(encoder, encoded, tokens, "caption")
+            assert result.logprobs == pytest.approx([(x + y) / 2 for x, y in zip(*parts, strict=True)])

@@ -1,0 +1,148 @@
+"""What happens to servers that die: with a vLLM that starts in no time, and everything else real."""
+
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import httpx
+import pytest
+import torch
+from fake_package import fake_model, install
+
+from mmopd.config import Engine
+from mmopd.errors import UserError
+from mmopd.processes import Children
+from mmopd.teacher.endpoint import Endpoint
+from mmopd.teacher.serve import Servers, ServerSpec, serve
+
+Event = tuple[str, str]
+
+
+@pytest.fixture(params=["one supervisor", "one each"])
+def specs(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[ServerSpec]:
+    """A student and a teacher, under one supervisor as on CPU, or with one each as on GPU."""
+    monkeypatch.setenv("PYTHONPATH", install(tmp_path))
+    if request.param == "one each":
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    models = [fake_model(tmp_path / name) for name in ("student", "teacher")]
+    return [ServerSpec(model.name, model, Engine(), updatable=model.name == "student") for model in models]
+
+
+@contextmanager
+def running(specs: list[ServerSpec], logs: Path) -> Iterator[tuple[Servers, list[Event]]]:
+    events: list[Event] = []
+    with Children() as children:
+        with serve(specs, children, logs, lambda *event: events.append(event), timeout=60) as servers:
+            yield servers, events
+        assert not any(child.alive for child in children)
+
+
+def pids(endpoint: Endpoint) -> dict[str, int]:
+    found: dict[str, int] = httpx.get(f"{endpoint.url}/pids", headers=endpoint.headers).json()
+    return found
+
+
+def wait_for(happened: Callable[[], bool], seconds: float = 20) -> None:
+    deadline = time.monotonic() + seconds
+    while not happened():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def runs(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def kill(endpoint: Endpoint) -> list[int]:
+    """Kill the API server alone; its process id, and that of its engine."""
+    found = pids(endpoint)
+    os.kill(found["server"], signal.SIGKILL)
+    return list(found.values())
+
+
+def restart(servers: Servers, events: list[Event]) -> list[int]:
+    """Kill the teacher, and wait until it is back; the process ids that it had."""
+    times = servers.restarts["teacher"] + 1
+    found = kill(servers["teacher"])
+
+    def back() -> bool:
+        servers.check()
+        return servers.restarts["teacher"] == times and events[-1][1].startswith("ready")
+
+    wait_for(back)
+    return found
+
+
+def look(servers: Servers) -> bool:
+    """Look until it raises."""
+    servers.check()
+    return False
+
+
+def test_a_dead_teacher_is_back_on_its_port_and_nothing_of_the_old_one_is_left(specs: list[ServerSpec], tmp_path: Path) -> None:
+    with running(specs, tmp_path) as (servers, events):
+        student = list(pids(servers["student"]).values())
+        before = restart(servers, events)
+        after = list(pids(servers["teacher"]).values())  # at the same URL, with the same key
+        assert not any(map(runs, before))
+        assert set(before).isdisjoint(after)
+        assert list(pids(servers["student"]).values()) == student
+        assert servers.restarts == {"teacher": 1}
+        assert ("teacher", "ended with status -9, started again") in events
+    assert not any(map(runs, (*after, *student)))
+
+
+def test_a_dead_student_ends_everything(specs: list[ServerSpec], tmp_path: Path) -> None:
+    with running(specs, tmp_path) as (servers, _):
+        everybody = [*pids(servers["teacher"]).values(), *kill(servers["student"])]
+        with pytest.raises(UserError, match=r"(?s)server 'student' ended with status -9; the last lines of .*student\.log:.*serving"):
+            wait_for(lambda: look(servers))
+    assert not any(map(runs, everybody))
+
+
+def test_a_death_before_all_are_ready_is_the_end(specs: list[ServerSpec], tmp_path: Path) -> None:
+    (tmp_path / "teacher" / "crash").touch()
+    with pytest.raises(UserError, match=r"(?s)server 'teacher' ended with status 1; .*the weights are broken"), running(specs, tmp_path):
+        pass
+
+
+def test_a_server_that_keeps_dying_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONPATH", install(tmp_path))
+    spec = ServerSpec("teacher", fake_model(tmp_path / "teacher"), Engine(), updatable=False)
+    with running([spec], tmp_path) as (servers, events):
+        begin = time.monotonic()
+        for _ in range(3):
+            restart(servers, events)
+        assert time.monotonic() - begin > 1 + 2 + 4  # it waits longer each time
+        kill(servers["teacher"])
+        with pytest.raises(UserError, match="server 'teacher' ended with status -9, after 3 restarts"):
+            wait_for(lambda: look(servers))
+    assert servers.restarts == {"teacher": 3}
+
+
+def test_a_stop_before_the_next_start_leaves_nothing_and_the_next_run_counts_anew(specs: list[ServerSpec], tmp_path: Path) -> None:
+    with running(specs, tmp_path) as (servers, events):
+        everybody = [*restart(servers, events), *pids(servers["student"]).values()]
+        killed = kill(servers["teacher"])  # its next start is 2 s away
+        wait_for(lambda: not any(map(runs, killed)))
+        begin = time.monotonic()
+    assert time.monotonic() - begin < 1.5
+    assert not any(map(runs, (*everybody, *killed)))
+    with running(specs, tmp_path) as (servers, events):  # into the same logs
+        servers.check()
+        assert not servers.restarts
+
+
+def test_gpus_are_given_from_the_last_one_down(specs: list[ServerSpec], tmp_path: Path) -> None:
+    with running(specs, tmp_path) as (servers, _):
+        expected = {"student": "1", "teacher": "0"} if torch.cuda.is_available() else {"student": "", "teacher": ""}
+        assert servers.gpus == expected
+        environment = Path(f"/proc/{pids(servers['teacher'])['server']}/cmdline").read_text()
+        assert ('"CUDA_VISIBLE_DEVICES": "0"' in environment) == torch.cuda.is_available()
