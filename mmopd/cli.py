@@ -71,8 +71,13 @@ def train(
     recipe: Annotated[Path | None, typer.Argument(help="A recipe file, such as recipes/demo.yaml.", show_default=False)] = None,
     overrides: Overrides = None,
     run: RunOption = None,
+    *,
     resume: Annotated[Path | None, typer.Option(help="Continue this run folder from its last checkpoint.", show_default=False)] = None,
     endpoints: EndpointsOption = None,
+    changed: Annotated[
+        list[str] | None,
+        typer.Option("--changed-source", help="With --resume: a source that was added or removed on purpose.", show_default=False),
+    ] = None,
 ) -> None:
     """Prepare, serve, balance by difficulty, distil, evaluate and report: everything that RECIPE describes."""
     from mmopd import catalog
@@ -90,7 +95,7 @@ def train(
     from mmopd.launch import launch
 
     try:
-        launch(folder, resolved, console, endpoints or ())
+        launch(folder, resolved, console, endpoints=endpoints or (), changed=changed or ())
     except KeyboardInterrupt:
         console.print(f"interrupted; `mmopd train --resume {folder.root}` goes on from the last checkpoint")
         raise typer.Exit(130) from None

@@ -27,6 +27,7 @@ from mmopd.processes import Children
 from mmopd.progress import Stages
 from mmopd.prompts import difficulty
 from mmopd.prompts.shards import Shards, open_mixture
+from mmopd.prompts.tokens import hash_processor
 from mmopd.report.html import write_report
 from mmopd.rollout.difficulty import run_pass
 from mmopd.rollout.engine import EngineError
@@ -51,13 +52,15 @@ class Job:
     sources: Mapping[str, Shards]
     suite: Suite | None
     elsewhere: Sequence[Endpoint] = ()  # of teachers that another `mmopd serve` serves
+    changed: Sequence[str] = ()  # sources that were added or removed on purpose before a resume
 
 
-def launch(run: RunFolder, recipe: Recipe, console: Console, endpoints: Sequence[Path] = ()) -> None:
+def launch(run: RunFolder, recipe: Recipe, console: Console, *, endpoints: Sequence[Path] = (), changed: Sequence[str] = ()) -> None:
     """Prepare, serve, prove the teachers, measure difficulty, evaluate, distil, evaluate, report.
 
     Args:
         endpoints: files of `mmopd serve`; the teachers in them are used from there.
+        changed: sources that were added to the mixture or removed from it on purpose, before a resume.
 
     Raises:
         UserError: anything that a user can put right; whatever was started is stopped, what was measured is kept.
@@ -66,7 +69,8 @@ def launch(run: RunFolder, recipe: Recipe, console: Console, endpoints: Sequence
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed, which transformers imports, would warn that it found nothing else
     with Stages(console, run.timings) as stages:
         prepare(recipe, stages)
-        job = check(recipe, endpoints)
+        job = dataclasses.replace(check(recipe, endpoints), changed=changed)
+        say_left_out(job, console)
         with Children() as children, serving(job, run, children, stages) as servers:
             insist(prove(job, servers, run, stages), console)
             measure_difficulty(job, servers, run, stages)
@@ -98,11 +102,20 @@ def check(recipe: Recipe, endpoints: Sequence[Path] = ()) -> Job:
         if not (folder / "config.json").is_file():
             raise UserError(f"{folder}: no model in this folder (of {name}); it needs a config.json and weights in safetensors")
     tasks = catalog.load_tasks()
-    sources = open_mixture(catalog.load_mixture(recipe.mixture), tasks, Path.cwd())
+    sources = open_mixture(catalog.load_mixture(recipe.mixture), tasks, Path.cwd(), hash_processor(recipe.student.model))
     check_routes(fleet, tasks, [pair for shards in sources.values() for pair in shards.kinds])
     check_tokenizers(recipe.student.model, folders)
     suite = read_suite(catalog.find(recipe.suite), Path.cwd()) if recipe.suite is not None else None
     return Job(recipe, fleet, sources, suite, elsewhere)
+
+
+def say_left_out(job: Job, console: Console) -> None:
+    """Name the sources of which rows are left out, and how many."""
+    for name, shards in job.sources.items():
+        if shards.left_out:
+            console.print(
+                f"source {name}: {shards.left_out:,} rows are left out by max_prompt_tokens, {len(shards):,} are used", highlight=False
+            )
 
 
 @contextmanager
@@ -177,7 +190,9 @@ def measure_difficulty(job: Job, servers: Servers, run: RunFolder, stages: Stage
     Raises:
         UserError: the engine ended; with the last lines of its log.
     """
-    if job.recipe.algorithm.difficulty is None or (run.difficulty / difficulty.FILE).is_file():
+    if job.recipe.algorithm.difficulty is None:
+        return
+    if (run.difficulty / difficulty.FILE).is_file() and difficulty.load(run.difficulty / difficulty.FILE).keys() == job.sources.keys():
         return
     with stages.stage("difficulty") as stage:
         try:
@@ -261,7 +276,7 @@ def distil(job: Job, run: RunFolder, children: Children, servers: Servers, stage
     ranks, port = job.recipe.train.ranks, free_port()
     env = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "HF_HUB_OFFLINE": "1"}
     env["OMP_NUM_THREADS"] = os.environ.get("OMP_NUM_THREADS", "1")
-    command = [sys.executable, "-m", "mmopd.train.rank", str(run.root)]
+    command = [sys.executable, "-m", "mmopd.train.rank", str(run.root), *job.changed]
     with stages.stage("distil") as stage:
         running = [
             children.start(f"rank{rank}", command, run.logs / f"rank{rank}.log", env | {"RANK": str(rank), "LOCAL_RANK": str(rank)})

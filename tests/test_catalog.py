@@ -10,7 +10,6 @@ import yaml
 from mmopd import catalog
 from mmopd.errors import UserError
 from mmopd.prompts import Shards
-from mmopd.prompts.convert import SourceSettings
 from mmopd.task import Task
 
 LOADERS = {"teachers": catalog.load_fleet, "data": catalog.load_mixture, "eval": catalog.load_suite, "recipes": catalog.load_recipe}

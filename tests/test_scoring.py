@@ -2,8 +2,9 @@ import asyncio
 import base64
 import random
 from collections import Counter
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, ExitStack
 
+import httpx
 import pytest
 import torch
 from fake_vllm import FAULTS, FakeVLLM, logprob
@@ -17,6 +18,7 @@ from mmopd.processes import Children
 from mmopd.records import Absent, Prompt, Score
 from mmopd.rollout.engine import StudentEngine
 from mmopd.teacher import pool
+from mmopd.teacher import serve as serve_module
 from mmopd.teacher.client import Scorer
 from mmopd.teacher.serve import ServerSpec, serve
 
@@ -230,11 +232,22 @@ def real(tmp_path_factory):
     build_student(folder / "model")
     engine = Engine(dtype="float32", max_model_len=512, max_num_seqs=32, kv_cache_mib=64, enforce_eager=True)
     spec = ServerSpec("tiny", folder / "model", engine, updatable=False)
-    with Children() as children, serve([spec], children, folder, lambda name, what: None) as servers:
+
+    def counting(*args):
+        """As it is served, but vLLM counts how often an image is processed."""
+        server = command(*args)
+        server["argv"].remove("--disable-log-stats")
+        return server
+
+    command = serve_module._server
+    with pytest.MonkeyPatch.context() as patch, Children() as children, ExitStack() as stack:
+        patch.setattr(serve_module, "_server", counting)
+        servers = stack.enter_context(serve([spec], children, folder, lambda name, what: None))
         yield servers["tiny"], folder / "model"
 
 
-def hf_logprobs(model, encoder, encoded, tokens):
+def hf_rows(model, encoder, encoded, tokens):
+    """[T, V] log-probs in the places of the response's tokens."""
     ids = torch.tensor([[*encoded.expanded, *tokens]])
     pixels = {}
     if encoded.grids:
@@ -242,8 +255,11 @@ def hf_logprobs(model, encoder, encoded, tokens):
         pixels = {"pixel_values": values, "image_grid_thw": grids}
     with torch.no_grad():
         logits = model(input_ids=ids, mm_token_type_ids=(ids == encoder.image_token).int(), **pixels).logits[0]
-    rows = logits[len(encoded.expanded) - 1 : -1].log_softmax(-1)
-    return [row[t].item() for row, t in zip(rows, tokens, strict=True)]
+    return logits[len(encoded.expanded) - 1 : -1].log_softmax(-1)
+
+
+def hf_logprobs(model, encoder, encoded, tokens):
+    return [row[t].item() for row, t in zip(hf_rows(model, encoder, encoded, tokens), tokens, strict=True)]
 
 
 def test_a_real_server_gives_the_log_probs_of_transformers_for_text_and_image(real):
@@ -268,6 +284,45 @@ def test_a_real_server_gives_the_log_probs_of_transformers_for_text_and_image(re
 
     counts = asyncio.run(main())
     assert counts["scored"] == counts["asked"] == 24
+
+
+def test_a_real_server_processes_the_image_of_a_group_once(real):
+    endpoint, folder = real
+    encoder = Encoder(folder)
+    image = encoder.encode(prompt(digit_sums("few", 9, 5)[8], "image"))
+
+    def cache():
+        lines = httpx.get(f"{endpoint.url}/metrics", headers=endpoint.headers).text.splitlines()
+        return [
+            sum(float(line.split()[1]) for line in lines if line.startswith(f"vllm:mm_cache_{what}_total")) for what in ("queries", "hits")
+        ]
+
+    async def main():
+        async with Scorer(fleet(), {}, {"t": [endpoint]}, encoder) as scorer:
+            return await asyncio.gather(*(scorer.score(image, (i, i + 1)) for i in range(16)))
+
+    before = cache()
+    scores = asyncio.run(main())
+    assert all(isinstance(score, Score) for score in scores)
+    assert [after - was for after, was in zip(cache(), before, strict=True)] == [16, 15]
+
+
+def test_the_likeliest_tokens_of_a_real_server_are_those_of_transformers(real):
+    endpoint, folder = real
+    encoder = Encoder(folder)
+    model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).eval()
+    encoded = encoder.encode(prompt(digit_sums("few", 1, 0)[0], "image"))
+
+    async def main():
+        async with Scorer(fleet(), {}, {"t": [endpoint]}, encoder, top_k=7) as scorer:
+            return await scorer.score(encoded, TOKENS)
+
+    score = asyncio.run(main())
+    rows = hf_rows(model, encoder, encoded, TOKENS)
+    assert list(score.logprobs) == pytest.approx([row[t].item() for row, t in zip(rows, TOKENS, strict=True)], abs=1e-4)
+    for row, top in zip(rows, score.top, strict=True):
+        assert set(top) == set(row.topk(7).indices.tolist())
+        assert all(value == pytest.approx(row[token].item(), abs=1e-4) for token, value in top.items())
 
 
 def test_the_fake_server_speaks_the_wire_format_of_the_real_one(real, encoder, image):

@@ -44,7 +44,7 @@ class Running(NamedTuple):
 
     @property
     def teacher(self) -> Endpoint:
-        return self.servers["teacher"]
+        return self.servers["words"]
 
 
 @pytest.fixture(scope="module")
@@ -60,10 +60,9 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 def running(models: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
     logs, events = tmp_path_factory.mktemp("logs"), list[tuple[str, str]]()
     adapters = make_adapters(models[1], tmp_path_factory.mktemp("adapters"))
-    names = {"teacher": None} | {name: read_adapter(path) for name, path in adapters.items()}
     specs = [
         ServerSpec("student", models[0], ENGINE, updatable=True),
-        ServerSpec("teacher", models[1], ENGINE, updatable=False, names=names),
+        ServerSpec("teacher", models[1], ENGINE, updatable=False, adapters={k: read_adapter(path) for k, path in adapters.items()}),
     ]
     with Children() as children, pytest.MonkeyPatch.context() as patch:
         patch.setattr("mmopd.teacher.serve.BATCHED_TOKENS", ENGINE.max_model_len)  # one long prompt fills a pass: the next must wait, whole
@@ -185,24 +184,21 @@ def test_a_sync_that_lacks_a_weight_is_an_error(running: Running, models: tuple[
             sync.send(weights, "complete")
 
 
-@pytest.mark.parametrize("name", ["teacher", "words", "words_and_vision"])
+@pytest.mark.parametrize("name", ["words", "words_and_vision"])
 def test_an_adapter_scores_as_its_merged_weights_do(running: Running, models: tuple[Path, Path], name: str) -> None:
-    model = load_model(models[1])
-    if adapter := running.adapters.get(name):
-        model = PeftModel.from_pretrained(model, adapter).merge_and_unload()
+    model = PeftModel.from_pretrained(load_model(models[1]), running.adapters[name]).merge_and_unload()
     base = load_model(models[1])
     tokens = list(range(40, 60))
     for row in digit_sums("train", 2, seed=1):
         question = Question(models[1], row)
         served = question.score(running.servers[name], tokens)
         assert (served - question.forward(model, tokens)[1]).abs().max() < 1e-3
-        if adapter:
-            assert (served - question.forward(base, tokens)[1]).abs().max() > 0.1  # the test can tell them apart
+        assert (served - question.forward(base, tokens)[1]).abs().max() > 0.1  # the test can tell them apart
 
 
 def test_adapters_that_are_asked_together_do_not_mix(running: Running, models: tuple[Path, Path]) -> None:
     questions = [Question(models[1], row) for row in digit_sums("train", 3, seed=3)]
-    asked = [(question, running.servers[name]) for question in questions for name in ("teacher", *running.adapters)]
+    asked = [(question, running.servers[name]) for question in questions for name in running.adapters]
     alone = [question.score(server, list(range(40, 60))) for question, server in asked]
     with ThreadPoolExecutor(len(asked)) as pool:
         for _ in range(3):

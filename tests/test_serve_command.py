@@ -50,32 +50,34 @@ def make_adapter(folder: Path, rank: int = 8, key: str = "base_model.model.model
 # Which servers a fleet stands for
 
 
-def test_teachers_of_one_model_share_its_servers_and_others_do_not(tmp_path: Path) -> None:
+def test_adapters_of_one_model_share_its_servers_and_others_do_not(tmp_path: Path) -> None:
     first, second = make_adapter(tmp_path / "a", rank=4), make_adapter(tmp_path / "b", rank=9)
-    base, engine = Path("base"), Engine(port=5000)
+    base, engine, shared = Path("base"), Engine(port=5000), Engine(port=6000)
     teachers = {
         "plain": Teacher(model=base, engine=engine, replicas=2),
         "other": Teacher(model=Path("other")),
-        "algebra": Teacher(model=base, engine=engine, replicas=2, adapter=first),
-        "geometry": Teacher(model=base, engine=engine, replicas=2, adapter=second),
+        "algebra": Teacher(model=base, engine=shared, replicas=2, adapter=first),
+        "geometry": Teacher(model=base, engine=shared, replicas=2, adapter=second),
         "longer": Teacher(model=base, engine=Engine(max_model_len=9)),
         "there": Teacher(model=base, engine=engine, replicas=2),
         "far": Teacher(endpoints=("http://x",)),
     }
     specs = to_specs(Fleet(teachers=teachers, routes=()), elsewhere={"there"})
-    assert [spec.name for spec in specs] == ["plain+algebra+geometry.0", "plain+algebra+geometry.1", "other.0", "longer.0"]
-    assert [spec.engine.port for spec in specs] == [5000, 5001, None, None]
-    assert specs[1].names == {"plain.1": None, "algebra.1": read_adapter(first), "geometry.1": read_adapter(second)}
+    assert [spec.name for spec in specs] == ["plain.0", "plain.1", "other.0", "algebra+geometry.0", "algebra+geometry.1", "longer.0"]
+    assert [spec.engine.port for spec in specs] == [5000, 5001, None, 6000, 6001, None]
+    assert specs[4].adapters == {"algebra.1": read_adapter(first), "geometry.1": read_adapter(second)}
+    assert specs[4].served == ["algebra.1", "geometry.1"]  # and not the model itself
+    assert specs[0].served == ["plain.0"]
     assert not any(spec.updatable for spec in specs)
 
 
 def test_the_flags_make_room_for_the_largest_adapter_and_name_each(tmp_path: Path) -> None:
     plain = read_adapter(make_adapter(tmp_path / "a", rank=4, rank_pattern={"q_proj": 17}))
     vision = read_adapter(make_adapter(tmp_path / "b", rank=8, key="base_model.model.model.visual.blocks.0.attn.proj"))
-    flags = " ".join(lora_flags([("a.0", plain), ("b.0", vision)]))
+    flags = " ".join(lora_flags({"a.0": plain, "b.0": vision}))
     assert flags.startswith("--enable-lora --max-loras 2 --max-lora-rank 32 --enable-tower-connector-lora --lora-target-modules ")
     assert flags.endswith(f" q_proj visual.blocks.0.attn.proj --lora-modules a.0={tmp_path}/a b.0={tmp_path}/b")
-    assert "tower" not in " ".join(lora_flags([("a.0", plain)]))
+    assert "tower" not in " ".join(lora_flags({"a.0": plain}))
 
 
 @pytest.mark.parametrize(

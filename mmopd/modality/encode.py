@@ -89,13 +89,13 @@ def _has_notes(image: Image.Image) -> bool:
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Pixels as vLLM makes them of a file: upright, transparency painted on white."""
-    upright = ImageOps.exif_transpose(image)
-    if upright.mode in {"RGBA", "LA", "PA"} or "transparency" in upright.info:
-        alpha = upright.convert("RGBA")
+    """Pixels as vLLM makes them of a file: upright, transparency painted on white. `image` itself is turned upright."""
+    ImageOps.exif_transpose(image, in_place=True)  # not in place it copies what needs no turning, too
+    if image.mode in {"RGBA", "LA", "PA"} or "transparency" in image.info:
+        alpha = image.convert("RGBA")
         white = Image.new("RGBA", alpha.size, "white")
-        upright = Image.alpha_composite(white, alpha)
-    return upright.convert("RGB")
+        image = Image.alpha_composite(white, alpha)
+    return image.convert("RGB")
 
 
 class Encoder:

@@ -35,8 +35,6 @@ class Task:
     messages: Template = user_turn
     views: Mapping[str, View] = field(default_factory=dict)  # what a teacher may be shown of its prompts, beside the built-in views
 
-    def prompt(
-        self, key: str, question: str, answer: str, images: Sequence[bytes] = (), extra: Mapping[str, str] | None = None
-    ) -> Prompt:
+    def prompt(self, key: str, question: str, answer: str, images: Sequence[bytes] = (), extra: Mapping[str, str] | None = None) -> Prompt:
         """One row for `write_shards`; `images` are encoded files, in the order in which they are shown; `extra` is for views."""
         return Prompt(key, self.name, self.modality, tuple(self.messages(question, len(images))), tuple(images), answer, dict(extra or {}))

@@ -1,7 +1,7 @@
 """LoRA adapters (peft folders) that vLLM serves on top of a model."""
 
 import json
-from collections.abc import Collection
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -67,12 +67,12 @@ def _module(name: str) -> str:
     return last if last != "proj" else "visual." + name.partition(".visual.")[2]
 
 
-def lora_flags(adapters: Collection[tuple[str, Adapter]]) -> list[str]:
+def lora_flags(adapters: Mapping[str, Adapter]) -> list[str]:
     """vLLM's flags that serve each adapter under its name; all of them fit in one batch."""
-    room = min(rank for rank in RANKS if rank >= max(adapter.rank for _, adapter in adapters))
+    room = min(rank for rank in RANKS if rank >= max(adapter.rank for adapter in adapters.values()))
     flags = ["--enable-lora", "--max-loras", str(len(adapters)), "--max-lora-rank", str(room)]
     # Without this flag vLLM leaves the vision part of an adapter out, and says nothing.
-    flags += ["--enable-tower-connector-lora"] * any(adapter.vision for _, adapter in adapters)
+    flags += ["--enable-tower-connector-lora"] * any(adapter.vision for adapter in adapters.values())
     # Unless it is told what to adapt, vLLM 0.32 adapts the output layer too, and dies (on CPU) of prompt log-probs of two requests at once.
-    flags += ["--lora-target-modules", *sorted(frozenset().union(*(adapter.modules for _, adapter in adapters)))]
-    return [*flags, "--lora-modules", *(f"{name}={adapter.path.resolve()}" for name, adapter in adapters)]
+    flags += ["--lora-target-modules", *sorted(frozenset().union(*(adapter.modules for adapter in adapters.values())))]
+    return [*flags, "--lora-modules", *(f"{name}={adapter.path.resolve()}" for name, adapter in adapters.items())]

@@ -76,8 +76,8 @@ def serve_in_stage(
 def to_specs(fleet: Fleet, elsewhere: Collection[str] = ()) -> list[ServerSpec]:
     """The servers of the teachers that have a `model`.
 
-    Teachers with the same model, engine settings and number of replicas share their servers, whether they have an adapter or
-    none: each is an endpoint of its own there, and is asked for by its own name.
+    Teachers with adapters on the same model, with the same engine settings and number of replicas, share their servers: each is an
+    endpoint of its own there, and is asked for by its own name. A teacher without an adapter has servers of its own.
 
     Args:
         elsewhere: teachers that are not to be served.
@@ -85,23 +85,19 @@ def to_specs(fleet: Fleet, elsewhere: Collection[str] = ()) -> list[ServerSpec]:
     Raises:
         UserError: an adapter cannot be served.
     """
-    shared: dict[tuple[Path, Engine, int], list[str]] = {}
+    shared: dict[tuple[Path, Engine, int, str], dict[str, Path | None]] = {}
     for name, teacher in fleet.teachers.items():
         if teacher.model is not None and name not in elsewhere:
-            shared.setdefault((teacher.model, teacher.engine, teacher.replicas), []).append(name)
-    folders = {name: fleet.teachers[name].adapter for group in shared.values() for name in group}
-    adapters = {name: read_adapter(folder) if folder else None for name, folder in folders.items()}
-    return [
-        ServerSpec(
-            f"{_joined(group)}.{i}",
-            model,
-            engine.model_copy(update={"port": engine.port + i if engine.port else None}),
-            updatable=False,
-            names={f"{name}.{i}": adapters[name] for name in group},
-        )
-        for (model, engine, replicas), group in shared.items()
-        for i in range(replicas)
-    ]
+            alone = "" if teacher.adapter else name
+            shared.setdefault((teacher.model, teacher.engine, teacher.replicas, alone), {})[name] = teacher.adapter
+    specs: list[ServerSpec] = []
+    for (model, engine, replicas, _), group in shared.items():
+        adapters = {name: read_adapter(folder) for name, folder in group.items() if folder}
+        for i in range(replicas):
+            numbered = engine.model_copy(update={"port": engine.port + i if engine.port else None})
+            served = {f"{name}.{i}": adapter for name, adapter in adapters.items()}
+            specs.append(ServerSpec(f"{_joined(list(group))}.{i}", model, numbered, updatable=False, adapters=served))
+    return specs
 
 
 def from_files(fleet: Fleet, files: Sequence[Path]) -> list[Endpoint]:

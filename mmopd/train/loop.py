@@ -6,7 +6,7 @@ its own groups and decodes its own images, and rank 0 alone sends weights and wr
 
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from itertools import chain
 from pathlib import Path
@@ -17,7 +17,9 @@ from mmopd.errors import UserError
 from mmopd.modality import Encoder
 from mmopd.prompts import difficulty
 from mmopd.prompts.plan import Plan, Rows
+from mmopd.prompts.schedule import Schedule
 from mmopd.prompts.shards import Shards, open_mixture
+from mmopd.prompts.tokens import hash_processor
 from mmopd.records import Absent, Sample
 from mmopd.rollout.collect import collect, seed_of
 from mmopd.rollout.engine import StudentEngine
@@ -34,8 +36,11 @@ from mmopd.train.probe import probe, probe_items
 from mmopd.train.record import Recorder
 
 
-async def train(run: RunFolder, recipe: Recipe, ranks: Ranks) -> None:
+async def train(run: RunFolder, recipe: Recipe, ranks: Ranks, changed: Collection[str] = ()) -> None:
     """Train from the last checkpoint of the run, or from the start, to the end; then export.
+
+    Args:
+        changed: sources that were added to the mixture or removed from it on purpose, since the checkpoint.
 
     Raises:
         UserError: too many responses lack a score, the loss is not finite, or the run cannot be continued with this data.
@@ -43,11 +48,13 @@ async def train(run: RunFolder, recipe: Recipe, ranks: Ranks) -> None:
     """
     encoder, tasks = Encoder(recipe.student.model), catalog.load_tasks()
     fleet = catalog.load_fleet(recipe.fleet)
-    sources = open_mixture(catalog.load_mixture(recipe.mixture), tasks, Path.cwd())
-    plan = make_plan(recipe, sources, run)
+    mixture = catalog.load_mixture(recipe.mixture)
+    sources = open_mixture(mixture, tasks, Path.cwd(), hash_processor(recipe.student.model))
+    schedule = Schedule(mixture)
+    plan = make_plan(recipe, sources, schedule, run)
     trainer = Trainer(recipe.student.model, encoder, recipe.train, recipe.algorithm, ranks)
     checkpoints = Checkpoints(run.checkpoints, recipe.train.keep_checkpoints)
-    done = restore(checkpoints, trainer, plan)
+    done = restore(checkpoints, trainer, plan, schedule, changed)
     probes = probe_items(list(sources.values()), encoder)
     student, teachers = run.read_endpoints()
     writes = ranks.rank == 0
@@ -59,11 +66,14 @@ async def train(run: RunFolder, recipe: Recipe, ranks: Ranks) -> None:
             await probe(trainer, engine, probes, recipe.train.probe_tolerance)
             for step in range(done, recipe.train.steps):
                 clock = Clock()
+                plan.reweight(schedule.weights(step))
                 prompts = plan.read(recipe.rollout.prompts, lambda name, row: encoder.encode(sources[name][row]))
                 with clock("rollout"):
                     share, before = list(enumerate(prompts))[ranks.rank :: ranks.size], scorer.counts.copy()
                     mine = await collect(share, recipe=recipe, step=step, engine=engine, scorer=scorer, verifiers=verifiers)
                     samples, counts = gather(mine, scorer.counts - before, ranks)
+                    schedule.observe((prompts[s.group].prompt.key.rpartition("/")[0], s.outcome.value) for s in samples)
+                check_same_prompts(plan, ranks)
                 check_absent(samples, recipe.train.max_absent, step)
                 with clock("update"):
                     batch = build_batch(samples, recipe.algorithm, seed_of(recipe.seed, step))
@@ -73,28 +83,28 @@ async def train(run: RunFolder, recipe: Recipe, ranks: Ranks) -> None:
                     gap = await probe(trainer, engine, probes, recipe.train.probe_tolerance)
                 if (step + 1) % recipe.train.checkpoint_every == 0 or step + 1 == recipe.train.steps:
                     with clock("checkpoint"):
-                        checkpoints.save(trainer, step + 1, {"step": step + 1, "plan": plan.state()})
+                        checkpoints.save(trainer, step + 1, {"step": step + 1, "plan": plan.state(), "schedule": schedule.state()})
                 if recorder is not None:
                     more = clock.metrics() | {"probe": gap} | scoring(counts) | progress(plan)
                     recorder.step(step, prompts, samples, batch, updates=updates, more=more)
             export(trainer, run.export)
 
 
-def make_plan(recipe: Recipe, sources: Mapping[str, Shards], run: RunFolder) -> Plan:
+def make_plan(recipe: Recipe, sources: Mapping[str, Shards], schedule: Schedule, run: RunFolder) -> Plan:
     """The mixture by weight, and inside a source by difficulty where the recipe says so."""
-    weights = {name: source.weight for name, source in catalog.load_mixture(recipe.mixture).sources.items()}
     measured = difficulty.load(run.difficulty / difficulty.FILE) if recipe.algorithm.difficulty else {}
     rows = {name: Rows(len(shards), shards.fingerprint, measured[name].weights if measured else None) for name, shards in sources.items()}
-    return Plan(rows, weights, recipe.seed)
+    return Plan(rows, schedule.weights(0), recipe.seed)
 
 
-def restore(checkpoints: Checkpoints, trainer: Trainer, plan: Plan) -> int:
-    """Steps done: those of the newest whole checkpoint, whose state trainer and plan take; 0 without one."""
+def restore(checkpoints: Checkpoints, trainer: Trainer, plan: Plan, schedule: Schedule, changed: Collection[str]) -> int:
+    """Steps done: those of the newest whole checkpoint, whose state trainer, plan and schedule take; 0 without one."""
     latest = checkpoints.latest()
     if latest is None:
         return 0
     state = load(trainer, latest)
-    plan.restore(state["plan"])
+    plan.restore(state["plan"], change=changed)
+    schedule.restore(state["schedule"])
     return int(state["step"])
 
 
@@ -113,6 +123,16 @@ def gather(mine: list[Sample], counts: Counter[str], ranks: Ranks) -> tuple[list
     parts = ranks.gather_objects((mine, counts))
     samples = sorted(chain.from_iterable(samples for samples, _ in parts), key=lambda sample: sample.group)
     return samples, sum((counts for _, counts in parts), Counter[str]())
+
+
+def check_same_prompts(plan: Plan, ranks: Ranks) -> None:
+    """All ranks have drawn the same rows.
+
+    Raises:
+        UserError: a row could be read on one rank and not on another.
+    """
+    if len(set(ranks.gather_objects(sum(plan.replaced.values())))) > 1:
+        raise UserError("a row could be read on one rank and not on another: all ranks must see the same shards, whole")
 
 
 def check_absent(samples: Sequence[Sample], limit: float, step: int) -> None:

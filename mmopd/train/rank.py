@@ -1,6 +1,7 @@
-"""One training rank: `python -m mmopd.train.rank RUN`, with RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT set.
+"""One training rank: `python -m mmopd.train.rank RUN [SOURCE]...`, with RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT set.
 
-`mmopd train` starts the ranks of one machine; any launcher that sets these variables starts them on several.
+`mmopd train` starts the ranks of one machine; any launcher that sets these variables starts them on several. The
+SOURCEs are those that were added or removed on purpose before a resume.
 """
 
 import asyncio
@@ -24,7 +25,7 @@ def main() -> int:
         recipe = run.recipe()
         ranks = distributed.start(recipe.train.timeout)
         try:
-            asyncio.run(train(run, recipe, ranks))
+            asyncio.run(train(run, recipe, ranks, sys.argv[2:]))
         finally:
             distributed.stop()
     except UserError as error:
