@@ -1,0 +1,248 @@
+"""Scoring by a real vLLM server, beside a naive client and the server's own engine: `python benchmarks/scoring.py`, about six minutes.
+
+- naive: one request after the other, a connection for each, the json module; the same prompts and responses.
+- engine: vLLM's offline `LLM.generate(prompt_logprobs=0, max_tokens=1)` on the same tokens and images, no HTTP at all.
+- memory: what the client process holds before and after it has scored everything several times over (nothing is taken from its cache).
+- overlap: a step of `collect` (rollouts by a second server, scored as they finish) against its longer part, and against both in turn.
+
+Every process computes with one thread. Two models: the demo's (1.4 M parameters, on which the server's own Python is most of
+the work) and a larger one (27 M), whose prefill is most of the work, as it is on a GPU with real models. 16 responses are
+scored to each prompt, half of the prompts with an image.
+"""
+
+import argparse
+import asyncio
+import json
+import os
+import pickle  # from and to this benchmark's own folder
+import random
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.request
+import uuid
+from dataclasses import dataclass
+from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import psutil
+import torch
+from rich.console import Console
+from rich.table import Table
+from transformers import AutoConfig, Qwen3VLForConditionalGeneration
+
+from mmopd.config import Engine, Fleet, Recipe
+from mmopd.demo.world import additions, build_student, digit_sums
+from mmopd.modality import Encoder
+from mmopd.processes import Children
+from mmopd.records import Encoded, Outcome, Prompt, Score
+from mmopd.rollout.collect import collect, seed_of
+from mmopd.rollout.engine import StudentEngine
+from mmopd.teacher import wire
+from mmopd.teacher.client import Scorer
+from mmopd.teacher.endpoint import Endpoint
+from mmopd.teacher.serve import CPU_ENV, ENV, ServerSpec, serve
+
+GROUP = 16
+ENGINE = Engine(dtype="float32", max_model_len=1024, max_num_seqs=64, kv_cache_mib=256, enforce_eager=True)
+FLEET = Fleet.model_validate({"teachers": {"t": {"endpoints": ["http://t"], "timeout": 600}}, "routes": [{"teacher": "t"}]})
+
+
+@dataclass(frozen=True)
+class Work:
+    """What is scored: each prompt with its responses."""
+
+    encoded: list[Encoded]
+    responses: list[list[tuple[int, ...]]]
+
+    @property
+    def pairs(self) -> list[tuple[Encoded, tuple[int, ...]]]:
+        """Every (prompt, response)."""
+        return [(e, tokens) for e, group in zip(self.encoded, self.responses, strict=True) for tokens in group]
+
+
+def enlarge(folder: Path) -> None:
+    """Put a larger random model into the folder of the demo's."""
+    config = AutoConfig.from_pretrained(folder)
+    text = config.text_config
+    text.hidden_size, text.intermediate_size, text.num_hidden_layers = 512, 1536, 8
+    text.num_attention_heads, text.num_key_value_heads = 16, 8
+    config.vision_config.out_hidden_size = 512
+    torch.manual_seed(0)
+    Qwen3VLForConditionalGeneration(config).save_pretrained(folder)
+
+
+def workload(encoder: Encoder, prompts: int, length: int, seed: int) -> Work:
+    """Half text, half image; responses of random ids, all different, around `length` tokens."""
+    rng = random.Random(seed)
+    rows = [("image", row) for row in digit_sums("few", prompts // 2, seed)]
+    rows += [("text", row) for row in additions("few", prompts // 2, seed)]
+    encoded = [
+        encoder.encode(Prompt(f"{kind}/{seed}-{i}", kind, kind, tuple(row["messages"]), tuple(row["images"]), row["answer"]))
+        for i, (kind, row) in enumerate(rows)
+    ]
+    some = range(300, 900)
+    return Work(encoded, [[tuple(rng.choices(some, k=rng.randint(length // 2, 3 * length // 2))) for _ in range(GROUP)] for _ in encoded])
+
+
+async def score_all(work: Work, endpoint: Endpoint, encoder: Encoder) -> float:
+    """Seconds for all of it by mmopd's client."""
+    async with Scorer(FLEET, {}, {"t": [endpoint]}, encoder) as scorer:
+        began = time.perf_counter()
+        scores = await asyncio.gather(*(scorer.score(e, tokens) for e, tokens in work.pairs))
+        seconds = time.perf_counter() - began
+    assert all(isinstance(score, Score) for score in scores)
+    return seconds
+
+
+def naive(work: Work, endpoint: Endpoint, limit: float) -> float:
+    """Responses per second of a client that waits for each answer, for about `limit` seconds, prompts in random order."""
+    pairs = random.Random(0).sample(work.pairs, len(work.pairs))
+    began, done = time.perf_counter(), 0
+    for encoded, tokens in pairs:
+        body = json.loads(wire.scoring_body(endpoint.model, encoded.ids, encoded.prompt.images, tokens))
+        headers = {"Content-Type": "application/json", "Connection": "close", wire.REQUEST_ID: uuid.uuid4().hex} | endpoint.headers
+        request = urllib.request.Request(endpoint.url + wire.PATH, json.dumps(body).encode(), headers)
+        with urllib.request.urlopen(request) as reply:
+            rows = json.loads(reply.read())["prompt_logprobs"][-len(tokens) :]
+        assert len([row[str(token)]["logprob"] for row, token in zip(rows, tokens, strict=True)]) == len(tokens)
+        done += 1
+        if time.perf_counter() - began > limit:
+            break
+    return done / (time.perf_counter() - began)
+
+
+OFFLINE = """
+import io, json, pickle, sys, time
+from PIL import Image
+from vllm import LLM, SamplingParams
+model, path = sys.argv[1:]
+settings, pairs = pickle.load(open(path, "rb"))  # written by this benchmark
+llm = LLM(model, disable_log_stats=True, **settings)
+params = SamplingParams(max_tokens=1, prompt_logprobs=0, detokenize=False)
+def request(ids, images):
+    data = {"multi_modal_data": {"image": [Image.open(io.BytesIO(image)) for image in images]}} if images else {}
+    return {"prompt_token_ids": ids, **data}
+llm.generate([request(*pairs[0])], params, use_tqdm=False)
+began = time.perf_counter()
+replies = llm.generate([request(*pair) for pair in pairs], params, use_tqdm=False)
+assert all(len(r.prompt_logprobs) >= len(ids) for r, (ids, _) in zip(replies, pairs))
+print("seconds", time.perf_counter() - began)
+"""
+
+
+def offline(work: Work, model: Path) -> float:
+    """Seconds for all of it by vLLM's engine in a process of its own."""
+    settings = {"dtype": "float32", "max_model_len": ENGINE.max_model_len, "max_num_seqs": ENGINE.max_num_seqs, "enforce_eager": True}
+    settings |= {"kv_cache_memory_bytes": 256 << 20, "enable_chunked_prefill": False, "max_num_batched_tokens": 4096}
+    file = model.parent / "work.pickle"
+    file.write_bytes(pickle.dumps((settings, [([*e.ids, *tokens], list(e.prompt.images)) for e, tokens in work.pairs])))
+    env = os.environ | CPU_ENV | ENV | {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_LOGGING_LEVEL": "ERROR"}
+    ran = subprocess.run([sys.executable, "-c", OFFLINE, str(model), str(file)], env=env, capture_output=True, text=True, check=False)
+    found = [line for line in ran.stdout.splitlines() if line.startswith("seconds")]
+    if not found:
+        raise RuntimeError(f"the offline engine did not run:\n{ran.stderr[-2000:]}")
+    return float(found[0].split()[1])
+
+
+class Quick:
+    """Stands for the verifiers, which are no part of what is measured."""
+
+    async def verify(self, task: str, response: str, answer: str) -> Outcome:
+        """Wrong."""
+        return Outcome(0.0)
+
+
+async def overlap(work: Work, student: Endpoint, teacher: Endpoint, encoder: Encoder) -> dict[str, float]:
+    """Seconds of rollouts alone, of scoring alone, and of a step that does both."""
+    settings = {"prompts": len(work.encoded), "group": GROUP, "max_tokens": 300}
+    engine_of = {"model": "x", "engine": ENGINE.model_dump()}
+    recipe = Recipe.model_validate({"student": engine_of, "fleet": "x", "mixture": "x", "rollout": settings, "algorithm": {"visual": None}})
+    share = list(enumerate(work.encoded))
+    async with StudentEngine(student, encoder) as engine:
+
+        async def rollouts(step: int) -> list[list[tuple[int, ...]]]:
+            async def group(e: Encoded) -> list[tuple[int, ...]]:
+                seed = seed_of(0, step, e.prompt.key)
+                answers = await asyncio.gather(*(engine.sample(e, 1, seed + i, max_tokens=300) for i in range(GROUP)))
+                return [response.tokens for (response,) in answers]
+
+            return await asyncio.gather(*(group(e) for e in work.encoded))
+
+        began = time.perf_counter()
+        responses = await rollouts(0)
+        generation = time.perf_counter() - began
+        scoring = await score_all(Work(work.encoded, responses), teacher, encoder)
+        async with Scorer(FLEET, {}, {"t": [teacher]}, encoder) as scorer:
+            began = time.perf_counter()
+            samples = await collect(share, recipe=recipe, step=1, engine=engine, scorer=scorer, verifiers=Quick())  # type: ignore[arg-type]
+            step = time.perf_counter() - began
+    assert all(isinstance(sample.score, Score) for sample in samples)
+    return {"rollouts": generation, "scoring": scoring, "step": step}
+
+
+def measure(model: Path, work: Work, encoder: Encoder, rounds: int) -> dict[str, float]:
+    """Responses per second of mmopd, of the naive client and of the engine; MiB of this process before and after `rounds` more."""
+    n, process, warm = len(work.pairs), psutil.Process(), workload(encoder, 2, 32, 1)
+    found: dict[str, float] = {}
+    spec = ServerSpec("t", model, ENGINE, updatable=False)
+    with Children() as children, serve([spec], children, model.parent, lambda name, what: None) as servers:
+        asyncio.run(score_all(warm, servers["t"], encoder))
+        found["ours"] = n / asyncio.run(score_all(work, servers["t"], encoder))
+        found["before"] = process.memory_info().rss / 2**20
+        for _ in range(rounds):
+            asyncio.run(score_all(work, servers["t"], encoder))
+        found["after"] = process.memory_info().rss / 2**20
+        found["naive"] = naive(work, servers["t"], 20.0)
+    found["engine"] = n / offline(work, model)
+    return found
+
+
+def step_of(student: Path, teacher: Path, work: Work, encoder: Encoder) -> dict[str, float]:
+    """`overlap` with both served."""
+    specs = [ServerSpec("student", student, ENGINE, updatable=False), ServerSpec("teacher", teacher, ENGINE, updatable=False)]
+    with Children() as children, serve(specs, children, teacher.parent, lambda name, what: None) as servers:
+        return asyncio.run(overlap(work, servers["student"], servers["teacher"], encoder))
+
+
+def main() -> None:
+    """Measure, and print a table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--prompts", type=int, default=16, help="prompts of the small model's workload; the large one has half")
+    parser.add_argument("--length", type=int, default=64, help="mean tokens of a response")
+    parser.add_argument("--rounds", type=int, default=5, help="times that the workload is scored again, for the memory")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    table = Table(title="Scoring on CPU, one thread a process", title_justify="left")
+    for column in ("model", "measured", "mmopd", "beside", "ratio", "goal"):
+        table.add_column(column, justify="left" if column in {"model", "measured"} else "right")
+    with tempfile.TemporaryDirectory() as name:
+        models = {size: Path(name) / size / "model" for size in ("small", "large")}
+        for model in models.values():
+            model.parent.mkdir()
+            build_student(model)
+        enlarge(models["large"])
+        encoder = Encoder(models["small"])
+        for size, prompts in (("small", args.prompts), ("large", args.prompts // 2)):
+            work = workload(encoder, prompts, args.length, 0)
+            found = measure(models[size], work, encoder, args.rounds if size == "small" else 0)
+            for beside, goal in (("naive", 5.0), ("engine", 0.9)):
+                ours, theirs = found["ours"], found[beside]
+                ratio = f"{ours / theirs:.2f} x"
+                table.add_row(size, f"responses/s, beside {beside}", f"{ours:.1f}", f"{theirs:.1f}", ratio, f">= {goal} x")
+            if size == "small":
+                grown = f"{found['before']:.0f} to {found['after']:.0f} MiB"
+                table.add_row(size, f"memory over {args.rounds * len(work.pairs):,} scores", grown, "", "", "flat")
+        step = step_of(models["small"], models["large"], workload(encoder, 8, args.length, 2), encoder)
+    parts, ours = [step["rollouts"], step["scoring"]], step["step"]
+    for what, theirs, goal in (("the longer part", max(parts), "<= 1.15 x"), ("one after the other", sum(parts), "")):
+        named = f"a step: rollouts {parts[0]:.1f} s, scoring {parts[1]:.1f} s; beside {what}"
+        table.add_row("both", named, f"{ours:.1f} s", f"{theirs:.1f} s", f"{ours / theirs:.2f} x", goal)
+    Console(width=140).print(table)
+    Console().print(f"python {' '.join(sys.argv)}; {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}", highlight=False)
+
+
+if __name__ == "__main__":
+    main()
