@@ -273,6 +273,8 @@ def test_a_real_server_gives_the_log_probs_of_transformers_for_text_and_image(re
             for encoded in map(encoder.encode, rows):
                 responses = await engine.sample(encoded, 4, 11, max_tokens=24)
                 assert [r.tokens for r in responses] == [r.tokens for r in await engine.sample(encoded, 4, 11, max_tokens=24)]
+                one_by_one = [(await engine.sample(encoded, 1, 11 + i, max_tokens=24))[0].tokens for i in range(4)]
+                assert [r.tokens for r in responses] == one_by_one
                 assert len({r.tokens for r in responses}) == 4
                 for r in responses:
                     score = await scorer.score(encoded, r.tokens)
