@@ -293,7 +293,8 @@ def distil(job: Job, run: RunFolder, children: Children, servers: Servers, stage
             failed = next((rank for rank in running if rank.returncode), None)
             if failed is not None:
                 raise UserError(f"{failed.name} ended with status {failed.returncode}; the last lines of {failed.log}:\n{failed.tail()}")
-        stage.outcome = f"{job.recipe.train.steps} steps on {ranks} rank{'s' * (ranks > 1)}"
+        again = "".join(f", {name} started again {times} x" for name, times in servers.restarts.items())
+        stage.outcome = f"{job.recipe.train.steps} steps on {ranks} rank{'s' * (ranks > 1)}{again}"
 
 
 def last_metrics(path: Path) -> dict[str, Any] | None:

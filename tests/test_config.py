@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from mmopd import catalog, config
+from mmopd import config
 from mmopd.config import Fleet, Mixture, Recipe
 from mmopd.errors import UserError
 
@@ -71,12 +71,3 @@ def test_a_route_to_no_teacher_a_teacher_of_two_kinds_and_weights_of_zero_are_re
         config.read(Fleet, write(tmp_path, "teachers: {text: {}}\nroutes: [{teacher: text}]"))
     with pytest.raises(UserError, match="sum to zero"):
         config.read(Mixture, write(tmp_path, "sources: {a: {shards: s, task: t, weight: 0}}"))
-
-
-def test_every_shipped_recipe_is_complete() -> None:
-    recipes = sorted((catalog.shipped() / "recipes").glob("*.yaml"))
-    assert recipes
-    for path in recipes:
-        recipe = catalog.load_recipe(path)
-        catalog.load_fleet(recipe.fleet)
-        catalog.load_mixture(recipe.mixture)

@@ -44,7 +44,7 @@ CHARTS = (
     Chart("Where responses went", "responses a step", ("kept", "balanced_away", "masked", "absent", "unknown")),
     Chart("Visual advantage", "teacher with minus without the image, nats per token", ("visual_advantage/*",)),
     Chart("Scoring", "requests a step", ("scoring/requests", "scoring/reused", "scoring/hedged")),
-    Chart("Scoring faults", "failed requests and restarts a step", ("scoring/failed/*", "scoring/restarts", "absent_blind")),
+    Chart("Scoring faults", "failed requests a step", ("scoring/failed/*", "absent_blind")),
     Chart("Response length", "tokens", ("response_length",)),
     Chart("Loss", "clipped policy loss", ("loss",)),
     Chart("Gradient norm", "before clipping", ("grad_norm",)),
@@ -106,11 +106,12 @@ def curves(metrics: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 def difficulty(path: Path) -> list[dict[str, Any]]:
     """The histogram of each source before and after balancing, as shares of its prompts."""
-    from mmopd.prompts.difficulty import Measured, histogram  # loads torch, which a page without it does not need
+    if not path.is_file():
+        return []
+    from mmopd.prompts.difficulty import histogram, load  # loads torch, which a page without it does not need
 
     shown = []
-    for name, source in _json(path, {"sources": {}})["sources"].items():
-        measured = Measured(**source)
+    for name, measured in load(path).items():
         if any(measured.attempts):
             before, after = histogram(measured)
             shares = {"before": before / before.sum(), "after": after / after.sum()}

@@ -32,7 +32,6 @@ METRICS: Mapping[str, str] = {
     "scoring/reused": "scores that cost no request: the same was asked before",
     "scoring/hedged": "requests sent a second time, to another replica, because the first was late",
     "scoring/failed/*": "requests that failed, by cause; another replica may have answered",
-    "scoring/restarts": "teacher servers that ended and were started again",
     "unknown": "responses without an outcome",
     "truncated": "share of responses that ended at the token limit",
     "token_clipped": "share of tokens left out because the log-probs are `log_ratio_clip` or more apart",
@@ -51,6 +50,7 @@ METRICS: Mapping[str, str] = {
     "mismatch": "largest |log-prob by the engine - log-prob by the trainer| of a trained token, before the update; nats",
     "probe": "largest |log-prob by the engine - log-prob by the trainer| of the probe, after the weight sync; nats",
     "epoch/*": "how often the plan has been through a source",
+    "replaced/*": "rows of a source that could not be used, since the start; others of it took their places",
     "memory/*": "memory in use, in GiB",
 }
 
