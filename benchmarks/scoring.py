@@ -186,7 +186,7 @@ async def overlap(work: Work, student: Endpoint, teacher: Endpoint, encoder: Enc
 
 
 def measure(model: Path, work: Work, length: int, encoder: Encoder, *, rounds: int) -> dict[str, float]:
-    """Responses per second of mmopd (also where they repeat), of the naive client and of the engine; MiB of this process before and after `rounds` more."""
+    """Responses per second of mmopd (also where they repeat), the naive client and the engine; MiB here before and after `rounds` more."""
     n, process, warm = len(work.pairs), psutil.Process(), workload(encoder, 2, 32, 1)
     found: dict[str, float] = {}
     spec = ServerSpec("t", model, ENGINE, updatable=False)

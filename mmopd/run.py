@@ -40,6 +40,7 @@ class RunFolder:
         self.metrics = root / "metrics.jsonl"  # a line per step; tensorboard/ has the same numbers
         self.samples = root / "samples.jsonl"  # a few responses, token by token
         self.checkpoints = root / "checkpoints"
+        self.scores = root / "scores"  # since the last checkpoint, so that a resume asks no teacher twice
         self.export = root / "export"  # the distilled student as a HF folder
         self.evaluation = root / "eval"
         self.results = root / "results.json"  # also .md and .csv

@@ -22,6 +22,7 @@ from mmopd.modality import Encoder
 from mmopd.records import Absent, Encoded, Score
 from mmopd.task.base import Task
 from mmopd.teacher import wire
+from mmopd.teacher.cache import ScoreCache
 from mmopd.teacher.endpoint import Endpoint
 from mmopd.teacher.pool import Pool, connect
 from mmopd.teacher.router import Judge, find_judges
@@ -45,6 +46,7 @@ class Scorer:
         endpoints: the replicas of each teacher, by its name in the fleet.
         encoder: the student's, which says what ids a teacher must have seen.
         top_k: how many of the likeliest ids to ask for at each position (`Score.top`).
+        kept: scores of an earlier life of the run; new ones are added to it (not with `top_k`).
 
     Raises:
         UserError: a teacher that a route leads to has no endpoint; or `top_k` with a route to several teachers, whose likeliest
@@ -59,6 +61,7 @@ class Scorer:
         encoder: Encoder,
         *,
         top_k: int = 0,
+        kept: ScoreCache | None = None,
     ) -> None:
         if top_k and (shared := next((route for route in fleet.routes if len(route.teachers) > 1), None)):
             names = ", ".join(shared.teachers)
@@ -68,6 +71,7 @@ class Scorer:
                 raise UserError(f"teacher {name!r} has no endpoint; it must be served before the run, or name its `endpoints`")
         self.counts: Counter[str] = Counter()
         self._fleet, self._tasks, self._endpoints, self._encoder, self._top_k = fleet, tasks, endpoints, encoder, top_k
+        self._kept = None if top_k else kept
         self._judges: dict[tuple[str, str], tuple[Judge, ...]] = {}  # by task and modality
         self._shown: LRUCache[tuple[int, View], tuple[Encoded, asyncio.Task[Encoded]]] = LRUCache(CACHE_VIEWS)
         self._known: LRUCache[bytes, wire.Scored] = LRUCache(CACHE_TOKENS, getsizeof=_size)
@@ -132,7 +136,7 @@ class Scorer:
         images = _digest(shown.prompt.images)
         key = _digest([judge.teacher.encode(), images, array("q", shown.ids).tobytes(), array("q", tokens).tobytes()])
         result: wire.Scored | Absent
-        if known := self._known.get(key):
+        if known := self._known.get(key) or self._remember(key):
             self.counts["reused"] += 1
             result = known
         elif running := self._running.get(key):
@@ -170,8 +174,16 @@ class Scorer:
         if task.cancelled() or task.exception():
             return
         result = task.result()
-        if not isinstance(result, Absent) and _size(result) < CACHE_TOKENS:
-            self._known[key] = result
+        if not isinstance(result, Absent):
+            if self._kept is not None:
+                self._kept.add(key, result.logprobs)
+            if _size(result) < CACHE_TOKENS:
+                self._known[key] = result
+
+    def _remember(self, key: bytes) -> wire.Scored | None:
+        """A score of an earlier life of the run."""
+        found = self._kept.get(key) if self._kept is not None else None
+        return None if found is None else wire.Scored(found)
 
 
 def _digest(parts: Iterable[bytes]) -> bytes:

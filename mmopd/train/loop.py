@@ -26,6 +26,7 @@ from mmopd.rollout.engine import StudentEngine
 from mmopd.rollout.sync import FileSync
 from mmopd.run import RunFolder
 from mmopd.task.pool import VerifierPool
+from mmopd.teacher.cache import ScoreCache
 from mmopd.teacher.client import Scorer
 from mmopd.train.batch import build_batch, minibatches
 from mmopd.train.checkpoint import Checkpoints, load
@@ -60,8 +61,9 @@ async def train(run: RunFolder, recipe: Recipe, ranks: Ranks, changed: Collectio
     writes = ranks.rank == 0
     link = FileSync(student) if writes else None
     recorder = Recorder(run, recipe, encoder, done) if writes else None
-    async with StudentEngine(student, encoder) as engine, Scorer(fleet, tasks, teachers, encoder) as scorer:
-        with VerifierPool() as verifiers, link or nullcontext(), recorder or nullcontext():
+    kept = ScoreCache(run.scores, ranks.rank)
+    async with StudentEngine(student, encoder) as engine, Scorer(fleet, tasks, teachers, encoder, kept=kept) as scorer:
+        with kept, VerifierPool() as verifiers, link or nullcontext(), recorder or nullcontext():
             publish(trainer, link, f"step-{done}")
             await probe(trainer, engine, probes, recipe.train.probe_tolerance)
             for step in range(done, recipe.train.steps):
@@ -84,6 +86,7 @@ async def train(run: RunFolder, recipe: Recipe, ranks: Ranks, changed: Collectio
                 if (step + 1) % recipe.train.checkpoint_every == 0 or step + 1 == recipe.train.steps:
                     with clock("checkpoint"):
                         checkpoints.save(trainer, step + 1, {"step": step + 1, "plan": plan.state(), "schedule": schedule.state()})
+                        kept.clear()
                 if recorder is not None:
                     more = clock.metrics() | {"probe": gap} | scoring(counts) | progress(plan)
                     recorder.step(step, prompts, samples, batch, updates=updates, more=more)

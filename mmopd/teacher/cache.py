@@ -1,0 +1,76 @@
+"""Scores on disk, so that a run that is killed and resumed asks for none of them again.
+
+A resumed run rolls out the same responses from its last checkpoint on. Each rank appends to a file of its own, and all files are read
+at the start, however many ranks there were; a checkpoint makes what came before it useless, and empties them.
+"""
+
+import os
+import struct
+from array import array
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+KEY = 16  # bytes
+HEAD = struct.Struct(f"<{KEY}sI")  # key, tokens; then as many float32, which is what a server computes in
+MAX_BYTES = 1 << 31  # of a file; beyond it nothing is kept
+
+
+class ScoreCache:
+    """Log-probs by key, in `FOLDER/scores-RANK.bin`. A context manager."""
+
+    def __init__(self, folder: Path, rank: int) -> None:
+        self._folder, self._own = folder, folder / f"scores-{rank}.bin"
+        self._places: dict[bytes, tuple[int, int, int]] = {}  # key -> file, offset, tokens
+        self._files: list[int] = []
+
+    def __enter__(self) -> Self:
+        self._folder.mkdir(parents=True, exist_ok=True)
+        self._writer = os.open(self._own, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o600)
+        for path in sorted(self._folder.glob("scores-*.bin")):
+            file = self._writer if path == self._own else os.open(path, os.O_RDONLY)
+            self._files.append(file)
+            whole = self._read(file)
+            if file == self._writer:
+                os.ftruncate(file, whole)  # without a record that a kill cut short
+        self._size = os.fstat(self._writer).st_size
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        for file in self._files:
+            os.close(file)
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    def get(self, key: bytes) -> tuple[float, ...] | None:
+        """The log-probs that were kept under a key."""
+        if (place := self._places.get(key)) is None:
+            return None
+        file, offset, tokens = place
+        values = array("f", os.pread(file, 4 * tokens, offset))
+        return tuple(values) if len(values) == tokens else None  # another rank has emptied its file
+
+    def add(self, key: bytes, logprobs: tuple[float, ...]) -> None:
+        """Keep log-probs, unless the file is full."""
+        record = HEAD.pack(key, len(logprobs)) + array("f", logprobs).tobytes()
+        if self._size + len(record) <= MAX_BYTES:
+            os.write(self._writer, record)
+            self._size += len(record)
+
+    def clear(self) -> None:
+        """Forget everything, here and on disk: a checkpoint is behind it."""
+        self._places.clear()
+        os.ftruncate(self._writer, 0)
+        self._size = 0
+
+    def _read(self, file: int) -> int:
+        """Note the places of the records; the length of those that are whole."""
+        size, at = os.fstat(file).st_size, 0
+        while at + HEAD.size <= size:
+            key, tokens = HEAD.unpack(os.pread(file, HEAD.size, at))
+            if at + HEAD.size + 4 * tokens > size:
+                break
+            self._places[key] = file, at + HEAD.size, tokens
+            at += HEAD.size + 4 * tokens
+        return at
