@@ -106,7 +106,7 @@ def test_a_port_that_is_taken_is_named_with_its_key(mine: Path) -> None:
         taken.listen()
         port = taken.getsockname()[1]
         message = run_and_fail(recipe(f"student.engine.port={port}"))
-    assert f"port {port} for server 'student' cannot be used" in message
+    assert f"port {port} on 127.0.0.1 for server 'student' cannot be used" in message
     assert "engine.port" in message
 
 
