@@ -15,6 +15,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from mmopd.catalog import load_tasks
 from mmopd.demo import world
 from mmopd.errors import UserError
 from mmopd.records import Outcome
@@ -103,6 +104,23 @@ def test_a_key_that_does_not_fit_is_unknown_with_a_reason(verifier: Verify, resp
     outcome = verifier(response, answer)
     assert not outcome.known
     assert repr(answer) in outcome.reason
+
+
+@pytest.mark.parametrize(
+    ("task", "right", "wrong", "answer"),
+    [
+        ("text_math", "\\boxed{12}", "\\boxed{13}", "12"),
+        ("text_code", "```python\nprint(7)\n```", "```python\nprint(8)\n```", '{"inputs": [""], "outputs": ["7"]}'),
+        ("image_choice", "\\boxed{B}", "\\boxed{C}", "B"),
+        ("image_logic", "\\boxed{blue}", "\\boxed{red}", "blue"),
+        ("image_chart", "\\boxed{10.2\\%}", "\\boxed{12\\%}", '["10"]'),
+        ("image_document", "\\boxed{12 km}", "\\boxed{1999}", '["12 km", "12 kilometres"]'),
+    ],
+)
+def test_the_shipped_tasks_judge_the_keys_that_converters_write(task: str, right: str, wrong: str, answer: str) -> None:
+    shipped = load_tasks()[task]
+    assert [shipped.verify(response, answer).value for response in (right, wrong)] == [1.0, 0.0]
+    assert "?" in str(shipped.prompt("key", "How much?", answer, [b""] * (shipped.modality == "image")).messages)
 
 
 def test_the_demo_worlds_own_solutions_are_right_and_what_is_cut_or_added_is_not() -> None:

@@ -1,7 +1,7 @@
 """Tasks and the verifiers that judge their answers."""
 
-from mmopd.task import verify
+from mmopd.task import code, documents, verify
 from mmopd.task.base import Task
 from mmopd.task.verify import RIGHT, WRONG
 
-__all__ = ["RIGHT", "WRONG", "Task", "verify"]
+__all__ = ["RIGHT", "WRONG", "Task", "code", "documents", "verify"]

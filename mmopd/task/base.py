@@ -33,6 +33,7 @@ class Task:
     modality: str  # text | image
     verify: Verify = unverified
     messages: Template = user_turn
+    timeout: float | None = None  # seconds for one answer; the pool's own if not set
     views: Mapping[str, View] = field(default_factory=dict)  # what a teacher may be shown of its prompts, beside the built-in views
 
     def prompt(self, key: str, question: str, answer: str, images: Sequence[bytes] = (), extra: Mapping[str, str] | None = None) -> Prompt:

@@ -12,7 +12,7 @@ import queue
 import select
 import subprocess
 import sys
-from collections.abc import Collection
+from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Self
@@ -21,6 +21,7 @@ from mmopd.catalog import load_tasks
 from mmopd.config import suggest
 from mmopd.errors import UserError
 from mmopd.records import UNKNOWN, Outcome
+from mmopd.task.base import Task
 
 START = 120.0  # seconds for a worker to load the tasks
 
@@ -31,16 +32,17 @@ class VerifierPool:
     Args:
         workspace: where the tasks are looked for, before the shipped ones.
         workers: processes.
-        timeout: seconds for one answer.
+        timeout: seconds for one answer, of tasks that do not name their own.
 
     Raises:
         UserError: a file of modalities/ does not load.
     """
 
     def __init__(self, workspace: Path | None = None, *, workers: int = 2, timeout: float = 10.0) -> None:
-        self.tasks: Collection[str] = load_tasks(workspace).keys()
+        self.tasks: Mapping[str, Task] = load_tasks(workspace)
+        self._timeout = timeout
         self._threads = ThreadPoolExecutor(workers, thread_name_prefix="verifier")
-        self._all = [_Worker(workspace, timeout) for _ in range(workers)]
+        self._all = [_Worker(workspace) for _ in range(workers)]
         self._idle: queue.SimpleQueue[_Worker] = queue.SimpleQueue()
         for worker in self._all:
             self._idle.put(worker)
@@ -76,7 +78,7 @@ class VerifierPool:
     def _ask(self, task: str, response: str, answer: str) -> Outcome:
         worker = self._idle.get()
         try:
-            return worker.ask(task, response, answer)
+            return worker.ask(task, response, answer, self.tasks[task].timeout or self._timeout)
         finally:
             self._idle.put(worker)
 
@@ -84,18 +86,17 @@ class VerifierPool:
 class _Worker:
     """One process of `mmopd.task.worker`, which is asked and answers in lines of json."""
 
-    def __init__(self, workspace: Path | None, timeout: float) -> None:
-        self._command = [sys.executable, "-m", "mmopd.task.worker", str(timeout), *([str(workspace)] if workspace else [])]
-        self._timeout = timeout
+    def __init__(self, workspace: Path | None) -> None:
+        self._command = [sys.executable, "-m", "mmopd.task.worker", *([str(workspace)] if workspace else [])]
         self._process: subprocess.Popen[bytes] | None = None
         self._closing = False
 
-    def ask(self, task: str, response: str, answer: str) -> Outcome:
+    def ask(self, task: str, response: str, answer: str, timeout: float) -> Outcome:
         if self._process is None:
             self._start()
-        line = json.dumps([task, response, answer]).encode() + b"\n"
+        line = json.dumps([task, response, answer, timeout]).encode() + b"\n"
         try:
-            reply = self._exchange(line, self._timeout)
+            reply = self._exchange(line, timeout)
         except TimeoutError:
             self.kill()
             return Outcome(UNKNOWN, "timeout")

@@ -2,9 +2,11 @@
 
 1 is right and 0 is wrong; an answer that cannot be found in the response is wrong. Unknown (NaN) is only for what is
 not the student's doing: an answer key that does not fit the verifier. An exception is unknown too; the pool sees to
-that, and to the time and memory that a verifier may take.
+that, and to the time and memory that a verifier may take. A key with several right answers is a JSON list of texts
+(`gold_answers`); `exact`, `math`, `relaxed_number` and `anls` take one.
 """
 
+import json
 import logging
 import re
 import unicodedata
@@ -14,6 +16,9 @@ from mmopd.records import UNKNOWN, Outcome
 
 RIGHT, WRONG = Outcome(1.0), Outcome(0.0)
 NUMBER = r"-?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?"
+LONGEST = 2000  # characters of an answer; what follows them is not looked at
+WORDS = re.compile(r"(?i:yes|no|true|false|odd|even|none)|(?=.*[A-Za-z]{4})[A-Za-z]+(?:[ '-][A-Za-z]+)*")
+ENDS = re.compile(r"""^(?:[ ,;:!?"'`*$()\[\]]|\.(?!\d))+|[ .,;:!?"'`*$()\[\]]+$""")
 CHOICE = re.compile(
     r"(?:(?:the\s+)?(?:option|choice|answer)\s+)?"  # option B
     r"(?:\((?P<round>[A-Z])\)|(?P<bare>[A-Z])(?=[.:)]|\s*$))"  # (B)   B.   B)   B: because   B
@@ -35,8 +40,11 @@ def final_number(response: str, answer: str) -> Outcome:
 
 
 def exact(response: str, answer: str) -> Outcome:
-    """The final answer is the key, up to case, width, blanks and punctuation around it."""
-    return RIGHT if normalised(final_answer(response)) == normalised(answer) else WRONG
+    r"""The final answer is the key, up to case, width, blanks, `\text{}` and punctuation around it."""
+    golds = {normalised(plain(gold)) for gold in gold_answers(answer)}
+    if not any(golds):
+        return Outcome(UNKNOWN, f"the answer key {answer!r} is empty")
+    return RIGHT if normalised(plain(final_answer(response))) in golds - {""} else WRONG
 
 
 def choice(response: str, answer: str) -> Outcome:
@@ -48,26 +56,26 @@ def choice(response: str, answer: str) -> Outcome:
     key = answer.strip().strip("().").upper()
     if not re.fullmatch("[A-Z]", key):
         return Outcome(UNKNOWN, f"the answer key {answer!r} is not the letter of an option")
-    found = CHOICE.fullmatch(re.sub(r"\\text(?:bf)?\{(.*)\}|[*$`]+", r"\1", final_answer(response)).strip())
+    said = unicodedata.normalize("NFKC", final_answer(response))
+    found = CHOICE.fullmatch(re.sub(r"\\text(?:bf)?\{(.*)\}|[*$`]+", r"\1", said).strip())
     return RIGHT if found and (found["round"] or found["bare"]).upper() == key else WRONG
 
 
 def math(response: str, answer: str) -> Outcome:
-    """The final answer equals the key as a mathematical expression (math-verify).
+    """The final answer equals the key as a mathematical expression (math-verify); a key in words is compared as words.
 
     math-verify's own time limits are signals, which threads cannot have and whose failure it reports as "wrong"; they are
-    off, and errors are raised. What bounds the time is the pool.
+    off, and errors are raised. What bounds the time is the pool. A response that it cannot read is wrong.
     """
-    from math_verify import parse, verify  # takes a second, and tasks without mathematics do not need it
+    outcomes = [_math(response, gold) for gold in gold_answers(answer)]
+    return max(outcomes, key=lambda outcome: outcome.value if outcome.known else -1.0)
 
-    logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns that its time limits are off
-    gold = parse(_latex(answer), parsing_timeout=None, raise_on_error=True)
-    if not gold:
-        return Outcome(UNKNOWN, f"the answer key {answer!r} is no mathematical expression")
-    found = marked_answer(response)
-    said = _latex(found) if found is not None else without_thoughts(response)
-    predicted = parse(said, parsing_timeout=None, raise_on_error=True)
-    return RIGHT if predicted and verify(gold, predicted, timeout_seconds=None, raise_on_error=True) else WRONG
+
+def puzzle(response: str, answer: str) -> Outcome:
+    """The key decides: the letter of an option, strictly (`choice`); words, exactly (`exact`); or else mathematics (`math`)."""
+    if re.fullmatch(r"\s*\(?[A-Z]\)?\.?\s*", answer):
+        return choice(response, answer)
+    return math(response, answer) if re.search(r"\d|\\[a-z]", answer) else exact(response, answer)
 
 
 def without_thoughts(response: str) -> str:
@@ -79,29 +87,50 @@ def without_thoughts(response: str) -> str:
 def marked_answer(response: str) -> str | None:
     r"""What is marked as the answer: the last `<answer>`, or else the last `\boxed`; None if there is neither."""
     text = without_thoughts(response)
-    if tagged := re.findall(r"<answer>(.*?)</answer>", text, re.DOTALL | re.IGNORECASE):
-        last = str(tagged[-1]).strip()
+    ends = [mark.start() for mark in re.finditer("</answer>", text, re.IGNORECASE)][-1:]
+    starts = [mark.end() for mark in re.finditer("<answer>", text, re.IGNORECASE) if ends and mark.end() <= ends[0]]
+    if starts:
+        last = text[starts[-1] : ends[0]].strip()
         inner = _boxed(last)
         return inner if inner is not None else last
     return _boxed(text)
 
 
 def final_answer(response: str) -> str:
-    r"""What is marked as the answer, or else what follows "answer is", "option:" or the like in the last line, or else all of that line."""
+    r"""What is marked as the answer, or else what follows "answer is", "option:" or the like in the last line, or else that line."""
     marked = marked_answer(response)
     if marked is not None:
-        return marked
+        return marked[:LONGEST]
     lines = [line.strip() for line in without_thoughts(response).splitlines() if line.strip()]
     if not lines:
         return ""
     said = re.split(r"\b(?:answer|option|choice)\s*(?:is|:)\s*:?\s*", lines[-1], flags=re.IGNORECASE)
-    return said[-1].strip()
+    return said[-1].strip()[:LONGEST]
+
+
+def gold_answers(key: str) -> list[str]:
+    """The right answers of a key: one, or several as a JSON list of texts."""
+    if key.lstrip().startswith("["):
+        try:
+            golds = json.loads(key)
+        except ValueError:  # an interval, for one
+            return [key]
+        if isinstance(golds, list) and golds and all(isinstance(gold, str) for gold in golds):
+            return golds
+    return [key]
+
+
+def plain(text: str) -> str:
+    r"""Without what only changes the look: `\text{}` and its like, emphasis, dollars around it."""
+    bare = re.sub(r"\\(?:text|textbf|mathrm|mathbf|textit)\s*\{([^{}]*)\}", r"\1", text)
+    bare = bare.replace("**", "").strip()
+    return bare.strip("$").strip() if bare.startswith("$") and bare.endswith("$") else bare
 
 
 def normalised(text: str) -> str:
     """Lower case, one width (NFKC), single blanks, no punctuation at the ends."""
     folded = " ".join(unicodedata.normalize("NFKC", text).casefold().split())
-    return folded.strip(" .,;:!?\"'`*$()[]")
+    return ENDS.sub("", folded)
 
 
 def _same_number(found: str | None, answer: str) -> Outcome:
@@ -124,6 +153,34 @@ def _boxed(text: str) -> str | None:
     return None
 
 
+def _math(response: str, answer: str) -> Outcome:
+    from math_verify import parse, verify  # takes a second, and tasks without mathematics do not need it
+
+    logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns that its time limits are off
+    if WORDS.fullmatch(plain(answer)):  # it would take words for products of letters, and "on" for "no"
+        return exact(response, answer)
+    gold = parse(_latex(answer), parsing_timeout=None, raise_on_error=True)
+    if not gold:
+        return Outcome(UNKNOWN, f"the answer key {answer!r} is no mathematical expression")
+    found = marked_answer(response)
+    if found is not None and len(found) > LONGEST:
+        return WRONG
+    said = _latex(found) if found is not None else _digits(without_thoughts(response)[-LONGEST:])
+    try:
+        predicted = parse(said, parsing_timeout=None, raise_on_error=True)
+    except MemoryError:
+        raise
+    except Exception:
+        return WRONG
+    return RIGHT if predicted and verify(gold, predicted, timeout_seconds=None, raise_on_error=True) else WRONG
+
+
 def _latex(expression: str) -> str:
     """The expression between dollars, without which math-verify reads LaTeX only in part."""
+    expression = _digits(expression).replace(r"\$", "")
     return expression if re.search(r"\$|\\\(|\\\[|\\boxed", expression) else f"${expression}$"
+
+
+def _digits(text: str) -> str:
+    """With ASCII digits for those of other scripts."""
+    return "".join(str(unicodedata.decimal(sign)) if sign.isdecimal() else sign for sign in text)

@@ -17,7 +17,7 @@ LONGEST = 200  # characters of a reason
 MEMORY = 4 << 30  # bytes of address space beyond what loading took: `9**9**9` must not take the machine
 
 
-def main(timeout: float, workspace: Path | None) -> None:
+def main(workspace: Path | None) -> None:
     """Serve until standard input ends."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's business
     replies = os.fdopen(os.dup(1), "w")
@@ -27,7 +27,7 @@ def main(timeout: float, workspace: Path | None) -> None:
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
     print("ready", file=replies, flush=True)
     for line in sys.stdin:
-        task, response, answer = json.loads(line)
+        task, response, answer, timeout = json.loads(line)
         signal.setitimer(signal.ITIMER_REAL, timeout + 1)  # the parent kills before; this is for when the parent is gone
         outcome = judge(tasks[task], response, answer)
         signal.setitimer(signal.ITIMER_REAL, 0)
@@ -46,4 +46,4 @@ def judge(task: Task, response: str, answer: str) -> Outcome:
 
 
 if __name__ == "__main__":
-    main(float(sys.argv[1]), Path(sys.argv[2]) if len(sys.argv) > 2 else None)
+    main(Path(sys.argv[1]) if len(sys.argv) > 1 else None)

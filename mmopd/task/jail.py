@@ -1,0 +1,332 @@
+"""The process in which model-written programs run; started by `mmopd.task.sandbox` by its path, standard library only.
+
+It shuts itself in once, and then forks for each program: a fork of a small, warm interpreter takes a few milliseconds,
+where a new interpreter takes tens. Around all programs: user, mount, process, network, IPC, host-name and cgroup
+namespaces, and a root of their own, read-only, with the interpreter's libraries and nothing else (no /proc, /dev, /sys,
+/home). Around each program: an empty memory-backed directory, limits, no capability, and a seccomp filter under which
+it cannot fork, execute, signal another process or open a socket. What it is given comes as sealed files in memory that are read
+after the fork, so nothing of one program is in the memory of the next, and what is expected of it never comes here.
+"""
+
+import atexit
+import builtins
+import contextlib
+import ctypes
+import gc
+import json
+import os
+import platform
+import resource
+import select
+import shutil
+import signal
+import socket
+import struct
+import sys
+import tempfile
+import threading
+import time
+import traceback
+import types
+from pathlib import Path
+from typing import Any
+
+Request = dict[str, Any]
+
+LIBRARIES = ("/lib", "/lib64", "/usr/lib", "/usr/lib64")  # for what the interpreter loads while a program runs
+# What programs import: once here instead of in each of them.
+PRELOADED = ["bisect", "cmath", "collections", "copy", "dataclasses", "datetime", "decimal", "fractions", "functools", "heapq", "io",
+    "itertools", "math", "operator", "queue", "random", "re", "statistics", "string", "threading", "typing"]  # fmt: skip
+ROOM = "/room"  # the programs' directory, inside
+NOBODY = 65534
+JOB, INPUT, OUTPUT, ERRORS, RESULT = range(5)  # the files of a request, in this order
+
+NEWNS, NEWCGROUP, NEWUTS, NEWIPC, NEWUSER, NEWPID, NEWNET = 1 << 17, 1 << 25, 1 << 26, 1 << 27, 1 << 28, 1 << 29, 1 << 30
+NOSUID, NODEV, BIND, DETACH, RECURSIVE, PRIVATE = 2, 4, 1 << 12, 2, 1 << 14, 1 << 18
+CLONE_THREAD = 1 << 16
+PDEATHSIG, DUMPABLE, SECCOMP, NO_NEW_PRIVS = 1, 4, 22, 38
+MOUNT_SETATTR = 442
+NONE, EVERYTHING, CWD = None, 0x8000, -100
+
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+def check(name: str, *arguments: object) -> None:
+    """Call the C library; OSError with the call's name where it fails."""
+    if getattr(_libc, name)(*arguments) != 0:
+        code = ctypes.get_errno()
+        raise OSError(code, f"{name}: {os.strerror(code)}")
+
+
+def shut_in() -> None:
+    """Go into new namespaces with a new root, as nobody; the next fork is process 1 of its own process namespace."""
+    proc = os.open("/proc", os.O_PATH | os.O_DIRECTORY)
+    if root := os.geteuid() == 0:
+        try:
+            check("unshare", NEWNS)
+        except PermissionError:  # root of a container, with no more rights than others
+            root = False
+    if not root:
+        _own_users(proc, NEWUSER | NEWNS)
+    _new_root([str(Path(os.__file__).parents[1]), *sys.path], LIBRARIES)
+    if root:  # what is mounted by now cannot be unmounted from within
+        try:
+            os.setgroups([])
+            os.setresgid(NOBODY, NOBODY, NOBODY)
+            os.setresuid(NOBODY, NOBODY, NOBODY)
+        except OSError:  # in a user namespace that has no such user, root is nobody
+            pass
+        _own_users(proc, NEWUSER | NEWNS)
+    os.close(proc)
+    check("unshare", NEWPID | NEWNET | NEWIPC | NEWUTS | NEWCGROUP)
+
+
+def _own_users(proc: int, flags: int) -> None:
+    """Into a new user namespace, in which this user alone exists, by the name of nobody."""
+    user, group = os.geteuid(), os.getegid()
+    check("prctl", DUMPABLE, 1, 0, 0, 0)  # after a change of user, /proc/self would be root's
+    check("unshare", flags)
+    for name, text in (("setgroups", "deny"), ("uid_map", f"{NOBODY} {user} 1"), ("gid_map", f"{NOBODY} {group} 1")):
+        file = os.open(f"self/{name}", os.O_WRONLY, dir_fd=proc)
+        os.write(file, text.encode())
+        os.close(file)
+
+
+def _new_root(python: list[str], libraries: tuple[str, ...]) -> None:
+    """A root with the interpreter's own folders, and the old root out of reach."""
+    shown = {path: os.path.realpath(path) for path in python if Path(path).is_dir()}
+    check("mount", NONE, b"/", NONE, RECURSIVE | PRIVATE, NONE)
+    check("mount", b"root", b"/tmp", b"tmpfs", NOSUID | NODEV, b"size=1m,mode=755")
+    os.chdir("/tmp")
+    Path("old").mkdir()
+    check("syscall", {"x86_64": 155, "aarch64": 41}[platform.machine()], b".", b"old")  # pivot_root
+    os.chdir("/")
+    for path in libraries:
+        _show(path)
+    for path, real in shown.items():
+        _show(real)
+        if real != path and not os.path.lexists(path):
+            Path(path).parent.mkdir(parents=True, exist_ok=True)
+            Path(path).symlink_to(real)
+    Path(ROOM).mkdir(exist_ok=True)
+    check("umount2", b"/old", DETACH)
+    Path("/old").rmdir()
+    attributes = struct.pack("QQQQ", 1 | NOSUID | NODEV, 0, 0, 0)  # 1: read-only
+    check("syscall", MOUNT_SETATTR, CWD, b"/", EVERYTHING, attributes, len(attributes))
+
+
+def _show(path: str) -> None:
+    """The same folder, or the same link, as under the old root."""
+    old = Path(f"/old{path}")
+    if os.path.lexists(path) or not (old.is_symlink() or old.is_dir()):
+        return
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    if old.is_symlink():
+        Path(path).symlink_to(old.readlink())
+    else:
+        Path(path).mkdir(exist_ok=True)
+        check("mount", str(old).encode(), path.encode(), NONE, BIND | RECURSIVE, NONE)
+
+
+# What a program may not ask of the kernel: numbers on x86_64 and on aarch64.
+FORBIDDEN = {
+    "fork": (57, None), "vfork": (58, None), "execve": (59, 221), "execveat": (322, 281),  # one process, this program
+    "socket": (41, 198), "socketpair": (53, 199),  # vsock and netlink are in no network namespace
+    "ptrace": (101, 117), "process_vm_readv": (310, 270), "process_vm_writev": (311, 271), "process_madvise": (440, 440),
+    "pidfd_open": (434, 434), "pidfd_getfd": (438, 438), "pidfd_send_signal": (424, 424),
+    "rt_sigqueueinfo": (129, 138), "rt_tgsigqueueinfo": (297, 240),
+    "memfd_create": (319, 279), "memfd_secret": (447, 447), "shmget": (29, 194), "semget": (64, 190), "msgget": (68, 186),
+    "mq_open": (240, 180),  # memory that no limit of a process counts
+    "add_key": (248, 217), "request_key": (249, 218), "keyctl": (250, 219), "bpf": (321, 280), "perf_event_open": (298, 241),
+    "userfaultfd": (323, 282), "io_uring_setup": (425, 425), "io_setup": (206, 0), "personality": (135, 92),
+    "unshare": (272, 97), "setns": (308, 268), "mount": (165, 40), "umount2": (166, 39), "pivot_root": (155, 41), "chroot": (161, 51),
+    "open_tree": (428, 428), "move_mount": (429, 429), "fsopen": (430, 430), "fsmount": (432, 432), "mount_setattr": (442, 442),
+    "open_by_handle_at": (304, 265), "name_to_handle_at": (303, 264), "fanotify_init": (300, 262), "inotify_init1": (294, 26),
+    "sync": (162, 81), "syncfs": (306, 267), "syslog": (103, 116), "kexec_load": (246, 104), "init_module": (175, 105),
+    "finit_module": (313, 273),
+}  # fmt: skip
+CLONE, CLONE3 = (56, 220), (435, 435)
+ONLY_ON_ITSELF = {"kill": (62, 129), "tkill": (200, 130), "tgkill": (234, 131)}
+PRLIMIT = (302, 261)
+ARCHITECTURES = {"x86_64": (0, 0xC000003E), "aarch64": (1, 0xC00000B7)}
+LOAD, AND, EQUAL, AT_LEAST, RETURN = 0x20, 0x54, 0x15, 0x35, 0x06
+ALLOW, KILL, EPERM, ENOSYS = 0x7FFF0000, 0x80000000, 0x00050001, 0x00050026
+
+
+def forbid() -> None:
+    """Put this process, and the threads it will have, under the filter. See seccomp(2); it cannot be taken off."""
+    column, architecture = ARCHITECTURES[platform.machine()]
+    rules = [(LOAD, 0, 0, 4), (EQUAL, 1, 0, architecture), (RETURN, 0, 0, KILL), (LOAD, 0, 0, 0)]
+    if column == 0:
+        rules += [(AT_LEAST, 0, 1, 0x40000000), (RETURN, 0, 0, EPERM)]  # the second set of numbers that x86_64 has
+    for numbers in FORBIDDEN.values():
+        if (number := numbers[column]) is not None:
+            rules += [(EQUAL, 0, 1, number), (RETURN, 0, 0, EPERM)]
+    rules += [(EQUAL, 0, 1, CLONE3[column]), (RETURN, 0, 0, ENOSYS)]  # its flags are in memory; the C library takes clone instead
+    spaces = NEWNS | NEWCGROUP | NEWUTS | NEWIPC | NEWUSER | NEWPID | NEWNET
+    thread = [
+        (LOAD, 0, 0, 16),
+        (AND, 0, 0, CLONE_THREAD | spaces),
+        (EQUAL, 1, 0, CLONE_THREAD),
+        (RETURN, 0, 0, EPERM),
+        (RETURN, 0, 0, ALLOW),
+    ]
+    rules += [(EQUAL, 0, len(thread), CLONE[column]), *thread]
+    for numbers, who in [*((numbers, os.getpid()) for numbers in ONLY_ON_ITSELF.values()), (PRLIMIT, 0)]:
+        same = [(LOAD, 0, 0, 16), (EQUAL, 1, 0, who), (RETURN, 0, 0, EPERM), (RETURN, 0, 0, ALLOW)]
+        rules += [(EQUAL, 0, len(same), numbers[column]), *same]
+    rules.append((RETURN, 0, 0, ALLOW))
+    code = b"".join(struct.pack("HBBI", operation, yes, no, k) for operation, yes, no, k in rules)
+    memory = ctypes.create_string_buffer(code)
+    program = struct.pack("HxxxxxxP", len(rules), ctypes.addressof(memory))
+    check("prctl", SECCOMP, 2, program, 0, 0)
+
+
+def serve(channel: socket.socket, room: str, apart: bool) -> Request | None:
+    """Run what is asked for until the channel ends. Returns in two processes: here with None, in each program's with its job."""
+    while True:
+        message, files, _, _ = socket.recv_fds(channel, 1 << 16, 8)
+        if not message:
+            return None
+        request = json.loads(message)
+        if apart:
+            check("mount", b"room", room.encode(), b"tmpfs", NOSUID | NODEV, f"mode=700,nr_inodes=1k,size={request['disk']}".encode())
+        else:
+            Path(room).mkdir(mode=0o700, exist_ok=True)
+        begin = time.monotonic()
+        if (child := os.fork()) == 0:
+            return confine(request, files, room)
+        for file in files:
+            os.close(file)
+        ready = _wait(child, channel, request["wall"])
+        _, status, usage = os.wait4(child, 0)
+        if apart:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(-1, signal.SIGKILL)  # all in this process namespace but its process 1; there should be nothing
+            check("umount2", room.encode(), DETACH)
+        else:
+            shutil.rmtree(room, ignore_errors=True)
+        if channel in ready:  # nobody waits for the reply
+            return None
+        spent = {"cpu": usage.ru_utime + usage.ru_stime, "wall": time.monotonic() - begin}
+        channel.send(json.dumps({"status": os.waitstatus_to_exitcode(status), "late": not ready, **spent}).encode())
+
+
+def _wait(child: int, channel: socket.socket, seconds: float) -> set[int | socket.socket]:
+    """What was first: the program's end, or that of the channel; nothing if the time was. The program has ended, or is killed."""
+    ended = os.pidfd_open(child)
+    watched: list[int | socket.socket] = [ended, channel]
+    ready, _, _ = select.select(watched, [], [], seconds)
+    os.close(ended)
+    if ended not in ready:
+        os.kill(child, signal.SIGKILL)
+    return set(ready)
+
+
+def confine(request: Request, files: list[int], room: str) -> Request:
+    """Make this process the program's: its files, its directory, its limits; the job."""
+    moved = [os.dup2(file, 20 + i) for i, file in enumerate(files)]
+    job: Request = json.loads(_contents(moved[JOB]))
+    for target, source in enumerate(moved[1:]):
+        os.dup2(source, target)
+    os.closerange(4, 4096)
+    os.setsid()
+    os.chdir(room)
+    limits = {
+        resource.RLIMIT_AS: request["memory"],
+        resource.RLIMIT_CPU: request["cpu"],
+        resource.RLIMIT_FSIZE: request["output"],
+        resource.RLIMIT_NOFILE: 64,
+        resource.RLIMIT_STACK: 64 << 20,
+        resource.RLIMIT_CORE: 0,
+        resource.RLIMIT_MEMLOCK: 0,
+        resource.RLIMIT_MSGQUEUE: 0,
+    }
+    if room == ROOM:  # in a user namespace of its own; elsewhere all processes of the user count
+        limits[resource.RLIMIT_NPROC] = request["threads"]
+    for which, value in limits.items():
+        hard = resource.getrlimit(which)[1]
+        spare = which == resource.RLIMIT_CPU  # a second between the signal that says so and the one that kills
+        both = (value, value + spare)
+        resource.setrlimit(which, both if hard == resource.RLIM_INFINITY else (min(both[0], hard), min(both[1], hard)))
+    check("prctl", NO_NEW_PRIVS, 1, 0, 0, 0)
+    check("capset", struct.pack("Ii", 0x20080522, 0), bytes(24))  # none
+    forbid()
+    return job
+
+
+def _contents(file: int) -> bytes:
+    with open(file, "rb", closefd=False) as stream:
+        stream.seek(0)
+        return stream.read()
+
+
+def execute(job: Request) -> None:
+    """Run the program as a script; then call its function, if one is named, and write what it returns to file 3 as JSON."""
+    module = types.ModuleType("__main__")
+    sys.modules["__main__"] = module
+    sys.argv = ["program.py"]
+    sys.path.insert(0, "")
+    space = module.__dict__
+    exec(compile(job["program"], "program.py", "exec"), space)
+    if (name := job["function"]) is not None:
+        function = getattr(space["Solution"](), name) if hasattr(space.get("Solution"), name) else space[name]
+        text = json.dumps(function(*job["arguments"]), default=list).encode()
+        while text:
+            text = text[os.write(3, text) :]
+
+
+def end(job: Request) -> None:
+    """Run a program and leave as an interpreter does, but without taking it apart, which would be most of the time of a short program."""
+    status: object = 0
+    try:
+        try:
+            execute(job)
+        except SystemExit as error:
+            if (status := error.code or 0) and not isinstance(status, int):
+                print(status, file=sys.stderr)
+        except BaseException:
+            status = 1
+            traceback.print_exc()
+        threading._shutdown()  # type: ignore[attr-defined]  # waits for its threads
+        atexit._run_exitfuncs()
+        sys.modules["__main__"].__dict__.clear()  # closes the files that it left open
+        for stream in (sys.stdout, sys.stderr, sys.__stdout__):
+            if stream is not None and not stream.closed:
+                stream.flush()
+    except BaseException:
+        status = 120
+    os._exit(status & 255 if isinstance(status, int) else 1)
+
+
+def main(file: int, apart: bool) -> Request | None:
+    """Shut in, say so, and serve; with `apart` false there are limits and the filter, but no namespaces."""
+    channel = socket.socket(fileno=file)
+    try:
+        for name in PRELOADED:
+            __import__(name)
+        builtins.exit = builtins.quit = sys.exit  # type: ignore[assignment]  # which `site` would have put there
+        if apart:
+            shut_in()
+        room = ROOM if apart else tempfile.mkdtemp(prefix="mmopd-room-")
+    except OSError as error:
+        channel.send(json.dumps({"refused": str(error).partition("] ")[2] or str(error)}).encode())
+        return None
+    if apart and (first := os.fork()):
+        channel.close()
+        os.waitpid(first, 0)
+        return None
+    if apart:
+        check("prctl", PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    gc.freeze()
+    channel.send(b"{}")
+    job = serve(channel, room, apart)
+    if job is None and not apart:
+        shutil.rmtree(room, ignore_errors=True)
+    return job
+
+
+if __name__ == "__main__":
+    _job = main(int(sys.argv[1]), sys.argv[2] == "apart")
+    if _job is not None:
+        end(_job)
