@@ -2,6 +2,7 @@
 
 - naive: one request after the other, a connection for each, the json module; the same prompts and responses.
 - engine: vLLM's offline `LLM.generate(prompt_logprobs=0, max_tokens=1)` on the same tokens and images, no HTTP at all.
+- CPU: what one response costs the client, and the server; on as few cores as here the server's part is the limit of both rates.
 - memory: what the client process holds before and after it has scored everything several times over (nothing is taken from its cache).
 - overlap: a step of `collect` (rollouts by a second server, scored as they finish) against its longer part, and against both in turn.
 
@@ -13,6 +14,7 @@ rows "repeated" 3 of the 16 are different, as in a run of `mmopd demo` (43 reque
 
 import argparse
 import asyncio
+import gc
 import json
 import os
 import pickle  # from and to this benchmark's own folder
@@ -185,14 +187,22 @@ async def overlap(work: Work, student: Endpoint, teacher: Endpoint, encoder: Enc
     return {"rollouts": generation, "scoring": scoring, "step": step}
 
 
+def cpu(process: psutil.Process) -> list[float]:
+    """Seconds of CPU that this process has used, and all that it has started."""
+    return [sum(sum(p.cpu_times()[:2]) for p in group) for group in ([process], process.children(recursive=True))]
+
+
 def measure(model: Path, work: Work, length: int, encoder: Encoder, *, rounds: int) -> dict[str, float]:
-    """Responses per second of mmopd (also where they repeat), the naive client and the engine; MiB here before and after `rounds` more."""
+    """Responses per second of mmopd (also where they repeat), naive and engine; ms of CPU for one; MiB before and after `rounds` more."""
     n, process, warm = len(work.pairs), psutil.Process(), workload(encoder, 2, 32, 1)
     found: dict[str, float] = {}
     spec = ServerSpec("t", model, ENGINE, updatable=False)
     with Children() as children, serve([spec], children, model.parent, lambda name, what: None) as servers:
         asyncio.run(score_all(warm, servers["t"], encoder))
+        gc.collect()  # what building the models has left behind
+        used = cpu(process)
         found["ours"] = n / asyncio.run(score_all(work, servers["t"], encoder))
+        found["client"], found["server"] = (1000 * (now - before) / n for now, before in zip(cpu(process), used, strict=True))
         found["before"] = process.memory_info().rss / 2**20
         for _ in range(rounds):
             asyncio.run(score_all(work, servers["t"], encoder))
@@ -236,6 +246,7 @@ def main() -> None:
                 ours, theirs = found[mine], found[beside]
                 named = f"responses/s{', repeated' * (mine == 'repeated')}, beside {beside}"
                 table.add_row(size, named, f"{ours:.1f}", f"{theirs:.1f}", f"{ours / theirs:.2f} x", f">= {goal} x")
+            table.add_row(size, "ms of CPU a response: client, beside server", f"{found['client']:.1f}", f"{found['server']:.1f}", "", "")
             if size == "small":
                 grown = f"{found['before']:.0f} to {found['after']:.0f} MiB"
                 table.add_row(size, f"memory over {args.rounds * len(work.pairs):,} scores", grown, "", "", "flat")

@@ -1,7 +1,8 @@
 """A server that speaks the wire format of vLLM's `POST /inference/v1/generate`, and misbehaves on demand.
 
 Real sockets, no model: a log-prob is a formula of the token, its position and the images, so that a test knows every number.
-Faults by name, chosen for each request: see `FAULTS`. `tests/test_scoring.py` compares its replies with those of a real server.
+Faults by name, chosen for each request: see `FAULTS` and `UNSEEN`. `tests/test_scoring.py` compares its replies with those of a
+real server. It lists its model and decodes ids too, which the preflight asks for.
 """
 
 import asyncio
@@ -19,7 +20,7 @@ from mmopd.teacher.endpoint import Endpoint
 Fault = str | None
 FAULTS = {  # name: the cause that a client must name
     "500": "status",
-    "429": "status",  # with Retry-After: 1
+    "429": "status",  # with Retry-After: `pause`
     "slow": "timeout",  # `SLOW` seconds
     "close": "connection",  # the connection ends without a reply
     "hang": "timeout",
@@ -36,8 +37,10 @@ FAULTS = {  # name: the cause that a client must name
     "floor": "non_finite",  # what vLLM writes for -inf
     "positive": "non_finite",
 }
-
-
+UNSEEN = {  # what no single reply shows; name: the check of the preflight that catches it
+    "blind": "image canary",  # as if there were no image, in which the ids are expanded all the same
+    "nondeterministic": "same score twice",
+}
 SLOW = 1.5
 
 
@@ -53,10 +56,13 @@ class FakeVLLM:
         encoder: expands placeholders as the real server would.
         faults: from the number of the request to the name of its fault, or None.
         delay: seconds before a reply.
+        pause: seconds that it asks for when it is overloaded.
     """
 
-    def __init__(self, encoder: Encoder, faults: Callable[[int], Fault] = lambda n: None, *, key: str = "k", delay: float = 0.0) -> None:
-        self.encoder, self.faults, self.key, self.delay = encoder, faults, key, delay
+    def __init__(
+        self, encoder: Encoder, faults: Callable[[int], Fault] = lambda n: None, *, key: str = "k", delay: float = 0.0, pause: int = 1
+    ) -> None:
+        self.encoder, self.faults, self.key, self.delay, self.pause = encoder, faults, key, delay, pause
         self.requests: list[dict[str, Any]] = []
         self.in_flight = self.most_in_flight = 0
         self.port = 0
@@ -108,17 +114,21 @@ class FakeVLLM:
         status, body = self._reply(head[0], headers, request, fault)
         if fault == "truncated":
             body = body[: len(body) // 2]
-        pause = "retry-after: 1\r\n" if status == 429 else ""
+        pause = f"retry-after: {self.pause}\r\n" if status == 429 else ""
         head_out = f"HTTP/1.1 {status} X\r\ncontent-type: application/json\r\n{pause}content-length: {len(body)}\r\n\r\n"
         writer.write(head_out.encode() + body)
         await writer.drain()
         return status != 500  # as uvicorn does after an exception
 
     def _reply(self, line: str, headers: dict[str, str], request: dict[str, Any], fault: Fault) -> tuple[int, bytes]:
-        if line != "POST /inference/v1/generate HTTP/1.1":
-            return 404, b'{"detail":"Not Found"}'
         if headers.get("authorization") != f"Bearer {self.key}":
             return 401, b'{"error":"Unauthorized"}'
+        if line == "GET /v1/models HTTP/1.1":
+            return 200, json.dumps({"object": "list", "data": [{"id": "tiny", "object": "model", "max_model_len": 2048}]}).encode()
+        if line == "POST /detokenize HTTP/1.1":
+            return 200, json.dumps({"prompt": self.encoder.tokenizer.decode(request["tokens"])}).encode()
+        if line != "POST /inference/v1/generate HTTP/1.1":
+            return 404, b'{"detail":"Not Found"}'
         if request["model"] != "tiny":
             return 404, _error("The model does not exist.", "NotFoundError", 404)
         if fault in ("500", "429"):
@@ -127,6 +137,7 @@ class FakeVLLM:
             return 200, b"<html>gateway</html>"
         images = [base64.b64decode(part["url"].partition(",")[2]) for part in request.get("content_parts", ())]
         ids = self._expand(request["token_ids"], images)
+        images = [] if fault == "blind" else images
         reply = _empty(headers.get("x-request-id", "?"), ids)
         settings = request["sampling_params"]
         if (k := settings.get("prompt_logprobs")) is not None:
@@ -220,5 +231,8 @@ def _spoil(reply: dict[str, Any], fault: Fault) -> None:
         ids.insert(len(ids) // 2, ids[len(ids) // 2])
     elif fault == "other_request":
         reply["request_id"] = "generate-tokens-of-somebody-else"
+    elif fault == "nondeterministic":
+        for entry in (entry for row in rows if row for entry in row.values()):
+            entry["logprob"] -= random.random()
     elif fault == "shifted" and rows:
         rows[-1] = {str(int(token) + 1): row for token, row in rows[-1].items()}

@@ -1,16 +1,19 @@
 """Scoring by several teachers, views and replicas under faults: what comes out is exact, absent, or not believed; and it all balances.
 
-What a single reply cannot show (a server that is blind or answers at random) is found by preflight: see `test_preflight.py`.
+Each fault by itself is in `test_scoring.py`; what a single reply cannot show (a server that is blind or answers at random) is
+let through here and caught by the preflight, of which `test_preflight.py` has more.
 """
 
 import asyncio
 import random
 import time
+from collections import Counter
 from contextlib import AsyncExitStack
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
-from fake_vllm import FAULTS, SLOW, FakeVLLM, logprob
+from fake_vllm import FAULTS, SLOW, UNSEEN, FakeVLLM, logprob
 
 from mmopd.config import Fleet, View
 from mmopd.demo.world import additions, build_processor, digit_sums
@@ -20,6 +23,8 @@ from mmopd.records import Absent, Prompt, Score
 from mmopd.task import Task
 from mmopd.teacher import pool
 from mmopd.teacher.client import Scorer
+from mmopd.teacher.preflight import preflight
+from mmopd.teacher.probes import look
 from mmopd.teacher.view import BUILT_IN, blinded, encode_view
 
 TOKENS = (5, 6, 7, 8)
@@ -244,6 +249,95 @@ def test_one_replica_alone_is_not_hedged(encoder, text, monkeypatch):
     assert len(server.requests) == 32
 
 
+@pytest.mark.parametrize("fault", UNSEEN)
+def test_what_no_reply_shows_is_caught_by_the_preflight(encoder, images, fault):
+    server = FakeVLLM(encoder, lambda n: fault)
+    routed = fleet([{"teacher": "a"}], a={})
+    result, _ = run(one(images[0]), routed, {"a": [server]}, encoder)
+    assert isinstance(result, Score), "the client cannot know"
+    assert result.logprobs != right(encoder, images[0], TOKENS)
+    kinds = look({"digits": [encoded.prompt for encoded in images]}, encoder)
+
+    async def examine():
+        async with server:
+            return await preflight(routed, {}, {"a": [server.endpoint]}, encoder, kinds, max_tokens=8)
+
+    assert [check.name for check in asyncio.run(examine()) if check.state == "fail"] == [UNSEEN[fault]]
+
+
+def test_a_replica_that_is_killed_loses_no_score_and_is_used_again_when_it_is_back(encoder, text, monkeypatch):
+    monkeypatch.setattr(pool, "COOLDOWN", (0.05, 0.2))
+
+    async def main():
+        async with AsyncExitStack() as stack:
+            good, mortal = await stack.enter_async_context(FakeVLLM(encoder, delay=0.02)), FakeVLLM(encoder, delay=0.2)
+            async with mortal:
+                endpoints = {"a": [good.endpoint, mortal.endpoint]}
+                scorer = await stack.enter_async_context(Scorer(fleet([{"teacher": "a"}], a={}), {}, endpoints, encoder))
+                scores = asyncio.gather(*(scorer.score(text, (i, 1)) for i in range(100)))
+                while not mortal.in_flight:
+                    await asyncio.sleep(0.01)
+                died_with = mortal.in_flight
+            results, before, mortal.delay = await scores, len(mortal.requests), 0.0
+            async with mortal:  # on the same port
+                await asyncio.sleep(0.2)
+                results += await asyncio.gather(*(scorer.score(text, (i, 2)) for i in range(100)))
+            return results, scorer.counts, died_with, len(mortal.requests) - before
+
+    results, counts, died_with, again = asyncio.run(asyncio.wait_for(main(), 60))
+    assert [r.logprobs for r in results] == [right(encoder, text, (i, k)) for k in (1, 2) for i in range(100)]
+    assert counts["failed/connection"] >= died_with > 0
+    assert again > 10
+    assert balances(counts, 200)
+
+
+def test_a_replica_that_failed_once_gets_its_share_again(encoder, text, monkeypatch):
+    monkeypatch.setattr(pool, "COOLDOWN", (0.05, 1.0))
+    servers = [FakeVLLM(encoder, lambda n: "500" if n == 0 else None), FakeVLLM(encoder)]
+
+    async def work(scorer):
+        await asyncio.gather(*(scorer.score(text, (i, 1)) for i in range(2)))
+        await asyncio.sleep(0.1)
+        for i in range(40):  # one at a time: the other replica always has room
+            await scorer.score(text, (i, 2))
+
+    _, counts = run(work, fleet([{"teacher": "a"}], a={}), {"a": servers}, encoder)
+    assert counts["failed/status"] == 1
+    assert min(len(server.requests) for server in servers) >= 8
+
+
+def test_who_waits_for_a_server_that_hangs_does_not_look_all_the_time_whether_it_is_his_turn(encoder, text, monkeypatch):
+    looks, is_free = Counter(), pool.Replica.is_free
+    monkeypatch.setattr(pool.Replica, "is_free", lambda *args: looks.update(n=1) or is_free(*args))
+    server = FakeVLLM(encoder, lambda n: "hang")
+
+    async def work(scorer):
+        return await asyncio.gather(*(scorer.score(text, (i, 1)) for i in range(600)))
+
+    results, counts = run(work, fleet([{"teacher": "a"}], a={"timeout": 2}), {"a": [server]}, encoder)
+    assert {r.cause for r in results} == {"timeout"}
+    assert looks["n"] < 10 * 600
+    assert balances(counts, 600)
+
+
+def test_a_pause_that_a_server_asks_for_holds_nobody_up_who_can_go_elsewhere(encoder, text):
+    busy, good = FakeVLLM(encoder, lambda n: "429" if n == 3 else None, pause=5), FakeVLLM(encoder)
+
+    async def work(scorer):
+        began = time.monotonic()
+        first = await asyncio.gather(*(scorer.score(text, (i, 1)) for i in range(40)))
+        before = len(busy.requests)
+        second = await asyncio.gather(*(scorer.score(text, (i, 2)) for i in range(40)))
+        assert time.monotonic() - began < 3
+        return first + second, len(busy.requests) - before
+
+    (results, meanwhile), counts = run(work, fleet([{"teacher": "a"}], a={}), {"a": [busy, good]}, encoder)
+    assert [r.logprobs for r in results] == [right(encoder, text, (i, k)) for k in (1, 2) for i in range(40)]
+    assert meanwhile == 0, "the pause is for everybody, whatever else the server has answered"
+    assert counts["failed/status"] == 1
+    assert balances(counts, 80)
+
+
 def test_a_server_that_asks_for_a_pause_gets_it(encoder, text):
     times = []
 
@@ -273,15 +367,18 @@ def test_two_thousand_requests_with_overlap_views_hedges_and_random_faults_balan
     monkeypatch.setattr(pool, "COOLDOWN", (0.02, 0.2))
     monkeypatch.setattr(pool, "LATE_AT_LEAST", 0.2)
     rng = random.Random(0)
-    faults = [f for f in FAULTS if f not in ("hang", "429")]
-    a = [FakeVLLM(encoder, lambda n: rng.choice(faults) if rng.random() < 0.1 else None) for _ in range(3)]
-    b = [FakeVLLM(encoder, lambda n: rng.choice(faults) if rng.random() < 0.1 else None) for _ in range(2)]
-    routed = fleet(
-        [{"teacher": {"a": 1, "b": 1}, "modality": "image"}, {"teacher": "a"}],
-        a={"concurrency": 16, "timeout": 60},
-        b={"concurrency": 16, "timeout": 60, "view": "caption"},
+    a, b = (
+        [FakeVLLM(encoder, lambda n: rng.choice(list(FAULTS)) if rng.random() < 0.1 else None, pause=0) for _ in range(n)] for n in (3, 2)
     )
-    jobs = [(rng.choice([*images[:4], text]), (rng.randrange(900), rng.randrange(3)), rng.random() < 0.1) for _ in range(2000)]
+    routed = fleet(
+        [{"teacher": {"a": 1, "b": 1}, "task": "both"}, {"teacher": "b", "task": "captioned"}, {"teacher": "a"}],
+        a={"concurrency": 16, "timeout": 8},
+        b={"concurrency": 16, "timeout": 8, "view": "caption"},
+    )
+    both = [encoder.encode(replace(e.prompt, task="both")) for e in images[:2]]
+    bare = encoder.encode(replace(images[2].prompt, task="captioned", extra={}))  # never has a score
+    jobs = [(rng.choice([*both, *images[3:5], text]), (rng.randrange(900), rng.randrange(3)), rng.random() < 0.2) for _ in range(1990)]
+    jobs += [(bare, TOKENS, False)] * 10
 
     async def work(scorer):
         return await asyncio.gather(*(scorer.score(e, t, blind=blind and scorer.sees_image(e)) for e, t, blind in jobs))
@@ -289,11 +386,10 @@ def test_two_thousand_requests_with_overlap_views_hedges_and_random_faults_balan
     results, counts = run(work, routed, {"a": a, "b": b}, encoder)
     assert balances(counts, 2000)
     assert counts["hedged"] > 0
-    assert counts["scored"] > 1900
-    assert counts["scored"] == sum(isinstance(r, Score) for r in results)
-    for result, (encoded, tokens, _) in zip(results, jobs, strict=True):
-        if isinstance(result, Score) and encoded is text:
-            assert result.logprobs == right(encoder, text, tokens)
-        elif isinstance(result, Score):
-            parts = right(encoder, encoded, tokens), right(encoder, encoded, tokens, "caption")
-            assert result.logprobs == pytest.approx([(x + y) / 2 for x, y in zip(*parts, strict=True)])
+    assert counts["absent/view"] == 10
+    assert counts["scored"] == sum(isinstance(r, Score) for r in results) > 1900
+    there = [(result, *job) for result, job in zip(results, jobs, strict=True) if isinstance(result, Score)]
+    for result, encoded, tokens, blind in there:
+        view = blinded(View()) if blind and encoded in images else "full"
+        parts = [right(encoder, encoded, tokens, view)] + [right(encoder, encoded, tokens, "caption")] * (encoded in both)
+        assert result.logprobs == tuple(sum(at) / len(parts) for at in zip(*parts, strict=True))

@@ -3,6 +3,7 @@ import base64
 import random
 from collections import Counter
 from contextlib import AsyncExitStack, ExitStack
+from dataclasses import replace
 
 import httpx
 import pytest
@@ -136,6 +137,8 @@ def test_a_healthy_replica_carries_the_run(encoder, image, fault):
     results, counts, _ = score_all(encoder, jobs, bad, good, timeout=2, concurrency=4)
     assert [getattr(r, "logprobs", r) for r in results] == [right(e, t) for e, t in jobs]
     assert balances(counts, 40)
+    assert counts["scored"] == 40
+    assert sum(v for k, v in counts.items() if k.startswith("failed/")) == counts[f"failed/{FAULTS[fault]}"] > 0
     assert len(bad.requests) < 20, "a replica that fails must be left alone"
 
 
@@ -153,6 +156,20 @@ def test_an_expired_key_or_a_wrong_model_is_told_without_the_key(encoder, image,
     assert says in result.detail
     assert "a-secret" not in repr(result)
     assert requests == 1
+
+
+@pytest.mark.parametrize(("key", "model"), [("other", "tiny"), ("k", "misspelt")])
+def test_a_healthy_replica_carries_the_run_beside_one_that_refuses_the_key_or_the_model(encoder, image, key, model):
+    async def main():
+        async with FakeVLLM(encoder) as good, FakeVLLM(encoder) as bad:
+            refused = replace(bad.endpoint, api_key=key, model=model)
+            async with Scorer(fleet(), {}, {"t": [good.endpoint, refused]}, encoder) as scorer:
+                return await asyncio.gather(*(scorer.score(image, (i, 1)) for i in range(40))), scorer.counts, len(bad.requests)
+
+    results, counts, requests = asyncio.run(main())
+    assert [r.logprobs for r in results] == [right(image, (i, 1)) for i in range(40)]
+    assert counts["failed/status"] == requests < 40
+    assert balances(counts, 40)
 
 
 def test_no_replica_gets_more_than_its_share_at_once(encoder, image):
@@ -208,7 +225,7 @@ def test_two_thousand_requests_under_random_faults_balance_exactly(encoder, imag
     monkeypatch.setattr(pool, "COOLDOWN", (0.02, 0.2))
     rng = random.Random(0)
     faults = [f for f in FAULTS if f != "hang"]
-    servers = [FakeVLLM(encoder, lambda n: rng.choice(faults) if rng.random() < 0.2 else None) for _ in range(3)]
+    servers = [FakeVLLM(encoder, lambda n: rng.choice(faults) if rng.random() < 0.2 else None, pause=0) for _ in range(3)]
     jobs = [(rng.choice([image, text]), (rng.randrange(900), rng.randrange(3))) for _ in range(2000)]
     results, counts, requests = score_all(encoder, jobs, *servers, concurrency=16, timeout=60)
     assert balances(counts, 2000)
@@ -329,7 +346,7 @@ def test_the_likeliest_tokens_of_a_real_server_are_those_of_transformers(real):
 
 def test_the_fake_server_speaks_the_wire_format_of_the_real_one(real, encoder, image):
     async def replies(endpoint):
-        """Keys of the replies to a scoring and a sampling request, and of what is in them."""
+        """The model, the text of some ids; keys of the replies to a scoring and a sampling request, and of what is in them."""
         seen = []
         settings = {"n": 2, "seed": 1, "max_tokens": 4, "logprobs": 0, "detokenize": False, "logit_bias": {}}
         async with pool.connect() as http:
@@ -345,7 +362,12 @@ def test_the_fake_server_speaks_the_wire_format_of_the_real_one(real, encoder, i
                 content = choice["logprobs"]["content"][0] if choice["logprobs"] else {}
                 row = next(iter(reply["prompt_logprobs"][1].values())) if reply["prompt_logprobs"] else {}
                 seen.append([sorted(d) for d in (reply, choice, choice["weight_versions"][0], content, row)])
-        return seen
+            async with http.get(f"{endpoint.url}/v1/models", headers=endpoint.headers) as r:
+                (model,) = (await r.json())["data"]
+            body = {"model": endpoint.model, "tokens": list(image.ids)}
+            async with http.post(f"{endpoint.url}/detokenize", json=body, headers=endpoint.headers) as r:
+                text = await r.json()
+        return seen, model["id"], isinstance(model["max_model_len"], int), text
 
     async def main():
         async with FakeVLLM(encoder) as fake:

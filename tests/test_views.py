@@ -9,7 +9,7 @@ import torch
 from fake_vllm import FakeVLLM, logprob
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import Image, ImageFile
 from transformers import AutoModelForImageTextToText
 
 from mmopd.config import Engine, View
@@ -255,7 +255,8 @@ def test_a_row_that_lacks_what_a_view_shows_is_named(encoder, view, row, message
         encode_view(encoder, encoder.encode(prompt((write(64, 32),), **row)), view)
 
 
-def test_a_row_whose_pixels_cannot_be_redrawn_is_named(encoder):
+def test_a_row_whose_pixels_cannot_be_redrawn_is_named(encoder, monkeypatch):
+    monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", True)  # as lmms-eval's import does
     torn = encoder.encode(prompt((write(300, 300)[:-200],)))  # the header is whole
     with pytest.raises(ViewError, match=r"^p/0: "):
         encode_view(encoder, torn, VIEWS["small"])

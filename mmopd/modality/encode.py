@@ -54,6 +54,7 @@ def open_image(data: bytes) -> Image.Image:
     Raises:
         ValueError: no image, or larger than MAX_SIDE or MAX_PIXELS.
     """
+    ImageFile.LOAD_TRUNCATED_IMAGES = False  # importing lmms-eval switches it on for the process: half an image would be whole
     try:
         image = Image.open(io.BytesIO(data))
     except Exception as error:
@@ -89,7 +90,11 @@ def _has_notes(image: Image.Image) -> bool:
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Pixels as vLLM makes them of a file: upright, transparency painted on white. `image` itself is turned upright."""
+    """Pixels as vLLM makes them of a file: upright, transparency painted on white. `image` itself is turned upright.
+
+    Raises:
+        OSError: the file ends before its pixels do, or they are damaged.
+    """
     ImageOps.exif_transpose(image, in_place=True)  # not in place it copies what needs no turning, too
     if image.mode in {"RGBA", "LA", "PA"} or "transparency" in image.info:
         alpha = image.convert("RGBA")

@@ -4,6 +4,7 @@
   the same images go to the same replica, which encodes them once, as long as it is not much busier than the others.
 - A request that failed goes to a replica that has not had it yet, after a jittered pause; where a server is merely away
   or busy, trying goes on until the deadline, and no caller waits longer than that for a pool in which nothing answers.
+  A server that asks for a pause (Retry-After) gets it from everybody; what can go elsewhere meanwhile does.
 - An answer that is late by the measure of the last ones is asked for at another replica too; the first good one counts, and
   the other request is called off.
 - A replica that keeps failing, or being late, is left alone for a while (circuit breaker), then gets one request to prove itself.
@@ -59,18 +60,28 @@ class Replica:
         self.strikes = 0  # failures since the last success
         self._cooldown = COOLDOWN[0]
         self.retry_at = 0.0  # the circuit is open until then; 0 = closed
+        self.paused_until = 0.0  # by its own wish, whatever it still answers meanwhile
+        self.doubted_until = 0.0  # it has just failed: others are preferred
 
     def is_free(self, concurrency: int, now: float) -> bool:
         """Whether it may get a request: a closed circuit and room, or an open one whose time for a probe has come."""
+        if now < self.paused_until:
+            return False
         return self.in_flight < concurrency if not self.retry_at else self.in_flight == 0 and now >= self.retry_at
+
+    def opens_at(self, now: float) -> float:
+        """When one that gets no requests may have one; 0 if it gets them."""
+        return max(self.retry_at, self.paused_until if now < self.paused_until else 0.0)
 
     def worked(self) -> None:
         """Close the circuit."""
-        self.strikes, self._cooldown, self.retry_at = 0, COOLDOWN[0], 0.0
+        self.strikes, self._cooldown, self.retry_at, self.doubted_until = 0, COOLDOWN[0], 0.0, 0.0
 
-    def failed(self, now: float) -> None:
-        """Count a failure, and open the circuit (or keep it open, for longer) when there are many in a row."""
+    def failed(self, now: float, pause: float = 0.0) -> None:
+        """Count a failure, and open the circuit (or keep it open, for longer) when there are many in a row; `pause`: what it asks for."""
         self.strikes += 1
+        self.doubted_until = now + COOLDOWN[0]
+        self.paused_until = max(self.paused_until, now + min(pause, LONGEST_PAUSE))
         if self.strikes >= BREAK_AFTER and now >= self.retry_at:
             self.retry_at = now + self._cooldown
             self._cooldown = min(2 * self._cooldown, COOLDOWN[1])
@@ -82,7 +93,7 @@ class Pool:
     Args:
         endpoints: at least one.
         http: the client that holds the connections, from `connect`.
-        timeout: seconds in which an answer must arrive, retries included; one attempt may take half of it.
+        timeout: seconds after the first attempt in which another may begin; one attempt may take half of it.
         patience: seconds for which a pool in which nothing answers is waited for.
         concurrency: requests in flight at once, per replica.
         counts: where attempts are counted: `requests`, of which `failed/<cause>` and `cancelled` (called off, or not needed any more);
@@ -118,7 +129,7 @@ class Pool:
         home = max(self.replicas, key=lambda r: hashlib.blake2b(affinity + r.url.encode()).digest()) if affinity else None
         call = _Call(home)
         attempts = tenacity.AsyncRetrying(
-            retry=tenacity.retry_if_exception(lambda error: self._is_worth_retrying(error, call)), wait=_pause, reraise=True
+            retry=tenacity.retry_if_exception(lambda error: self._is_worth_retrying(error, call)), wait=_PAUSE, reraise=True
         )
         return await attempts(self._attempt, call, build, parse)
 
@@ -158,7 +169,8 @@ class Pool:
 
     async def _ask(self, replica: Replica, build: Callable[[str], bytes], parse: Callable[[bytes, str], T]) -> T:
         """Ask a replica that was leased, and give it back."""
-        request_id, circuit, began = uuid.uuid4().hex, replica.retry_at, time.monotonic()
+        request_id, began = uuid.uuid4().hex, time.monotonic()
+        opens_at = replica.opens_at(began)
         self._counts["requests"] += 1
         try:
             result = parse(await self._post(replica, build(replica.endpoint.model), request_id), request_id)
@@ -166,7 +178,7 @@ class Pool:
             self._counts[f"failed/{fault.cause}"] += 1
             now = time.monotonic()
             if fault.transient or len(self.replicas) > 1:  # one alone is not avoided for what may be the request's own fault
-                replica.failed(now)
+                replica.failed(now, fault.pause)
             self._silent_since, self._last_failure = min(self._silent_since, now), (now, fault)
             raise
         except asyncio.CancelledError:
@@ -180,7 +192,7 @@ class Pool:
         finally:
             replica.in_flight -= 1
             async with self._changed:
-                self._changed.notify() if replica.retry_at == circuit else self._changed.notify_all()
+                self._changed.notify() if replica.opens_at(time.monotonic()) == opens_at else self._changed.notify_all()
 
     async def _post(self, replica: Replica, body: bytes, request_id: str) -> bytes:
         name = replica.endpoint.url
@@ -209,21 +221,25 @@ class Pool:
                 free = [r for r in self.replicas if r.is_free(self._concurrency, now)]
                 if free:
                     best = min(
-                        free, key=lambda r: (r in call.tried, r.strikes > 0, r.in_flight - SLACK * (r is call.home), random.random())
+                        free,
+                        key=lambda r: (r in call.tried, now < r.doubted_until, r.in_flight - SLACK * (r is call.home), random.random()),
                     )
                     best.in_flight += 1
                     return best
-                opening = [r.retry_at for r in self.replicas if r.retry_at]
-                if len(opening) == len(self.replicas):
+                moments = [at for r in self.replicas if (at := r.opens_at(now))]
+                if len(moments) == len(self.replicas):
                     self._give_up_if_silent(call, now)
-                with contextlib.suppress(TimeoutError):  # time for a probe
-                    async with asyncio.timeout(max(min(opening) - now, 0.05) if opening else None):
+                    moments.append(self._silent_since + self._patience)
+                # Time for a probe, or to give up. Where a probe is under way already, its end is told by `_changed`.
+                ahead = min((at for at in moments if at > now), default=math.inf)
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(None if ahead == math.inf else ahead - now):
                         await self._changed.wait()
 
     def _spare(self, call: "_Call") -> Replica | None:
         """A healthy replica that has room and has not had this call, leased."""
         now = time.monotonic()
-        spare = [r for r in self.replicas if r not in call.tried and not r.retry_at and r.is_free(self._concurrency, now)]
+        spare = [r for r in self.replicas if r not in call.tried and not r.opens_at(now) and r.is_free(self._concurrency, now)]
         best = min(spare, key=lambda r: r.in_flight, default=None)
         if best is not None:
             best.in_flight += 1
@@ -267,11 +283,4 @@ class _Call:
         self.tried.add(replica)
 
 
-def _pause(state: tenacity.RetryCallState) -> float:
-    """Seconds before the next attempt: jittered and growing, or what the server has asked for."""
-    error = state.outcome.exception() if state.outcome else None
-    asked = min(error.pause, LONGEST_PAUSE) if isinstance(error, ReplyError) else 0.0
-    return max(asked, _BACKOFF(state))
-
-
-_BACKOFF = tenacity.wait_random_exponential(multiplier=0.1, max=5.0)
+_PAUSE = tenacity.wait_random_exponential(multiplier=0.1, max=5.0)  # before the next attempt: jittered and growing
