@@ -22,7 +22,7 @@ demo: $(STAMP)
 setup: $(STAMP)
 
 test: check
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 check: $(STAMP)
 	$(BIN)/python -m ruff check .

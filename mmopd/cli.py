@@ -31,6 +31,7 @@ EndpointsOption = Annotated[
     list[Path] | None,
     typer.Option(help="A file of `mmopd serve`: the teachers in it are used from there; may be repeated.", show_default=False),
 ]
+HostOption = Annotated[str, typer.Option(help="The address that servers listen on; 0.0.0.0 for all of this machine's.")]
 
 
 def main() -> None:
@@ -78,13 +79,26 @@ def train(
         list[str] | None,
         typer.Option("--changed-source", help="With --resume: a source that was added or removed on purpose.", show_default=False),
     ] = None,
+    launcher: Annotated[
+        str | None,
+        typer.Option(
+            help="A command that starts the ranks on several machines, such as 'deepspeed --hostfile hosts --module'.", show_default=False
+        ),
+    ] = None,
+    host: HostOption = "127.0.0.1",
 ) -> None:
     """Prepare, serve, balance by difficulty, distil, evaluate and report: everything that RECIPE describes."""
+    import shlex
+    import shutil
+
     from mmopd import catalog
     from mmopd.run import RunFolder
 
     if (recipe is None) == (resume is None):
         raise UserError("give a recipe (mmopd train recipes/demo.yaml), or --resume with a run folder")
+    command = shlex.split(launcher or "")
+    if command and shutil.which(command[0]) is None:
+        raise UserError(f"--launcher: there is no command {command[0]!r}")
     if recipe is not None:
         resolved = catalog.load_recipe(recipe, overrides=overrides or ())
         folder = RunFolder(run or Path("runs") / f"{recipe.stem}-{datetime.now():%Y%m%d-%H%M%S}")
@@ -95,7 +109,7 @@ def train(
     from mmopd.launch import launch
 
     try:
-        launch(folder, resolved, console, endpoints=endpoints or (), changed=changed or ())
+        launch(folder, resolved, console, endpoints=endpoints or (), changed=changed or (), launcher=command, host=host)
     except KeyboardInterrupt:
         console.print(f"interrupted; `mmopd train --resume {folder.root}` goes on from the last checkpoint")
         raise typer.Exit(130) from None
@@ -105,7 +119,7 @@ def train(
 def serve(
     fleet: Annotated[Path, typer.Argument(help="A fleet file, such as teachers/demo.yaml.", show_default=False)],
     *,
-    host: Annotated[str, typer.Option(help="The address to listen on; 0.0.0.0 for all of this machine's.")] = "127.0.0.1",
+    host: HostOption = "127.0.0.1",
     out: Annotated[Path, typer.Option(help="The file of endpoints to write, for `mmopd train --endpoints`.")] = Path("endpoints.json"),
     api_key_env: Annotated[
         str | None,
@@ -255,6 +269,18 @@ def report(run: Annotated[Path, typer.Argument(help="A run folder, finished or n
 
 
 @app.command()
+def replay(
+    run: Annotated[Path, typer.Argument(help="A run folder.", show_default=False)],
+    step: Annotated[int, typer.Argument(min=0, help="A step of which an update was skipped.", show_default=False)],
+) -> None:
+    """Compute a skipped update of RUN once more, response by response, and show what is not finite."""
+    from mmopd.replay import replay as compute
+    from mmopd.run import RunFolder
+
+    compute(RunFolder(run), step, console)
+
+
+@app.command()
 def show(
     recipe: Annotated[Path, typer.Argument(help="A recipe, or a mixture such as data/demo.yaml.", show_default=False)],
     overrides: Overrides = None,
@@ -271,6 +297,39 @@ def show(
         console.print(mixture_tree(catalog.load_mixture(recipe), str(recipe), prompts))
     else:
         print_recipe(catalog.load_recipe(recipe, overrides=overrides or ()), console)
+
+
+@app.command()
+def plan(
+    recipe: RecipeArgument,
+    overrides: Overrides = None,
+    *,
+    gpu: Annotated[str, typer.Option(help="H200-141G, H100-80G, H20-96G, A100-80G, A100-40G or L40S-48G.")] = "H100-80G",
+    gpu_memory: Annotated[float | None, typer.Option(min=1, help="Of another GPU: usable memory in GiB.", show_default=False)] = None,
+    tflops: Annotated[float | None, typer.Option(min=1, help="Of another GPU: dense bfloat16 TFLOP/s.", show_default=False)] = None,
+    bandwidth: Annotated[float | None, typer.Option(min=1, help="Of another GPU: memory bandwidth in GB/s.", show_default=False)] = None,
+    gpus: Annotated[int, typer.Option(min=1, help="GPUs of a node.")] = 8,
+    nodes: Annotated[int, typer.Option(min=1, help="Nodes; servers are on the first one.")] = 1,
+    response: Annotated[
+        int | None, typer.Option(min=1, help="Mean tokens of a response. [default: half of rollout.max_tokens]", show_default=False)
+    ] = None,
+    elsewhere: Annotated[bool, typer.Option("--teachers-elsewhere", help="The teachers run on other machines, by `mmopd serve`.")] = False,
+) -> None:
+    """Estimate whether RECIPE fits given GPUs, and how long a step takes; exit status 1 if it does not fit.
+
+    Of each model its config.json is enough. Memory and time are arithmetic from published numbers and stated assumptions:
+    **nothing of it has been measured on a GPU.**
+    """
+    from mmopd import catalog
+    from mmopd.budget import Machines, budget
+    from mmopd.estimate import find_gpu
+    from mmopd.show_budget import show_budget
+
+    machines = Machines(find_gpu(gpu, gpu_memory, tflops, bandwidth), gpus, nodes)
+    found = budget(catalog.load_recipe(recipe, overrides=overrides or ()), machines, response=response, elsewhere=elsewhere)
+    show_budget(found, console)
+    if found.refusals:
+        raise typer.Exit(1)
 
 
 @app.command()

@@ -10,12 +10,22 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    field_validator,
+    model_serializer,
+    model_validator,
+)
 
 from mmopd.errors import UserError
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[int, Field(ge=1)]
+Part = Literal["vision", "projector", "language"]  # of a student
 
 
 class Config(BaseModel):
@@ -34,6 +44,7 @@ class Engine(Config):
     gpu_share: Fraction = Field(0.9, description="share of a GPU's memory; unused on CPU")
     tensor_parallel: Positive = 1
     enforce_eager: bool = False
+    videos: int = Field(0, ge=0, description="clips that a prompt may have; a server keeps memory for them")
     port: int | None = Field(None, ge=1024, le=65535, description="a free port if not set")
     extra_args: tuple[str, ...] = Field((), description="more flags for `vllm serve`, as they are")
 
@@ -75,8 +86,11 @@ class Balance(Config):
     """Online balancing of right and wrong responses (paper 3.3, A.2)."""
 
     scope: Literal["group", "batch"] = "group"
-    ratio: float = Field(1.0, ge=0, description="right : wrong to reach; 1 is the paper's 1 : 1")
-    tolerance: Fraction = Field(0.05, description="allowed distance of the share of right responses (scope batch)")
+    ratio: float = Field(1.0, ge=0, description="right : wrong to reach; 1 is the paper's 1 : 1, 0 and .inf ask for one side alone")
+    tolerance: Fraction = Field(0.05, description="allowed distance of the share of right ones, in scope batch; no use in scope group")
+
+
+OF_ONE_KIND = {"direction": "shift", "retain": "mask"}  # settings of a margin
 
 
 class Margin(Config):
@@ -85,9 +99,29 @@ class Margin(Config):
     kind: Literal["shift", "mask"] = "shift"
     scope: Literal["group", "global"] = "group"
     mode: Literal["mean", "minmax"] = "mean"
-    direction: Literal["lift", "suppress", "spread"] = Field("spread", description="of shift")
-    delta: float = Field(0.4, ge=0)
-    retain: Fraction = Field(0.25, description="share of a side that mask always keeps")
+    direction: Literal["lift", "suppress", "spread"] = Field("spread", description="of shift; an error where mask is asked for")
+    delta: float = Field(0.4, ge=0, allow_inf_nan=False, description="margin to reach, in nats")
+    retain: Fraction = Field(0.25, description="share of a side that mask always keeps; an error where shift is asked for")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_kind(cls, data: Any) -> Any:
+        if isinstance(data, list) or (isinstance(data, dict) and {"shift", "mask"} & data.keys()):
+            raise ValueError("one calibration at a time: `kind: shift` or `kind: mask`, with its settings beside it")
+        if not isinstance(data, dict) or (kind := data.get("kind", "shift")) not in ("shift", "mask"):
+            return data
+        others = [key for key, owner in OF_ONE_KIND.items() if owner != kind]
+        if wrong := next((key for key in others if data.get(key) is not None), None):
+            raise ValueError(
+                f"`{wrong}` is a setting of `kind: {OF_ONE_KIND[wrong]}`, and the kind is {kind}: "
+                f"leave it out, or set algorithm.margin.{wrong}=null"
+            )
+        return {key: value for key, value in data.items() if key not in others}
+
+    @model_serializer(mode="wrap")
+    def _what_its_kind_has(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """So that what is written reads back."""
+        return {key: value for key, value in write(self).items() if OF_ONE_KIND.get(key, self.kind) == self.kind}
 
 
 class Visual(Config):
@@ -97,9 +131,75 @@ class Visual(Config):
     token_weight: float = Field(0.0, ge=0, description="strength of a token weight that favours tokens that need the image; 0 = off")
 
 
-class Algorithm(Config):
-    """On-policy distillation; a part that is `null` is switched off."""
+class OPD(Config):
+    """Reverse KL on the student's own tokens (paper 3.2); with the three parts of `Algorithm` it is Uni-OPD, without them OPD."""
 
+    kind: Literal["opd"] = "opd"
+
+
+class ExOPD(Config):
+    """OPD that goes past the teacher: `r = scale (log pi_T - log pi_ref) - (log pi - log pi_ref)`; scale 1 is OPD."""
+
+    kind: Literal["exopd"]
+    scale: float = Field(1.25, ge=1)
+    reference: str | Mapping[str, str] = Field(
+        description="the teacher of the fleet that is the reference: the student's start; or for each teacher its base, {math: math_base}"
+    )
+
+
+class GRPO(Config):
+    """Outcomes alone, no teacher (Table B.1): `(o - mean) / std` of a prompt's responses, on each of their tokens. It makes teachers."""
+
+    kind: Literal["grpo"]
+
+
+class SFT(Config):
+    """Likelihood of the teachers' own right answers, which are sampled once, before training, and kept beside the shards."""
+
+    kind: Literal["sft"]
+    attempts: Positive = Field(8, description="answers of a teacher to each prompt")
+
+
+class Dense(Config):
+    """A divergence over the teacher's likeliest tokens at each position, and all others as one, instead of the sampled token alone."""
+
+    kind: Literal["dense"]
+    divergence: Literal["forward_kl", "jsd"] = "forward_kl"
+    top_k: Positive = Field(20, description="the teacher's likeliest tokens; more than 20 need `--max-logprobs` in its engine.extra_args")
+    beta: float = Field(0.5, gt=0, lt=1, description="of jsd: share of the teacher in the mixture")
+
+    @field_validator("divergence", mode="before")
+    @classmethod
+    def _has_a_tail(cls, divergence: object) -> object:
+        if divergence == "reverse_kl":
+            raise ValueError(
+                "reverse KL over the teacher's likeliest tokens is not offered: what it must punish is what the student does outside "
+                "of them, where this teacher's log-probs are not known. kind `opd` is reverse KL, on the tokens that were sampled"
+            )
+        return divergence
+
+
+class ExPO(Config):
+    """No training: the weights of the teachers, merged and extrapolated from the student's (`mmopd merge`)."""
+
+    kind: Literal["expo"]
+    alpha: float = Field(1.25, gt=0, description="1 is the mean of the teachers, more goes past it")
+
+
+Objective = Annotated[OPD | ExOPD | GRPO | SFT | Dense | ExPO, Field(discriminator="kind")]
+# What an objective has no use for: it is off by default there, and an error where it is asked for.
+WITHOUT: dict[str, tuple[str, ...]] = {
+    "grpo": ("balance", "margin", "visual"),
+    "sft": ("balance", "margin", "visual"),
+    "dense": ("margin",),
+    "expo": ("difficulty", "balance", "margin", "visual"),
+}
+
+
+class Algorithm(Config):
+    """What the student learns from its responses; a part that is `null` is switched off."""
+
+    objective: Objective = OPD()
     difficulty: Difficulty | None = Difficulty()
     balance: Balance | None = Balance()
     margin: Margin | None = Margin()
@@ -107,7 +207,27 @@ class Algorithm(Config):
     clip_low: float = Field(0.2, ge=0, lt=1)
     clip_high: float = Field(0.28, ge=0)
     log_ratio_clip: float = Field(10.0, gt=0, description="a token whose |log pi_student - log pi_teacher| reaches it is left out")
-    outcome_threshold: Fraction = Field(0.5, description="a soft outcome at or above it counts as right")
+    outcome_threshold: float = Field(0.5, gt=0, le=1, description="a soft outcome at or above it counts as right")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _leave_out_what_has_no_use(cls, data: Any) -> Any:
+        objective = data.get("objective") if isinstance(data, dict) else None
+        kind = objective.get("kind") if isinstance(objective, dict) else getattr(objective, "kind", None)
+        for part in WITHOUT.get(kind or "", ()):
+            if data.get(part) is not None:
+                raise ValueError(f"`{part}` has no meaning with `objective: {{kind: {kind}}}`: set algorithm.{part}=null")
+            data = {**data, part: None}
+        return data
+
+
+class Lora(Config):
+    """LoRA: matrices of rank `rank`, scaled by `alpha / rank`, beside linear layers; the model's own weights stay as they are."""
+
+    rank: Annotated[int, Field(ge=1, le=512)] = 16
+    alpha: float = Field(32.0, gt=0)
+    parts: Annotated[tuple[Part, ...], Field(min_length=1)] = Field(("language",), description="vision, projector, language")
+    targets: tuple[str, ...] = Field((), description="last names of linear layers, such as q_proj; all that the parts have if not set")
 
 
 class Train(Config):
@@ -127,11 +247,21 @@ class Train(Config):
     micro_patches: Positive = Field(16384, description="vision patches in a packed micro-batch, per rank")
     gradient_checkpointing: bool = True
     offload: bool = Field(False, description="optimiser state and weights in CPU memory")
+    freeze: tuple[Part, ...] = Field((), description="parts that are not trained: vision (the tower), projector (its merger), language")
+    lora: Lora | None = Field(None, description="train LoRA adapters instead of the model's own weights")
     checkpoint_every: Positive = 50
     keep_checkpoints: Positive = 2
     probe_tolerance: float = Field(0.1, gt=0, description="largest |log-prob difference| of engine and trainer after a sync; 1e-4 in fp32")
     max_absent: Fraction = Field(0.2, description="share of responses that may lack a score before the run stops")
     timeout: Positive = Field(600, description="seconds that a rank waits for the others")
+
+    @model_validator(mode="after")
+    def _something_trains(self) -> Self:
+        if set(self.freeze) == set(get_args(Part)):
+            raise ValueError("freeze: vision, projector and language are all that a student has: nothing would train")
+        if self.freeze and self.lora is not None:
+            raise ValueError("freeze: with `lora` all of the model's own weights are frozen already; say in lora.parts what gets adapters")
+        return self
 
 
 class Teacher(Config):
@@ -162,7 +292,7 @@ class Teacher(Config):
 class View(Config):
     """What a teacher is shown of a prompt. The ids of the response never change, so that its log-probs stay aligned."""
 
-    images: Literal["keep", "drop", "blank"] = Field("keep", description="blank: an even grey of the same size")
+    images: Literal["keep", "drop", "blank"] = Field("keep", description="and clips, too; blank: an even grey of the same size")
     min_pixels: Positive | None = Field(None, description="smaller images are enlarged to it before they are sent")
     max_pixels: Positive | None = Field(None, description="larger images are reduced to it before they are sent")
     instead: str = Field("", description="text in place of the images, such as `{caption}`; fields are the row's extra texts, and {answer}")
@@ -267,12 +397,18 @@ class Recipe(Config):
     prepare: Path | None = Field(None, description="a .py of data/ whose `prepare(workspace)` makes what the recipe refers to")
     seed: int = 0
     student: Student
-    fleet: Path
+    fleet: Path | None = Field(None, description="a file of teachers/; GRPO alone needs none")
     mixture: Path
     suite: Path | None = None
     rollout: Rollout = Rollout()
     algorithm: Algorithm = Algorithm()
     train: Train = Train()
+
+    @model_validator(mode="after")
+    def _has_teachers(self) -> Self:
+        if self.fleet is None and self.algorithm.objective.kind != "grpo":
+            raise ValueError(f"fleet: missing, and `{self.algorithm.objective.kind}` learns from teachers; only `grpo` needs none")
+        return self
 
     @model_validator(mode="after")
     def _engine_takes_a_group(self) -> Self:

@@ -23,6 +23,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from mmopd import repair
+from mmopd.errors import UserError
 
 State = Literal["ok", "warn", "fail"]
 GIB = 2**30
@@ -65,6 +66,7 @@ def machine_report(folder: Path | None = None) -> list[Check]:
         lambda: disk(folder or Path.cwd()),
         compiler,
         ports,
+        sandbox,
     ]
     return [check() for check in checks]
 
@@ -173,6 +175,21 @@ def ports() -> Check:
             return Check("loopback ports", "ok", "open and reachable")
     except OSError as error:
         return Check("loopback ports", "fail", str(error), "servers and trainer talk over 127.0.0.1: allow it in the firewall or sandbox")
+
+
+def sandbox() -> Check:
+    """A program can be run as those are that models write; tasks that run none do not need it."""
+    from mmopd.task.sandbox import Sandbox
+
+    try:
+        with Sandbox() as box:
+            run = box.run("print(6 * 7)")
+    except (UserError, RuntimeError) as error:
+        found, _, way_out = str(error).partition(". ")
+        return Check("sandbox", "warn", found, f"only for tasks that run programs, such as text_code. {way_out}".strip())
+    if run.failure or run.output.strip() != b"42":
+        return Check("sandbox", "warn", f"a program did not end as it should: {run.failure or run.output!r}", "see docs/verifiers.md")
+    return Check("sandbox", "ok", "programs are kept apart by namespaces")
 
 
 def version_of(distribution: str) -> str | None:

@@ -3,7 +3,10 @@
 import asyncio
 import dataclasses
 import json
+import math
 import os
+import signal
+import socket
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,31 +19,37 @@ import torch
 from rich.console import Console
 
 from mmopd import catalog, config
-from mmopd.config import Fleet, Recipe, Suite
+from mmopd.card import CARD, model_card
+from mmopd.config import SFT, Dense, ExPO, Fleet, Recipe, Suite
 from mmopd.doctor import Check
 from mmopd.errors import UserError
 from mmopd.evaluate.lmms import Record, evaluate, read_suite
 from mmopd.evaluate.table import Kind, Results, Row
 from mmopd.fingerprint import hash_model
+from mmopd.merge import Checkpoint, merge
 from mmopd.modality import Encoder
-from mmopd.processes import Children
+from mmopd.processes import Child, Children
 from mmopd.progress import Stages
 from mmopd.prompts import difficulty
 from mmopd.prompts.shards import Shards, open_mixture
 from mmopd.prompts.tokens import hash_processor
 from mmopd.report.html import write_report
+from mmopd.rollout.answers import run_answers
 from mmopd.rollout.difficulty import run_pass
 from mmopd.rollout.engine import EngineError
+from mmopd.rollout.sync import FileSync
 from mmopd.run import RunFolder
 from mmopd.teacher.endpoint import Endpoint
-from mmopd.teacher.fleet import from_files, serve_fleet, serve_in_stage
+from mmopd.teacher.fleet import from_files, serve_fleet, serve_in_stage, warn_of
 from mmopd.teacher.preflight import answers, insist, preflight, save, summary
 from mmopd.teacher.probes import look
-from mmopd.teacher.router import check_routes, check_tokenizers
-from mmopd.teacher.serve import Servers, ServerSpec
+from mmopd.teacher.router import check_routes, check_tokenizers, load_teachers, references, routed
+from mmopd.teacher.serve import HOST, Servers, ServerSpec
 from mmopd.train.distributed import free_port
+from mmopd.train.watchdog import HUNG, LATER, WAITED, asked_to_stop
 
 CACHE = Path(".mmopd")  # of the workspace: what several runs share
+COUNTS = {"kept": "kept", "masked": "masked", "absent": "failed"}  # of responses, in the line of a step
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,34 +57,51 @@ class Job:
     """Everything that a recipe refers to, found and checked."""
 
     recipe: Recipe
-    fleet: Fleet
+    fleet: Fleet  # the teachers that routes lead to; empty where the objective needs none
+    references: Fleet | None  # theirs, where the objective has them
     sources: Mapping[str, Shards]
     suite: Suite | None
     elsewhere: Sequence[Endpoint] = ()  # of teachers that another `mmopd serve` serves
     changed: Sequence[str] = ()  # sources that were added or removed on purpose before a resume
+    launcher: Sequence[str] = ()  # a command that starts the ranks; none: they are started here
+    host: str = HOST  # the address that servers listen on
 
 
-def launch(run: RunFolder, recipe: Recipe, console: Console, *, endpoints: Sequence[Path] = (), changed: Sequence[str] = ()) -> None:
+def launch(
+    run: RunFolder,
+    recipe: Recipe,
+    console: Console,
+    *,
+    endpoints: Sequence[Path] = (),
+    changed: Sequence[str] = (),
+    launcher: Sequence[str] = (),
+    host: str = HOST,
+) -> None:
     """Prepare, serve, prove the teachers, measure difficulty, evaluate, distil, evaluate, report.
 
     Args:
         endpoints: files of `mmopd serve`; the teachers in them are used from there.
         changed: sources that were added to the mixture or removed from it on purpose, before a resume.
+        launcher: a command that starts the ranks on several machines, such as `deepspeed --hostfile hosts --module`.
+        host: the address that the servers listen on, for ranks on other machines.
 
     Raises:
         UserError: anything that a user can put right; whatever was started is stopped, what was measured is kept.
     """
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed, which transformers imports, would warn that it found nothing else
+    warn_of(host, console)
     with Stages(console, run.timings) as stages:
         prepare(recipe, stages)
-        job = dataclasses.replace(check(recipe, endpoints), changed=changed)
+        job = dataclasses.replace(check(recipe, endpoints), changed=changed, launcher=launcher, host=host)
         say_left_out(job, console)
         with Children() as children, serving(job, run, children, stages) as servers:
             insist(prove(job, servers, run, stages), console)
             measure_difficulty(job, servers, run, stages)
+            sample_answers(job, servers, run, stages)
             rows = evaluate_all(job.suite, starting_points(job, servers), run.evaluation, stages)
-            distil(job, run, children, servers, stages)
+            learn = extrapolate if isinstance(job.recipe.algorithm.objective, ExPO) else distil
+            learn(job, run, children, servers, stages)
             rows += evaluate_all(job.suite, [Candidate("distilled", "distilled", servers["student"], run.export)], run.evaluation, stages)
         finish(run, rows, stages)
 
@@ -94,19 +120,23 @@ def check(recipe: Recipe, endpoints: Sequence[Path] = ()) -> Job:
     Raises:
         UserError: a file, a model, a shard, a task, a route or a tokenizer is missing or wrong; names it.
     """
-    fleet = catalog.load_fleet(recipe.fleet)
-    elsewhere = from_files(fleet, endpoints)
+    whole = load_teachers(recipe)
+    fleet, before = routed(whole), references(whole, recipe.algorithm.objective)
+    elsewhere = from_files(whole, endpoints)
     there = {endpoint.teacher for endpoint in elsewhere}
-    folders = {name: t.model for name, t in fleet.teachers.items() if t.model is not None and name not in there}
+    used = {**fleet.teachers, **(before.teachers if before else {})}
+    folders = {name: t.model for name, t in used.items() if t.model is not None and name not in there}
     for name, folder in {"student": recipe.student.model, **folders}.items():
         if not (folder / "config.json").is_file():
             raise UserError(f"{folder}: no model in this folder (of {name}); it needs a config.json and weights in safetensors")
     tasks = catalog.load_tasks()
     sources = open_mixture(catalog.load_mixture(recipe.mixture), tasks, Path.cwd(), hash_processor(recipe.student.model))
-    check_routes(fleet, tasks, [pair for shards in sources.values() for pair in shards.kinds])
+    for one in (fleet, before):
+        if one and one.routes:
+            check_routes(one, tasks, [pair for shards in sources.values() for pair in shards.kinds])
     check_tokenizers(recipe.student.model, folders)
     suite = read_suite(catalog.find(recipe.suite), Path.cwd()) if recipe.suite is not None else None
-    return Job(recipe, fleet, sources, suite, elsewhere)
+    return Job(recipe, fleet, before, sources, suite, elsewhere)
 
 
 def say_left_out(job: Job, console: Console) -> None:
@@ -122,7 +152,9 @@ def say_left_out(job: Job, console: Console) -> None:
 def serving(job: Job, run: RunFolder, children: Children, stages: Stages) -> Iterator[Servers]:
     """The student's engine and the replicas of every teacher, by name (student, TEACHER.NUMBER), while the block lasts."""
     student = ServerSpec("student", job.recipe.student.model, job.recipe.student.engine, updatable=True)
-    with serve_fleet(job.fleet, children, run.logs, stages, elsewhere=job.elsewhere, also=[student]) as servers:
+    teachers = {**job.fleet.teachers, **(job.references.teachers if job.references else {})}
+    fleet = job.fleet.model_copy(update={"teachers": teachers})
+    with serve_fleet(fleet, children, run.logs, stages, elsewhere=job.elsewhere, also=[student], host=job.host) as servers:
         run.write_endpoints(servers)
         try:
             yield servers
@@ -139,19 +171,26 @@ def prove(job: Job, servers: Servers, run: RunFolder, stages: Stages) -> list[Ch
     max_tokens, encoder = job.recipe.rollout.max_tokens, Encoder(job.recipe.student.model)
     student, endpoints = run.read_endpoints()
 
+    objective = job.recipe.algorithm.objective
+
     async def ask() -> list[Check]:
         kinds = look(job.sources, encoder)
         responses = await answers(student, encoder, kinds, max_tokens=max_tokens)
-        return await preflight(
-            job.fleet,
-            catalog.load_tasks(),
-            endpoints,
-            encoder,
-            kinds,
-            max_tokens=max_tokens,
-            responses=responses,
-            done=lambda endpoint: stage.advance(),
-        )
+        checks: list[Check] = []
+        for fleet in (job.fleet, job.references):
+            if fleet is not None:
+                checks += await preflight(
+                    fleet,
+                    catalog.load_tasks(),
+                    endpoints,
+                    encoder,
+                    kinds,
+                    max_tokens=max_tokens,
+                    top_k=objective.top_k if isinstance(objective, Dense) else 0,
+                    responses=responses,
+                    done=lambda endpoint: stage.advance(),
+                )
+        return checks
 
     with stages.stage("preflight") as stage:
         stage.total(sum(map(len, endpoints.values())))
@@ -200,6 +239,23 @@ def measure_difficulty(job: Job, servers: Servers, run: RunFolder, stages: Stage
         except EngineError as error:
             servers.check()
             raise UserError(f"{error} ({run.logs / 'student.log'})") from error
+
+
+def sample_answers(job: Job, servers: Servers, run: RunFolder, stages: Stages) -> None:
+    """For SFT: the teachers answer every prompt, and what is right is kept beside the shards.
+
+    Raises:
+        UserError: a teacher's server ended, with the last lines of its log; or no answer is right.
+    """
+    if not isinstance(job.recipe.algorithm.objective, SFT):
+        return
+    _, teachers = run.read_endpoints()
+    with stages.stage("answers") as stage:
+        try:
+            run_answers(job.recipe, job.sources, teachers, stage)
+        except EngineError as error:
+            servers.check()
+            raise UserError(f"a teacher did not answer: {error}; the logs are in {run.logs}") from error
 
 
 def difficulty_alone(recipe: Recipe, out: Path, console: Console) -> None:
@@ -268,33 +324,98 @@ def evaluate_all(suite: Suite | None, candidates: Sequence[Candidate], out: Path
 
 
 def distil(job: Job, run: RunFolder, children: Children, servers: Servers, stages: Stages) -> None:
-    """Start the ranks and follow them to their end.
+    """Start the ranks and follow them to their end; SIGTERM lets them end their step and save it.
 
     Raises:
-        UserError: a rank or a server ended early; with the last lines of its log.
+        UserError: a rank or a server ended early, with the last lines of its log; or a step that was to be the last takes too long.
+        SystemExit: the ranks have stopped before their last step, as they were asked to; status 0.
     """
-    ranks, port = job.recipe.train.ranks, free_port()
-    env = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "HF_HUB_OFFLINE": "1"}
-    env["OMP_NUM_THREADS"] = os.environ.get("OMP_NUM_THREADS", "1")
-    command = [sys.executable, "-m", "mmopd.train.rank", str(run.root), *job.changed]
-    with stages.stage("distil") as stage:
-        running = [
-            children.start(f"rank{rank}", command, run.logs / f"rank{rank}.log", env | {"RANK": str(rank), "LOCAL_RANK": str(rank)})
-            for rank in range(ranks)
-        ]
+    ranks, timeout = job.recipe.train.ranks, job.recipe.train.timeout
+    with stages.stage("distil") as stage, asked_to_stop() as asked:
+        running = start_ranks(job, run, children)
         stage.total(job.recipe.train.steps)
         stage.note("starting the ranks")
-        while any(rank.alive for rank in running):
-            if (latest := last_metrics(run.metrics)) is not None:
-                stage.total(job.recipe.train.steps, done=int(latest["step"]) + 1)
-                stage.note(one_line(latest))
-            servers.check()
+        until, done, alive = math.inf, 0, True
+        while alive:
             time.sleep(0.5)
-            failed = next((rank for rank in running if rank.returncode), None)
-            if failed is not None:
-                raise UserError(f"{failed.name} ended with status {failed.returncode}; the last lines of {failed.log}:\n{failed.tail()}")
+            alive = any(rank.alive for rank in running)  # first, so that what they leave behind is seen
+            check_ranks(running, timeout, stopping=asked.is_set())
+            servers.check()
+            if asked.is_set() and until == math.inf:
+                until = time.monotonic() + timeout
+                stages.console.print("asked to stop: behind this step, with a checkpoint", highlight=False)
+                for rank in running:
+                    rank.terminate()
+            if time.monotonic() > until:
+                raise UserError(f"the ranks have not ended their step within train.timeout = {timeout} s; the last checkpoint is as it was")
+            if (latest := last_metrics(run.metrics)) is not None:
+                done = int(latest["step"]) + 1
+                stage.total(job.recipe.train.steps, done=done)
+                stage.note(one_line(latest))
+        if asked.is_set() or done < job.recipe.train.steps:
+            how = f"stopped after {done} steps, as asked; `mmopd train --resume {run.root}` goes on from there"
+            stages.console.print(how, highlight=False, markup=False, soft_wrap=True)
+            raise SystemExit(0)
         again = "".join(f", {name} started again {times} x" for name, times in servers.restarts.items())
         stage.outcome = f"{job.recipe.train.steps} steps on {ranks} rank{'s' * (ranks > 1)}{again}"
+
+
+def check_ranks(running: Sequence[Child], timeout: float, *, stopping: bool) -> None:
+    """No rank has failed.
+
+    Args:
+        timeout: of the recipe; where a rank has waited for so long, the one that it has waited for is looked for.
+        stopping: they have been asked to; one that was not ready to listen yet is not to blame.
+
+    Raises:
+        UserError: one has; names the one that is to blame, with the last lines of its log.
+    """
+    fine = {None, 0, 128 + signal.SIGTERM} if stopping else {None, 0}
+    if all(rank.returncode in fine for rank in running):
+        return
+    time.sleep(1.0)  # a rank that ends takes others with it, and they may be quicker
+    failed = [rank for rank in running if rank.returncode not in fine]
+    if {rank.returncode for rank in failed} == {WAITED}:
+        end = time.monotonic() + 2 * (LATER - 1) * timeout  # in which its own watchdog ends a rank that hangs
+        while time.monotonic() < end and not any(rank.returncode == HUNG for rank in running):
+            time.sleep(0.1)
+        failed = [rank for rank in running if rank.returncode == HUNG or rank.alive] or failed
+    blamed = max(failed, key=lambda rank: (rank.returncode in {2, HUNG}, rank.returncode or 0))  # it knows why; or a signal ended it
+    ended = f"ended with status {blamed.returncode}" if not blamed.alive else f"has not answered for train.timeout = {timeout:.0f} s"
+    raise UserError(f"{blamed.name} {ended}; the last lines of {blamed.log}:\n{blamed.tail()}")
+
+
+def start_ranks(job: Job, run: RunFolder, children: Children) -> list[Child]:
+    """The training processes, all on this machine; or the one launcher that starts them, wherever it likes."""
+    what = ["mmopd.train.rank", str(run.root), *job.changed]
+    env = {"MASTER_PORT": str(free_port()), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
+    if job.launcher:
+        env["MASTER_ADDR"] = HOST if job.host == HOST else socket.gethostname()  # srun passes it on; others set their own
+        return [children.start("launcher", [*job.launcher, *what], run.logs / "ranks.log", env)]
+    env |= {"MASTER_ADDR": HOST, "WORLD_SIZE": str(job.recipe.train.ranks)}
+    return [
+        children.start(f"rank{n}", [sys.executable, "-m", *what], run.logs / f"rank{n}.log", env | {"RANK": str(n), "LOCAL_RANK": str(n)})
+        for n in range(job.recipe.train.ranks)
+    ]
+
+
+def extrapolate(job: Job, run: RunFolder, children: Children, servers: Servers, stages: Stages) -> None:
+    """ExPO, in the place of `distil`: merge the teachers into the export folder, and give the engine its weights.
+
+    Raises:
+        UserError: a teacher's weights are not on this machine, or not of the student's architecture.
+    """
+    if elsewhere := [name for name, teacher in job.fleet.teachers.items() if teacher.model is None or teacher.adapter is not None]:
+        raise UserError(f"teacher {elsewhere[0]!r}: expo merges whole weights, so that every teacher needs a `model` here and no adapter")
+    objective = job.recipe.algorithm.objective
+    assert isinstance(objective, ExPO)
+    with stages.stage("merge") as stage:
+        weights = {teacher.model: teacher.weight for teacher in job.fleet.teachers.values() if teacher.model is not None}
+        if not run.export.exists():
+            merge(job.recipe.student.model, weights, objective.alpha, run.export, stage)
+        with Checkpoint(run.export) as merged, FileSync(servers["student"]) as link:
+            link.send(((name, merged.tensor(name)) for name in sorted(merged.names)), "merged")
+        stage.outcome = f"{len(weights)} teachers, alpha {objective.alpha:g}"
 
 
 def last_metrics(path: Path) -> dict[str, Any] | None:
@@ -312,12 +433,13 @@ def last_metrics(path: Path) -> dict[str, Any] | None:
 def one_line(metrics: Mapping[str, Any]) -> str:
     """What a person wants to see of a step while it runs."""
     accuracy = "  ".join(f"{key.removeprefix('accuracy/')} {value:.2f}" for key, value in metrics.items() if key.startswith("accuracy/"))
-    counts = f"kept {metrics['kept']:.0f}  masked {metrics['masked']:.0f}  failed {metrics['absent']:.0f}"
-    return f"{metrics['seconds']:.1f} s/step  return {metrics['return']:+.3f}  right: {accuracy}  {counts}"
+    counts = "  ".join(f"{what} {metrics[key]:.0f}" for key, what in COUNTS.items() if key in metrics)
+    learnt = f"return {metrics['return']:+.3f}" if "return" in metrics else f"loss {metrics.get('loss', math.nan):.3f}"
+    return f"{metrics['seconds']:.1f} s/step  {learnt}  right: {accuracy}  {counts}"
 
 
 def finish(run: RunFolder, rows: Sequence[Row], stages: Stages) -> None:
-    """Results table and report.
+    """Results table, report, and the model's card.
 
     Raises:
         UserError: a benchmark has no score; everything is written all the same.
@@ -326,6 +448,7 @@ def finish(run: RunFolder, rows: Sequence[Row], stages: Stages) -> None:
     results.write(run.root)
     with stages.stage("report") as stage:
         write_report(run.root)
+        (run.export / CARD).write_text(model_card(run, run.recipe()))
         stage.outcome = str(run.report)
     print_results(results, stages.console)
     stages.console.print(f"The model: {run.export}\nThe report: {run.report}", highlight=False, markup=False)

@@ -14,11 +14,17 @@ class Prompt:
 
     key: str  # "source/row", unique in a run
     task: str  # a name of modalities/
-    modality: str  # text | image
-    messages: tuple[Message, ...]  # chat messages; {"type": "image"} parts stand for `images`, in order
+    modality: str  # text | image | video
+    messages: tuple[Message, ...]  # chat messages; {"type": "image"} parts stand for `images`, {"type": "video"} for `videos`, in order
     images: tuple[bytes, ...]  # encoded (PNG, JPEG, ...), never decoded here
     answer: str
     extra: Mapping[str, str] = field(default_factory=dict)  # more texts of the row that a view may use: caption, ocr, hint, ...
+    videos: tuple[tuple[bytes, ...], ...] = ()  # clips: frames, each encoded as an image is, at the rate of `modality.video`
+
+    @property
+    def is_visual(self) -> bool:
+        """Whether there is anything to see."""
+        return bool(self.images or self.videos)
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,9 +32,10 @@ class Encoded:
     """A prompt as token ids, in the two forms that a vision-language model has."""
 
     prompt: Prompt
-    ids: tuple[int, ...]  # one placeholder per image: what a server is sent, with the image bytes
+    ids: tuple[int, ...]  # one placeholder per image or clip: what a server is sent, with the image bytes
     expanded: tuple[int, ...]  # one placeholder per visual token: what the model sees, what the server must answer with
     grids: tuple[tuple[int, int, int], ...]  # (time, height, width) in patches, one per image
+    video_grids: tuple[tuple[int, int, int], ...] = ()  # and one per clip
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,5 +91,6 @@ class Sample:
     group: int
     response: Response
     outcome: Outcome
-    score: Score | Absent
+    score: Score | Absent | None  # None where the objective asks for none
     blind: Score | Absent | None = None  # by the same teacher with blank images; None where it was not asked for
+    reference: Score | None = None  # by the teacher's reference (ExOPD); where that could not be had, `score` is absent

@@ -41,6 +41,7 @@ class RunFolder:
         self.samples = root / "samples.jsonl"  # a few responses, token by token
         self.checkpoints = root / "checkpoints"
         self.scores = root / "scores"  # since the last checkpoint, so that a resume asks no teacher twice
+        self.replay = root / "replay"  # updates that were skipped, for `mmopd replay`
         self.export = root / "export"  # the distilled student as a HF folder
         self.evaluation = root / "eval"
         self.results = root / "results.json"  # also .md and .csv
@@ -66,6 +67,10 @@ class RunFolder:
             folder.mkdir()
         self.recipe_file.write_text(config.dump(recipe))
         self.versions.write_text(json.dumps(versions(), indent=1))
+
+    def replay_of(self, step: int) -> Path:
+        """Where a skipped update of a step is kept."""
+        return self.replay / f"step-{step:08d}"
 
     def recipe(self) -> Recipe:
         """The resolved recipe of the run.

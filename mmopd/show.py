@@ -8,7 +8,7 @@ from rich.table import Table
 from mmopd import catalog, config
 from mmopd.config import Fleet, Mixture, Recipe
 from mmopd.errors import UserError
-from mmopd.teacher.router import Judge, find_judges
+from mmopd.teacher.router import Judge, find_judges, load_teachers, references
 
 
 def show(recipe: Recipe, console: Console) -> None:
@@ -18,7 +18,8 @@ def show(recipe: Recipe, console: Console) -> None:
         UserError: a file that the recipe names is missing or wrong, or a prompt has no teacher or no view.
     """
     console.print(Syntax(config.dump(recipe), "yaml", background_color="default"))
-    fleet, mixture = catalog.load_fleet(recipe.fleet), catalog.load_mixture(recipe.mixture)
+    fleet, mixture = load_teachers(recipe), catalog.load_mixture(recipe.mixture)
+    reference = references(fleet, recipe.algorithm.objective)
     rollout, train = recipe.rollout, recipe.train
     table = Table(title="What it would start", title_justify="left")
     for column in ("process", "model", "gets"):
@@ -27,13 +28,15 @@ def show(recipe: Recipe, console: Console) -> None:
     for name, teacher in fleet.teachers.items():
         routes = ", ".join(f"{r.task}/{r.modality}" for r in fleet.routes if name in r.teachers)
         where = f"{teacher.model} x {teacher.replicas}" if teacher.model else ", ".join(teacher.endpoints)
-        table.add_row(f"teacher {name}", where, f"responses to {routes}" if routes else "nothing: no route")
+        as_reference = "responses, as a reference" if reference and name in reference.teachers else "not started: no route"
+        table.add_row(f"teacher {name}", where, f"responses to {routes}" if routes else as_reference)
     table.add_row(f"{train.ranks} training ranks", str(recipe.student.model), f"{train.steps} steps, ZeRO-3, {train.dtype}")
     total = sum(source.weight for source in mixture.sources.values())
     for name, source in mixture.sources.items():
         table.add_row(f"source {name}", str(source.shards), f"{source.weight / total:.0%} of the prompts, task {source.task}")
     console.print(table)
-    console.print(judges_table(fleet, mixture))
+    if fleet.routes:
+        console.print(judges_table(fleet, mixture))
 
 
 def judges_table(fleet: Fleet, mixture: Mixture) -> Table:

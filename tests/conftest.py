@@ -18,6 +18,15 @@ signal.signal(signal.SIGHUP, signal.SIG_DFL)
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+# Files that take minutes come first, so that the last worker is not left alone with one of them.
+LONG = ("resume", "end_to_end", "objectives", "trainer", "students", "evaluate", "lora", "tutorial", "video", "sandbox", "bad_input")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    rank = {f"test_{name}": i for i, name in enumerate(LONG)}
+    items.sort(key=lambda item: rank.get(item.path.stem, len(LONG)))
+
+
 @pytest.fixture(scope="session")
 def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The demo's own preparation with few rows and few steps, and a recipe that takes it as it is."""

@@ -148,7 +148,11 @@ def test_soft_outcomes_are_cut_at_the_threshold():
     [
         ({"ratio": -1.0}, r"ratio is -1\.0"),
         ({"ratio": NAN}, "ratio is nan"),
+        ({"ratio": -INF}, "ratio is -inf"),
         ({"tolerance": -0.1}, "tolerance is -0.1"),
+        ({"tolerance": NAN}, "tolerance is nan"),
+        ({"threshold": -0.1}, "threshold is -0.1: expected an outcome, 0 to 1"),
+        ({"outcome": [1, INF, 0]}, r"outcome\[1\] is inf"),
         ({"tolerance": 1.1}, "tolerance is 1.1"),
         ({"scope": "global"}, "scope is 'global': expected one of group, batch"),
         ({"outcome": [1, 2, 0]}, r"outcome\[1\] is 2"),

@@ -107,6 +107,7 @@ def test_no_prompts_or_none_judged_is_fine():
         ([-1, 2], 8, {}, r"correct\[0\] is -1"),
         ([1, 2], torch.tensor([4]), {}, "one length"),
         ([1, 2], 8, {"cap": 0.5}, r"cap is 0\.5"),
+        ([1, 2], 8, {"cap": float("nan")}, "cap is nan"),
         ([1, 2], 8, {"shape": "j"}, "shape is 'j': expected one of auto, u, mirrored_j, flat"),
     ],
 )

@@ -141,7 +141,11 @@ def test_an_empty_batch_is_fine(scope):
         ({"returns": torch.tensor([0.0, NAN, 0, 0])}, r"returns\[1\] is nan"),
         ({"returns": torch.tensor([0.0, 0, 0, float("-inf")])}, r"returns\[3\] is -inf"),
         ({"outcome": torch.tensor([1.0, 0, 1.5, 0])}, r"outcome\[2\] is 1.5"),
+        ({"outcome": torch.tensor([1.0, 0, 0, -0.5])}, r"outcome\[3\] is -0.5"),
+        ({"outcome": torch.tensor([1.0, float("inf"), 0, 0])}, r"outcome\[1\] is inf"),
         ({"outcome": torch.tensor([1.0, 0])}, "one length"),
+        ({"threshold": NAN}, "threshold is nan: expected an outcome, 0 to 1"),
+        ({"threshold": 1.5}, "threshold is 1.5"),
         ({"delta": -0.1}, "delta is -0.1"),
         ({"delta": NAN}, "delta is nan"),
         ({"delta": float("inf")}, "delta is infinite"),
@@ -160,8 +164,9 @@ def test_bad_input_is_named(change, message):
 def test_a_bad_direction_or_retain_is_named():
     with pytest.raises(ValueError, match="direction is 'up'"):
         margin_shift(*WORKED, scope="group", mode="mean", direction="up", delta=0.4)
-    with pytest.raises(ValueError, match=r"retain is 1\.5"):
-        margin_mask(*WORKED, scope="group", mode="mean", delta=0.4, retain=1.5)
+    for retain in (1.5, -0.1, NAN):
+        with pytest.raises(ValueError, match=f"retain is {retain}"):
+            margin_mask(*WORKED, scope="group", mode="mean", delta=0.4, retain=retain)
 
 
 @st.composite

@@ -96,15 +96,38 @@ def test_a_response_without_tokens_takes_part_in_nothing():
     assert out.diagnostics["balanced_away_share"] == 0
 
 
+def test_a_step_without_a_token_that_counts_has_no_loss_and_no_reverse_kl():
+    out = step([[], [12.0], []], [1, 0, 0], [0] * 3, settings=Algorithm())
+    assert not out.keep.any()
+    assert out.token_weight.tolist() == [0]
+    assert out.diagnostics["empty_share"] == 1
+    assert not {"reverse_kl", "return_mean", "margin_before"} & out.diagnostics.keys()
+
+
+def test_the_log_ratio_of_a_response_is_summed_over_the_tokens_that_count():
+    out = step([[0.2, 10.0, 0.4], [], [-0.5]], [1, 0, 0], [0] * 3, settings=Algorithm())
+    assert out.log_ratio.tolist() == pytest.approx([0.6, 0, -0.5])
+    assert out.counted.tolist() == [2, 0, 1]
+
+
 def test_teacher_weights_multiply():
     out = step([[0.1], [0.1, 0.1]], [1, 1], [0, 1], weight=[2.0, 0.5])
     assert out.token_weight.tolist() == pytest.approx([1.0, 0.125, 0.125])
 
 
-def test_without_known_outcomes_it_is_plain_opd():
-    full, plain = (step(WORKED, [NAN] * 4, [0] * 4, settings=s) for s in (Algorithm(), PLAIN))
+@pytest.mark.parametrize(
+    "algorithm",
+    [
+        Algorithm(),
+        Algorithm(balance=Balance(scope="batch", ratio=math.inf), margin=Margin(scope="global", direction="lift")),
+        Algorithm(balance=Balance(ratio=0), margin=Margin(kind="mask", mode="minmax", retain=0)),
+    ],
+)
+def test_without_known_outcomes_it_is_plain_opd(algorithm):
+    full, plain = (step(WORKED, [NAN] * 4, [0] * 4, settings=s) for s in (algorithm, PLAIN))
     assert torch.equal(full.advantage, plain.advantage)
     assert torch.equal(full.token_weight, plain.token_weight)
+    assert full.keep.all()
     assert full.diagnostics["unknown_share"] == 1
     assert not {"correct_share", "margin_before", "order_after", "return_right"} & full.diagnostics.keys()
     assert full.diagnostics["two_sided_groups_before"] == 0
@@ -135,6 +158,12 @@ def test_diagnostics_are_plain_finite_floats():
     [
         ({"teacher": torch.tensor([-1.0, NAN, -1])}, r"teacher log-prob of token 1 \(response 0\) is nan"),
         ({"student": torch.tensor([-1.0, -1, -math.inf])}, r"student log-prob of token 2 \(response 1\) is -inf"),
+        ({"teacher": torch.tensor([math.inf, -1, -1])}, r"teacher log-prob of token 0 \(response 0\) is inf"),
+        ({"teacher": torch.tensor([-1.0, math.inf, -math.inf])}, r"teacher log-prob of token 1 \(response 0\) is inf"),
+        ({"reference": torch.tensor([-1.0, -1, NAN]), "scale": 1.25}, r"reference log-prob of token 2 \(response 1\) is nan"),
+        ({"weight": torch.tensor([1.0, NAN])}, r"weight\[1\] is nan: expected a number >= 0"),
+        ({"weight": torch.tensor([-1.0, 1])}, r"weight\[0\] is -1"),
+        ({"weight": torch.tensor([math.inf, 1])}, r"weight\[0\] is inf"),
         ({"response": torch.tensor([0, 0, 2])}, r"response\[2\] is 2, but there are 2"),
         ({"response": torch.tensor([0, -1, 1])}, r"response\[1\] is -1"),
         ({"outcome": torch.tensor([1.0, 7.0])}, r"outcome\[1\] is 7"),

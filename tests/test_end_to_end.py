@@ -134,25 +134,6 @@ def test_a_second_run_into_the_same_folder_is_refused(finished: tuple[RunFolder,
     assert "runs/whole: this run folder exists" in output
 
 
-def test_nothing_survives_kill_9_and_the_run_resumes_where_it_was(workspace: Path) -> None:
-    run = RunFolder(workspace / "runs" / "killed")
-    command = Command(workspace, "train", "recipes/small.yaml", *SMALL, "train.steps=6", NO_SUITE, "--run", "runs/killed")
-    command.wait_for(lambda: len(read_lines(run.metrics)) >= 3)
-    command.process.send_signal(signal.SIGKILL)
-    command.process.wait()
-    command.assert_nothing_survives()
-    before = read_lines(run.metrics)[:2]
-
-    resumed = Command(workspace, "train", "--resume", "runs/killed")
-    status, output = resumed.finish()
-    assert status == 0, output
-    resumed.assert_nothing_survives()
-    after = read_lines(run.metrics)
-    assert [row["step"] for row in after] == [0, 1, 2, 3, 4, 5]
-    assert after[:2] == before
-    assert max(row["probe"] for row in after) <= 1e-4
-
-
 def test_ctrl_c_stops_everything_and_says_so(workspace: Path) -> None:
     command = Command(workspace, "train", "recipes/small.yaml", *SMALL, NO_SUITE, "--run", "runs/interrupted")
     command.wait_for(lambda: len(command.survivors()) > 3)

@@ -10,8 +10,9 @@ from transformers import Qwen2_5_VLConfig
 
 from mmopd.demo.world import build_student
 from mmopd.modality import Encoder
-from mmopd.train.logprob import STUDENTS, LogprobHead, load_student
+from mmopd.train.logprob import LogprobHead
 from mmopd.train.pack import Collator, Item, Size, assign, fill_rows
+from mmopd.train.students import STUDENTS, load_student
 
 
 @pytest.fixture(scope="module")

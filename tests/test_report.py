@@ -5,19 +5,25 @@ import io
 import json
 import math
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
 from mmopd import config
-from mmopd.config import Recipe, Student
+from mmopd.config import Algorithm, Margin, Recipe, Student
+from mmopd.demo.world import build_student
 from mmopd.errors import UserError
 from mmopd.evaluate import Record, Results, Row
-from mmopd.records import Absent, Outcome, Prompt, Response, Sample, Score
+from mmopd.modality import Encoder
+from mmopd.records import Absent, Encoded, Outcome, Prompt, Response, Sample, Score
 from mmopd.report.heatmap import TokenRow, as_json, cells, choose, picture, read_rows, token_row
 from mmopd.report.html import curves, script_json, write_report
 from mmopd.report.metrics import JsonLines, MetricsWriter, documented, read_lines
+from mmopd.run import RunFolder
+from mmopd.train.batch import build_batch
+from mmopd.train.record import Recorder
 
 
 def png(width: int, height: int) -> str:
@@ -86,6 +92,93 @@ def test_a_run_that_starts_over_keeps_nothing(tmp_path: Path) -> None:
     lines.close()
     JsonLines(tmp_path / "samples.jsonl", 0).close()
     assert (tmp_path / "samples.jsonl").read_bytes() == b""
+
+
+# What is recorded of a step.
+
+PROMPTS = [Encoded(Prompt(f"s/{i}", task, "text", (), (), ""), (1,), (1,), ()) for i, task in enumerate(("sums", "charts", "charts"))]
+
+
+Line = Callable[[Algorithm, list[Sample]], dict[str, float]]
+
+
+def sample(group: int, outcome: float, student: list[float], reward: list[float], teacher: str = "t") -> Sample:
+    """The teacher's log-probs are the student's and the reward."""
+    response = Response(tuple(range(len(student))), tuple(student), "", "stop", "step-0")
+    score = Score(teacher, tuple(s + r for s, r in zip(student, reward, strict=True)))
+    return Sample(group, response, Outcome(outcome), score)
+
+
+# Two right and two wrong responses to a prompt of one teacher (margin -0.2, as in the worked example of the margins), two to a prompt of
+# another, one to a prompt of both; one has no score, and a token of one is 12 nats from its teacher: it counts nowhere.
+STEP = [
+    sample(0, 1.0, [-1.0, -2.0], [0.3, -0.1]),
+    sample(0, 1.0, [-0.5], [-0.3]),
+    sample(0, 0.0, [-0.5, -0.5, -0.5, -0.5], [0.2, 0.6, 0.0, 0.0]),
+    sample(0, 0.0, [-0.25], [0.0]),
+    sample(1, 0.0, [-0.5, -1.0], [-0.4, -12.0], "u"),
+    sample(1, math.nan, [-0.5], [-0.2], "u"),
+    sample(2, 1.0, [-1.5], [0.5], "t+u"),
+    Sample(2, Response((7,), (-2.0,), "", "stop", "step-0"), Outcome(1.0), Absent("t", "timeout")),
+]
+
+
+@pytest.fixture(scope="module")
+def encoder(tmp_path_factory: pytest.TempPathFactory) -> Encoder:
+    folder = tmp_path_factory.mktemp("student")
+    build_student(folder)
+    return Encoder(folder)
+
+
+@pytest.fixture
+def recorded(tmp_path: Path, encoder: Encoder) -> Line:
+    """The line that the recorder of a run writes, by name."""
+
+    def record(algorithm: Algorithm, samples: list[Sample]) -> dict[str, float]:
+        recipe = Recipe(student=Student(model=Path("m")), fleet=Path("f"), mixture=Path("m"), algorithm=algorithm)
+        folder = RunFolder(tmp_path / str(len(list(tmp_path.iterdir()))))
+        folder.create(recipe)
+        with Recorder(folder, recipe, encoder, 0) as recorder:
+            recorder.step(0, PROMPTS, samples, build_batch(samples, algorithm, 0), updates=[], more={})
+        [line] = read_lines(folder.metrics)
+        return line
+
+    return record
+
+
+def test_reverse_kl_is_told_by_task_and_by_teacher_over_the_tokens_that_count(recorded: Line) -> None:
+    line = recorded(Algorithm(), STEP)
+    assert line["reverse_kl"] == pytest.approx(-(0.7 - 0.4 - 0.2 + 0.5) / 11)
+    assert line["reverse_kl/sums"] == pytest.approx(-0.7 / 8)
+    assert line["reverse_kl/charts"] == pytest.approx((0.4 + 0.2 - 0.5) / 3)
+    by_teacher = {"t": -0.7 / 8, "u": 0.6 / 2, "t+u": -0.5}
+    assert {name: line[f"reverse_kl_teacher/{name}"] for name in by_teacher} == pytest.approx(by_teacher)
+
+
+def test_a_step_tells_entropy_outcomes_order_margins_shift_and_where_responses_went(recorded: Line) -> None:
+    line = recorded(Algorithm(balance=None), STEP)
+    assert line["entropy_estimate"] == pytest.approx((3 + 0.5 + 2 + 0.25 + 1.5 + 0.5 + 1.5 + 2) / 13)
+    assert line["response_length"] == 13 / 8
+    assert (line["correct/sampled"], line["correct/kept"]) == pytest.approx((4 / 7, 3 / 6))
+    for name, before, after in (("order_consistency", 0, 1), ("order_delta", 0, 1), ("margin", -0.2, 0.4), ("two_sided_groups", 1, 1)):
+        assert (line[f"{name}/before"], line[f"{name}/after"]) == pytest.approx((before, after))
+    assert [line[f"margin/p{q}_before"] for q in (10, 50, 90)] == pytest.approx([-0.2] * 3)
+    assert line["shift"] == pytest.approx(4 * 0.3 / 7)
+    shares = {"kept": 7 / 8, "balanced_away": 0, "masked": 0, "absent": 1 / 8, "unknown": 1 / 8}
+    assert {name: line[f"share/{name}"] for name in shares} == pytest.approx(shares)
+    masked = recorded(Algorithm(balance=None, margin=Margin(kind="mask")), STEP)
+    assert (masked["share/masked"], masked["share/kept"]) == (2 / 8, 5 / 8)
+    assert masked["margin/after"] == pytest.approx(0.1)
+
+
+def test_an_objective_without_a_teacher_has_no_divergence_and_one_without_samples_of_its_own_no_entropy(recorded: Line) -> None:
+    grpo = Algorithm.model_validate({"objective": {"kind": "grpo"}})
+    line = recorded(grpo, [Sample(s.group, s.response, s.outcome, None) for s in STEP])
+    assert not [name for name in line if name.startswith("reverse_kl")]
+    assert {"entropy_estimate", "correct/sampled", "share/kept", "response_length"} <= line.keys()
+    sft = Algorithm.model_validate({"objective": {"kind": "sft"}})
+    line = recorded(sft, STEP[:7])
+    assert not [name for name in line if name.startswith(("reverse_kl", "entropy"))]
 
 
 # Samples.
@@ -173,7 +266,9 @@ def write_run(run: Path) -> Path:
     (run / "difficulty" / "difficulty.json").write_text(json.dumps({"version": 2, "sources": {"digits": source}}))
     with MetricsWriter(run) as writer:
         for step in range(20):
-            writer.write(step, {"return": -0.2 + step / 100, "accuracy/digit_sum": 0.4, "absent": 0, "kept": 8, "seconds/rollout": 1.5})
+            writer.write(
+                step, {"return": -0.2 + step / 100, "accuracy/digit_sum": 0.4, "absent": 0, "share/kept": 0.5, "seconds/rollout": 1.5}
+            )
 
     def record(model: str, score: float | None) -> Record:
         status, reason = ("ok", "") if score is not None else ("failed", "3 of 8 requests failed")
@@ -237,6 +332,40 @@ def test_a_report_without_visual_advantage_does_not_speak_of_it(tmp_path: Path) 
     lines = (run / "samples.jsonl").read_text().splitlines(keepends=True)
     (run / "samples.jsonl").write_text(lines[0])
     assert "without the image" not in write_report(run).read_text()
+
+
+def test_what_a_step_tells_of_the_algorithm_has_a_panel(recorded: Line) -> None:
+    shown = {chart["title"]: [s["name"] for s in chart["series"]] for chart in curves([recorded(Algorithm(balance=None), STEP)])}
+    assert shown == {
+        "Accuracy of the rollouts": ["charts", "sums"],
+        "Right responses": ["sampled", "kept"],
+        "Return": ["return", "right", "wrong"],
+        "Reverse KL by task": ["reverse_kl", "charts", "sums"],
+        "Reverse KL by teacher": ["t", "t+u", "u"],
+        "Entropy, estimated": ["entropy_estimate"],
+        "Response length": ["response_length"],
+        "Order consistency": ["after"],  # before it is 0 throughout
+        "Margin reached": ["after"],
+        "Margins": ["before", "after"],
+        "Shift": ["shift"],
+        "Where responses went": ["kept", "absent", "unknown"],
+    }
+
+
+def test_margins_are_a_band_around_their_median() -> None:
+    margins = {f"margin/p{q}_{when}": q / 100 + later for q in (10, 50, 90) for when, later in (("before", 0.0), ("after", 1.0))}
+    [chart] = curves([{"step": 3} | margins, {"step": 4}])
+    before, after = chart["series"]
+    assert (before["name"], before["low"], before["y"], before["high"]) == ("before", [0.1, None], [0.5, None], [0.9, None])
+    assert (after["name"], after["low"], after["y"], after["high"]) == ("after", [1.1, None], [1.5, None], [1.9, None])
+
+
+def test_a_run_without_teachers_has_a_report(tmp_path: Path) -> None:
+    algorithm = Algorithm.model_validate({"objective": {"kind": "grpo"}})
+    (tmp_path / "recipe.yaml").write_text(config.dump(Recipe(student=Student(model=Path("m")), mixture=Path("d"), algorithm=algorithm)))
+    page = write_report(tmp_path).read_text()
+    assert "<dd>grpo</dd>" in page
+    assert "<dt>Fleet</dt><dd>none</dd>" in page
 
 
 def test_scoring_and_visual_advantage_have_their_panels() -> None:

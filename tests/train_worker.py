@@ -4,13 +4,20 @@ Also what both sides share: the items, and a launcher.
 """
 
 import os
+import resource
+import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from itertools import count
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import deepspeed
 import torch
 
 from mmopd.config import Algorithm, Train
@@ -18,11 +25,14 @@ from mmopd.demo.world import additions, digit_sums
 from mmopd.errors import UserError
 from mmopd.modality import Encoder
 from mmopd.records import Prompt
+from mmopd.run import RunFolder
 from mmopd.train.checkpoint import Checkpoints, load
 from mmopd.train.distributed import start, stop
-from mmopd.train.engine import Trainer
+from mmopd.train.engine import NotFiniteError, Trainer
 from mmopd.train.export import export
+from mmopd.train.guard import Guard
 from mmopd.train.pack import Item
+from mmopd.train.watchdog import Watchdog
 
 TRAIN = Train(
     steps=8, dtype="float32", lr=1e-3, warmup=1, micro_tokens=80, micro_patches=64, gradient_checkpointing=False, checkpoint_every=2
@@ -50,7 +60,7 @@ BATCHES = ["TitIIt", "t", "iTtI", "IIi"]  # the second leaves one rank of two wi
 
 def main(model: Path, out: Path, job: str) -> None:
     torch.set_num_threads(1)
-    ranks = start(60)
+    ranks = start(20 if job == "hanging" else 60)
     encoder = Encoder(model)
     trainer = Trainer(model, encoder, TRAIN, Algorithm(), ranks)
     result = JOBS[job](trainer, encoder, out)
@@ -61,7 +71,7 @@ def main(model: Path, out: Path, job: str) -> None:
 
 
 def straight(trainer: Trainer, encoder: Encoder, out: Path) -> dict[str, Any]:
-    """Log-probs before, four updates with a checkpoint after the second, export, log-probs after; then what is refused."""
+    """Log-probs before, four updates with a checkpoint after the second, export, log-probs after."""
     before = trainer.logprobs(make_items(encoder, "TiI", 7))
     names = [name for name, _ in trainer.named_weights(1 << 16)]
     checkpoints = Checkpoints(out / "checkpoints", keep=2)
@@ -72,42 +82,143 @@ def straight(trainer: Trainer, encoder: Encoder, out: Path) -> dict[str, Any]:
         stats.append(trainer.update(make_items(encoder, kinds, k)))
     export(trainer, out / "export")
     after = trainer.logprobs(make_items(encoder, "TiI", 7))
-    items = make_items(encoder, "Ti", 3)
-    infinite = Item(items[0].encoded, items[0].tokens, items[0].old, items[0].advantage / 0, items[0].weight)
-    errors = {"infinite": _refusal(lambda: trainer.update([infinite, *items[1:]]))}
-    if trainer.ranks.size == 1:
-        errors["two ranks"] = _refusal(lambda: load(trainer, out / "of-two-ranks"))
-    unchanged = all(map(torch.equal, after, trainer.logprobs(make_items(encoder, "TiI", 7))))
-    return {"stats": stats, "before": before, "names": names, "after": after, "errors": errors, "unchanged": unchanged}
+    return {"stats": stats, "before": before, "names": names, "after": after}
 
 
 def resumed(trainer: Trainer, encoder: Encoder, out: Path) -> dict[str, Any]:
-    """What goes wrong with broken checkpoints; then the whole one, and its two remaining updates."""
+    """What goes wrong with broken checkpoints; then the whole one, and its two remaining updates, each after two that are skipped."""
     checkpoints = Checkpoints(out / "checkpoints", keep=2)
     path = checkpoints.latest()
     assert path is not None
     errors = [_refusal(lambda p=p: load(trainer, p)) for p in sorted((out / "broken").iterdir())]
     state = load(trainer, path)
-    stats = [trainer.update(make_items(encoder, kinds, k)) for k, kinds in enumerate(BATCHES) if k >= 2]
+    stats, skipped = [], []
+    for k, kinds in enumerate(BATCHES[2:], start=2):
+        skipped.append(_refusal(lambda: trainer.update(infinite(make_items(encoder, "Ti", 3)))))
+        with infinite_gradient(trainer):
+            skipped.append(_refusal(lambda: trainer.update(make_items(encoder, "Ti", 4))))
+        stats.append(trainer.update(make_items(encoder, kinds, k)))
     for step in (3, 4):
         checkpoints.save(trainer, step, {})
     kept = sorted(p.name for p in checkpoints.folder.iterdir())
-    return {"stats": stats, "state": state, "errors": errors, "kept": kept, "after": trainer.logprobs(make_items(encoder, "TiI", 7))}
+    after = trainer.logprobs(make_items(encoder, "TiI", 7))
+    return {"stats": stats, "state": state, "errors": errors, "kept": kept, "after": after, "skipped": skipped}
 
 
-JOBS: dict[str, Callable[[Trainer, Encoder, Path], dict[str, Any]]] = {"straight": straight, "resumed": resumed}
+def resized(trainer: Trainer, encoder: Encoder, out: Path) -> dict[str, Any]:
+    """One more update from the newest checkpoint, whatever number of ranks it is of; and a checkpoint of it."""
+    checkpoints = Checkpoints(out / "checkpoints", keep=9)
+    path = checkpoints.latest()
+    assert path is not None
+    state = load(trainer, path)
+    done = int(path.name.removeprefix("step-"))
+    stats = trainer.update(make_items(encoder, BATCHES[done], done))
+    checkpoints.save(trainer, done + 1, state)
+    decay = [group["weight_decay"] for group in trainer.engine.optimizer.param_groups]
+    left = sorted(p.name for p in checkpoints.folder.iterdir())
+    return {"stats": stats, "state": state, "decay": decay, "left": left, "after": trainer.logprobs(make_items(encoder, "TiI", 7))}
+
+
+def guarded(trainer: Trainer, encoder: Encoder, out: Path) -> dict[str, Any]:
+    """Steps with an advantage that is infinite, a weight that is not a number, and whole ones, under the guard, until it stops."""
+    guard = Guard(RunFolder(out), trainer)
+    whole = make_items(encoder, "Ti", 3)
+    made = [len(guard.update(0, [whole, whole])), len(guard.update(1, [whole, infinite(whole), infinite(whole)]))]
+    logprobs = trainer.logprobs(whole)
+    again = Guard(RunFolder(out), trainer)
+    again.restore(guard.state())
+    spoil(trainer)
+    made.append(len(again.update(2, [make_items(encoder, "tI", 5)])))
+    stopped = _refusal(lambda: again.update(3, [whole]))
+    return {"made": made, "state": again.state(), "stopped": stopped, "tokens": [item.tokens for item in whole], "logprobs": logprobs}
+
+
+def full(trainer: Trainer, encoder: Encoder, out: Path) -> dict[str, Any]:
+    """A checkpoint; then one that does not fit by what the disk says, and one that turns out not to fit while rank 1 writes it."""
+    checkpoints = Checkpoints(out / "checkpoints", keep=2)
+    trainer.update(make_items(encoder, "t", 1))
+    checkpoints.save(trainer, 1, {})
+    size = sum(file.stat().st_size for file in (out / "checkpoints").rglob("*.pt"))
+    real, shutil.disk_usage = shutil.disk_usage, lambda path: SimpleNamespace(free=10_000)  # type: ignore[assignment]
+    told = _refusal(lambda: checkpoints.save(trainer, 2, {}))
+    shutil.disk_usage = real
+    left = sorted(p.name for p in checkpoints.folder.iterdir())
+    torch.save({"size": size, "told": told, "left": left}, out / f"full-{trainer.ranks.rank}.pt")
+    if trainer.ranks.rank == 1:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+    checkpoints.save(trainer, 3, {})
+    return {}
+
+
+def hanging(trainer: Trainer, encoder: Encoder, out: Path) -> dict[str, Any]:
+    """Rank 1 hangs in the second micro-batch of an update."""
+    watchdog = Watchdog(trainer.ranks.rank, 20)
+    items = make_items(encoder, "TitIIt", 0)
+    trainer.update(items)
+    if trainer.ranks.rank == 1:
+        calls = count()
+        trainer.student.register_forward_pre_hook(lambda *_: fall_asleep() if next(calls) == 1 else None)
+    trainer.student.register_forward_pre_hook(lambda *_: watchdog.beat())
+    with watchdog:
+        watchdog.beat("step 7, update")
+        trainer.update(items)
+    return {}
+
+
+def fall_asleep() -> None:
+    time.sleep(600)
+
+
+JOBS: dict[str, Callable[[Trainer, Encoder, Path], dict[str, Any]]] = {
+    "straight": straight,
+    "resumed": resumed,
+    "resized": resized,
+    "guarded": guarded,
+    "full": full,
+    "hanging": hanging,
+}
+
+
+ENDS = {"full", "hanging"}  # with an error, on purpose
+
+
+def infinite(items: list[Item]) -> list[Item]:
+    """The same with one advantage that is not finite."""
+    advantage = items[0].advantage.clone()
+    advantage[1] = torch.inf
+    return [replace(items[0], advantage=advantage), *items[1:]]
+
+
+@contextmanager
+def infinite_gradient(trainer: Trainer) -> Iterator[None]:
+    """The loss stays finite, and what comes back from it does not."""
+
+    def spoil(module: Any, args: Any, output: torch.Tensor) -> None:
+        output.register_hook(lambda gradient: gradient * torch.inf)
+
+    hook = trainer.student.model.language_model.norm.register_forward_hook(spoil)
+    yield
+    hook.remove()
+
+
+def spoil(trainer: Trainer) -> None:
+    """One number of one weight is not a number any more."""
+    weight = trainer.student.model.language_model.layers[0].mlp.down_proj.weight
+    with deepspeed.zero.GatheredParameters([weight], modifier_rank=0):
+        if trainer.ranks.rank == 0:
+            weight.data[0, 0] = torch.nan
 
 
 def _refusal(act: Callable[[], object]) -> str:
     try:
         act()
-    except UserError as error:
+    except (UserError, NotFiniteError) as error:
         return str(error)
     return ""
 
 
 def launch(model: Path, out: Path, job: str, size: int, port: int) -> dict[str, Any]:
-    """Run a job on `size` ranks; returns what rank 0 found."""
+    """Run a job on `size` ranks; returns what rank 0 found, or how all ended where that is not well."""
     out.mkdir(parents=True, exist_ok=True)
     shared = {
         "WORLD_SIZE": str(size),
@@ -129,6 +240,8 @@ def launch(model: Path, out: Path, job: str, size: int, port: int) -> dict[str, 
     finally:
         for process in ranks:
             process.kill()
+    if job in ENDS:
+        return {"codes": codes, "logs": [(out / f"{job}-{r}.log").read_text() for r in range(size)]}
     assert codes == [0] * size, "\n".join((out / f"{job}-{r}.log").read_text()[-3000:] for r in range(size))
     found: dict[str, Any] = torch.load(out / f"{job}.pt", weights_only=False)
     return found

@@ -14,8 +14,10 @@ def sides(outcome: Float[Tensor, " N"], threshold: float) -> tuple[Bool[Tensor, 
     """(right, wrong): soft outcomes are cut at `threshold` (paper A.3), and an unknown one, NaN, is on neither side.
 
     Raises:
-        ValueError: an outcome outside 0..1; names its index.
+        ValueError: an outcome outside 0..1, with its index, or such a threshold.
     """
+    if not 0 <= threshold <= 1:
+        raise ValueError(f"threshold is {threshold}: expected an outcome, 0 to 1")
     outside = (outcome < 0) | (outcome > 1)
     if outside.any():
         raise ValueError(f"outcome[{first(outside)}] is {outcome[outside][0]:g}: expected 0 to 1, or NaN for unknown")

@@ -1,106 +1,24 @@
-"""Prompts as token ids: the chat template, and how many visual tokens an image becomes.
+"""Prompts as token ids: the chat template, and how many visual tokens an image or a clip becomes.
 
 The arithmetic is that of the processor which trainer and servers run (transformers; qwen-vl-utils rounds thin images to other
 sizes), on image headers alone; pixels are decoded only where a trainer needs them. Servers expand placeholders themselves; their
 answer is compared with `Encoded.expanded`.
 """
 
-import io
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image, ImageFile, ImageOps
-from transformers import AutoProcessor
-from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize
+from transformers import AutoProcessor, Qwen3VLProcessor
 
 from mmopd.errors import UserError
+from mmopd.modality.image import PixelPolicy, open_image, size_of, to_rgb
+from mmopd.modality.video import Clips, Grid
 from mmopd.records import Encoded, Prompt
 
-MAX_SIDE = 20_000  # pixels; a larger header is refused before anything is decoded
-MAX_PIXELS = 100_000_000
-ORIENTATION, SIDEWAYS = 0x0112, frozenset({5, 6, 7, 8})  # EXIF: stored lying on its side
-PNG_NOTES = frozenset({b"eXIf", b"tEXt", b"zTXt", b"iTXt"})  # chunks that an orientation may stand in
 CONTROL_TOKENS = ("<|vision_start|>", "<|vision_end|>", "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>")
-
-
-@dataclass(frozen=True, slots=True)
-class PixelPolicy:
-    """How an image is resized and cut into patches."""
-
-    patch: int
-    merge: int
-    min_pixels: int
-    max_pixels: int
-
-    def grid(self, width: int, height: int) -> tuple[int, int, int]:
-        """Patches (1, rows, columns) of an image of this size, in pixels.
-
-        Raises:
-            ValueError: one side is more than 200 times the other.
-        """
-        rows, columns = smart_resize(height, width, self.patch * self.merge, self.min_pixels, self.max_pixels)
-        return 1, rows // self.patch, columns // self.patch
-
-    def tokens(self, grid: tuple[int, int, int]) -> int:
-        """Visual tokens of a grid."""
-        return grid[0] * grid[1] * grid[2] // self.merge**2
-
-
-def open_image(data: bytes) -> Image.Image:
-    """The image, header read and bounded, pixels not decoded.
-
-    Raises:
-        ValueError: no image, or larger than MAX_SIDE or MAX_PIXELS.
-    """
-    ImageFile.LOAD_TRUNCATED_IMAGES = False  # importing lmms-eval switches it on for the process: half an image would be whole
-    try:
-        image = Image.open(io.BytesIO(data))
-    except Exception as error:
-        raise ValueError(f"not an image that can be opened: {error}") from error
-    check_size(*image.size)
-    return image
-
-
-def check_size(width: int, height: int) -> None:
-    """Raise ValueError if an image of this size, in pixels, is too large to be decoded."""
-    if max(width, height) > MAX_SIDE or width * height > MAX_PIXELS:
-        raise ValueError(f"image of {width} x {height} pixels; at most {MAX_SIDE} a side and {MAX_PIXELS} in all")
-
-
-def size_of(image: Image.Image) -> tuple[int, int]:
-    """(width, height) as a person sees it and a server reads it, from the header alone: turned upright by EXIF."""
-    width, height = image.size
-    if image.format == "PNG" and not _has_notes(image):
-        return width, height
-    return (height, width) if image.getexif().get(ORIENTATION) in SIDEWAYS else (width, height)
-
-
-def _has_notes(image: Image.Image) -> bool:
-    """Whether a PNG may say an orientation: to find out, Pillow would decode all of its pixels, since notes may follow them."""
-    assert isinstance(image, ImageFile.ImageFile)
-    assert isinstance(image.fp, io.BytesIO)
-    data, at = image.fp.getbuffer(), 8
-    while at < len(data):
-        if bytes(data[at + 4 : at + 8]) in PNG_NOTES:
-            return True
-        at += 12 + int.from_bytes(data[at : at + 4], "big")  # length, kind, content, checksum
-    return False
-
-
-def to_rgb(image: Image.Image) -> Image.Image:
-    """Pixels as vLLM makes them of a file: upright, transparency painted on white. `image` itself is turned upright.
-
-    Raises:
-        OSError: the file ends before its pixels do, or they are damaged.
-    """
-    ImageOps.exif_transpose(image, in_place=True)  # not in place it copies what needs no turning, too
-    if image.mode in {"RGBA", "LA", "PA"} or "transparency" in image.info:
-        alpha = image.convert("RGBA")
-        white = Image.new("RGBA", alpha.size, "white")
-        image = Image.alpha_composite(white, alpha)
-    return image.convert("RGB")
 
 
 class Encoder:
@@ -119,6 +37,7 @@ class Encoder:
         images = self.processor.image_processor
         self.pixels = PixelPolicy(images.patch_size, images.merge_size, images.size["shortest_edge"], images.size["longest_edge"])
         self.image_token: int = self.tokenizer.convert_tokens_to_ids("<|image_pad|>")
+        self.video_token: int = self.tokenizer.convert_tokens_to_ids("<|video_pad|>")
         vocabulary = self.tokenizer.get_vocab()
         self.banned: tuple[int, ...] = tuple(vocabulary[t] for t in CONTROL_TOKENS if t in vocabulary)
 
@@ -129,22 +48,43 @@ class Encoder:
             pixels: the budget that images are resized to, if it is not the student's.
 
         Raises:
-            ValueError: an image that cannot be opened, or more or fewer images than placeholders.
+            ValueError: an image or a clip that cannot be opened, more or fewer of them than placeholders, or a clip for a processor that
+                takes none.
         """
         text = self.processor.apply_chat_template(list(prompt.messages), tokenize=False, add_generation_prompt=True)
         ids: list[int] = self.tokenizer.encode(text, add_special_tokens=False)
         if ids.count(self.image_token) != len(prompt.images):
             raise ValueError(f"{prompt.key}: {ids.count(self.image_token)} image placeholders for {len(prompt.images)} images")
+        if ids.count(self.video_token) != len(prompt.videos):
+            raise ValueError(f"{prompt.key}: {ids.count(self.video_token)} video placeholders for {len(prompt.videos)} clips")
         grids = tuple((pixels or self.pixels).grid(*size_of(open_image(data))) for data in prompt.images)
-        return Encoded(prompt, tuple(ids), self.expand(ids, grids), grids)
+        video_grids = tuple(self.clips.grid(frames) for frames in prompt.videos)
+        shown = (self.clips.expand(len(frames), grid) for frames, grid in zip(prompt.videos, video_grids, strict=True))
+        return Encoded(prompt, tuple(ids), self.expand(ids, grids, shown), grids, video_grids)
 
-    def expand(self, ids: list[int], grids: tuple[tuple[int, int, int], ...]) -> tuple[int, ...]:
-        """Each placeholder repeated once per visual token of its image."""
+    def expand(self, ids: Sequence[int], grids: Sequence[Grid], clips: Iterable[Sequence[int]] = ()) -> tuple[int, ...]:
+        """Each placeholder of an image repeated once per visual token, each of a clip replaced by what it becomes."""
         expanded: list[int] = []
-        waiting = iter(grids)
+        waiting, playing = iter(grids), iter(clips)
         for i in ids:
-            expanded += [i] * (self.pixels.tokens(next(waiting)) if i == self.image_token else 1)
+            if i == self.image_token:
+                expanded += [i] * self.pixels.tokens(next(waiting))
+            elif i == self.video_token:
+                expanded += next(playing)
+            else:
+                expanded.append(i)
         return tuple(expanded)
+
+    @cached_property
+    def clips(self) -> Clips:
+        """What clips become.
+
+        Raises:
+            ValueError: the processor takes none.
+        """
+        if not isinstance(self.processor, Qwen3VLProcessor):
+            raise ValueError(f"clips need the processor of Qwen3-VL or Qwen3.5, and this one is {type(self.processor).__name__}")
+        return Clips(self.processor)
 
     def decode(self, tokens: tuple[int, ...]) -> str:
         """Text of response tokens, control tokens left out."""
@@ -152,14 +92,18 @@ class Encoder:
         return text
 
     def pixel_values(self, encoded: Encoded) -> tuple[torch.Tensor, torch.Tensor]:
-        """(pixels [patches, channels * time * patch * patch], grids [I, 3]) of the prompt's images.
+        """(pixels [patches, channels * time * patch * patch], grids [I, 3]) of the prompt's images, and after them of its clips.
 
         Raises:
-            ValueError: the processor cuts an image into another grid than `encode` counted.
+            ValueError: the processor cuts an image or a clip into another grid than `encode` counted.
         """
-        images = [to_rgb(open_image(data)) for data in encoded.prompt.images]
-        batch = self.processor.image_processor(images=images, return_tensors="pt")
-        grids: torch.Tensor = batch["image_grid_thw"]
-        if grids.tolist() != [list(g) for g in encoded.grids]:
-            raise ValueError(f"{encoded.prompt.key}: processor grids {grids.tolist()}, counted {encoded.grids}")
-        return batch["pixel_values"], grids
+        prompt = encoded.prompt
+        pixels: list[torch.Tensor] = []
+        if prompt.images:
+            images = [to_rgb(open_image(data)) for data in prompt.images]
+            batch = self.processor.image_processor(images=images, return_tensors="pt")
+            if (grids := batch["image_grid_thw"].tolist()) != [list(g) for g in encoded.grids]:
+                raise ValueError(f"{prompt.key}: processor grids {grids}, counted {encoded.grids}")
+            pixels.append(batch["pixel_values"])
+        pixels += [self.clips.pixel_values(frames, grid) for frames, grid in zip(prompt.videos, encoded.video_grids, strict=True)]
+        return torch.cat(pixels) if len(pixels) > 1 else pixels[0], torch.tensor([*encoded.grids, *encoded.video_grids])

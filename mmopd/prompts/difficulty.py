@@ -6,14 +6,11 @@ From the counts come a run's `difficulty.json` (counts, shape and weights for ea
 before and after (Fig. 3). The files say what they are made from, and are refused for anything else.
 """
 
-import fcntl
-import hashlib
 import json
 from collections.abc import Mapping
-from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Self, TextIO
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,11 +21,10 @@ from rich.table import Table
 from mmopd import config
 from mmopd.algorithm import difficulty_shape, difficulty_weights, drop_easy_weights, frontier_weights
 from mmopd.errors import UserError
+from mmopd.prompts.ledger import VERSION, Ledger, Origin, check_version, ledger_file
 from mmopd.prompts.shards import Shards
 
-VERSION = 2
 FILE, PICTURE = "difficulty.json", "difficulty.png"
-Origin = Mapping[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,41 +51,13 @@ def origin(shards: Shards, student: str, settings: config.Difficulty, *, max_tok
 
 def counts_file(shards: Shards, made_from: Origin) -> Path:
     """Where the counts of a source are kept."""
-    name = hashlib.sha256(json.dumps(made_from, sort_keys=True).encode()).hexdigest()[:16]
-    return shards.folder / "difficulty" / f"{name}.jsonl"
+    return ledger_file(shards, "difficulty", made_from)
 
 
-class Counts:
-    """Counts of each row of a source, kept in a file that only grows: what was counted before is there when it is opened.
+class Counts(Ledger):
+    """Counts of each row of a source: (right answers, judged answers)."""
 
-    Raises:
-        UserError: the file was made from something else, is not such a file, or cannot be written.
-    """
-
-    def __init__(self, path: Path, made_from: Origin) -> None:
-        self._found: dict[int, tuple[int, int]] = {}
-        try:
-            self._file = self._open(path, made_from)
-        except OSError as error:
-            raise UserError(f"{path}: the counts of the difficulty pass cannot be kept here ({error.strerror})") from None
-
-    def add(self, row: int, correct: int, attempts: int) -> None:
-        """Count a row: `correct` of `attempts` judged answers were right."""
-        self._found[row] = correct, attempts
-        self._file.write(json.dumps([row, correct, attempts]) + "\n")
-        self._file.flush()
-
-    def __contains__(self, row: int) -> bool:
-        return row in self._found
-
-    def __len__(self) -> int:
-        return len(self._found)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._file.close()
+    what = "the counts of the difficulty pass"
 
     def of(self, rows: int) -> tuple[list[int], list[int]]:
         """(correct, attempts) of the rows 0 to `rows` - 1.
@@ -97,35 +65,8 @@ class Counts:
         Raises:
             KeyError: a row has not been counted.
         """
-        pairs = [self._found[row] for row in range(rows)]
+        pairs = [self[row] for row in range(rows)]
         return [c for c, _ in pairs], [a for _, a in pairs]
-
-    def _open(self, path: Path, made_from: Origin) -> TextIO:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with ExitStack() as undo:
-            file = undo.enter_context(path.open("a+"))
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise UserError(f"{path}: another run is measuring this source now; wait for it, or stop it") from None
-            if path.stat().st_size:
-                file.truncate(self._load(path, made_from))  # without a line that a kill cut short
-            else:
-                file.write(json.dumps({"version": VERSION, "made_from": made_from}) + "\n")
-                file.flush()
-            undo.pop_all()
-        return file
-
-    def _load(self, path: Path, made_from: Origin) -> int:
-        """Read the complete lines; returns their length in bytes."""
-        whole, newline, _ = path.read_bytes().rpartition(b"\n")
-        try:
-            head, *lines = map(json.loads, whole.splitlines())
-            _check(path, head, made_from)
-            self._found = {row: (correct, attempts) for row, correct, attempts in lines}
-        except (ValueError, TypeError, KeyError) as error:
-            raise UserError(f"{path}: not the counts of a difficulty pass ({error}); delete it to measure again") from None
-        return len(whole) + len(newline)
 
 
 def measure(counts: Counts, rows: int, settings: config.Difficulty) -> Measured:
@@ -163,7 +104,7 @@ def load(path: Path) -> dict[str, Measured]:
     """
     try:
         data = json.loads(path.read_text())
-        _check_version(data)
+        check_version(data)
         return {
             name: Measured(tuple(one["correct"]), tuple(one["attempts"]), one["shape"], tuple(one["weights"]))
             for name, one in data["sources"].items()
@@ -225,15 +166,3 @@ def draw(path: Path, measured: Mapping[str, Measured]) -> None:
     if shown:
         figure.legend(*axes.get_legend_handles_labels(), loc="outside upper right", ncols=2, fontsize=8, frameon=False)
     figure.savefig(path, dpi=150)
-
-
-def _check_version(data: Mapping[str, Any]) -> None:
-    if data["version"] != VERSION:
-        raise ValueError(f"version {data['version']}, and this is made for {VERSION}")
-
-
-def _check(path: Path, data: Mapping[str, Any], made_from: Origin) -> None:
-    _check_version(data)
-    was, now = data["made_from"], json.loads(json.dumps(made_from))
-    if changed := sorted(key for key in {*was, *now} if was.get(key) != now.get(key)):
-        raise UserError(f"{path}: made from another {', another '.join(changed)}; delete it to measure again")

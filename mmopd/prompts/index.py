@@ -1,9 +1,11 @@
 """The index beside a tar: where each row's members lie, and what can be known without decoding anything.
 
 `NAME.tar` has `NAME.index.safetensors`. Filters, budgets and the plan read only the index; a row is one `pread` for each of
-its members. The tar itself is plain WebDataset: `KEY.json`, `KEY.0.png`, `KEY.1.jpg`, ... in a row, with one key for each row.
+its members. The tar itself is plain WebDataset (`mmopd.prompts.rows`): `KEY.json`, `KEY.0.png`, `KEY.1.jpg`, ... in a row, with one key
+for each row. Here the frames of clips are images like others, behind the row's own.
 """
 
+import collections
 import json
 import os
 import re
@@ -21,7 +23,8 @@ from webdataset.tariterators import base_plus_ext
 
 from mmopd.errors import UserError
 from mmopd.fingerprint import hash_file
-from mmopd.prompts.rows import RowError, check_image, parse, unpack
+from mmopd.modality.video import clip_size
+from mmopd.prompts.rows import RowError, check_image, unpack
 from mmopd.prompts.tokens import Counter
 
 VERSION = 2
@@ -36,7 +39,7 @@ def index_path(tar: Path) -> Path:
 
 @dataclass(frozen=True, slots=True)
 class Index:
-    """The index of one tar of R rows, M members (one json and the images of each row, in order) and I images."""
+    """The index of one tar of R rows, M members (one json and the images of each row, in order) and I images, frames included."""
 
     tar: Path
     size: int  # bytes of the tar
@@ -49,7 +52,7 @@ class Index:
     images: NDArray[np.int32]  # [I, 2]: width and height, pixels, turned upright
     processor: str | None  # for which tokens were counted, see `tokens.hash_processor`
     text: NDArray[np.int32]  # [R] text tokens; [0] if they were not counted
-    visual: NDArray[np.int32]  # [R] image tokens, all images together; [0] if they were not counted
+    visual: NDArray[np.int32]  # [R] visual tokens, all images together; [0] if they were not counted
 
     def __len__(self) -> int:
         return len(self.first) - 1
@@ -160,15 +163,19 @@ def index_tar(tar: Path, counter: Counter | None = None) -> None:
     spans: list[tuple[int, int]] = []
     images: list[tuple[int, int]] = []
     tokens: list[tuple[int, int]] = []
-    for key, infos, contents in _rows(tar):
+    for key, infos, contents, frames in _rows(tar):
         try:
-            row = parse(contents[0])
+            row = unpack(key, contents[0], contents[1:])
             images += [check_image(content)[1] for content in contents[1:]]
+            if (said := [len(clip) for clip in row.videos]) != frames:
+                raise ValueError(f"its json says that its clips have {said} frames, and its members are {frames}")
+            for clip in row.videos:
+                clip_size(clip)
             if counter is not None:
-                tokens.append(counter(unpack(key, contents[0], contents[1:])))
+                tokens.append(counter(row))
         except ValueError as error:
             raise UserError(f"{tar}: row {key!r}: {error}") from None
-        kind.append(kinds.setdefault((row["task"], row["modality"]), len(kinds)))
+        kind.append(kinds.setdefault((row.task, row.modality), len(kinds)))
         spans += [(info.offset_data, info.size) for info in infos]
         first.append(len(spans))
     arrays: dict[str, NDArray[Any]] = {
@@ -192,8 +199,8 @@ def _command(tar: Path) -> str:
     return f"`mmopd index {tar.parent}`"
 
 
-def _rows(tar: Path) -> Iterator[tuple[str, list[tarfile.TarInfo], list[bytes]]]:
-    """(key, members, contents) of each row, its json first and its images by number."""
+def _rows(tar: Path) -> Iterator[tuple[str, list[tarfile.TarInfo], list[bytes], list[int]]]:
+    """(key, members, contents, frames of each clip) of each row; members: its json, its images, the frames of its clips, by number."""
     seen: set[str] = set()
     try:
         with tarfile.open(tar, "r:") as archive:
@@ -230,19 +237,21 @@ def _check_end(tar: Path, offset: int) -> None:
 
 def _read(
     tar: Path, archive: tarfile.TarFile, key: str, row: list[tuple[str, tarfile.TarInfo]]
-) -> tuple[str, list[tarfile.TarInfo], list[bytes]]:
-    numbered: dict[int, tarfile.TarInfo] = {}
+) -> tuple[str, list[tarfile.TarInfo], list[bytes], list[int]]:
+    numbered: dict[tuple[int, int], tarfile.TarInfo] = {}  # (-1, number) of an image, (clip, number) of a frame; the json is (-1, -1)
     for extension, info in row:
-        image = re.fullmatch(r"(\d+)\.\w+", extension)
-        place = -1 if extension == "json" else int(image[1]) if image else None
+        member = re.fullmatch(r"(?:clip(?P<clip>\d+)\.)?(?P<number>\d+)\.\w+", extension)
+        place = (-1, -1) if extension == "json" else (int(member["clip"] or -1), int(member["number"])) if member else None
         if place is None or place in numbered:
-            raise UserError(f"{tar}: row {key!r}: member {info.name!r} is neither KEY.json nor KEY.NUMBER.FORMAT, or occurs twice")
+            what = "is neither KEY.json, KEY.NUMBER.FORMAT nor KEY.clipNUMBER.NUMBER.FORMAT, or occurs twice"
+            raise UserError(f"{tar}: row {key!r}: member {info.name!r} {what}")
         numbered[place] = info
-    if sorted(numbered) != list(range(-1, len(numbered) - 1)):
+    found = collections.Counter(clip for clip, _ in numbered)
+    if sorted(numbered) != [(clip, number - (clip < 0)) for clip in range(-1, len(found) - 1) for number in range(found[clip])]:
         names = [info.name for _, info in row]
-        raise UserError(f"{tar}: row {key!r}: it has the members {names}; needed are one json, and images from 0 on")
+        raise UserError(f"{tar}: row {key!r}: it has the members {names}; needed are one json, images from 0 on, and frames from 0 on")
     infos = [numbered[place] for place in sorted(numbered)]
     contents = [stream.read() if (stream := archive.extractfile(info)) else b"" for info in infos]
     if short := next((info.name for info, content in zip(infos, contents, strict=True) if len(content) != info.size), None):
         raise UserError(f"{tar}: truncated inside {short!r}")
-    return key, infos, contents
+    return key, infos, contents, [found[clip] for clip in range(len(found) - 1)]

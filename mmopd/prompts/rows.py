@@ -1,11 +1,16 @@
-"""One row: when it is well formed, and the members that it has in a tar (`KEY.json`, `KEY.0.png`, `KEY.1.jpg`, ...)."""
+"""One row: when it is well formed, and the members that it has in a tar.
+
+`KEY.json`, the images as `KEY.0.png`, `KEY.1.jpg`, ..., and the frames of clips as `KEY.clip0.000.png`, `KEY.clip0.001.png`, ...
+"""
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import accumulate, pairwise
 from typing import Any
 
 from mmopd.errors import UserError
-from mmopd.modality.encode import open_image, size_of
+from mmopd.modality.image import open_image, size_of
+from mmopd.modality.video import clip_size
 from mmopd.records import Message, Prompt
 
 FIELDS = ("task", "modality", "messages", "answer")  # of a row's json
@@ -36,17 +41,15 @@ def pack(row: Prompt, *, decode: bool = False) -> dict[str, bytes]:
     """Extension -> content of a row.
 
     Args:
-        decode: read the pixels of the images, too, and not only their headers.
+        decode: read the pixels of images and frames, too, and not only their headers.
 
     Raises:
-        RowError: no messages or no text, images that do not match the messages or the modality or cannot be used, or too much text.
+        RowError: no messages or no text, images or clips that do not match the messages or the modality or cannot be used, or too much
+            text.
     """
     if not row.messages:
         raise RowError("no messages", "it has no messages")
-    if (placeholders := count_images(row.messages)) != len(row.images):
-        raise RowError("images do not match", f"{placeholders} image parts in its messages, and {len(row.images)} images")
-    if (row.modality == "text") != (not row.images):
-        raise RowError("images do not match", f"{len(row.images)} images, and its modality is {row.modality!r}")
+    _check_parts(row)
     check_text(row)
     members = {}
     for i, image in enumerate(row.images):
@@ -54,8 +57,14 @@ def pack(row: Prompt, *, decode: bool = False) -> dict[str, bytes]:
             members[f"{i}.{FORMATS[check_image(image, decode=decode)[0]]}"] = image
         except ValueError as error:
             raise RowError("bad image", f"image {i}: {error}") from None
+    for i, frames in enumerate(row.videos):
+        try:
+            members |= {f"clip{i}.{name}": frame for name, frame in _name_frames(frames, decode=decode).items()}
+        except ValueError as error:
+            raise RowError("bad clip", f"clip {i}: {error}") from None
     fields: dict[str, object] = {"id": row.key, "task": row.task, "modality": row.modality, "messages": row.messages, "answer": row.answer}
     fields |= {"extra": row.extra} if row.extra else {}
+    fields |= {"frames": [len(frames) for frames in row.videos]} if row.videos else {}
     try:
         content = json.dumps(fields, ensure_ascii=False, separators=(",", ":")).encode()
         parse(content)
@@ -64,14 +73,42 @@ def pack(row: Prompt, *, decode: bool = False) -> dict[str, bytes]:
     return {"json": content, **members}
 
 
-def unpack(key: str, content: bytes, images: Sequence[bytes]) -> Prompt:
-    """The prompt of a row's json and images.
+def _check_parts(row: Prompt) -> None:
+    """Images and clips are as many as the messages have places for, and are what the modality says."""
+    for part, what, n in (("image", "images", len(row.images)), ("video", "clips", len(row.videos))):
+        if (placeholders := count_parts(row.messages, part)) != n:
+            raise RowError(f"{what} do not match", f"{placeholders} {part} parts in its messages, and {n} {what}")
+    if (row.modality == "video") != bool(row.videos):
+        raise RowError("clips do not match", f"{len(row.videos)} clips, and its modality is {row.modality!r}")
+    if (row.modality == "text") != (not row.is_visual):
+        raise RowError("images do not match", f"{len(row.images)} images, and its modality is {row.modality!r}")
+
+
+def _name_frames(frames: Sequence[bytes], *, decode: bool) -> dict[str, bytes]:
+    """`NUMBER.FORMAT` -> frame."""
+    clip_size(frames)
+    members = {}
+    for i, frame in enumerate(frames):
+        try:
+            members[f"{i:03d}.{FORMATS[check_image(frame, decode=decode)[0]]}"] = frame
+        except ValueError as error:
+            raise ValueError(f"frame {i}: {error}") from None
+    return members
+
+
+def unpack(key: str, content: bytes, files: Sequence[bytes]) -> Prompt:
+    """The prompt of a row's json and of its files: the images, then the frames of each clip.
 
     Raises:
-        ValueError: not the json of a row.
+        ValueError: not the json of a row, or more or fewer frames than it says.
     """
     data = parse(content)
-    return Prompt(key, data["task"], data["modality"], tuple(data["messages"]), tuple(images), data["answer"], data.get("extra", {}))
+    counts = data.get("frames", [])
+    if (images := len(files) - sum(counts)) < 0:
+        raise ValueError(f"it has {len(files)} files, and its json says {sum(counts)} frames")
+    videos = tuple(tuple(files[a:b]) for a, b in pairwise(accumulate(counts, initial=images)))
+    fields = (data["task"], data["modality"], tuple(data["messages"]), tuple(files[:images]), data["answer"], data.get("extra", {}))
+    return Prompt(key, *fields, videos)
 
 
 def parse(content: bytes) -> dict[str, Any]:
@@ -86,6 +123,9 @@ def parse(content: bytes) -> dict[str, Any]:
     for field in FIELDS:
         if not isinstance(row.get(field), list if field == "messages" else str):
             raise ValueError(f"its json has {row[field]!r} as {field!r}" if field in row else f"its json has no {field!r}")
+    frames = row.get("frames", [])  # of each clip
+    if not isinstance(frames, list) or not all(isinstance(count, int) and count > 0 for count in frames):
+        raise ValueError(f"its json has {frames!r} as 'frames'; needed is how many each clip has")
     return row
 
 
@@ -133,9 +173,9 @@ def check_image(data: bytes, *, decode: bool = False) -> tuple[str, tuple[int, i
     return form, size
 
 
-def count_images(messages: Iterable[Message]) -> int:
-    """Image parts in the messages of a chat."""
-    return sum(part.get("type") == "image" for part in _parts(messages))
+def count_parts(messages: Iterable[Message], kind: str) -> int:
+    """Parts of a kind, such as image, in the messages of a chat."""
+    return sum(part.get("type") == kind for part in _parts(messages))
 
 
 def texts(messages: Iterable[Message]) -> list[str]:

@@ -92,6 +92,11 @@ class Shards(Sequence[Prompt]):
             cause = error.cause if isinstance(error, RowError) else "unreadable"
             raise RowError(cause, f"{index.tar}: row {number} cannot be read ({error}); write the source again") from None
 
+    def row_of(self, key: str) -> int:
+        """The number under which the prompt of this key is found here."""
+        number = int(key.rpartition("/")[2])
+        return number if self._kept is None else int(np.searchsorted(self._kept, number))
+
     def filtered(self, max_tokens: int) -> Self:
         """The rows with at most so many tokens, images included; the others are counted in `left_out`. Reads the index only.
 

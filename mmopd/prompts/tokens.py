@@ -23,7 +23,8 @@ class Counter(Protocol):
         """`hash_processor` of the model for which is counted."""
 
     def __call__(self, prompt: Prompt) -> tuple[int, int]:
-        """(text tokens, image tokens) of a prompt up to and with the assistant's header; their sum is its length.
+        """(text tokens, visual tokens) of a prompt up to and with the assistant's header; their sum is its length. The times of a clip's
+        frames are counted with what is seen of them.
 
         Raises:
             ValueError: the processor cannot take it.
@@ -44,5 +45,5 @@ class TokenCounter:
     def __call__(self, prompt: Prompt) -> tuple[int, int]:
         """As `Counter`."""
         encoded = self._encoder.encode(prompt)
-        text = len(encoded.ids) - len(prompt.images)
+        text = len(encoded.ids) - len(prompt.images) - len(prompt.videos)
         return text, len(encoded.expanded) - text

@@ -9,6 +9,7 @@ import io
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from mmopd.report.metrics import read_lines
 
 FULL_COLOUR = 3.0  # nats; a token is e^3 = 20 times likelier for one than for the other
 THUMBNAIL = 640  # pixels
+FRAMES = 8  # of a clip that are shown
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,9 +29,9 @@ class TokenRow:
 
     step: int
     task: str
-    modality: str  # text | image
+    modality: str  # text | image | video
     prompt: str  # the text of the prompt
-    images: list[str]  # base64 of the encoded images (PNG, JPEG, ...)
+    images: list[str]  # base64 of the encoded images (PNG, JPEG, ...), and of some frames of clips
     tokens: list[str]  # [T] text of each token
     student: list[float]  # [T] log-prob by the policy that sampled it
     teacher: list[float]  # [T] log-prob by the teacher
@@ -80,7 +82,7 @@ def token_row(
         task=prompt.task,
         modality=prompt.modality,
         prompt="\n".join(_texts(prompt.messages)),
-        images=[base64.b64encode(data).decode() for data in prompt.images],
+        images=[base64.b64encode(data).decode() for data in (*prompt.images, *chain.from_iterable(map(_some_frames, prompt.videos)))],
         tokens=list(tokens),
         student=list(sample.response.logprobs),
         teacher=list(sample.score.logprobs),
@@ -148,6 +150,11 @@ def picture(encoded: str) -> tuple[str, int, int]:
         image.save(file, format="JPEG", quality=85)
         data, kind = file.getvalue(), "image/jpeg"
     return f"data:{kind};base64,{base64.b64encode(data).decode()}", image.width, image.height
+
+
+def _some_frames(clip: Sequence[bytes]) -> Sequence[bytes]:
+    """A handful of the frames, evenly spaced, the first among them."""
+    return clip[:: -(-len(clip) // FRAMES)]
 
 
 def _colour(nats: float) -> float:

@@ -33,19 +33,25 @@ class Chart:
     stacked: bool = False
     log: bool = False
     share: bool = False  # 0 to 1
+    band: bool = False  # `names` are medians (p50), drawn inside the bands of their p10 and p90
 
 
 CHARTS = (
     Chart("Accuracy of the rollouts", "share right, by task", ("accuracy/*",), share=True),
+    Chart("Right responses", "share of the judged, as sampled and as kept", ("correct/*",), share=True),
     Chart("Return", "teacher minus student, nats per token", ("return", "return/*")),
-    Chart("Reverse KL", "student minus teacher, nats per token", ("reverse_kl",)),
-    Chart("Order consistency", "share of two-sided groups", ("order_consistency/*",), share=True),
-    Chart("Margin and shift", "nats per token", ("margin/before", "margin/after", "shift")),
-    Chart("Where responses went", "responses a step", ("kept", "balanced_away", "masked", "absent", "unknown")),
+    Chart("Reverse KL by task", "student minus teacher, nats per token", ("reverse_kl", "reverse_kl/*")),
+    Chart("Reverse KL by teacher", "student minus teacher, nats per token", ("reverse_kl_teacher/*",)),
+    Chart("Entropy, estimated", "mean −log π of the sampled tokens, nats", ("entropy_estimate",)),
+    Chart("Response length", "tokens", ("response_length",)),
+    Chart("Order consistency", "share of two-sided groups with a margin ≥ 0", ("order_consistency/*",), share=True),
+    Chart("Margin reached", "share of two-sided groups with a margin ≥ δ", ("order_delta/*",), share=True),
+    Chart("Margins", "median and middle 80 % of two-sided groups, nats", ("margin/p50_before", "margin/p50_after"), band=True),
+    Chart("Shift", "mean size over the kept responses, nats per token", ("shift",)),
+    Chart("Where responses went", "share of the responses", ("share/*",), share=True),
     Chart("Visual advantage", "teacher with minus without the image, nats per token", ("visual_advantage/*",)),
     Chart("Scoring", "requests a step", ("scoring/requests", "scoring/reused", "scoring/hedged")),
     Chart("Scoring faults", "failed requests a step", ("scoring/failed/*", "absent_blind")),
-    Chart("Response length", "tokens", ("response_length",)),
     Chart("Loss", "clipped policy loss", ("loss",)),
     Chart("Gradient norm", "before clipping", ("grad_norm",)),
     Chart("Engine against trainer", "|log-prob difference|, nats", ("probe", "mismatch"), log=True),
@@ -96,7 +102,7 @@ def curves(metrics: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     charts = []
     for chart in CHARTS:
         names = dict.fromkeys(n for pattern in chart.names for n in there if fnmatchcase(n, pattern))
-        series = [_series(metrics, name) for name in names]
+        series = [_band(metrics, name) if chart.band else _series(metrics, name) for name in names]
         if found := [s for s in series if any(s["y"])] or [
             s for s in series[:1] if None not in s["y"]
         ]:  # a line of zeros only if it is the only one
@@ -169,6 +175,12 @@ def script_json(data: object) -> Markup:
 
 def _series(metrics: Sequence[Mapping[str, Any]], name: str) -> dict[str, Any]:
     return {"name": name.partition("/")[2] or name, "x": [row["step"] for row in metrics], "y": [row.get(name) for row in metrics]}
+
+
+def _band(metrics: Sequence[Mapping[str, Any]], median: str) -> dict[str, Any]:
+    """Named after what follows the percentile."""
+    low, high = ([row.get(median.replace("p50", p)) for row in metrics] for p in ("p10", "p90"))
+    return _series(metrics, median) | {"name": median.rpartition("p50_")[2], "low": low, "high": high}
 
 
 def _cell(record: Record | None) -> dict[str, Any]:

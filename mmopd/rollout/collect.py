@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from itertools import chain
 
 from mmopd.config import Recipe
-from mmopd.records import Encoded, Response, Sample
+from mmopd.records import Absent, Encoded, Response, Sample, Score
 from mmopd.rollout.engine import StudentEngine
 from mmopd.task.pool import VerifierPool
 from mmopd.teacher.client import Scorer
@@ -29,10 +29,16 @@ async def collect(
     recipe: Recipe,
     step: int,
     engine: StudentEngine,
-    scorer: Scorer,
     verifiers: VerifierPool,
+    scorer: Scorer | None = None,
+    reference: Scorer | None = None,
 ) -> list[Sample]:
-    """G samples of each prompt of this rank's share, (group number over all ranks, prompt), in its order."""
+    """G samples of each prompt of this rank's share, (group number over all ranks, prompt), in its order.
+
+    Args:
+        scorer: None where outcomes are all that is learnt from.
+        reference: scores by the teachers' references, where the objective has them.
+    """
     rollout, visual = recipe.rollout, recipe.algorithm.visual
     gate = asyncio.Semaphore(rollout.concurrency)
     G = rollout.group
@@ -59,13 +65,16 @@ async def collect(
 
     async def judge(number: int, encoded: Encoded, i: int, response: Response) -> Sample:
         prompt = encoded.prompt
-        chosen = visual is not None and scorer.sees_image(encoded) and _draw(recipe.seed, step, prompt.key, i) < visual.share
-        score, blind, outcome = await asyncio.gather(
-            scorer.score(encoded, response.tokens),
-            scorer.score(encoded, response.tokens, blind=True) if chosen else _nothing(),
+        chosen = visual and scorer and scorer.sees_image(encoded) and _draw(recipe.seed, step, prompt.key, i) < visual.share
+        score, blind, before, outcome = await asyncio.gather(
+            _score(scorer, encoded, response),
+            _score(scorer if chosen else None, encoded, response, blind=True),
+            _score(reference, encoded, response),
             verifiers.verify(prompt.task, response.text, prompt.answer),
         )
-        return Sample(number, response, outcome, score, blind)
+        if isinstance(before, Absent):
+            return Sample(number, response, outcome, before, blind)
+        return Sample(number, response, outcome, score, blind, before)
 
     groups = await asyncio.gather(*(one_group(n, e) for n, e in share))
     return [sample for group in groups for sample in group]
@@ -76,5 +85,5 @@ def _draw(*parts: object) -> float:
     return seed_of("visual", *parts) / 2**31
 
 
-async def _nothing() -> None:
-    return None
+async def _score(scorer: Scorer | None, encoded: Encoded, response: Response, *, blind: bool = False) -> Score | Absent | None:
+    return await scorer.score(encoded, response.tokens, blind=blind) if scorer else None

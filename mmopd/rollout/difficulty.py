@@ -1,7 +1,7 @@
 """The offline difficulty pass (paper 3.3, A.1): the untrained student answers every prompt K times; the books are `prompts.difficulty`."""
 
 import asyncio
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -16,6 +16,7 @@ from mmopd.prompts.shards import Shards
 from mmopd.records import Encoded
 from mmopd.rollout.collect import seed_of
 from mmopd.rollout.engine import StudentEngine
+from mmopd.rollout.passes import each_row
 from mmopd.task.pool import VerifierPool
 from mmopd.teacher.endpoint import Endpoint
 
@@ -52,43 +53,26 @@ async def _answer(recipe: Recipe, sources: Mapping[str, Shards], counts: Mapping
     An answer that the verifier cannot judge is not counted as an attempt, and a row that cannot be read has none. The
     draws do not depend on the run's seed: runs share the counts.
     """
-    settings, encoder, unreadable = _settings(recipe), Encoder(recipe.student.model), 0
-    todo: Iterator[tuple[str, int]] = (
-        (name, row) for name, shards in sources.items() for row in range(len(shards)) if row not in counts[name]
-    )
-
-    async def right_of(encoded: Encoded, engine: StudentEngine, verifiers: VerifierPool) -> tuple[int, int]:
-        prompt = encoded.prompt
-        responses = await engine.sample(
-            encoded,
-            settings.attempts,
-            seed_of("difficulty", prompt.key),
-            max_tokens=recipe.rollout.max_tokens,
-            temperature=settings.temperature,
-            top_p=settings.top_p,
-            top_k=settings.top_k,
-        )
-        outcomes = await asyncio.gather(*(verifiers.verify(prompt.task, r.text, prompt.answer) for r in responses))
-        known = [outcome.value >= recipe.algorithm.outcome_threshold for outcome in outcomes if outcome.known]
-        return sum(known), len(known)
-
-    async def next_one_by_one(engine: StudentEngine, verifiers: VerifierPool) -> None:
-        nonlocal unreadable
-        for name, row in todo:  # the iterator is shared: a row is read when somebody is free to ask it
-            try:
-                encoded = encoder.encode(sources[name][row])
-            except (UserError, ValueError) as error:
-                unreadable += 1
-                stage.note(f"{name}/{row} cannot be read: {error}")
-                counts[name].add(row, 0, 0)
-            else:
-                counts[name].add(row, *await right_of(encoded, engine, verifiers))
-            stage.advance()
-
+    settings, encoder = _settings(recipe), Encoder(recipe.student.model)
     async with StudentEngine(student, encoder) as engine:
         with VerifierPool() as verifiers:
-            await asyncio.gather(*(next_one_by_one(engine, verifiers) for _ in range(recipe.rollout.concurrency)))
-    return unreadable
+
+            async def right_of(encoded: Encoded) -> tuple[int, int]:
+                prompt = encoded.prompt
+                responses = await engine.sample(
+                    encoded,
+                    settings.attempts,
+                    seed_of("difficulty", prompt.key),
+                    max_tokens=recipe.rollout.max_tokens,
+                    temperature=settings.temperature,
+                    top_p=settings.top_p,
+                    top_k=settings.top_k,
+                )
+                outcomes = await asyncio.gather(*(verifiers.verify(prompt.task, r.text, prompt.answer) for r in responses))
+                known = [outcome.value >= recipe.algorithm.outcome_threshold for outcome in outcomes if outcome.known]
+                return sum(known), len(known)
+
+            return await each_row(sources, counts, encoder, right_of, (0, 0), at_once=recipe.rollout.concurrency, stage=stage)
 
 
 def _settings(recipe: Recipe) -> Difficulty:

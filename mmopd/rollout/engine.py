@@ -66,7 +66,7 @@ class StudentEngine:
         sampling = wire.Sampling(n, seed, temperature, top_p, top_k, max_tokens, self.banned)
 
         def build(model: str) -> bytes:
-            return wire.sampling_body(model, encoded.ids, encoded.prompt.images, sampling)
+            return wire.sampling_body(model, encoded.ids, encoded.prompt.images, sampling, videos=encoded.prompt.videos)
 
         def parse(reply: bytes, request_id: str) -> list[wire.Choice]:
             return wire.parse_samples(reply, request_id, encoded.expanded, sampling, self._end)
@@ -82,7 +82,7 @@ class StudentEngine:
         """
 
         def build(model: str) -> bytes:
-            return wire.scoring_body(model, encoded.ids, encoded.prompt.images, tokens)
+            return wire.scoring_body(model, encoded.ids, encoded.prompt.images, tokens, videos=encoded.prompt.videos)
 
         def parse(reply: bytes, request_id: str) -> tuple[float, ...]:
             return wire.parse_scores(reply, request_id, encoded.expanded, tokens)
@@ -93,4 +93,5 @@ class StudentEngine:
         try:
             return await self._pool.call(build, parse)
         except wire.ReplyError as fault:
-            raise EngineError(f"the student's engine could not {what} prompt {encoded.prompt.key}: {fault}; see its log") from fault
+            hint = f"; with clips it needs student.engine.videos={n}" if (n := len(encoded.prompt.videos)) else ""
+            raise EngineError(f"the student's engine could not {what} prompt {encoded.prompt.key}: {fault}; see its log{hint}") from fault

@@ -46,13 +46,15 @@ class FileSync:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._client.close()
 
-    def send(self, weights: Iterable[tuple[str, torch.Tensor]], version: str) -> None:
+    def send(self, weights: Iterable[tuple[str, torch.Tensor]], version: str, *, partial: bool = False) -> None:
         """Replace the engine's weights; returns when it samples from the new ones.
 
         Args:
             weights: every tensor of the Hugging Face checkpoint by its name there, a tied head left out. A tensor is
                 copied before the next one is asked for, so it may be gathered for that moment only.
             version: comes back with every token that is sampled from these weights.
+            partial: these are some of the tensors, with all that the server fuses with them (q, k and v); the others are as they were
+                in the full set that this server got before.
 
         Raises:
             SyncError: a step failed, a parameter was missing, or the engine reports another version.
@@ -63,7 +65,7 @@ class FileSync:
         self._post("pause?mode=wait")
         self._post("start_weight_update")
         for bucket in _buckets(weights, self._bucket_bytes):
-            self._update(bucket)
+            self._update(bucket, partial)
         self._post("finish_weight_update", {"weight_version": version})
         self._post("resume")
         reported = self.version()
@@ -75,11 +77,11 @@ class FileSync:
         version: str | None = self._call("GET", "weight_info").json()["weight_version"]
         return version
 
-    def _update(self, bucket: dict[str, torch.Tensor]) -> None:
+    def _update(self, bucket: dict[str, torch.Tensor], partial: bool) -> None:
         with os.fdopen(os.memfd_create("mmopd-weights"), "wb") as file:
             file.write(save(bucket))
             file.flush()
-            self._post("update_weights", {"update_info": {"path": f"/proc/{os.getpid()}/fd/{file.fileno()}"}})
+            self._post("update_weights", {"update_info": {"path": f"/proc/{os.getpid()}/fd/{file.fileno()}", "partial": partial}})
 
     def _post(self, path: str, body: dict[str, Any] | None = None) -> None:
         self._call("POST", path, body)

@@ -9,6 +9,7 @@ the entry-point group `vllm.general_plugins`, in each of its processes; the serv
 import functools
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from safetensors.torch import load_file
@@ -28,6 +29,7 @@ class FileUpdate(WeightTransferUpdateInfo):
     """One bucket of weights: a safetensors file with names and shapes of the Hugging Face checkpoint."""
 
     path: str
+    partial: bool = False  # the set leaves out whole layers, which keep what they have
 
 
 class FileEngine(WeightTransferEngine[FileInit, FileUpdate]):
@@ -36,15 +38,22 @@ class FileEngine(WeightTransferEngine[FileInit, FileUpdate]):
     init_info_cls = FileInit
     update_info_cls = FileUpdate
     supports_draft_weight_update = False
+    _padded: dict[str, int] | None = None  # layers that the last full set did not fill, with how much it did; None before the first
 
     def init_transfer_engine(self, init_info: FileInit) -> None:
         """No rendezvous."""
 
     def start_weight_update(self) -> None:
-        """Expect a full set of weights."""
+        """Expect a set of weights."""
         from vllm.model_executor.model_loader.reload import initialize_layerwise_reload
 
+        self._partial = False
         self._missing = {name for name, _ in self.model.named_parameters()}  # a tied head counts once, as the embedding
+        # On CPU vLLM 0.32 packs experts only where it also makes their kernel: without this a second set is used unpacked, without a word.
+        methods: list[Any] = [getattr(m, "quant_method", None) for m in self.model.modules()] if self.device.type == "cpu" else []
+        self._kernels = [(method, method.moe_kernel) for method in methods if getattr(method, "moe_kernel", None)]
+        for method, _ in self._kernels:
+            method.moe_kernel = None
         initialize_layerwise_reload(self.model)
 
     def update_weights(self, update_info: dict[str, str]) -> None:
@@ -55,24 +64,43 @@ class FileEngine(WeightTransferEngine[FileInit, FileUpdate]):
 
     def receive_weights(self, update_info: FileUpdate) -> None:
         """Load the tensors of a file; they are memory-mapped, so the file may be removed afterwards."""
+        self._partial |= update_info.partial
         load_weights: Callable[[Iterable[tuple[str, torch.Tensor]]], set[str]] = self.model.load_weights  # type: ignore[assignment]
         self._missing -= load_weights(load_file(update_info.path).items())
 
     def finish_weight_update(self) -> None:
-        """Swap the new weights in.
+        """Swap the new weights in; layers of which nothing was sent keep theirs.
 
         Raises:
-            RuntimeError: a parameter of the model was not sent; vLLM would keep its old value with a mere warning.
+            RuntimeError: a parameter of a full set was not sent, or a layer in part: vLLM would keep its old value, or none, with a mere
+                warning. Or a partial set came before any full one.
         """
         from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
         from vllm.model_executor.model_loader.reload import finalize_layerwise_reload
 
+        filled = self._filled_in_part()
         finalize_layerwise_reload(self.model, self.model_config)  # type: ignore[no-untyped-call]
+        for method, kernel in self._kernels:
+            method.moe_kernel = method.moe_kernel or kernel  # of experts that were not sent
         for layer in self.model.modules():
             if isinstance(layer, ParallelLMHead):  # tied to the embedding, it is never "loaded"; its packed copy on CPU would stay old
                 layer.quant_method.process_weights_after_loading(layer)
-        if self._missing:
-            raise RuntimeError(f"{len(self._missing)} parameters were not sent, such as {sorted(self._missing)[:3]}")
+        if not self._partial:
+            if self._missing:
+                raise RuntimeError(f"{len(self._missing)} parameters were not sent, such as {sorted(self._missing)[:3]}")
+            self._padded = filled
+        if self._padded is None:
+            raise RuntimeError("a partial set of weights came first; this server holds those of its folder")
+        if torn := sorted(name for name, n in filled.items() if self._padded.get(name) != n):
+            raise RuntimeError(f"{len(torn)} layers were sent in part, such as {torn[0]}")
+
+    def _filled_in_part(self) -> dict[str, int]:
+        """Layers of which some numbers were sent and not all, and how many."""
+        from vllm.model_executor.layers.attention import is_deferred_attention_layer
+        from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
+
+        infos = {name: get_layerwise_info(layer) for name, layer in self.model.named_modules() if not is_deferred_attention_layer(layer)}
+        return {name: info.load_numel for name, info in infos.items() if info.can_load() and info.load_numel > 0}
 
     def shutdown(self) -> None:
         """Nothing is held between updates."""

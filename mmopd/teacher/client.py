@@ -66,7 +66,8 @@ class Scorer:
         if top_k and (shared := next((route for route in fleet.routes if len(route.teachers) > 1), None)):
             names = ", ".join(shared.teachers)
             raise UserError(f"the {top_k} likeliest tokens of {names} cannot be mixed: each knows its own only; route to one teacher")
-        for name in sorted({name for route in fleet.routes for name in route.teachers}):
+        self._used = sorted({name for route in fleet.routes for name in route.teachers})
+        for name in self._used:
             if not endpoints.get(name):
                 raise UserError(f"teacher {name!r} has no endpoint; it must be served before the run, or name its `endpoints`")
         self.counts: Counter[str] = Counter()
@@ -80,10 +81,10 @@ class Scorer:
 
     async def __aenter__(self) -> Self:
         self._http = connect()
-        for name, replicas in self._endpoints.items():
+        for name in self._used:
             teacher = self._fleet.teachers[name]
             limits = {"timeout": teacher.timeout, "patience": teacher.timeout}
-            self._pools[name] = Pool(replicas, self._http, **limits, concurrency=teacher.concurrency, counts=self.counts)
+            self._pools[name] = Pool(self._endpoints[name], self._http, **limits, concurrency=teacher.concurrency, counts=self.counts)
         return self
 
     async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
@@ -93,8 +94,8 @@ class Scorer:
         await self._http.close()
 
     def sees_image(self, encoded: Encoded) -> bool:
-        """Whether the prompt has images, and every teacher of it is shown them."""
-        return bool(encoded.prompt.images) and all(sees_image(judge.view) for judge in self._judges_of(encoded))
+        """Whether the prompt has images or clips, and every teacher of it is shown them."""
+        return encoded.prompt.is_visual and all(sees_image(judge.view) for judge in self._judges_of(encoded))
 
     async def score(self, encoded: Encoded, tokens: tuple[int, ...], *, blind: bool = False) -> Score | Absent:
         """The score of a response (its ids, end token included) by the teachers that its prompt is routed to.
@@ -133,7 +134,7 @@ class Scorer:
             shown = await self._show(encoded, blinded(judge.view) if blind else judge.view)
         except ViewError as fault:
             return Absent(judge.teacher, "view", str(fault))
-        images = _digest(shown.prompt.images)
+        images = _digest([*shown.prompt.images, *map(_digest, shown.prompt.videos)])
         key = _digest([judge.teacher.encode(), images, array("q", shown.ids).tobytes(), array("q", tokens).tobytes()])
         result: wire.Scored | Absent
         if known := self._known.get(key) or self._remember(key):
@@ -159,13 +160,13 @@ class Scorer:
 
     async def _ask(self, teacher: str, shown: Encoded, tokens: tuple[int, ...], images: bytes) -> wire.Scored | Absent:
         def build(model: str) -> bytes:
-            return wire.scoring_body(model, shown.ids, shown.prompt.images, tokens, self._top_k)
+            return wire.scoring_body(model, shown.ids, shown.prompt.images, tokens, self._top_k, videos=shown.prompt.videos)
 
         def parse(reply: bytes, request_id: str) -> wire.Scored:
             return wire.parse_scored(reply, request_id, shown.expanded, tokens, self._top_k)
 
         try:
-            return await self._pools[teacher].call(build, parse, affinity=images if shown.prompt.images else b"")
+            return await self._pools[teacher].call(build, parse, affinity=images if shown.prompt.is_visual else b"")
         except wire.ReplyError as fault:
             return Absent(teacher, fault.cause, fault.detail)
 

@@ -20,6 +20,7 @@ import msgspec
 
 from mmopd.doctor import Check
 from mmopd.modality import Encoder
+from mmopd.modality.video import MEDIA_SETTINGS
 from mmopd.records import Encoded
 from mmopd.teacher import wire
 from mmopd.teacher.endpoint import Endpoint
@@ -173,25 +174,24 @@ class Examination:
         return ok(f"{len(scores)} tokens in {seconds:.2f} s", seconds=seconds, logprob=sum(scores))
 
     async def _image_tokens(self) -> Check | None:
-        """An image of each awkward size becomes as many tokens as here."""
+        """An image or a clip of each awkward size becomes the tokens that it is here."""
         if not self._asked.sizes:
             return None
         fit = [one for one in self._asked.sizes if self._length is None or len(one.encoded.expanded) + 2 <= self._length]
         left_out = "".join(f"; {one.name} ({one.size}) not asked: {one.tokens:,} tokens" for one in self._asked.sizes if one not in fit)
         for one in fit:
-            reply = await self._generate(
-                wire.scoring_body(self.endpoint.model, one.encoded.ids, one.encoded.prompt.images, (self._vocabulary.end,))
-            )
-            got, expected = _prompt_ids(reply), [*one.encoded.expanded, self._vocabulary.end]
-            if got != expected:
-                theirs = got.count(self._vocabulary.image)
-                return fail(
-                    f"{one.name} ({one.size}): {theirs:,} image tokens on the server, {one.tokens:,} here",
+            got, expected = _prompt_ids(await self._generate(self._body(one.encoded, (self._vocabulary.end,)))), one.encoded.expanded
+            if got != [*expected, self._vocabulary.end]:
+                theirs = got.count(one.token)
+                way_out = (
                     "give the server the student's image settings (preprocessor_config.json, --mm-processor-kwargs); "
-                    "if every size differs, something on the way expands placeholders a second time",
-                    server=theirs,
-                    here=one.tokens,
+                    "if every size differs, something on the way expands placeholders a second time"
                 )
+                found = f"{one.name} ({one.size}): {theirs:,} image tokens on the server, {one.tokens:,} here"
+                if one.token != self._vocabulary.image:
+                    way_out = f"start it with --media-io-kwargs '{json.dumps(MEDIA_SETTINGS)}', and with the student's settings for video"
+                    found += ", at other times" * (theirs == one.tokens)
+                return fail(found, way_out, server=theirs, here=one.tokens)
         self._images_agree = bool(fit)
         if not fit:
             return Check("", "warn", "no size was asked" + left_out, "raise `engine.max_model_len` (--max-model-len)")
@@ -214,7 +214,7 @@ class Examination:
             less -= need - self._length
             return fail(f"{what}; {self._asked.looked}", way_out + f", or lower rollout.max_tokens to {less:,}" * (less > 0), **numbers)
         tried = "not tried with its images, which fail"
-        if self._images_agree or not longest.prompt.images:
+        if self._images_agree or not longest.prompt.is_visual:
             tokens = random.Random(0).choices(self._vocabulary.legal, k=self._max_tokens)
             try:
                 await self._score(longest, tokens)
@@ -241,7 +241,7 @@ class Examination:
 
     async def _same_twice(self) -> Check:
         """The same requests again give the same numbers."""
-        probes = {i: probe for i, probe in enumerate(self._asked.probes) if self._images_agree or not probe.encoded.prompt.images}
+        probes = {i: probe for i, probe in enumerate(self._asked.probes) if self._images_agree or not probe.encoded.prompt.is_visual}
         first, again = [{i: await self._score(probe.encoded, probe.tokens) for i, probe in probes.items()} for _ in range(2)]
         mean, self._noise = apart(first, again)
         found = f"{len(probes)} responses: {difference(mean, self._noise)}"
@@ -295,8 +295,12 @@ class Examination:
 
     async def _score(self, encoded: Encoded, tokens: Sequence[int], top_k: int = 0) -> tuple[float, ...]:
         request_id = uuid.uuid4().hex
-        reply = await self._generate(wire.scoring_body(self.endpoint.model, encoded.ids, encoded.prompt.images, tokens, top_k), request_id)
+        reply = await self._generate(self._body(encoded, tokens, top_k), request_id)
         return wire.parse_scored(reply, request_id, encoded.expanded, tokens, top_k).logprobs
+
+    def _body(self, encoded: Encoded, tokens: Sequence[int], top_k: int = 0) -> bytes:
+        prompt = encoded.prompt
+        return wire.scoring_body(self.endpoint.model, encoded.ids, prompt.images, tokens, top_k, videos=prompt.videos)
 
     async def _generate(self, body: bytes, request_id: str = "preflight") -> bytes:
         status, reply = await self._send("POST", wire.PATH, body, {wire.REQUEST_ID: request_id})

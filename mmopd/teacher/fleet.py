@@ -29,13 +29,21 @@ LONGEST_NAME = 80  # of a server that several teachers share: it is the name of 
 
 @contextmanager
 def serve_fleet(
-    fleet: Fleet, children: Children, logs: Path, stages: Stages, *, elsewhere: Sequence[Endpoint] = (), also: Sequence[ServerSpec] = ()
+    fleet: Fleet,
+    children: Children,
+    logs: Path,
+    stages: Stages,
+    *,
+    elsewhere: Sequence[Endpoint] = (),
+    also: Sequence[ServerSpec] = (),
+    host: str = HOST,
 ) -> Iterator[Servers]:
     """Every replica of every teacher by name (TEACHER.NUMBER), served here or running elsewhere, while the block lasts.
 
     Args:
         elsewhere: of teachers that are not served here, such as `from_files` finds them.
         also: more servers to start, such as the student's engine.
+        host: the address that the servers started here listen on; their URLs are those by which other machines reach it.
 
     Raises:
         UserError: as `running_elsewhere`, `to_specs` and `serve`.
@@ -44,7 +52,8 @@ def serve_fleet(
     for name, teacher in fleet.teachers.items():
         if name not in known:
             elsewhere += [running_elsewhere(f"{name}.{i}", url, teacher.api_key_env) for i, url in enumerate(teacher.endpoints)]
-    with serve_in_stage([*also, *to_specs(fleet, known)], children, logs, stages) as servers:
+    with serve_in_stage([*also, *to_specs(fleet, known)], children, logs, stages, host=host) as servers:
+        servers.update({name: dataclasses.replace(endpoint, url=_public(endpoint.url, host)) for name, endpoint in servers.items()})
         servers.update({endpoint.name: endpoint for endpoint in elsewhere})
         yield servers
 
@@ -155,9 +164,7 @@ def serve_alone(fleet: Fleet, *, host: str, out: Path, key_variable: str | None,
     specs = to_specs(fleet)
     if not specs:
         raise UserError("no teacher of this fleet has a `model`: all of them run elsewhere, and there is nothing to serve")
-    if not _is_loopback(host):
-        advice = "use a private network or a tunnel"
-        console.print(f"[yellow]warning:[/] others reach --host {host} too; they need the key, and it travels in plain HTTP: {advice}")
+    warn_of(host, console)
     logs = out.with_name(f"{out.stem}-logs")
     logs.mkdir(parents=True, exist_ok=True)
     with Children() as children, ExitStack() as stack:
@@ -173,6 +180,13 @@ def serve_alone(fleet: Fleet, *, host: str, out: Path, key_variable: str | None,
         while True:
             servers.check()
             time.sleep(WATCH_EVERY)
+
+
+def warn_of(host: str, console: Console) -> None:
+    """Say who else reaches servers that listen on `host`, unless it is this machine alone."""
+    if not _is_loopback(host):
+        advice = "use a private network or a tunnel"
+        console.print(f"[yellow]warning:[/] others reach --host {host} too; they need the key, and it travels in plain HTTP: {advice}")
 
 
 def _joined(teachers: Sequence[str]) -> str:

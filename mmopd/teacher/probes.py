@@ -1,4 +1,4 @@
-"""What the preflight asks with: the longest prompts of a mixture, images of awkward sizes, and images that are not the real ones.
+"""What the preflight asks with: the longest prompts of a mixture, images and clips of awkward sizes, and such as are not the real ones.
 
 All of it as a teacher is shown it, through its view.
 """
@@ -7,6 +7,7 @@ import dataclasses
 import heapq
 import io
 import json
+import random
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import ceil, isqrt
@@ -17,7 +18,7 @@ from PIL import Image
 from mmopd.config import Fleet, Teacher, View
 from mmopd.errors import UserError
 from mmopd.modality import Encoder
-from mmopd.modality.encode import PixelPolicy, open_image, size_of, to_rgb
+from mmopd.modality.image import PixelPolicy, open_image, size_of, to_rgb
 from mmopd.prompts.shards import Shards
 from mmopd.records import Encoded, Prompt
 from mmopd.task.base import Task
@@ -94,7 +95,8 @@ def _counted(shards: Sequence[Prompt]) -> list[int]:
 
 def _size(prompt: Prompt, encoder: Encoder) -> int:
     text = sum(len(str(message["content"])) for message in prompt.messages) + sum(map(len, prompt.extra.values())) + len(prompt.answer)
-    return text // CHARACTERS + sum(encoder.pixels.tokens(encoder.pixels.grid(*size_of(open_image(data)))) for data in prompt.images)
+    seen = sum(encoder.pixels.tokens(encoder.pixels.grid(*size_of(open_image(data)))) for data in prompt.images)
+    return text // CHARACTERS + seen + sum(encoder.clips.policy.tokens(encoder.clips.grid(frames)) for frames in prompt.videos)
 
 
 def awkward_sizes(pixels: PixelPolicy) -> dict[str, tuple[int, int]]:
@@ -110,9 +112,19 @@ def awkward_sizes(pixels: PixelPolicy) -> dict[str, tuple[int, int]]:
     }
 
 
+def awkward_clips(unit: int) -> dict[str, tuple[int, int, int]]:
+    """(frames, width, height) that a server with other settings reads in other ways, by name; `unit` pixels are a visual token's side."""
+    return {"odd clip": (5, 3 * unit + 5, 2 * unit + 3), "long clip": (35, unit, unit)}  # vLLM's own limit is 32 frames
+
+
 def with_images(prompt: Prompt, images: Sequence[bytes]) -> Prompt:
     """The prompt with other images in place of its own."""
     return dataclasses.replace(prompt, images=tuple(images))
+
+
+def with_clips(prompt: Prompt, clips: Sequence[Sequence[bytes]]) -> Prompt:
+    """The prompt with other clips in place of its own."""
+    return dataclasses.replace(prompt, videos=tuple(map(tuple, clips)))
 
 
 def blank(size: tuple[int, int]) -> bytes:
@@ -132,6 +144,15 @@ def shuffled(image: bytes, seed: int) -> bytes:
     return _png(Image.fromarray(pixels))
 
 
+def reordered(frames: Sequence[bytes], seed: int) -> tuple[bytes, ...]:
+    """The same frames in another order; a clip in which nothing happens stays as it is."""
+    draw = random.Random(seed)
+    other = tuple(frames)
+    while other == tuple(frames) and len(set(frames)) > 1:
+        other = tuple(draw.sample(frames, len(frames)))
+    return other
+
+
 def _png(image: Image.Image) -> bytes:
     file = io.BytesIO()
     image.save(file, "PNG")
@@ -144,17 +165,19 @@ class Probe:
 
     encoded: Encoded
     tokens: tuple[int, ...]
-    others: Mapping[str, Encoded] = field(default_factory=dict)  # the prompt with a blank and a shuffled image, where images are shown
+    # The prompt with blank and shuffled images, where images are shown; of a clip the order of the frames is shuffled.
+    others: Mapping[str, Encoded] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
 class Sized:
-    """A prompt whose images have an awkward size."""
+    """A prompt whose images or clips have an awkward size."""
 
     name: str
     size: str  # width x height, pixels
     encoded: Encoded
-    tokens: int  # of its images
+    tokens: int  # of its images or clips
+    token: int  # the id that they are
 
 
 @dataclass(slots=True)
@@ -180,10 +203,15 @@ def questions(
     *,
     responses: Mapping[str, Sequence[tuple[int, ...]]],
 ) -> Questions:
-    """What to ask the teacher `name`: about the prompts that are routed to it, or a plain question where there are none."""
+    """What to ask the teacher `name`: about the prompts that are routed to it, or a plain question where there are none.
+
+    Raises:
+        UserError: it is to see more clips of a prompt than it is served for.
+    """
     routed = [
         (kind, judge.view) for kind in kinds for judge in find_judges(fleet, tasks, kind.task, kind.modality) if judge.teacher == name
     ]
+    _check_clips(name, fleet.teachers[name], routed)
     end = int(encoder.tokenizer.eos_token_id)
     plain = encoder.encode(Prompt("preflight", "", "text", ({"role": "user", "content": "What is 12 + 30?"},), (), "42"))
     tolerance, alive = PRECISE if in_float32(fleet.teachers[name]) else COARSE
@@ -205,6 +233,14 @@ def in_float32(teacher: Teacher) -> bool:
     return str(config.get("dtype") or config.get("torch_dtype")) == "float32"
 
 
+def _check_clips(name: str, teacher: Teacher, routed: Sequence[tuple[Kind, View]]) -> None:
+    clips = max((len(prompt.videos) for kind, view in routed if view.images != "drop" for prompt in kind.shown), default=0)
+    if teacher.model is not None and clips > teacher.engine.videos:
+        raise UserError(
+            f"teachers.{name}.engine.videos: {teacher.engine.videos}, and prompts with {clips} are routed to it: set it to {clips}"
+        )
+
+
 def _show(
     asked: Questions, encoder: Encoder, routed: Sequence[tuple[Kind, View]], responses: Mapping[str, Sequence[tuple[int, ...]]], end: int
 ) -> None:
@@ -212,7 +248,7 @@ def _show(
     left = {True: SHOWN, False: SHOWN}
     ranked = sorted(((i, prompt, view) for kind, view in routed for i, prompt in enumerate(kind.shown)), key=lambda one: one[0])
     for i, prompt, view in ranked:
-        sees = sees_image(view) and bool(prompt.images)
+        sees = sees_image(view) and prompt.is_visual
         if not left[sees]:
             continue
         try:
@@ -220,7 +256,8 @@ def _show(
             others = {}
             if sees:
                 others["blank"] = _through(encoder, prompt, blinded(view))
-                others["shuffled"] = _through(encoder, with_images(prompt, [shuffled(image, i) for image in prompt.images]), view)
+                mixed = with_images(prompt, [shuffled(image, i) for image in prompt.images])
+                others["shuffled"] = _through(encoder, with_clips(mixed, [reordered(clip, i) for clip in prompt.videos]), view)
         except BAD_ROW as error:
             asked.unusable[prompt.key] = str(error)
             continue
@@ -230,17 +267,29 @@ def _show(
 
 
 def _measure_images(asked: Questions, encoder: Encoder, kinds: Sequence[Kind], view: View) -> None:
-    """A short prompt with images, with images of each awkward size in place of its own."""
-    prompts = [prompt for kind in kinds for prompt in kind.shown if prompt.images]
-    for name, (width, height) in awkward_sizes(encoder.pixels).items() if prompts else ():
-        prompt = min(prompts, key=lambda p: (len(p.images), len(str(p.messages))))
-        try:
-            encoded = _through(encoder, with_images(prompt, [blank((width, height))] * len(prompt.images)), view)
-        except BAD_ROW as error:
-            asked.unusable[prompt.key] = str(error)
-            continue
-        if encoded.prompt.images:
-            asked.sizes.append(Sized(name, f"{width}x{height}", encoded, encoded.expanded.count(encoder.image_token)))
+    """A short prompt with images, with images of each awkward size in place of its own; and one with clips."""
+    pictures = [prompt for kind in kinds for prompt in kind.shown if prompt.images]
+    for name, (width, height) in awkward_sizes(encoder.pixels).items() if pictures else ():
+        prompt = min(pictures, key=lambda p: (len(p.images), len(str(p.messages))))
+        changed = with_images(prompt, [blank((width, height))] * len(prompt.images))
+        _measure(asked, encoder, changed, view, (name, f"{width}x{height}", encoder.image_token))
+    films = [prompt for kind in kinds for prompt in kind.shown if prompt.videos]
+    for name, (frames, width, height) in awkward_clips(encoder.pixels.patch * encoder.pixels.merge).items() if films else ():
+        prompt = min(films, key=lambda p: (len(p.videos), len(str(p.messages))))
+        changed = with_clips(prompt, [[blank((width, height))] * frames] * len(prompt.videos))
+        _measure(asked, encoder, changed, view, (name, f"{frames} of {width}x{height}", encoder.video_token))
+
+
+def _measure(asked: Questions, encoder: Encoder, prompt: Prompt, view: View, what: tuple[str, str, int]) -> None:
+    """`what` is the name, the size and the token of a `Sized`; nothing is asked of a view that shows no images."""
+    name, size, token = what
+    try:
+        encoded = _through(encoder, prompt, view)
+    except BAD_ROW as error:
+        asked.unusable[prompt.key] = str(error)
+        return
+    if encoded.prompt.is_visual:
+        asked.sizes.append(Sized(name, size, encoded, encoded.expanded.count(token), token))
 
 
 def _find_longest(asked: Questions, encoder: Encoder, routed: Sequence[tuple[Kind, View]]) -> None:

@@ -7,7 +7,8 @@ from pathlib import Path
 
 from transformers import AutoTokenizer
 
-from mmopd.config import Fleet, Route, View, suggest
+from mmopd import catalog
+from mmopd.config import ExOPD, Fleet, Objective, Recipe, Route, View, suggest
 from mmopd.errors import UserError
 from mmopd.task.base import Task
 from mmopd.teacher.view import BUILT_IN, ViewError, check_view
@@ -61,6 +62,46 @@ def find_judges(fleet: Fleet, tasks: Mapping[str, Task], task: str, modality: st
         Judge(name, share, fleet.teachers[name].weight, find_view(fleet, tasks, task, route.view or fleet.teachers[name].view))
         for name, share in route.teachers.items()
     )
+
+
+def load_teachers(recipe: Recipe) -> Fleet:
+    """The recipe's fleet; an empty one where its objective learns from outcomes alone.
+
+    Raises:
+        UserError: the file is missing or wrong.
+    """
+    if recipe.fleet is None or recipe.algorithm.objective.kind == "grpo":
+        return Fleet(teachers={}, routes=())
+    return catalog.load_fleet(recipe.fleet)
+
+
+def routed(fleet: Fleet) -> Fleet:
+    """The fleet without the teachers that no route leads to."""
+    used = {name for route in fleet.routes for name in route.teachers}
+    return fleet.model_copy(update={"teachers": {name: teacher for name, teacher in fleet.teachers.items() if name in used}})
+
+
+def references(fleet: Fleet, objective: Objective) -> Fleet | None:
+    """The fleet in which each route leads to its teachers' references instead; None for an objective that has no reference.
+
+    Raises:
+        UserError: a teacher has no reference, or the fleet has no teacher of a reference's name.
+    """
+    if not isinstance(objective, ExOPD):
+        return None
+    key, named = "algorithm.objective.reference", objective.reference
+    routes = []
+    for route in fleet.routes:
+        shares: dict[str, float] = {}
+        for teacher, share in route.teachers.items():
+            name = named if isinstance(named, str) else named.get(teacher)
+            if name is None:
+                raise UserError(f"{key}: teacher {teacher!r} has none; add `{teacher}: NAME`, a teacher of the fleet")
+            if name not in fleet.teachers:
+                raise UserError(f"{key}: the fleet has no teacher {name!r}{suggest(name, fleet.teachers)}")
+            shares[name] = shares.get(name, 0.0) + share
+        routes.append(route.model_copy(update={"teacher": shares}))
+    return routed(fleet.model_copy(update={"routes": tuple(routes)}))
 
 
 def check_routes(fleet: Fleet, tasks: Mapping[str, Task], pairs: Iterable[tuple[str, str]]) -> None:

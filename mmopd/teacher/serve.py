@@ -24,6 +24,7 @@ import torch
 
 from mmopd.config import Engine
 from mmopd.errors import UserError
+from mmopd.modality.video import MEDIA_SETTINGS
 from mmopd.processes import Children
 from mmopd.teacher.adapter import Adapter, lora_flags
 from mmopd.teacher.endpoint import Endpoint
@@ -294,7 +295,9 @@ def _server(spec: ServerSpec, address: tuple[str, int], logs: Path, gpus: str) -
     engine = spec.engine
     argv = ["--model", str(spec.model), "--served-model-name", spec.name, "--host", address[0], "--port", str(address[1])]
     argv += ["--dtype", engine.dtype, "--max-model-len", str(engine.max_model_len), "--max-num-seqs", str(engine.max_num_seqs)]
-    argv += ["--limit-mm-per-prompt", '{"video": 0}', "--enable-scale-out", "--disable-uvicorn-access-log", "--disable-log-stats"]
+    argv += ["--limit-mm-per-prompt", json.dumps({"video": engine.videos}), "--enable-scale-out"]
+    argv += ["--media-io-kwargs", json.dumps(MEDIA_SETTINGS)] if engine.videos else []
+    argv += ["--disable-uvicorn-access-log", "--disable-log-stats"]
     argv += ["--middleware", f"{RequireKey.__module__}.{RequireKey.__qualname__}", "--allowed-media-domains", NO_DOMAIN]
     if not gpus:
         # The class by its path: under the name "uni" vLLM would replace it, on CPU, by one more process.

@@ -16,7 +16,8 @@ from PIL import Image
 
 from mmopd.config import View
 from mmopd.modality import Encoder, PixelPolicy
-from mmopd.modality.encode import MAX_PIXELS, check_size, open_image, size_of, to_rgb
+from mmopd.modality.image import MAX_PIXELS, check_size, open_image, size_of, to_rgb
+from mmopd.modality.video import clip_size
 from mmopd.records import Encoded, Message, Prompt
 
 BUILT_IN: Mapping[str, View] = {
@@ -55,12 +56,12 @@ def check_view(view: View) -> None:
 
 
 def sees_image(view: View) -> bool:
-    """Whether a teacher with this view is shown the images themselves."""
+    """Whether a teacher with this view is shown the images and clips themselves."""
     return view.images == "keep"
 
 
 def blinded(view: View) -> View:
-    """The same words, and a grey area in place of each image, of as many visual tokens."""
+    """The same words, and a grey area in place of each image and frame, of as many visual tokens."""
     return view.model_copy(update={"images": "blank"})
 
 
@@ -71,25 +72,29 @@ def encode_view(encoder: Encoder, encoded: Encoded, view: View) -> Encoded:
     visual tokens: a server whose own budget is smaller answers with other ids, which is an error there.
 
     Raises:
-        ViewError: the row lacks a text that the view shows (names the row and the text), or has an image that cannot be redrawn.
+        ViewError: the row lacks a text that the view shows (names the row and the text), or has an image or a clip that cannot be
+            redrawn, as no clip can under a pixel budget.
     """
     prompt = encoded.prompt
     budget = _budget(encoder.pixels, view)
-    redraws = bool(prompt.images) and (view.images == "blank" or (view.images == "keep" and budget is not None))
-    drops = bool(prompt.images) and view.images == "drop"
+    redraws = prompt.is_visual and (view.images == "blank" or (view.images == "keep" and budget is not None))
+    drops = prompt.is_visual and view.images == "drop"
     if not (redraws or drops or view.hint):
         return encoded
-    messages, images = prompt.messages, prompt.images
+    messages, images, videos = prompt.messages, prompt.images, prompt.videos
     try:
         if drops:
-            messages, images = _without_images(messages, _fill(view.instead, prompt)), ()
+            messages, images, videos = _without_images(messages, _fill(view.instead, prompt)), (), ()
         if redraws:
+            if videos and budget is not None:
+                raise ViewError("a pixel budget is for images, and the prompt has a clip; give clips a route with another view")
             images = tuple(_redraw(image, budget, blank=view.images == "blank") for image in images)
+            videos = tuple((_draw(None, clip_size(frames)),) * len(frames) for frames in videos)
         if view.hint:
             messages = _with_hint(messages, _fill(view.hint, prompt))
         # Images in the size of a budget are cut into patches as they are.
         pixels = replace(encoder.pixels, min_pixels=1, max_pixels=MAX_PIXELS) if redraws and budget else encoder.pixels
-        return encoder.encode(replace(prompt, messages=messages, images=images), pixels)
+        return encoder.encode(replace(prompt, messages=messages, images=images, videos=videos), pixels)
     except (ValueError, OSError) as error:  # OSError: pixels that do not decode
         raise ViewError(f"{prompt.key}: {str(error).removeprefix(f'{prompt.key}: ')}") from error
 
@@ -132,7 +137,7 @@ def _draw(image: bytes | None, size: tuple[int, int]) -> bytes:
 
 
 def _without_images(messages: Sequence[Message], instead: str) -> tuple[Message, ...]:
-    """The messages with `instead` where the first image was, and nothing where the others were."""
+    """The messages with `instead` where the first image or clip was, and nothing where the others were."""
     text = [{"type": "text", "text": instead}] if instead else []
     shown: list[Message] = []
     for message in messages:
@@ -141,7 +146,7 @@ def _without_images(messages: Sequence[Message], instead: str) -> tuple[Message,
             continue
         parts: list[Message] = []
         for part in message["content"]:
-            if part.get("type") == "image":
+            if part.get("type") in ("image", "video"):
                 parts += text
                 text = []
             else:

@@ -1,6 +1,6 @@
 """The JSON of vLLM's `POST /inference/v1/generate`: the one route that takes token ids and images together.
 
-Prompt ids go out unexpanded (one placeholder per image) with the image bytes as they are in the row; the server
+Prompt ids go out unexpanded (one placeholder per image or clip) with the image bytes as they are in the row; the server
 expands them, and what it answers is believed only if the ids that come back are the ones that were expected.
 A reply is decoded with typed msgspec structs, so that only the rows of the response are ever turned into objects.
 """
@@ -14,12 +14,15 @@ from typing import TypeVar
 import msgspec
 from cachetools import LRUCache, cached
 
+from mmopd.modality.video import data_url
+
 PATH = "/inference/v1/generate"
 REQUEST_ID = "X-Request-Id"  # header; comes back in the reply's `request_id`
 FLOOR = -9999.0  # vLLM writes it for -inf, and for NaN of a sampled token
 CEILING = 1e-3  # 0, and what rounding may add
-PARTS_BYTES = 1 << 26  # of images that are kept encoded
+PARTS_BYTES = 1 << 26  # of images that are kept encoded, and as many of clips
 BAN = -100.0  # logit bias; the largest that OpenAI-style servers take
+Clip = tuple[bytes, ...]  # its frames
 
 
 class ReplyError(Exception):
@@ -68,12 +71,14 @@ class Scored:
     top: tuple[Mapping[int, float], ...] | None = None  # [T] id -> log-prob of the K likeliest ids, if they were asked for
 
 
-def scoring_body(model: str, ids: Sequence[int], images: Sequence[bytes], tokens: Sequence[int], top_k: int = 0) -> bytes:
+def scoring_body(
+    model: str, ids: Sequence[int], images: Sequence[bytes], tokens: Sequence[int], top_k: int = 0, *, videos: Sequence[Clip] = ()
+) -> bytes:
     """The request for the log-probs of `tokens` after the prompt `ids`, and of the `top_k` likeliest ids in their places."""
-    return _body(model, [*ids, *tokens], images, {"max_tokens": 1, "prompt_logprobs": top_k, "detokenize": False})
+    return _body(model, [*ids, *tokens], images, videos, {"max_tokens": 1, "prompt_logprobs": top_k, "detokenize": False})
 
 
-def sampling_body(model: str, ids: Sequence[int], images: Sequence[bytes], sampling: Sampling) -> bytes:
+def sampling_body(model: str, ids: Sequence[int], images: Sequence[bytes], sampling: Sampling, *, videos: Sequence[Clip] = ()) -> bytes:
     """The request for `n` responses to the prompt `ids`; response i is drawn with seed `seed + i` (vLLM's rule)."""
     settings: dict[str, object] = {
         "n": sampling.n,
@@ -86,7 +91,7 @@ def sampling_body(model: str, ids: Sequence[int], images: Sequence[bytes], sampl
         "detokenize": False,
         "logit_bias": dict.fromkeys(sampling.banned, BAN),
     }
-    return _body(model, ids, images, settings)
+    return _body(model, ids, images, videos, settings)
 
 
 def parse_scores(reply: bytes, request_id: str, expanded: Sequence[int], tokens: Sequence[int]) -> tuple[float, ...]:
@@ -170,10 +175,10 @@ _ROW = msgspec.json.Decoder(dict[int, _Token] | None)
 T = TypeVar("T")
 
 
-def _body(model: str, ids: Sequence[int], images: Sequence[bytes], settings: dict[str, object]) -> bytes:
+def _body(model: str, ids: Sequence[int], images: Sequence[bytes], videos: Sequence[Clip], settings: dict[str, object]) -> bytes:
     body: dict[str, object] = {"model": model, "token_ids": ids, "sampling_params": settings, "return_token_ids": True}
-    if images:
-        body["content_parts"] = [_image_part(image) for image in images]
+    if images or videos:
+        body["content_parts"] = [*map(_image_part, images), *map(_video_part, videos)]
     return _ENCODER.encode(body)
 
 
@@ -181,6 +186,12 @@ def _body(model: str, ids: Sequence[int], images: Sequence[bytes], settings: dic
 def _image_part(image: bytes) -> msgspec.Raw:
     """JSON of the image as its own bytes, made once for a group; vLLM reads their kind from them, not from the media type."""
     return msgspec.Raw(b'{"type":"image_url","url":"data:image/*;base64,' + base64.b64encode(image) + b'"}')
+
+
+@cached(LRUCache(PARTS_BYTES, getsizeof=lambda part: len(bytes(part))), lock=Lock())
+def _video_part(frames: Clip) -> msgspec.Raw:
+    """JSON of a clip, made once for a group."""
+    return msgspec.Raw(b'{"type":"video_url","url":"' + data_url(frames) + b'"}')
 
 
 def _decode(decoder: "msgspec.json.Decoder[T]", data: bytes | msgspec.Raw) -> T:

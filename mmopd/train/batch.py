@@ -8,17 +8,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
+from torch import Tensor
 
-from mmopd.algorithm.objective import Targets, opd
-from mmopd.algorithm.visual import visual_weights
-from mmopd.config import Algorithm
+from mmopd.algorithm import Targets, grpo, opd, sft, visual_weights
+from mmopd.config import Algorithm, ExOPD
 from mmopd.records import Encoded, Sample, Score
 from mmopd.train.pack import Item
 
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """The scored samples of a step and their targets."""
+    """The samples of a step that the objective can use, and their targets."""
 
     samples: list[Sample]
     spans: list[slice]  # where each sample's tokens lie in the flat [M] arrays
@@ -26,35 +26,51 @@ class Batch:
 
 
 def build_batch(samples: Sequence[Sample], settings: Algorithm, seed: int) -> Batch:
-    """Balance, calibrate and turn scores into advantages; samples without a score take no part.
+    """What the objective makes of a step; samples that were to have a score and have none take no part.
 
     Args:
         samples: of the whole step, over all ranks, in one order on every rank.
         seed: of the balance's draws: (run seed, step).
 
     Raises:
-        ValueError: no sample has a score.
+        ValueError: no sample has what the objective needs.
     """
-    scored = [s for s in samples if isinstance(s.score, Score)]
-    if not scored:
+    kind = settings.objective.kind
+    usable = [s for s in samples if isinstance(s.score, Score) or kind == "grpo"]
+    if not usable:
         raise ValueError("no response of this step has a score")
-    lengths = torch.tensor([len(s.response.tokens) for s in scored])
+    lengths = torch.tensor([len(s.response.tokens) for s in usable])
     ends = torch.cumsum(lengths, 0).tolist()
-    response = torch.repeat_interleave(torch.arange(len(scored)), lengths)
+    response = torch.repeat_interleave(torch.arange(len(usable)), lengths)
+    outcome, group = torch.tensor([s.outcome.value for s in usable]), torch.tensor([s.group for s in usable])
+    if kind == "grpo":
+        targets = grpo(response, outcome=outcome, group=group, threshold=settings.outcome_threshold)
+    elif kind == "sft":
+        targets = sft(response, weight=torch.tensor([_scored(s.score).weight for s in usable]))
+    else:
+        targets = _distil(usable, response, outcome=outcome, group=group, settings=settings, seed=seed)
+    return Batch(usable, [slice(e - n, e) for e, n in zip(ends, lengths.tolist(), strict=True)], targets)
+
+
+def _distil(scored: Sequence[Sample], response: Tensor, *, outcome: Tensor, group: Tensor, settings: Algorithm, seed: int) -> Targets:
+    """Balance, calibrate and turn scores into advantages and weights."""
+    exopd = settings.objective if isinstance(settings.objective, ExOPD) else None
     targets = opd(
-        teacher=torch.tensor([x for s in scored for x in _score(s).logprobs]),
+        teacher=torch.tensor([x for s in scored for x in _scored(s.score).logprobs]),
         student=torch.tensor([x for s in scored for x in s.response.logprobs]),
         response=response,
-        outcome=torch.tensor([s.outcome.value for s in scored]),
-        group=torch.tensor([s.group for s in scored]),
-        weight=torch.tensor([_score(s).weight for s in scored]),
+        outcome=outcome,
+        group=group,
+        weight=torch.tensor([_scored(s.score).weight for s in scored]),
         settings=settings,
         seed=seed,
+        reference=torch.tensor([x for s in scored for x in _scored(s.reference).logprobs]) if exopd else None,
+        scale=exopd.scale if exopd else 1.0,
     )
     if visual := settings.visual:
         seen = torch.tensor([x for s in scored for x in visual_advantage(s) or [math.nan] * len(s.response.tokens)])
         targets = replace(targets, token_weight=visual_weights(targets.token_weight, seen, response, strength=visual.token_weight))
-    return Batch(scored, [slice(e - n, e) for e, n in zip(ends, lengths.tolist(), strict=True)], targets)
+    return targets
 
 
 def visual_advantage(sample: Sample) -> list[float] | None:
@@ -85,9 +101,18 @@ def _item(batch: Batch, i: int, encoded: Sequence[Encoded], scale: float) -> Ite
         old=torch.tensor(sample.response.logprobs),
         advantage=batch.targets.advantage[span],
         weight=batch.targets.token_weight[span] * scale,
+        likeliest=_likeliest(sample),
     )
 
 
-def _score(sample: Sample) -> Score:
-    assert isinstance(sample.score, Score)
-    return sample.score
+def _likeliest(sample: Sample) -> tuple[Tensor, Tensor] | None:
+    """(ids [T, K], log-probs [T, K]) of the tokens that the teacher finds likeliest at each position, where they were asked for."""
+    if not isinstance(sample.score, Score) or sample.score.top is None:
+        return None
+    top = sample.score.top
+    return torch.tensor([list(at) for at in top]), torch.tensor([list(at.values()) for at in top])
+
+
+def _scored(score: object) -> Score:
+    assert isinstance(score, Score)
+    return score

@@ -1,14 +1,18 @@
 """Checkpoints that are whole or not there: ZeRO shards, optimiser, schedule, every rank's random state, and the caller's state.
 
 A checkpoint is written under a temporary name with a manifest of sizes and SHA-256 sums, flushed to disk, and then
-renamed. A save that was torn keeps its temporary name and is removed by the next one. Loading checks every byte.
+renamed. A save that was torn by a kill keeps its temporary name and is removed by the next one. Loading checks every byte.
 """
 
+import copy
 import hashlib
 import json
 import os
 import random
 import shutil
+import subprocess
+import sys
+import time
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -23,6 +27,8 @@ from mmopd.train.engine import Trainer
 MANIFEST = "manifest.json"
 STATE = "state.json"
 ZERO = "zero"  # DeepSpeed's tag
+PARTIAL = ".step-*.partial"  # what is not finished
+TORCH_CANNOT_WRITE = "inline_container.cc"  # in what `torch.save` raises, where others have an OSError
 
 
 class Checkpoints:
@@ -38,29 +44,45 @@ class Checkpoints:
         self.keep = keep
 
     def save(self, trainer: Trainer, step: int, state: dict[str, Any]) -> Path:
-        """Write everything that step `step + 1` depends on; collective. `state` is the caller's, JSON, the same on all ranks."""
+        """Write everything that step `step + 1` depends on; collective. `state` is the caller's, JSON, the same on all ranks.
+
+        Raises:
+            UserError: there is no room for it; says how much it takes. What there was before is as it was.
+        """
         ranks = trainer.ranks
         final = self.folder / f"step-{step:08d}"
         torn = self.folder / f".{final.name}.partial"
         if ranks.rank == 0:
-            for old in (torn, final):  # a resumed run may come by the same step again
-                shutil.rmtree(old, ignore_errors=True)
+            for old in (*self.folder.glob(PARTIAL), *self.folder.glob(final.name)):  # a resumed run may come by the same step again
+                shutil.rmtree(old)
             torn.mkdir(parents=True)
-            (torn / STATE).write_text(json.dumps({"step": step, "ranks": ranks.size, "caller": state}))
         ranks.barrier()
-        trainer.engine.save_checkpoint(str(torn), tag=ZERO, save_latest=False)
-        torch.save(_random_state(), torn / f"random-{ranks.rank:05d}.pt")
-        ranks.barrier()
-        sums = dict(part for parts in ranks.gather_objects(_sums(torn, _share(_files(torn), ranks), flush=True)) for part in parts.items())
-        if ranks.rank == 0:
-            _write_flushed(torn / MANIFEST, json.dumps(sums, indent=1, sort_keys=True))
-            for inner in {torn, *(torn / name for name in sums)}:
-                _flush(inner if inner.is_dir() else inner.parent)
-            torn.rename(final)
-            _flush(self.folder)
-            self._prune()
+        self._check_room(trainer, torn)
+        try:
+            _write(trainer, torn, {"step": step, "ranks": ranks.size, "caller": state})
+            if ranks.rank == 0:
+                torn.rename(final)
+                _flush(self.folder)
+                self._prune()
+        except (OSError, RuntimeError) as error:
+            if isinstance(error, RuntimeError) and TORCH_CANNOT_WRITE not in str(error):
+                raise
+            shutil.rmtree(torn, ignore_errors=True)
+            raise UserError(
+                f"the checkpoint of step {step} was not written ({error}), and the one before it is as it was: {self._room(trainer)}"
+            ) from error
         ranks.barrier()
         return final
+
+    def _check_room(self, trainer: Trainer, torn: Path) -> None:
+        """What is written fits, as far as one can tell; on all ranks alike."""
+        if any(trainer.ranks.all_max([shutil.disk_usage(self.folder).free < _needed(trainer)])):
+            shutil.rmtree(torn, ignore_errors=True)
+            raise UserError(f"no checkpoint was written, and those before it are as they were: {self._room(trainer)}")
+
+    def _room(self, trainer: Trainer) -> str:
+        needs, free = (size / 2**30 for size in (_needed(trainer), shutil.disk_usage(self.folder).free))
+        return f"{self.folder} has {free:.3g} GiB free, and a checkpoint needs {needs:.3g} GiB beside the {self.keep} that are kept"
 
     def latest(self) -> Path | None:
         """The newest checkpoint whose files are all there in full size; None if there is none."""
@@ -70,7 +92,7 @@ class Checkpoints:
         return sorted(p for p in self.folder.glob("step-*") if p.is_dir())
 
     def _prune(self) -> None:
-        for old in [*self._finished()[: -self.keep], *self.folder.glob(".step-*.partial")]:
+        for old in self._finished()[: -self.keep]:
             shutil.rmtree(old)
 
 
@@ -78,19 +100,72 @@ def load(trainer: Trainer, path: Path) -> dict[str, Any]:
     """Bring trainer and random states back to where `path` was saved; collective. Returns the caller's state.
 
     Raises:
-        UserError: a file is missing, cut or changed (names it), or the number of ranks differs.
+        UserError: a file is missing, cut or changed (names it), or what another number of ranks has saved cannot be converted.
     """
     ranks = trainer.ranks
     problems = [p for p in ranks.gather_objects(_problem(path) or _changed(path, ranks)) if p]
     if problems:
         raise UserError(f"{problems[0]}; resume from another checkpoint of {path.parent}")
     state: dict[str, Any] = json.loads((path / STATE).read_text())
-    if state["ranks"] != ranks.size:
-        raise UserError(f"{path}: saved by {state['ranks']} ranks, loaded by {ranks.size}; set train.ranks={state['ranks']}")
-    trainer.engine.load_checkpoint(str(path), tag=ZERO)
-    _set_random_state(torch.load(path / f"random-{ranks.rank:05d}.pt", weights_only=True))
+    if state["ranks"] == ranks.size:
+        trainer.engine.load_checkpoint(str(path), tag=ZERO)
+    else:
+        _load_resized(trainer, path)
+    _set_random_state(torch.load(path / f"random-{ranks.rank % state['ranks']:05d}.pt", weights_only=True))
     caller: dict[str, Any] = state["caller"]
     return caller
+
+
+def _write(trainer: Trainer, torn: Path, state: dict[str, Any]) -> None:
+    """All files of a checkpoint, on disk when it returns; collective."""
+    ranks = trainer.ranks
+    if ranks.rank == 0:
+        (torn / STATE).write_text(json.dumps(state))
+    trainer.engine.save_checkpoint(str(torn), tag=ZERO, save_latest=False)
+    torch.save(_random_state(), torn / f"random-{ranks.rank:05d}.pt")
+    ranks.barrier()
+    sums = dict(part for parts in ranks.gather_objects(_sums(torn, _share(_files(torn), ranks), flush=True)) for part in parts.items())
+    if ranks.rank == 0:
+        _write_flushed(torn / MANIFEST, json.dumps(sums, indent=1, sort_keys=True))
+        for inner in {torn, *(torn / name for name in sums)}:
+            _flush(inner if inner.is_dir() else inner.parent)
+
+
+def _needed(trainer: Trainer) -> int:
+    """Bytes of a checkpoint: in float32 each trained weight and the optimiser's two moments; the others as they are."""
+    return sum(p.ds_numel * (12 if p.requires_grad else p.element_size()) for p in trainer.student.parameters())
+
+
+def _load_resized(trainer: Trainer, path: Path) -> None:
+    """Load what another number of ranks has saved, by way of DeepSpeed's universal format: a copy, made beside it and removed again.
+
+    Weights that are not trained are not in it; they are those of the student's folder still.
+    """
+    engine, ranks, universal = trainer.engine, trainer.ranks, path.with_name(f".{path.name}.resized.partial")
+    converter = None
+    if ranks.rank == 0:
+        shutil.rmtree(universal, ignore_errors=True)
+        universal.mkdir()
+        command = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal"]
+        folders = ["--input_folder", str(path / ZERO), "--output_folder", str(universal / ZERO)]
+        converter = subprocess.Popen([*command, *folders], stdout=subprocess.DEVNULL)
+    # All ask again and again, so that nobody waits for longer than ranks wait for each other.
+    while not any(ranks.all_max([converter is not None and converter.poll() is not None])):
+        time.sleep(0.2)
+    if any(ranks.all_max([converter is not None and converter.returncode != 0])):
+        raise UserError(f"{path}: cannot be converted for {ranks.size} ranks (is the disk full?); the log of rank 0 says why")
+    decay = [group["weight_decay"] for group in engine.optimizer.param_groups]
+    engine._config.load_universal_checkpoint = True
+    engine.load_checkpoint(str(universal), tag=ZERO)
+    engine._config.load_universal_checkpoint = False
+    # DeepSpeed gives all groups the decay of the first one, and one counter of steps, which then each of them moves on.
+    for group, own in zip(engine.optimizer.param_groups, decay, strict=True):
+        group["weight_decay"] = own
+    for moments in engine.optimizer.optimizer.state.values():
+        moments["step"] = copy.deepcopy(moments["step"])
+    ranks.barrier()
+    if ranks.rank == 0:
+        shutil.rmtree(universal)
 
 
 def _files(folder: Path) -> list[str]:

@@ -8,13 +8,14 @@ import datetime
 import os
 import socket
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 
+SRUN = {"RANK": "SLURM_PROCID", "WORLD_SIZE": "SLURM_STEP_NUM_TASKS", "LOCAL_RANK": "SLURM_LOCALID"}  # of a task of a step
 T = TypeVar("T")
 
 
@@ -53,7 +54,7 @@ class Ranks:
 
 
 def start(timeout: float) -> Ranks:
-    """Join the process group that RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT describe; alone if they are not set.
+    """Join the process group that RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT describe, or SLURM's srun; else alone.
 
     Args:
         timeout: seconds after which waiting for another rank is an error.
@@ -62,7 +63,7 @@ def start(timeout: float) -> Ranks:
     if not on_gpu:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     if "RANK" not in os.environ:
-        os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+        os.environ |= place(os.environ)
     import deepspeed
     import deepspeed.ops
 
@@ -76,6 +77,22 @@ def start(timeout: float) -> Ranks:
         torch.cuda.set_device(device)
     deepspeed.init_distributed("nccl" if on_gpu else "gloo", timeout=limit, verbose=False)
     return Ranks(dist.get_rank(), dist.get_world_size(), device, dist.new_group(backend="gloo", timeout=limit))
+
+
+def place(env: Mapping[str, str]) -> dict[str, str]:
+    """The variables of a rank whose launcher has set none: those of a task of srun, or of a rank that is alone.
+
+    With srun, MASTER_ADDR and MASTER_PORT are in its environment already: `mmopd train --launcher` has set them.
+    """
+    if int(env.get("SLURM_STEP_NUM_TASKS", 1)) > 1:
+        return {name: env[slurm] for name, slurm in SRUN.items()}
+    return {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+
+
+def waited_in_vain(error: RuntimeError) -> bool:
+    """Whether it is the one of a collective that another rank has not joined in time."""
+    said = str(error).lower()
+    return any(words in said for words in ("timed out", "timeout"))
 
 
 def stop() -> None:

@@ -14,13 +14,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mmopd.algorithm.objective import clipped_loss
+from mmopd.algorithm.loss import token_loss
 from mmopd.config import Algorithm, Train
 from mmopd.errors import UserError
 from mmopd.modality import Encoder
 from mmopd.train.distributed import Ranks
-from mmopd.train.logprob import attention, load_student
-from mmopd.train.pack import Collator, Item, Size, assign
+from mmopd.train.lora import Weight, add_adapters, weights
+from mmopd.train.pack import Collator, Item, MicroBatch, Size, assign
+from mmopd.train.students import as_checkpoint, attention, freeze, has_state, load_student, unit
 
 # A weight of up to this many numbers stays gathered between micro-steps: norms and biases of a real model, nearly all of a tiny one,
 # where it saves a quarter of the CPU time of four micro-steps.
@@ -76,6 +77,31 @@ def deepspeed_config(settings: Train, ranks: Ranks) -> dict[str, Any]:
     }
 
 
+class NotFiniteError(Exception):
+    """An update that was not made, since its loss or its gradient is not finite."""
+
+
+def collator(student: Any, encoder: Encoder) -> Collator:
+    """What makes micro-batches for a student."""
+    vision = student.config.vision_config
+    return Collator(
+        encoder,
+        student.model.get_rope_index,
+        patch_size=vision.in_channels * vision.temporal_patch_size * vision.patch_size**2,
+        merge=vision.spatial_merge_size,
+        single_row=attention() == "flash_attention_2",
+        alone=has_state(student),
+    )
+
+
+def loss_of(output: Tensor, micro: MicroBatch, settings: Algorithm) -> tuple[Tensor, Tensor]:
+    """(loss, log-probs [M] of the micro-batch's tokens) from what the student answers."""
+    logprob, likeliest = output, None
+    if micro.likeliest is not None:
+        logprob, likeliest = output[:, 0], (micro.likeliest, output[:, 1:])
+    return token_loss(logprob, micro.old, micro.advantage, micro.weight, likeliest=likeliest, settings=settings), logprob
+
+
 class Trainer:
     """A student under ZeRO-3.
 
@@ -100,6 +126,9 @@ class Trainer:
         zero = deepspeed_config(settings, ranks)
         self._zero = HfDeepSpeedConfig(zero)  # from_pretrained shards at birth while this object lives
         student = load_student(model, getattr(torch, settings.dtype))
+        freeze(student, settings.freeze)
+        if settings.lora is not None:
+            add_adapters(student, settings.lora)
         if settings.gradient_checkpointing:
             student.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         student.train()
@@ -110,21 +139,19 @@ class Trainer:
             lr_scheduler=lambda optimizer: torch.optim.lr_scheduler.LambdaLR(optimizer, factor),
             config=zero,
         )
-        vision, text = student.config.vision_config, student.config.text_config
-        self._collate = Collator(
-            encoder,
-            student.model.get_rope_index,
-            patch_size=vision.in_channels * vision.temporal_patch_size * vision.patch_size**2,
-            merge=vision.spatial_merge_size,
-            single_row=attention() == "flash_attention_2",
-        )
-        self._hidden: int = text.hidden_size
+        self._collate = collator(student, encoder)
+        self._hidden: int = student.config.text_config.hidden_size
         self._patch_cost = _size(student.model.visual) / _size(student.model.language_model)
 
     @property
     def student(self) -> Any:
         """The model, its weights sharded."""
         return self.engine.module
+
+    @property
+    def keeps_some(self) -> bool:
+        """Whether some weights stay as they are: parts are frozen, or adapters are trained."""
+        return bool(self.settings.freeze or self.settings.lora)
 
     def update(self, items: Sequence[Item]) -> dict[str, float]:
         """One optimiser step on items whose token weights sum to the loss as it is.
@@ -136,7 +163,7 @@ class Trainer:
 
         Raises:
             ValueError: no items.
-            UserError: loss or gradient is not finite; the weights are as before.
+            NotFiniteError: loss or gradient is not finite, on all ranks; weights, optimiser and schedule are as before.
         """
         if not items:
             raise ValueError("an update needs at least one response")
@@ -146,10 +173,7 @@ class Trainer:
         for step, chosen in enumerate(share):
             micro = self._collate(items, chosen).to(self.ranks.device)
             self.engine.set_gradient_accumulation_boundary(step == len(share) - 1)
-            logprob = self.engine(**micro.inputs)
-            loss = clipped_loss(
-                logprob, micro.old, micro.advantage, micro.weight, clip_low=self.algorithm.clip_low, clip_high=self.algorithm.clip_high
-            )
+            loss, logprob = loss_of(self.engine(**micro.inputs), micro, self.algorithm)
             self.engine.backward(loss * self.ranks.size)  # DeepSpeed averages over the ranks
             trained = micro.weight > 0
             ratio = (logprob.detach() - micro.old)[trained]
@@ -162,11 +186,12 @@ class Trainer:
         loss_sum, tokens, clipped, used, computed = self.ranks.all_sum([loss_sum, tokens, clipped, used, computed])
         (mismatch,) = self.ranks.all_max([mismatch])
         if not math.isfinite(loss_sum):
-            raise UserError(f"the loss is {loss_sum}: this update was not made; a lower train.lr or algorithm.log_ratio_clip may help")
+            self.engine.optimizer._overflow_clean_up(None)  # what `step` does where a gradient is not finite: drop them all
+            raise NotFiniteError(f"the loss is {loss_sum}")
         rate = self._schedule.get_last_lr()[0]
         self.engine.step()
         if self.engine.optimizer.overflow:
-            raise UserError(f"a gradient is not finite (loss {loss_sum:.4g}): this update was not made; a lower train.lr may help")
+            raise NotFiniteError(f"a gradient is not finite (loss {loss_sum:.4g})")
         return {
             "loss": loss_sum,
             "grad_norm": float(self.engine.get_global_grad_norm()),
@@ -191,17 +216,25 @@ class Trainer:
         everyone = dict(chain.from_iterable(part.items() for part in self.ranks.gather_objects(mine)))
         return [everyone[i] for i in range(len(items))]
 
-    def named_weights(self, bucket_bytes: int = 64 << 20) -> Iterator[tuple[str, Tensor]]:
-        """The whole weights by name, on rank 0; the other ranks get nothing, but must exhaust the iterator too.
+    def named_weights(self, bucket_bytes: int = 64 << 20, *, trained: bool = False) -> Iterator[tuple[str, Tensor]]:
+        """The whole weights by their names in a checkpoint, on rank 0; the other ranks get nothing, but must exhaust the iterator too.
 
-        Gathered in buckets of about `bucket_bytes`: a tensor is valid until the next one is asked for. A tied head is not named.
+        Gathered in buckets of about `bucket_bytes`: a tensor is valid until the next one is asked for. A tied head is not named,
+        adapters are merged.
+
+        Args:
+            trained: only those that updates change, and what an engine may fuse with them.
         """
         import deepspeed
 
-        for bucket in _buckets(self.student, bucket_bytes):
-            with deepspeed.zero.GatheredParameters([p for _, p in bucket]):
+        chosen = list(weights(self.student))
+        if trained:
+            units = {unit(weight.name) for weight in chosen if weight.trained}
+            chosen = [weight for weight in chosen if unit(weight.name) in units]
+        for bucket in _buckets(chosen, bucket_bytes):
+            with deepspeed.zero.GatheredParameters([p for weight in bucket for p in weight.parameters]):
                 if self.ranks.rank == 0:
-                    yield from ((name, p.data) for name, p in bucket)
+                    yield from as_checkpoint(self.student, {weight.name: weight.value() for weight in bucket}).items()
 
     def _share(self, items: Sequence[Item]) -> list[list[int]]:
         """Item numbers of this rank by micro-step."""
@@ -224,19 +257,20 @@ def _size(module: Any) -> int:
 
 def _decay_groups(student: Any, decay: float) -> list[dict[str, Any]]:
     """Matrices decay; biases and norms do not."""
-    weights = [p for p in student.parameters() if p.requires_grad]
-    matrices = [p for p in weights if len(p.ds_shape) > 1]
-    vectors = [p for p in weights if len(p.ds_shape) <= 1]
-    return [{"params": matrices, "weight_decay": decay}, {"params": vectors, "weight_decay": 0.0}]
+    by_kind: tuple[list[Any], list[Any]] = ([], [])
+    for p in student.parameters():
+        if p.requires_grad:
+            by_kind[len(getattr(p, "ds_shape", p.shape)) <= 1].append(p)  # an adapter is not sharded yet
+    return [{"params": p, "weight_decay": d} for p, d in zip(by_kind, (decay, 0.0), strict=True) if p]
 
 
-def _buckets(student: Any, size: int) -> Iterator[list[tuple[str, Any]]]:
-    """Parameters by name, cut where a bucket reaches `size` bytes."""
-    bucket: list[tuple[str, Any]] = []
+def _buckets(chosen: Sequence[Weight], size: int) -> Iterator[list[Weight]]:
+    """Weights, cut where a bucket reaches `size` bytes."""
+    bucket: list[Weight] = []
     held = 0
-    for name, p in student.named_parameters():
-        bucket.append((name, p))
-        held += p.ds_numel * p.element_size()
+    for weight in chosen:
+        bucket.append(weight)
+        held += sum(p.ds_numel * p.element_size() for p in weight.parameters)
         if held >= size:
             yield bucket
             bucket, held = [], 0

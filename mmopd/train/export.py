@@ -3,23 +3,35 @@
 import shutil
 from pathlib import Path
 
+from mmopd.card import CARD
 from mmopd.train.engine import Trainer
+from mmopd.train.lora import save_adapter
 
+ADAPTER = "adapter"
 WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json", "*.pt", "*.pth")
 
 
-def export(trainer: Trainer, target: Path) -> Path:
+def export(trainer: Trainer, target: Path, card: str = "") -> Path:
     """Write weights, configuration, processor, tokenizer and generation settings to `target`; collective.
 
     Written under a temporary name and then renamed, so `target` is whole or what it was before.
-    Everything but the weights and their configuration is the source folder's own, unchanged.
+    Everything but the weights and their configuration is the source folder's own, unchanged. If adapters were trained, the
+    weights have them merged, and they are in `target/adapter` on their own, as a peft folder for the source folder's model.
+
+    Args:
+        card: the text of its README.md; the source's own is of another model.
     """
     state = {name: weight.detach().to("cpu", copy=True) for name, weight in trainer.named_weights()}
-    if trainer.ranks.rank == 0:
-        torn = target.with_name(f".{target.name}.partial")
+    torn, writes = target.with_name(f".{target.name}.partial"), trainer.ranks.rank == 0
+    if writes:
         shutil.rmtree(torn, ignore_errors=True)
-        trainer.student.save_pretrained(torn, state_dict=state)
+        trainer.student.save_pretrained(torn, state_dict=state, save_original_format=False)  # it is the checkpoint's format already
         _complete(torn, trainer.source)
+        if card:
+            (torn / CARD).write_text(card)
+    if trainer.settings.lora is not None:
+        save_adapter(trainer.student, trainer.settings.lora, trainer.source, torn / ADAPTER, write=writes)
+    if writes:
         shutil.rmtree(target, ignore_errors=True)
         torn.rename(target)
     trainer.ranks.barrier()
@@ -29,5 +41,5 @@ def export(trainer: Trainer, target: Path) -> Path:
 def _complete(folder: Path, source: Path) -> None:
     """Copy what the model needs besides weights and configuration."""
     for file in source.iterdir():
-        if file.is_file() and file.name != "config.json" and not any(file.match(pattern) for pattern in WEIGHTS):
+        if file.is_file() and file.name not in {"config.json", CARD} and not any(file.match(pattern) for pattern in WEIGHTS):
             shutil.copyfile(file, folder / file.name)

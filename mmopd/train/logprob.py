@@ -5,32 +5,38 @@ chunked log-softmax is Liger's (private there, hence pinned in the constraints a
 """
 
 from collections.abc import Sequence
-from pathlib import Path
+from copy import copy
 from typing import Any
 
 import torch
 from liger_kernel.chunked_loss.fused_linear_ppo import _ChunkedSelectiveLogProbFunction
 from torch import Tensor, nn
-from transformers import AutoConfig, Qwen2_5_VLForConditionalGeneration, Qwen3VLForConditionalGeneration
-from transformers.utils.import_utils import is_flash_attn_2_available
-
-from mmopd.errors import UserError
+from torch.utils.checkpoint import checkpoint
 
 VOCABULARY_CHUNK = 4096  # columns of logits that exist at once, for up to 2,048 rows
+ROWS = 64  # rows of logits that exist at once where several log-probs of each are asked for
 
 
 class LogprobHead(nn.Linear):
     """A linear head that can answer with log-probs of `targets` in float32 instead of logits."""
 
     def forward(self, hidden: Tensor, targets: Tensor | None = None) -> Tensor:
-        """Logits [..., V] of hidden [..., H]; or log-probs [M] of targets [M] for hidden [M, H]."""
+        """Logits [..., V] of hidden [..., H]; or log-probs [M] or [M, K] of targets of that shape for hidden [M, H]."""
         if targets is None:
             return super().forward(hidden)
+        if targets.ndim == 2:
+            some = zip(hidden.split(ROWS), targets.split(ROWS), strict=True)
+            return torch.cat([checkpoint(self._several, rows, ids, use_reentrant=False) for rows, ids in some])
         logprobs: Tensor = _ChunkedSelectiveLogProbFunction.apply(hidden, self.weight, targets, self.bias, 1.0, VOCABULARY_CHUNK)
         return logprobs
 
+    def _several(self, hidden: Tensor, targets: Tensor) -> Tensor:
+        """Log-probs [R, K] of targets [R, K]; the logits of R rows exist while it runs, and again in the backward pass."""
+        logits = super().forward(hidden).float()
+        return logits.gather(1, targets) - logits.logsumexp(1, keepdim=True)
 
-class _Student:
+
+class Student:
     """What the students share: the log-prob head, and one call of the vision tower per forward pass."""
 
     lm_head: nn.Module
@@ -51,54 +57,29 @@ class _Student:
         logprob_index: Tensor | None = None,
         logprob_targets: Tensor | None = None,
         image_index: Sequence[int] | None = None,
+        video_index: Sequence[int] = (),
         **kwargs: Any,
     ) -> Any:
-        """The base class's forward, or, with `logprob_targets` [M], their float32 log-probs [M].
+        """The base class's forward, or, with `logprob_targets` [M] or [M, K], their float32 log-probs of the same shape.
 
         Args:
             logprob_index: [M] rows of the flattened [B * W] hidden states that predict the targets.
             logprob_targets: [M] token ids.
             image_index: the row of `image_grid_thw` of each image in `input_ids`; an image that many responses share is encoded once.
+            video_index: the same of each clip; clips stand in `pixel_values` and `image_grid_thw` as images do.
         """
         if logprob_targets is None or logprob_index is None or image_index is None:
             return super().forward(*args, **kwargs)  # type: ignore[misc]
-        images = self.model.get_image_features(kwargs.pop("pixel_values"), kwargs.pop("image_grid_thw"), return_dict=True)
-        images.pooler_output = tuple(images.pooler_output[i] for i in image_index)
-        if getattr(images, "deepstack_features", None) is not None:
-            images.deepstack_features = [tuple(level[i] for i in image_index) for level in images.deepstack_features]
-        hidden = self.model(*args, mm_encoder_outputs={"image": images}, use_cache=False, **kwargs).last_hidden_state
+        seen = self.model.get_image_features(kwargs.pop("pixel_values"), kwargs.pop("image_grid_thw"), return_dict=True)
+        outputs = {kind: _pick(seen, index) for kind, index in (("image", image_index), ("video", video_index)) if index}
+        hidden = self.model(*args, mm_encoder_outputs=outputs, use_cache=False, **kwargs).last_hidden_state
         return self.lm_head(hidden.flatten(0, 1).index_select(0, logprob_index), logprob_targets)
 
 
-# A student has the name of its family's class: transformers looks up weight conversions by it, and writes it into exported configurations.
-STUDENTS: dict[str, type[Any]] = {
-    kind: type(family.__name__, (_Student, family), {})
-    for kind, family in {"qwen3_vl": Qwen3VLForConditionalGeneration, "qwen2_5_vl": Qwen2_5_VLForConditionalGeneration}.items()
-}
-
-
-def attention() -> str:
-    """The attention of this machine: flash_attention_2 (variable length, one row) where it is installed, else torch's own."""
-    return "flash_attention_2" if torch.cuda.is_available() and is_flash_attn_2_available() else "sdpa"
-
-
-def load_student(folder: Path, dtype: torch.dtype) -> Any:
-    """The student of a HF folder; under a live HfDeepSpeedConfig it is sharded at birth.
-
-    Raises:
-        UserError: the folder cannot be loaded, lacks weights, or holds a model family that has no student class.
-    """
-    try:
-        kind = AutoConfig.from_pretrained(folder).model_type
-    except Exception as error:
-        raise UserError(f"{folder}: no model configuration can be read from this folder: {error}") from error
-    if kind not in STUDENTS:
-        raise UserError(f"{folder}: no student class for model_type {kind!r}; there is {', '.join(STUDENTS)}")
-    try:
-        model, report = STUDENTS[kind].from_pretrained(folder, dtype=dtype, attn_implementation=attention(), output_loading_info=True)
-    except Exception as error:
-        raise UserError(f"{folder}: the weights cannot be loaded: {error}") from error
-    if report["missing_keys"] or report["mismatched_keys"]:
-        wrong = sorted(map(str, [*report["missing_keys"], *report["mismatched_keys"]]))
-        raise UserError(f"{folder}: {len(wrong)} weights are missing or have another shape, such as {wrong[0]}")
-    return model
+def _pick(seen: Any, index: Sequence[int]) -> Any:
+    """What the vision tower says of these images or clips, in this order."""
+    picked = copy(seen)
+    picked.pooler_output = tuple(seen.pooler_output[i] for i in index)
+    if getattr(seen, "deepstack_features", None) is not None:
+        picked.deepstack_features = [tuple(level[i] for i in index) for level in seen.deepstack_features]
+    return picked

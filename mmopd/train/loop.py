@@ -4,14 +4,16 @@ Every rank runs it. Prompts, balance and packing are computed alike on all ranks
 its own groups and decodes its own images, and rank 0 alone sends weights and writes metrics.
 """
 
+import asyncio
+import threading
 import time
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from itertools import chain
 from pathlib import Path
 
 from mmopd import catalog
+from mmopd.card import model_card
 from mmopd.config import Recipe
 from mmopd.errors import UserError
 from mmopd.modality import Encoder
@@ -21,76 +23,85 @@ from mmopd.prompts.schedule import Schedule
 from mmopd.prompts.shards import Shards, open_mixture
 from mmopd.prompts.tokens import hash_processor
 from mmopd.records import Absent, Sample
-from mmopd.rollout.collect import collect, seed_of
-from mmopd.rollout.engine import StudentEngine
+from mmopd.rollout.collect import seed_of
 from mmopd.rollout.sync import FileSync
 from mmopd.run import RunFolder
-from mmopd.task.pool import VerifierPool
-from mmopd.teacher.cache import ScoreCache
-from mmopd.teacher.client import Scorer
 from mmopd.train.batch import build_batch, minibatches
 from mmopd.train.checkpoint import Checkpoints, load
 from mmopd.train.distributed import Ranks
 from mmopd.train.engine import Trainer
 from mmopd.train.export import export
+from mmopd.train.guard import Guard
 from mmopd.train.probe import probe, probe_items
 from mmopd.train.record import Recorder
+from mmopd.train.rollouts import Rollouts
+from mmopd.train.watchdog import Watchdog
 
 
-async def train(run: RunFolder, recipe: Recipe, ranks: Ranks, changed: Collection[str] = ()) -> None:
+async def train(
+    run: RunFolder, recipe: Recipe, ranks: Ranks, *, changed: Collection[str], stop: threading.Event, watchdog: Watchdog
+) -> None:
     """Train from the last checkpoint of the run, or from the start, to the end; then export.
 
     Args:
         changed: sources that were added to the mixture or removed from it on purpose, since the checkpoint.
+        stop: once it is set on a rank, all end behind the step that they are in, with a checkpoint and without an export.
+        watchdog: is told of all progress.
 
     Raises:
-        UserError: too many responses lack a score, the loss is not finite, or the run cannot be continued with this data.
+        UserError: too many responses lack a score, too many updates were skipped, or the run cannot be continued with this data.
         RuntimeError: engine and trainer disagree after a weight sync.
     """
     encoder, tasks = Encoder(recipe.student.model), catalog.load_tasks()
-    fleet = catalog.load_fleet(recipe.fleet)
     mixture = catalog.load_mixture(recipe.mixture)
     sources = open_mixture(mixture, tasks, Path.cwd(), hash_processor(recipe.student.model))
     schedule = Schedule(mixture)
     plan = make_plan(recipe, sources, schedule, run)
     trainer = Trainer(recipe.student.model, encoder, recipe.train, recipe.algorithm, ranks)
+    trainer.student.register_forward_pre_hook(lambda *_: watchdog.beat())
     checkpoints = Checkpoints(run.checkpoints, recipe.train.keep_checkpoints)
-    done = restore(checkpoints, trainer, plan, schedule, changed)
+    guard = Guard(run, trainer)
+    done = restore(checkpoints, trainer, plan, schedule, guard=guard, changed=changed)
     probes = probe_items(list(sources.values()), encoder)
-    student, teachers = run.read_endpoints()
     writes = ranks.rank == 0
-    link = FileSync(student) if writes else None
+    link = FileSync(run.read_endpoints()[0]) if writes else None
     recorder = Recorder(run, recipe, encoder, done) if writes else None
-    kept = ScoreCache(run.scores, ranks.rank)
-    async with StudentEngine(student, encoder) as engine, Scorer(fleet, tasks, teachers, encoder, kept=kept) as scorer:
-        with kept, VerifierPool() as verifiers, link or nullcontext(), recorder or nullcontext():
-            publish(trainer, link, f"step-{done}")
-            await probe(trainer, engine, probes, recipe.train.probe_tolerance)
+    async with Rollouts(run, recipe, sources, encoder, ranks) as rollouts:
+        with link or nullcontext(), recorder or nullcontext(), watchdog:
+            watchdog.beat_with(asyncio.get_running_loop())
+            publish(trainer, link, f"step-{done}", everything=True)
+            await probe(trainer, rollouts.engine, probes, recipe.train.probe_tolerance)
+            clock = Clock(watchdog)
             for step in range(done, recipe.train.steps):
-                clock = Clock()
+                watchdog.beat(f"step {step}")
                 plan.reweight(schedule.weights(step))
                 prompts = plan.read(recipe.rollout.prompts, lambda name, row: encoder.encode(sources[name][row]))
                 with clock("rollout"):
-                    share, before = list(enumerate(prompts))[ranks.rank :: ranks.size], scorer.counts.copy()
-                    mine = await collect(share, recipe=recipe, step=step, engine=engine, scorer=scorer, verifiers=verifiers)
-                    samples, counts = gather(mine, scorer.counts - before, ranks)
+                    samples, counts = await rollouts.step(step, prompts)
                     schedule.observe((prompts[s.group].prompt.key.rpartition("/")[0], s.outcome.value) for s in samples)
                 check_same_prompts(plan, ranks)
                 check_absent(samples, recipe.train.max_absent, step)
                 with clock("update"):
                     batch = build_batch(samples, recipe.algorithm, seed_of(recipe.seed, step))
-                    updates = [trainer.update(items) for items in minibatches(batch, prompts, recipe.train.minibatches)]
+                    batches = minibatches(batch, prompts, recipe.train.minibatches)
+                    updates = guard.update(step, batches)
                 with clock("sync"):
                     publish(trainer, link, f"step-{step + 1}")
-                    gap = await probe(trainer, engine, probes, recipe.train.probe_tolerance)
-                if (step + 1) % recipe.train.checkpoint_every == 0 or step + 1 == recipe.train.steps:
-                    with clock("checkpoint"):
-                        checkpoints.save(trainer, step + 1, {"step": step + 1, "plan": plan.state(), "schedule": schedule.state()})
-                        kept.clear()
+                    gap = await probe(trainer, rollouts.engine, probes, recipe.train.probe_tolerance)
                 if recorder is not None:
-                    more = clock.metrics() | {"probe": gap} | scoring(counts) | progress(plan)
+                    more = clock.metrics() | {"probe": gap, "skipped_updates": float(len(batches) - len(updates))}
+                    more |= scoring(counts) | progress(plan)
                     recorder.step(step, prompts, samples, batch, updates=updates, more=more)
-            export(trainer, run.export)
+                clock = Clock(watchdog)  # a checkpoint counts in the step behind it: its own is on disk before it
+                last, stopping = step + 1 == recipe.train.steps, any(ranks.all_max([stop.is_set()]))
+                if (step + 1) % recipe.train.checkpoint_every == 0 or last or stopping:
+                    with clock("checkpoint"):
+                        state = {"step": step + 1, "plan": plan.state(), "schedule": schedule.state(), "skipped": guard.state()}
+                        checkpoints.save(trainer, step + 1, state)
+                        rollouts.kept.clear()
+                if stopping and not last:
+                    return
+            export(trainer, run.export, model_card(run, recipe))
 
 
 def make_plan(recipe: Recipe, sources: Mapping[str, Shards], schedule: Schedule, run: RunFolder) -> Plan:
@@ -100,32 +111,27 @@ def make_plan(recipe: Recipe, sources: Mapping[str, Shards], schedule: Schedule,
     return Plan(rows, schedule.weights(0), recipe.seed)
 
 
-def restore(checkpoints: Checkpoints, trainer: Trainer, plan: Plan, schedule: Schedule, changed: Collection[str]) -> int:
-    """Steps done: those of the newest whole checkpoint, whose state trainer, plan and schedule take; 0 without one."""
+def restore(checkpoints: Checkpoints, trainer: Trainer, plan: Plan, schedule: Schedule, *, guard: Guard, changed: Collection[str]) -> int:
+    """Steps done: those of the newest whole checkpoint, whose state trainer, plan, schedule and guard take; 0 without one."""
     latest = checkpoints.latest()
     if latest is None:
         return 0
     state = load(trainer, latest)
     plan.restore(state["plan"], change=changed)
     schedule.restore(state["schedule"])
+    guard.restore(state["skipped"])
     return int(state["step"])
 
 
-def publish(trainer: Trainer, link: FileSync | None, version: str) -> None:
-    """Give the engine the trainer's weights. All ranks gather; the one with a link sends."""
-    weights = trainer.named_weights()
+def publish(trainer: Trainer, link: FileSync | None, version: str, *, everything: bool = False) -> None:
+    """Give the engine the weights that updates change, or, the first time, everything. All ranks gather; the one with a link sends."""
+    partial = trainer.keeps_some and not everything
+    weights = trainer.named_weights(trained=partial)
     if link is not None:
-        link.send(weights, version)
+        link.send(weights, version, partial=partial)
     else:
         for _ in weights:
             pass
-
-
-def gather(mine: list[Sample], counts: Counter[str], ranks: Ranks) -> tuple[list[Sample], Counter[str]]:
-    """The samples of all ranks in order of their groups, the same list however many ranks there are; and the sum of the counts."""
-    parts = ranks.gather_objects((mine, counts))
-    samples = sorted(chain.from_iterable(samples for samples, _ in parts), key=lambda sample: sample.group)
-    return samples, sum((counts for _, counts in parts), Counter[str]())
 
 
 def check_same_prompts(plan: Plan, ranks: Ranks) -> None:
@@ -170,13 +176,15 @@ def progress(plan: Plan) -> dict[str, float]:
 class Clock:
     """Seconds of each part of a step."""
 
-    def __init__(self) -> None:
+    def __init__(self, watchdog: Watchdog) -> None:
         self.seconds: dict[str, float] = {}
+        self._watchdog = watchdog
         self._begin = time.perf_counter()
 
     @contextmanager
     def __call__(self, part: str) -> Iterator[None]:
         """Time one part."""
+        self._watchdog.beat(f"{self._watchdog.where.partition(',')[0]}, {part}")
         begin = time.perf_counter()
         yield
         self.seconds[part] = time.perf_counter() - begin

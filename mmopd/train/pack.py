@@ -7,9 +7,9 @@ only the rank that computes a micro-batch decodes its images.
 A row holds several samples. Position ids that restart at 0 keep them apart (transformers sees packing in row 0 of
 [4, B, W]; rows 1-3 are mRoPE). With flash attention one row holds all; torch's attention computes a W x W mask
 per row, so rows are short there. Every micro-batch has at least one image, a blank one if need be: ZeRO-3 needs the
-vision tower to run as often on every rank.
+vision tower to run as often on every rank. Images and clips go through it in one call.
 
-Letters: T tokens of a sample, B rows, W width, M response tokens of a micro-batch, I images.
+Letters: T tokens of a sample, B rows, W width, M response tokens of a micro-batch, I images and clips.
 """
 
 import heapq
@@ -35,6 +35,7 @@ class Item:
     old: Tensor  # [T] log-probs of the policy that sampled it
     advantage: Tensor  # [T]
     weight: Tensor  # [T] of each token in the loss; 0 = left out
+    likeliest: tuple[Tensor, Tensor] | None = None  # (ids [T, K], log-probs [T, K]) of the teacher's likeliest tokens; all items or none
 
     @classmethod
     def to_score(cls, encoded: Encoded, tokens: tuple[int, ...]) -> "Item":
@@ -49,8 +50,8 @@ class Item:
 
     @property
     def patches(self) -> int:
-        """Vision patches of its images."""
-        return sum(t * h * w for t, h, w in self.encoded.grids)
+        """Vision patches of its images and clips."""
+        return sum(t * h * w for t, h, w in (*self.encoded.grids, *self.encoded.video_grids))
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,11 +63,13 @@ class MicroBatch:
     advantage: Tensor  # [M]
     weight: Tensor  # [M]
     order: list[int]  # numbers of its items, in the order of their tokens; [] for a dummy, which has M = 1 of weight 0
+    likeliest: Tensor | None = None  # [M, K] log-probs by the teacher of its likeliest tokens, which then are asked for, too
 
     def to(self, device: torch.device) -> "MicroBatch":
         """The same on another device."""
         inputs = {k: v.to(device, non_blocking=True) if isinstance(v, Tensor) else v for k, v in self.inputs.items()}
-        return MicroBatch(inputs, self.old.to(device), self.advantage.to(device), self.weight.to(device), self.order)
+        likeliest = self.likeliest.to(device) if self.likeliest is not None else None
+        return MicroBatch(inputs, self.old.to(device), self.advantage.to(device), self.weight.to(device), self.order, likeliest)
 
 
 class Size(NamedTuple):
@@ -119,8 +122,10 @@ def _deal(sizes: Sequence[Size], n: int, max_tokens: int, max_patches: int) -> l
     return bins
 
 
-def fill_rows(lengths: Sequence[int], single_row: bool) -> list[list[int]]:
-    """Positions in `lengths` by row: all in one, or first-fit decreasing into rows of SAMPLES_PER_ROW longest samples."""
+def fill_rows(lengths: Sequence[int], single_row: bool, alone: bool = False) -> list[list[int]]:
+    """Positions in `lengths` by row: one in each, all in one, or first-fit decreasing into rows of SAMPLES_PER_ROW longest samples."""
+    if alone:
+        return [[i] for i in range(len(lengths))]
     if single_row:
         return [list(range(len(lengths)))]
     width = SAMPLES_PER_ROW * max(lengths)
@@ -141,26 +146,29 @@ class Collator:
     """Makes the tensors of a micro-batch.
 
     Args:
-        encoder: decodes images, and knows the image token.
+        encoder: decodes images, and knows the tokens that stand for images and clips.
         rope: the model's `get_rope_index`.
         patch_size: numbers per vision patch (channels x time x rows x columns).
         merge: patches per visual token, per side.
         single_row: one row for all samples (flash attention).
+        alone: one row for each sample (a model whose state would run on into the next one).
     """
 
-    def __init__(self, encoder: Encoder, rope: Callable[..., Any], patch_size: int, merge: int, single_row: bool) -> None:
+    def __init__(
+        self, encoder: Encoder, rope: Callable[..., Any], patch_size: int, merge: int, single_row: bool, *, alone: bool = False
+    ) -> None:
         self.encoder = encoder
         self.rope = rope
         self.patch_size = patch_size
         self.merge = merge
-        self.single_row = single_row
+        self.single_row, self.alone = single_row, alone
 
     def __call__(self, items: Sequence[Item], chosen: Sequence[int]) -> MicroBatch:
         """The micro-batch of the `chosen` items; a dummy of weight 0 if none are."""
         samples = [self._sample(items[i], i) for i in chosen]
-        if not any(items[i].encoded.grids for i in chosen):
+        if not any(items[i].patches for i in chosen):
             samples.append(_Sample(None, torch.tensor([self.encoder.image_token]), torch.zeros(4, 1, dtype=torch.long)))
-        rows = [[samples[k] for k in row] for row in fill_rows([len(s.ids) for s in samples], self.single_row)]
+        rows = [[samples[k] for k in row] for row in fill_rows([len(s.ids) for s in samples], self.single_row, self.alone)]
         width = max(sum(len(s.ids) for s in row) for row in rows)
         ids = torch.zeros(len(rows), width, dtype=torch.long)
         positions = torch.zeros(4, len(rows), width, dtype=torch.long)  # padding: samples of one token each
@@ -184,23 +192,29 @@ class Collator:
         old, advantage, weight = (
             [torch.cat([getattr(items[i], n) for i in order]).float() for n in ("old", "advantage", "weight")] if order else none
         )
-        inputs = {
+        inputs: dict[str, Any] = {
             "input_ids": ids,
             "position_ids": positions,
             "pixel_values": torch.cat(pictures.pixels),
             "image_grid_thw": torch.cat(pictures.grids),
-            "image_index": pictures.index,
+            "image_index": pictures.images,
+            "video_index": pictures.videos,
             "logprob_index": torch.cat(index) if order else torch.zeros(1, dtype=torch.long),
             "logprob_targets": torch.tensor([t for i in order for t in items[i].tokens] or [0]),
         }
-        return MicroBatch(inputs, old, advantage, weight, order)
+        tops = [top for i in order if (top := items[i].likeliest) is not None]
+        if tops:  # [M, 1 + K]: the sampled token, then the teacher's likeliest
+            inputs["logprob_targets"] = torch.cat([inputs["logprob_targets"][:, None], torch.cat([ids for ids, _ in tops])], 1)
+        return MicroBatch(inputs, old, advantage, weight, order, torch.cat([logprobs for _, logprobs in tops]) if tops else None)
 
     def _sample(self, item: Item, number: int) -> "_Sample":
         ids = torch.tensor(item.encoded.expanded + item.tokens)
         text = torch.arange(len(ids))
-        if not item.encoded.grids:
+        if not item.patches:
             return _Sample(number, ids, text.expand(4, -1))
-        mrope, _ = self.rope(ids[None], (ids == self.encoder.image_token).int()[None], torch.tensor(item.encoded.grids))
+        kinds = (ids == self.encoder.image_token).int() + 2 * (ids == self.encoder.video_token).int()
+        grids = [torch.tensor(grids) if grids else None for grids in (item.encoded.grids, item.encoded.video_grids)]
+        mrope, _ = self.rope(ids[None], kinds[None], *grids)
         return _Sample(number, ids, torch.cat([text[None], mrope[:, 0]]))
 
 
@@ -214,7 +228,7 @@ class _Sample:
 
 
 class _Pictures:
-    """The images of a micro-batch: each prompt's decoded once, however many responses it has here."""
+    """The images and clips of a micro-batch: each prompt's decoded once, however many responses it has here."""
 
     def __init__(self, encoder: Encoder, patch_size: int, merge: int) -> None:
         self.encoder = encoder
@@ -222,11 +236,12 @@ class _Pictures:
         self.merge = merge
         self.pixels: list[Tensor] = []  # each [patches, patch_size]
         self.grids: list[Tensor] = []  # each [I, 3]
-        self.index: list[int] = []  # image of the micro-batch -> row of the grids
+        self.images: list[int] = []  # image of the micro-batch -> row of the grids
+        self.videos: list[int] = []  # clip of the micro-batch -> row of the grids
         self._seen: dict[str, range] = {}
 
     def add(self, encoded: Encoded) -> None:
-        if not encoded.grids:
+        if not encoded.grids and not encoded.video_grids:
             return
         key = encoded.prompt.key
         if key not in self._seen:
@@ -235,9 +250,11 @@ class _Pictures:
             self._seen[key] = range(first, first + len(grids))
             self.pixels.append(pixels)
             self.grids.append(grids)
-        self.index += self._seen[key]
+        rows, images = self._seen[key], len(encoded.grids)
+        self.images += rows[:images]
+        self.videos += rows[images:]
 
     def add_blank(self) -> None:
         self.pixels.append(torch.zeros(self.merge**2, self.patch_size))
         self.grids.append(torch.tensor([[1, self.merge, self.merge]]))
-        self.index.append(0)
+        self.images.append(0)

@@ -1,37 +1,100 @@
 """One training rank: `python -m mmopd.train.rank RUN [SOURCE]...`, with RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT set.
 
-`mmopd train` starts the ranks of one machine; any launcher that sets these variables starts them on several. The
-SOURCEs are those that were added or removed on purpose before a resume.
+`mmopd train` starts the ranks of one machine; any launcher that sets these variables starts them on several (torchrun, deepspeed; srun's
+own are understood), while `mmopd train --launcher` keeps the servers up. The SOURCEs are those that were added or removed on purpose before
+a resume.
 """
 
 import asyncio
+import socket
 import sys
+import threading
+import traceback
+from collections.abc import Sequence
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import torch
 
+from mmopd.config import Recipe
 from mmopd.errors import UserError
 from mmopd.run import RunFolder
 from mmopd.train import distributed
 from mmopd.train.loop import train
+from mmopd.train.watchdog import WAITED, Watchdog, asked_to_stop
 
 
 def main() -> int:
-    """Train; a UserError ends with its message and status 2."""
+    """Train; a UserError ends with its message and status 2, and SIGTERM with a checkpoint, behind the running step, and status 0."""
     if not torch.cuda.is_available():
         torch.set_num_threads(1)  # several processes with more threads than cores slow each other down 20 times
-    run = RunFolder(Path(sys.argv[1]))
+    folder, *changed = (argument for argument in sys.argv[1:] if not argument.startswith("--local_rank="))  # deepspeed's, beside LOCAL_RANK
+    run = RunFolder(Path(folder))
     try:
         recipe = run.recipe()
-        ranks = distributed.start(recipe.train.timeout)
-        try:
-            asyncio.run(train(run, recipe, ranks, sys.argv[2:]))
-        finally:
-            distributed.stop()
+        with asked_to_stop() as stop:
+            return work(run, recipe, changed, stop)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+
+
+def work(run: RunFolder, recipe: Recipe, changed: Sequence[str], stop: threading.Event) -> int:
+    """Join the other ranks and train; the exit status.
+
+    Raises:
+        UserError: anything that a user can put right.
+    """
+    ranks = distributed.start(recipe.train.timeout)
+    watchdog = Watchdog(ranks.rank, recipe.train.timeout)
+    try:
+        student, _ = run.read_endpoints()
+        where = urlsplit(student.url).hostname or ""
+        check_place(recipe.train.ranks, where, ranks.gather_objects((socket.gethostname(), is_here(where))))
+        asyncio.run(train(run, recipe, ranks, changed=changed, stop=stop, watchdog=watchdog))
+    except RuntimeError as error:
+        if not distributed.waited_in_vain(error):
+            raise
+        traceback.print_exc()
+        limit = f"train.timeout = {recipe.train.timeout} s"
+        print(f"error: rank {ranks.rank} has waited for another one for {limit}, at {watchdog.where}", file=sys.stderr)
+        return WAITED
+    finally:
+        distributed.stop()
     return 0
+
+
+def check_place(wanted: int, engine: str, places: Sequence[tuple[str, bool]]) -> None:
+    """The ranks are as many as the recipe says, and where they can do their work.
+
+    Args:
+        wanted: train.ranks.
+        engine: host of the student's.
+        places: of each rank, in order: its host, and whether the engine's name is one of that host.
+
+    Raises:
+        UserError: they are not, on all ranks; says what to change.
+    """
+    hosts = list(dict.fromkeys(host for host, _ in places))
+    if len(places) != wanted:
+        raise UserError(f"the launcher has started {len(places)} ranks, and train.ranks is {wanted}: make them the same")
+    if engine in {"127.0.0.1", "localhost"} and len(hosts) > 1:
+        raise UserError(f"ranks run on {', '.join(hosts)}, and the servers listen on one of them alone: mmopd train --host 0.0.0.0")
+    if not places[0][1]:
+        raise UserError(
+            f"rank 0 is on {hosts[0]}, and the student's engine on {engine}: it hands over the weights through the memory of one machine, "
+            f"so that {engine} has to come first in the launcher's list of hosts"
+        )
+
+
+def is_here(host: str) -> bool:
+    """Whether a name or an address is of this machine."""
+    try:
+        with socket.socket() as probe:
+            probe.bind((host, 0))  # only an address of its own can be bound
+            return True
+    except OSError:
+        return False
 
 
 if __name__ == "__main__":

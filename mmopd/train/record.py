@@ -10,12 +10,13 @@ import psutil
 
 from mmopd.config import Recipe
 from mmopd.modality import Encoder
-from mmopd.records import Absent, Encoded, Sample
+from mmopd.records import Absent, Encoded, Sample, Score
 from mmopd.report.heatmap import as_json, token_row
 from mmopd.report.metrics import JsonLines, MetricsWriter
 from mmopd.run import RunFolder
 from mmopd.train.batch import Batch, visual_advantage
 
+WHERE = ("kept", "balanced_away", "masked", "absent", "unknown")  # a response may have gone
 SHOWN = 6  # responses of each task that are kept token by token ...
 SHOWN_TIMES = 4  # ... so often in a run, first and last step included
 
@@ -34,6 +35,7 @@ class Recorder:
         last = recipe.train.steps - 1
         self._shown_at = {round(i * last / (SHOWN_TIMES - 1)) for i in range(SHOWN_TIMES)}
         self._threshold = recipe.algorithm.outcome_threshold
+        self._on_policy = recipe.algorithm.objective.kind != "sft"
 
     def __enter__(self) -> Self:
         return self
@@ -59,14 +61,17 @@ class Recorder:
             updates: what the trainer returned for each optimiser step.
             more: times, the probe, and what else is named in `mmopd.report.metrics`.
         """
-        metrics = outcomes(prompts, samples, self._threshold) | visual(prompts, samples)
-        metrics |= calibration(batch.targets.diagnostics) | dict(more)
+        metrics = outcomes(prompts, samples, self._threshold) | visual(prompts, samples) | divergence(prompts, batch)
+        metrics |= calibration(batch.targets.diagnostics)
+        metrics |= {f"share/{name}": metrics[name] / len(samples) for name in WHERE if name in metrics} | dict(more)
+        if self._on_policy:
+            metrics |= entropy(samples)
         if updates:
             metrics |= {name: fmean(u[name] for u in updates) for name in ("loss", "grad_norm", "lr", "clip_fraction", "packing")}
             metrics |= {"mismatch": updates[0]["mismatch"], "trained_tokens": sum(u["tokens"] for u in updates)}
         metrics["memory/rank0"] = psutil.Process().memory_info().rss / 2**30
         self._metrics.write(step, metrics)
-        if step in self._shown_at:
+        if step in self._shown_at and batch.targets.log_ratio is not None:
             self._show(step, prompts, batch)
 
     def _show(self, step: int, prompts: Sequence[Encoded], batch: Batch) -> None:
@@ -98,8 +103,30 @@ def outcomes(prompts: Sequence[Encoded], samples: Sequence[Sample], threshold: f
         "unknown": float(sum(not s.outcome.known for s in samples)),
         "absent": float(absent.total()),
         **{f"absent/{cause}": float(n) for cause, n in absent.items()},
+        **({"correct/sampled": fmean(known for task in right.values() for known in task)} if right else {}),
         **{f"accuracy/{task}": fmean(known) for task, known in sorted(right.items())},
     }
+
+
+def entropy(samples: Sequence[Sample]) -> dict[str, float]:
+    """What the student's own log-probs of what it sampled tell of its entropy: no distribution is ever whole here."""
+    tokens = sum(len(sample.response.tokens) for sample in samples)
+    return {"entropy_estimate": -sum(sum(sample.response.logprobs) for sample in samples) / tokens} if tokens else {}
+
+
+def divergence(prompts: Sequence[Encoded], batch: Batch) -> dict[str, float]:
+    """The reverse KL of each task and of each teacher, over the tokens that count; nothing where no teacher is learnt from."""
+    targets = batch.targets
+    if targets.log_ratio is None or targets.counted is None:
+        return {}
+    nats: dict[str, float] = defaultdict(float)
+    tokens: Counter[str] = Counter()
+    for sample, log_ratio, counted in zip(batch.samples, targets.log_ratio.tolist(), targets.counted.tolist(), strict=True):
+        assert isinstance(sample.score, Score)
+        for name in (f"reverse_kl/{prompts[sample.group].prompt.task}", f"reverse_kl_teacher/{sample.score.teacher}"):
+            nats[name] -= log_ratio
+            tokens[name] += counted
+    return {name: nats[name] / n for name, n in sorted(tokens.items()) if n}
 
 
 def visual(prompts: Sequence[Encoded], samples: Sequence[Sample]) -> dict[str, float]:
@@ -118,9 +145,10 @@ def visual(prompts: Sequence[Encoded], samples: Sequence[Sample]) -> dict[str, f
 
 def calibration(seen: Mapping[str, float]) -> dict[str, float]:
     """The diagnostics of the objective, under the names of `mmopd.report.metrics`; what a step does not have stays away."""
-    n = seen["responses"]
-    counts = {name: round(seen[share] * n) for name, share in (("balanced_away", "balanced_away_share"), ("masked", "masked_share"))}
+    shares = {"balanced_away": "balanced_away_share", "masked": "masked_share"}
+    counts = {name: round(seen[share] * seen["responses"]) for name, share in shares.items() if share in seen}
     names = {
+        "correct_share_kept": "correct/kept",
         "return_mean": "return",
         "return_right": "return/right",
         "return_wrong": "return/wrong",

@@ -1,0 +1,34 @@
+"""SFT on the teachers' answers: the baseline that learns off-policy.
+
+N responses, M tokens of all of them.
+"""
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from mmopd.algorithm.objective import Targets
+
+
+def sft(response: Int[Tensor, " M"], *, weight: Float[Tensor, " N"]) -> Targets:
+    """Every token counts alike inside its response, and every response by the weight of its teacher.
+
+    Args:
+        response: which response the token belongs to, 0..N-1.
+        weight: w_k of the teacher that gave the answer.
+    """
+    N = len(weight)
+    T = torch.bincount(response, minlength=N)
+    keep = T > 0
+    share = torch.where(keep, weight / (T.clamp(min=1) * keep.sum().clamp(min=1)), 0.0)
+    return Targets(
+        advantage=torch.ones(len(response)),
+        token_weight=share.float()[response],
+        keep=keep,
+        diagnostics={"responses": float(N), "responses_kept": float(keep.sum())},
+    )
+
+
+def likelihood_loss(logprob: Float[Tensor, " M"], weight: Float[Tensor, " M"]) -> Float[Tensor, ""]:
+    """`-sum weight * log pi_theta`; a token of weight 0 has no part in it, whatever its log-prob is."""
+    return -(weight * torch.where(weight != 0, logprob, 0.0)).sum()

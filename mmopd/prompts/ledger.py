@@ -1,0 +1,116 @@
+"""What was found out about the rows of a source, kept beside its shards in a file that only grows: where a stopped pass goes on.
+
+The name stands for what the findings are made from, so that every mixture, recipe and run shares them; the first line says it in
+words, and the file is refused for anything else. A line more is a row more.
+"""
+
+import fcntl
+import hashlib
+import json
+from collections.abc import Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any, Self, TextIO
+
+from mmopd.errors import UserError
+from mmopd.prompts.shards import Shards
+
+VERSION = 2
+Origin = Mapping[str, Any]
+
+
+def ledger_file(shards: Shards, kind: str, made_from: Origin) -> Path:
+    """Where the findings of a kind about a source are kept."""
+    name = hashlib.sha256(json.dumps(made_from, sort_keys=True).encode()).hexdigest()[:16]
+    return shards.folder / kind / f"{name}.jsonl"
+
+
+class Ledger:
+    """Findings by row, each a list of JSON values. A context manager that holds the file, alone.
+
+    Raises:
+        UserError: the file was made from something else, is not such a file, or cannot be written.
+    """
+
+    what = "findings"  # as messages call them
+
+    def __init__(self, path: Path, made_from: Origin) -> None:
+        self._found: dict[int, list[Any]] = {}
+        try:
+            self._file = self._open(path, made_from)
+        except OSError as error:
+            raise UserError(f"{path}: {self.what} cannot be kept here ({error.strerror})") from None
+
+    @classmethod
+    def read(cls, path: Path, made_from: Origin) -> dict[int, list[Any]]:
+        """The findings by row, of a file that others may hold.
+
+        Raises:
+            UserError: as of the class, or there is no such file.
+        """
+        try:
+            return cls._parse(path, made_from)[0]
+        except OSError as error:
+            raise UserError(f"{path}: {cls.what} cannot be read here ({error.strerror})") from None
+
+    def add(self, row: int, *found: Any) -> None:
+        """Keep what was found about a row."""
+        self._found[row] = list(found)
+        self._file.write(json.dumps([row, *found]) + "\n")
+        self._file.flush()
+
+    def __getitem__(self, row: int) -> list[Any]:
+        return self._found[row]
+
+    def __contains__(self, row: int) -> bool:
+        return row in self._found
+
+    def __len__(self) -> int:
+        return len(self._found)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+
+    def _open(self, path: Path, made_from: Origin) -> TextIO:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with ExitStack() as undo:
+            file = undo.enter_context(path.open("a+"))
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise UserError(f"{path}: another run is measuring this source now; wait for it, or stop it") from None
+            if path.stat().st_size:
+                self._found, length = self._parse(path, made_from)
+                file.truncate(length)  # without a line that a kill cut short
+            else:
+                file.write(json.dumps({"version": VERSION, "made_from": made_from}) + "\n")
+                file.flush()
+            undo.pop_all()
+        return file
+
+    @classmethod
+    def _parse(cls, path: Path, made_from: Origin) -> tuple[dict[int, list[Any]], int]:
+        """The complete lines, and their length in bytes."""
+        whole, newline, _ = path.read_bytes().rpartition(b"\n")
+        try:
+            head, *lines = map(json.loads, whole.splitlines())
+            _check(path, head, made_from)
+            return {int(row): found for row, *found in lines}, len(whole) + len(newline)
+        except (ValueError, TypeError, KeyError) as error:
+            raise UserError(f"{path}: not {cls.what} ({error}); delete it to measure again") from None
+
+
+def check_version(data: Mapping[str, Any]) -> None:
+    """Raise ValueError unless a file is of this version."""
+    if data["version"] != VERSION:
+        raise ValueError(f"version {data['version']}, and this is made for {VERSION}")
+
+
+def _check(path: Path, data: Mapping[str, Any], made_from: Origin) -> None:
+    check_version(data)
+    was, now = data["made_from"], json.loads(json.dumps(made_from))
+    if changed := sorted(key for key in {*was, *now} if was.get(key) != now.get(key)):
+        raise UserError(f"{path}: made from another {', another '.join(changed)}; delete it to measure again")

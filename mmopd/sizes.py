@@ -1,0 +1,165 @@
+"""How large a model is, from its config.json alone: it is built on torch's meta device, where weights have shapes and no memory."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mmopd.config import Train
+from mmopd.errors import UserError
+
+MAX_BYTES = 1 << 20  # of a config.json
+
+
+@dataclass(frozen=True, slots=True)
+class Weight:
+    """A weight of a model, by its full name; a tied head is the embedding, and counted once."""
+
+    name: str
+    numbers: int
+    trained: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Text:
+    """What the estimates need to know of a language model."""
+
+    hidden: int
+    layers: int
+    caching: int  # layers with a KV cache; the others have linear attention
+    heads: int
+    kv_heads: int
+    head_size: int
+    intermediate: int  # of what a token passes through: all chosen experts together
+    vocabulary: int
+
+    @property
+    def query(self) -> int:
+        """Width of all query heads together."""
+        return self.heads * self.head_size
+
+    @property
+    def key(self) -> int:
+        """Width of all key heads together, and of all value heads."""
+        return self.kv_heads * self.head_size
+
+
+@dataclass(frozen=True, slots=True)
+class Vision:
+    """What the estimates need to know of a vision tower."""
+
+    hidden: int
+    depth: int
+    intermediate: int
+    merge: int  # patches of a visual token: the square of the side
+    levels: int  # sets of visual tokens that it hands over: the last one, and those of deepstack
+
+
+@dataclass(frozen=True, slots=True)
+class Model:
+    """A model without its numbers."""
+
+    folder: Path
+    weights: tuple[Weight, ...]
+    text: Text
+    vision: Vision | None
+    active_experts: float  # share of the experts' weights that a token passes through; 1 without experts
+
+    @property
+    def numbers(self) -> int:
+        """Of all weights."""
+        return sum(weight.numbers for weight in self.weights)
+
+    @property
+    def tower(self) -> int:
+        """Numbers of the vision tower and its projector."""
+        return sum(weight.numbers for weight in self.weights if ".visual." in f".{weight.name}")
+
+    @property
+    def embedding(self) -> int:
+        """Numbers of the input embedding where it is not the head too: they are looked up, and multiplied with nothing."""
+        tied = not any(weight.name == "lm_head.weight" for weight in self.weights)
+        return 0 if tied else self.text.vocabulary * self.text.hidden
+
+    @property
+    def read(self) -> int:
+        """Numbers of the language model that a decoding step reads, if its sequences use all experts."""
+        return self.numbers - self.tower - self.embedding
+
+    @property
+    def active(self) -> float:
+        """Numbers of the language model that a token is multiplied with."""
+        experts = sum(weight.numbers for weight in self.weights if ".experts." in weight.name)
+        return self.read - experts * (1 - self.active_experts)
+
+
+def read_model(folder: Path, train: Train | None = None) -> Model:
+    """A model by the config.json in its folder.
+
+    Args:
+        train: of the recipe, for a student: what is frozen, and its adapters.
+
+    Raises:
+        UserError: there is no config.json, or no model can be built from it.
+    """
+    path = folder / "config.json"
+    if not path.is_file():
+        raise UserError(
+            f"{folder}: there is no config.json; it is all that an estimate needs of a model: "
+            f"hf download OWNER/{folder.name} config.json --local-dir {folder}"
+        )
+    if path.stat().st_size > MAX_BYTES:
+        raise UserError(f"{path}: {path.stat().st_size:,} bytes are no configuration of a model")
+    import torch
+    import transformers
+
+    try:
+        config = transformers.AutoConfig.from_pretrained(folder)
+        kind = getattr(transformers, (config.architectures or ["none"])[0])
+        with torch.device("meta"):
+            built = kind(config)
+            _mark(built, train)
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(f"{path}: no model can be built from it: {type(error).__name__}: {error}") from error
+    weights = tuple(Weight(name, p.numel(), p.requires_grad) for name, p in built.named_parameters())
+    text = config.get_text_config()
+    experts = getattr(text, "num_experts", None)
+    share = text.num_experts_per_tok / experts if experts else 1.0
+    return Model(folder, weights, _text(text), _vision(getattr(config, "vision_config", None)), share)
+
+
+def _mark(built: Any, train: Train | None) -> None:
+    """Freeze what the trainer freezes, and add the adapters that it adds."""
+    if train is None:
+        return
+    from mmopd.train.students import freeze
+
+    freeze(built, train.freeze)
+    if train.lora is not None:
+        from mmopd.train.lora import add_adapters
+
+        add_adapters(built, train.lora)
+
+
+def _text(config: Any) -> Text:
+    layers, kinds = config.num_hidden_layers, getattr(config, "layer_types", None) or []
+    experts = getattr(config, "num_experts", None)
+    passed = config.num_experts_per_tok * config.moe_intermediate_size if experts else config.intermediate_size
+    return Text(
+        hidden=config.hidden_size,
+        layers=layers,
+        caching=layers - kinds.count("linear_attention"),
+        heads=config.num_attention_heads,
+        kv_heads=config.num_key_value_heads,
+        head_size=getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
+        intermediate=passed + (getattr(config, "shared_expert_intermediate_size", 0) or 0),
+        vocabulary=config.vocab_size,
+    )
+
+
+def _vision(config: Any) -> Vision | None:
+    if config is None:
+        return None
+    levels = 1 + len(getattr(config, "deepstack_visual_indexes", None) or [])
+    return Vision(config.hidden_size, config.depth, config.intermediate_size, config.spatial_merge_size**2, levels)

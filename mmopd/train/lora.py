@@ -1,0 +1,100 @@
+"""LoRA by peft: adapters beside the student's linear layers, which alone are trained.
+
+To everyone outside, the student has the weights that it would have if the adapters were merged: engine and export know nothing of LoRA
+([docs/decisions/015](../../docs/decisions/015-adapters-reach-the-engine-merged.md)). There is no dropout: with it the policy that is
+trained would not be the one that was sampled. The experts of a mixture are no linear layers and get no adapters.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, inject_adapter_in_model
+from peft.tuners.lora import LoraLayer
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from mmopd.config import Lora
+from mmopd.errors import UserError
+from mmopd.teacher.adapter import WEIGHTS
+from mmopd.train.students import part_of
+
+NAME = "default"  # peft's for the one adapter of a model
+BASE = ".base_layer."  # stands in the names of weights that have an adapter
+
+
+@dataclass(frozen=True, slots=True)
+class Weight:
+    """A weight of the student as the checkpoint has it."""
+
+    name: str  # without a trace of adapters
+    parameters: tuple[Any, ...]  # what it is made of, to be gathered: itself; A [rank, in] and B [out, rank], if it has an adapter
+    scale: float = 0.0
+
+    @property
+    def trained(self) -> bool:
+        """Whether an optimiser step may change it."""
+        return any(p.requires_grad for p in self.parameters)
+
+    def value(self) -> Tensor:
+        """What it is now, its adapter merged; the sum is made in float32 and rounded once."""
+        own: Tensor = self.parameters[0].data
+        if len(self.parameters) == 1:
+            return own
+        a, b = (p.data.float() for p in self.parameters[1:])
+        merged: Tensor = own.float() + self.scale * (b @ a)
+        return merged.to(own.dtype)
+
+
+def add_adapters(student: Any, settings: Lora) -> None:
+    """Put an adapter beside each linear layer that the settings mean, and freeze everything else. The model computes what it did before.
+
+    Raises:
+        UserError: no layer is meant.
+    """
+    linear = [name for name, module in student.named_modules() if isinstance(module, nn.Linear) and name != "lm_head"]
+    there = [name for name in linear if part_of(name + ".") in settings.parts]
+    chosen = [name for name in there if not settings.targets or name.rpartition(".")[2] in settings.targets]
+    if unknown := set(settings.targets) - {name.rpartition(".")[2] for name in chosen}:
+        known = ", ".join(sorted({name.rpartition(".")[2] for name in there}))
+        raise UserError(f"train.lora.targets: no linear layer {sorted(unknown)[0]!r} in {', '.join(settings.parts)}; there is {known}")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)  # the same adapters on every rank
+        inject_adapter_in_model(_config(settings, chosen), student)
+
+
+def weights(student: Any) -> Iterator[Weight]:
+    """The weights of a student, with or without adapters, by the names that it has without; a tied head is not named."""
+    for name, p in student.named_parameters():
+        if ".lora_A." in name or ".lora_B." in name:
+            continue
+        path, adapted, _ = name.partition(BASE)
+        if adapted and name.endswith(".weight"):
+            layer: LoraLayer = student.get_submodule(path)
+            yield Weight(f"{path}.weight", (p, layer.lora_A[NAME].weight, layer.lora_B[NAME].weight), layer.scaling[NAME])
+        else:
+            yield Weight(name.replace(BASE, "."), (p,))
+
+
+def save_adapter(student: Any, settings: Lora, base: Path, folder: Path, *, write: bool) -> None:
+    """Write the adapters as a peft folder; collective, `write` on one rank."""
+    import deepspeed
+
+    layers = [(name, module) for name, module in student.named_modules() if isinstance(module, LoraLayer)]
+    state: dict[str, Tensor] = {}
+    for name, layer in layers:
+        pair: dict[str, Any] = {"lora_A": layer.lora_A[NAME].weight, "lora_B": layer.lora_B[NAME].weight}
+        with deepspeed.zero.GatheredParameters(list(pair.values())):
+            if write:
+                state |= {f"base_model.model.{name}.{key}.weight": p.detach().to("cpu", copy=True) for key, p in pair.items()}
+    if write:
+        config = _config(settings, [name for name, _ in layers])
+        config.base_model_name_or_path, config.inference_mode = str(base), True
+        config.save_pretrained(str(folder))
+        save_file(state, folder / WEIGHTS)
+
+
+def _config(settings: Lora, layers: list[str]) -> LoraConfig:
+    return LoraConfig(r=settings.rank, lora_alpha=settings.alpha, target_modules=layers)  # type: ignore[arg-type]

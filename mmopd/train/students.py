@@ -1,0 +1,95 @@
+"""Which models can be students, and their parts: vision tower, projector, language model.
+
+A student has the name of its family's class: transformers looks up weight conversions by it, and writes it into exported configurations.
+Qwen3.5 mixes attention with gated delta nets, whose state runs on from one sample of a row into the next, so that its samples have a row
+each ([docs/decisions/014](../../docs/decisions/014-one-sample-a-row-for-linear-attention.md)).
+"""
+
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor
+from transformers import AutoConfig
+from transformers.core_model_loading import revert_weight_conversion
+from transformers.utils.import_utils import is_flash_attn_2_available
+
+from mmopd.config import Part
+from mmopd.errors import UserError
+from mmopd.train.logprob import Student
+
+FAMILIES = {  # model_type -> name of the family, class in transformers
+    "qwen3_vl": ("Qwen3-VL", "Qwen3VLForConditionalGeneration"),
+    "qwen3_vl_moe": ("Qwen3-VL-MoE", "Qwen3VLMoeForConditionalGeneration"),
+    "qwen2_5_vl": ("Qwen2.5-VL", "Qwen2_5_VLForConditionalGeneration"),
+    "qwen3_5": ("Qwen3.5", "Qwen3_5ForConditionalGeneration"),
+    "qwen3_5_moe": ("Qwen3.5-MoE", "Qwen3_5MoeForConditionalGeneration"),
+}
+STUDENTS: dict[str, type[Any]] = {kind: type(name, (Student, getattr(transformers, name)), {}) for kind, (_, name) in FAMILIES.items()}
+FUSED_EXPERTS = (".mlp.experts.gate_up_proj", ".mlp.experts.down_proj")
+PROJECTOR = ("model.visual.merger.", "model.visual.deepstack_merger_list.")
+
+
+def attention() -> str:
+    """The attention of this machine: flash_attention_2 (variable length, one row) where it is installed, else torch's own."""
+    return "flash_attention_2" if torch.cuda.is_available() and is_flash_attn_2_available() else "sdpa"
+
+
+def load_student(folder: Path, dtype: torch.dtype) -> Any:
+    """The student of a HF folder; under a live HfDeepSpeedConfig it is sharded at birth.
+
+    Raises:
+        UserError: the folder cannot be loaded, lacks weights, or holds a model family that has no student class.
+    """
+    try:
+        kind = AutoConfig.from_pretrained(folder).model_type
+    except Exception as error:
+        raise UserError(f"{folder}: no model configuration can be read from this folder: {error}") from error
+    if kind not in STUDENTS:
+        there = ", ".join(f"{kind} ({family})" for kind, (family, _) in FAMILIES.items())
+        raise UserError(f"{folder}: no student class for model_type {kind!r}; there is {there}")
+    try:
+        model, report = STUDENTS[kind].from_pretrained(folder, dtype=dtype, attn_implementation=attention(), output_loading_info=True)
+    except Exception as error:
+        raise UserError(f"{folder}: the weights cannot be loaded: {error}") from error
+    if report["missing_keys"] or report["mismatched_keys"]:
+        wrong = sorted(map(str, [*report["missing_keys"], *report["mismatched_keys"]]))
+        raise UserError(f"{folder}: {len(wrong)} weights are missing or have another shape, such as {wrong[0]}")
+    return model
+
+
+def has_state(student: Any) -> bool:
+    """Whether layers carry a state along a row (linear attention), so that a row can hold one sample only."""
+    return "linear_attention" in (getattr(student.config.text_config, "layer_types", None) or [])
+
+
+def part_of(name: str) -> Part:
+    """The part that a weight or module of a student belongs to, by its full name; the output head is the language model's."""
+    if name.startswith(PROJECTOR):
+        return "projector"
+    return "vision" if name.startswith("model.visual.") else "language"
+
+
+def freeze(student: Any, parts: Collection[Part]) -> None:
+    """Weights of `parts` get no gradient; there is then no backward pass below the last part that trains."""
+    for name, weight in student.named_parameters():
+        weight.requires_grad_(part_of(name) not in parts)
+
+
+def unit(name: str) -> str:
+    """What an engine may fuse with a weight: `...self_attn` for `...self_attn.q_proj.weight`. It is sent whole, or not at all."""
+    return ".".join(name.split(".")[:-2])
+
+
+def as_checkpoint(student: Any, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Weights with the names and shapes that they have in the family's published checkpoints, where the model's own differ.
+
+    Args:
+        weights: any of them, whole, by their names in the model.
+    """
+    if student.config.model_type == "qwen3_vl_moe":  # transformers 5.19 reads [experts, in, out], and forgets it when it writes
+        return {name: w.transpose(1, 2).contiguous() if name.endswith(FUSED_EXPERTS) else w for name, w in weights.items()}
+    reverted: dict[str, Tensor] = revert_weight_conversion(student, dict(weights))
+    return reverted

@@ -1,0 +1,88 @@
+"""How a rank ends before its time: asked by SIGTERM, after its step; or by its own watchdog, where it makes no progress any more.
+
+A rank that waits for another one is ended by the process group, after train.timeout. One that hangs by itself is not seen by anybody: its
+watchdog writes the stacks of all threads to the log, and ends the process. It waits a little longer, so that no rank that waits for a
+hanging one is taken for it.
+"""
+
+import asyncio
+import faulthandler
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType, TracebackType
+from typing import Self
+
+HUNG, WAITED = 124, 123  # exit statuses: no progress, as timeout(1) has it; and another rank did not come
+LATER = 1.1  # of train.timeout, for the watchdog
+
+
+class Watchdog:
+    """Ends this process when nothing calls `beat` for LATER times `timeout` seconds; from a thread, while the `with` block lasts."""
+
+    def __init__(self, rank: int, timeout: float) -> None:
+        self._rank, self._limit = rank, LATER * timeout
+        self._last = time.monotonic()
+        self._over = threading.Event()
+        self.where = "start"  # what the rank does now, for messages
+
+    def __enter__(self) -> Self:
+        self.beat()
+        threading.Thread(target=self._watch, daemon=True).start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._over.set()
+
+    def beat(self, where: str | None = None) -> None:
+        """There is progress.
+
+        Args:
+            where: what is done from now on.
+        """
+        self._last = time.monotonic()
+        self.where = where or self.where
+
+    def beat_with(self, loop: asyncio.AbstractEventLoop) -> None:
+        """Beat as long as an event loop turns: what it waits for, such as a server, has limits of its own."""
+        self.beat()
+        if not self._over.is_set():
+            loop.call_later(self._limit / 20, self.beat_with, loop)
+
+    def _watch(self) -> None:
+        while not self._over.wait(self._limit / 20):
+            silent = time.monotonic() - self._last
+            if silent > self._limit:
+                faulthandler.dump_traceback(sys.stderr, all_threads=True)
+                print(f"error: rank {self._rank} has made no progress for {silent:.0f} s, at {self.where}; it was here:", file=sys.stderr)
+                main = sys._current_frames()[threading.main_thread().ident or 0]
+                print("".join(_stack(main)), file=sys.stderr, flush=True)
+                os._exit(HUNG)
+
+
+def _stack(frame: FrameType) -> list[str]:
+    """The innermost lines of a stack, so that they are the last of the log, too."""
+    import traceback
+
+    return traceback.format_list(traceback.extract_stack(frame)[-6:])
+
+
+@contextmanager
+def asked_to_stop() -> Iterator[threading.Event]:
+    """An event that SIGTERM sets while the block lasts, instead of ending this process; a second one ends it."""
+    asked = threading.Event()
+
+    def ask(number: int, frame: FrameType | None) -> None:
+        if asked.is_set():
+            raise SystemExit(128 + number)
+        asked.set()
+
+    before = signal.signal(signal.SIGTERM, ask)
+    try:
+        yield asked
+    finally:
+        signal.signal(signal.SIGTERM, before)

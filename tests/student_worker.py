@@ -1,0 +1,232 @@
+"""Tiny random students of each family, and a training rank for them that may have a real engine to talk to.
+
+`python student_worker.py MODEL OUT JOB`, with RANK etc. in the environment: JOB is a list of {"train": settings}, in JSON; each gets a
+trainer of its own, and {"resume": NUMBER} goes on from the checkpoint of that one. Rank 0 writes OUT/NUMBER.pt, and reads
+OUT/endpoints.json once it is there if the environment says ENGINE=1.
+"""
+
+import asyncio
+import json
+import os
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+from train_worker import TRAIN, make_items
+from transformers import AutoConfig, GenerationConfig, Qwen2VLImageProcessor, Qwen2VLVideoProcessor
+
+from mmopd.config import Algorithm, Engine, Train
+from mmopd.demo.world import CHAT_TEMPLATE, VOCAB_SIZE, build_processor
+from mmopd.modality import Encoder
+from mmopd.processes import Children
+from mmopd.rollout.engine import StudentEngine
+from mmopd.rollout.sync import FileSync
+from mmopd.run import RunFolder
+from mmopd.teacher.endpoint import Endpoint
+from mmopd.teacher.serve import ServerSpec, serve
+from mmopd.train.checkpoint import Checkpoints, load
+from mmopd.train.distributed import Ranks, free_port, start, stop
+from mmopd.train.engine import Trainer
+from mmopd.train.export import export
+from mmopd.train.loop import publish
+from mmopd.train.probe import probe
+
+TEXT = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 32}
+# norm_topk_prob as published configurations have it; vLLM asks for it
+MOE = {"moe_intermediate_size": 96, "num_experts": 4, "num_experts_per_tok": 2, "norm_topk_prob": True}
+GDN = {  # head sizes that vLLM's CPU kernels take
+    "linear_key_head_dim": 128,
+    "linear_value_head_dim": 128,
+    "linear_num_key_heads": 1,
+    "linear_num_value_heads": 2,
+    "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+}
+VISION = {"depth": 2, "hidden_size": 64, "intermediate_size": 128, "num_heads": 2, "out_hidden_size": 64, "patch_size": 16}
+DEEP = {"num_position_embeddings": 256, "deepstack_visual_indexes": [0]}
+FAMILIES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "qwen3_vl": (TEXT, VISION | DEEP),
+    "qwen3_vl_moe": (TEXT | MOE, VISION | DEEP),
+    "qwen2_5_vl": (TEXT, VISION | {"patch_size": 14, "window_size": 56, "fullatt_block_indexes": [1]}),
+    "qwen3_5": (TEXT | GDN, VISION | {"num_position_embeddings": 256}),
+    # All experts for each token: in bfloat16, which vLLM needs for it, a choice between two of them falls otherwise than in float32.
+    "qwen3_5_moe": (
+        TEXT | GDN | MOE | {"num_experts_per_tok": 4, "shared_expert_intermediate_size": 64},
+        VISION | {"num_position_embeddings": 256},
+    ),
+}
+
+
+def build(kind: str, folder: Path, dtype: torch.dtype = torch.float32) -> None:
+    """Write a random student of two or three layers, with the demo's tokenizer."""
+    text, vision = FAMILIES[kind]
+    processor = build_processor()
+    if kind == "qwen2_5_vl":
+        pixels = {"shortest_edge": 28 * 28, "longest_edge": 224 * 224}
+        patches = {"patch_size": 14, "merge_size": 2, "temporal_patch_size": 2, "size": pixels}
+        processor = transformers.Qwen2_5_VLProcessor(
+            Qwen2VLImageProcessor(**patches), processor.tokenizer, Qwen2VLVideoProcessor(**patches), chat_template=CHAT_TEMPLATE
+        )
+    ids = processor.tokenizer.get_vocab()
+    tied = {"tie_word_embeddings": kind != "qwen3_vl_moe"}
+    sections = [4, 2, 2] if "3_5" in kind else [6, 5, 5]
+    rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": sections}
+    rope |= {"mrope_interleaved": True} if kind != "qwen2_5_vl" else {}
+    rope |= {"partial_rotary_factor": 0.5} if "3_5" in kind else {}
+    common = {"vocab_size": VOCAB_SIZE, "max_position_embeddings": 2048, "initializer_range": 0.1, "rope_parameters": rope}
+    common |= {"bos_token_id": ids["<|endoftext|>"], "eos_token_id": ids["<|im_end|>"], "pad_token_id": ids["<|endoftext|>"]}
+    config = AutoConfig.for_model(
+        kind,
+        image_token_id=ids["<|image_pad|>"],
+        video_token_id=ids["<|video_pad|>"],
+        vision_start_token_id=ids["<|vision_start|>"],
+        vision_end_token_id=ids["<|vision_end|>"],
+        text_config={"num_hidden_layers": len(text.get("layer_types", "ab")), **text, **common, **tied},
+        vision_config=vision | {"initializer_range": 0.1},
+        **tied,
+    )
+    torch.manual_seed(0)
+    model = transformers.AutoModelForImageTextToText.from_config(config).to(dtype)
+    model.generation_config = GenerationConfig(eos_token_id=ids["<|im_end|>"], pad_token_id=ids["<|endoftext|>"])
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    if kind == "qwen3_vl_moe":  # as published, and as vLLM reads it: [experts, in, out]; transformers 5.19 writes [experts, out, in]
+        file = folder / "model.safetensors"
+        weights = {name: w.transpose(1, 2).contiguous() if ".experts." in name else w for name, w in load_file(file).items()}
+        save_file(weights, file, metadata={"format": "pt"})
+
+
+def main(model: Path, out: Path, job: list[dict[str, Any]]) -> None:
+    torch.set_num_threads(1)
+    ranks = start(120)
+    for number, one in enumerate(job):
+        settings = Train.model_validate({**TRAIN.model_dump(), **one["train"]})
+        result = (
+            resume(model, out / one["resume"], settings, ranks) if "resume" in one else train(model, out / str(number), settings, ranks)
+        )
+        if ranks.rank == 0:
+            torch.save(result, out / f"{number}.pt")
+    ranks.barrier()
+    stop()
+
+
+def train(model: Path, out: Path, settings: Train, ranks: Ranks) -> dict[str, Any]:
+    """Two updates, each followed by a sync where there is an engine; then a checkpoint, a third update, and an export."""
+    encoder = Encoder(model)
+    trainer = Trainer(model, encoder, settings, Algorithm(), ranks)
+    items, ran = make_items(encoder, "TiI", 7), watch(trainer)
+    found: dict[str, Any] = {"before": trainer.logprobs(items), "stats": [], "after": [], "gaps": [], "unsynced": []}
+    found["sent"] = [{name for name, _ in trainer.named_weights(1 << 16, trained=trained)} for trained in (False, True)]
+    student = RunFolder(out.parent).read_endpoints()[0] if "ENGINE" in os.environ and await_file(out.parent / "endpoints.json") else None
+    link = FileSync(student) if student is not None and ranks.rank == 0 else None
+    for step in range(3):
+        if student is not None:
+            publish(trainer, link, f"{out.name}-{step}", everything=step == 0)
+            found["gaps"].append(asyncio.run(gap(trainer, student, encoder)))
+        if step == 2:
+            Checkpoints(out, keep=1).save(trainer, step, {})
+        found["stats"].append(trainer.update(make_items(encoder, "TitIIt", step)))
+        found["after"].append(trainer.logprobs(items))
+        if student is not None and step < 2:
+            found["unsynced"].append(asyncio.run(gap(trainer, student, encoder)))
+    export(trainer, out / "export")
+    found["kept"] = {}
+    for name, p in trainer.student.named_parameters():
+        if not p.requires_grad:
+            with deepspeed.zero.GatheredParameters([p]):
+                found["kept"][name.replace(".base_layer.", ".")] = p.detach().clone()
+    state = [s for weight in trainer.engine.optimizer.optimizer.state.values() for s in weight.values() if s.ndim]
+    return found | {"ran": dict(ran), "state": sum(s.numel() for s in state)}
+
+
+def resume(model: Path, out: Path, settings: Train, ranks: Ranks) -> dict[str, Any]:
+    """The third update, from the checkpoint."""
+    encoder = Encoder(model)
+    trainer = Trainer(model, encoder, settings, Algorithm(), ranks)
+    path = Checkpoints(out, keep=1).latest()
+    assert path is not None
+    load(trainer, path)
+    return {"stats": [trainer.update(make_items(encoder, "TitIIt", 2))], "after": [trainer.logprobs(make_items(encoder, "TiI", 7))]}
+
+
+def watch(trainer: Trainer) -> Counter[str]:
+    """Counts the backward passes of the first layer of each part."""
+    ran, student = Counter[str](), trainer.student.model
+    first = {"vision": student.visual.blocks[0].mlp, "projector": student.visual.merger, "language": student.language_model.layers[0].mlp}
+    for part, module in first.items():
+        module.register_full_backward_hook(lambda *_, part=part: ran.update([part]))
+    return ran
+
+
+async def gap(trainer: Trainer, student: Endpoint, encoder: Encoder) -> float:
+    """Of trainer and engine, in the log-prob of a token."""
+    async with StudentEngine(student, encoder) as engine:
+        return await probe(trainer, engine, make_items(encoder, "TiI", 7), 100.0)
+
+
+def await_file(path: Path) -> bool:
+    end = time.monotonic() + 240
+    while not (path.is_file() and path.stat().st_size):
+        assert time.monotonic() < end
+        time.sleep(0.2)
+    return True
+
+
+def run(model: Path, out: Path, job: Sequence[Mapping[str, Any]], *, ranks: int = 1, engine: Engine | None = None) -> list[dict[str, Any]]:
+    """Do a job, beside a real server of `model` if `engine` is given; returns what rank 0 found with each of its settings."""
+    out.mkdir(parents=True)
+    env = os.environ | {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "OMP_NUM_THREADS": "1"}
+    env |= {"DS_ACCELERATOR": "cpu"} | ({"ENGINE": "1"} if engine else {})
+    env["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])])
+    command = [sys.executable, __file__, str(model), str(out), json.dumps(list(job))]
+    workers = []
+    for rank in range(ranks):
+        with (out / f"{rank}.log").open("w") as log:
+            one = env | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+            workers.append(subprocess.Popen(command, env=one, stdout=log, stderr=subprocess.STDOUT))
+    try:
+        with serving(model, out, engine):  # starts while the ranks load what they import
+            codes = [worker.wait(240) for worker in workers]
+    finally:
+        for worker in workers:
+            worker.kill()
+    assert codes == [0] * ranks, "\n".join((out / f"{rank}.log").read_text()[-4000:] for rank in range(ranks))
+    return [torch.load(out / f"{number}.pt", weights_only=False) for number in range(len(job))]
+
+
+@contextmanager
+def serving(model: Path, out: Path, engine: Engine | None) -> Iterator[None]:
+    if engine is None:
+        yield
+        return
+    with Children() as children, serve([ServerSpec("student", model, engine, updatable=True)], children, out, lambda *_: None) as servers:
+        RunFolder(out).write_endpoints(servers)
+        yield
+
+
+@torch.no_grad()
+def plain_logprobs(model: Any, encoder: Encoder) -> list[torch.Tensor]:
+    """Of the worker's items, one after the other, without packing, by transformers alone."""
+    found = []
+    for item in make_items(encoder, "TiI", 7):
+        ids = torch.tensor([item.encoded.expanded + item.tokens])
+        pictures = {}
+        if item.encoded.grids:
+            pixels, grids = encoder.pixel_values(item.encoded)
+            pictures = {"pixel_values": pixels, "image_grid_thw": grids, "mm_token_type_ids": (ids == encoder.image_token).int()}
+        T = len(item.tokens)
+        logits = model(input_ids=ids, use_cache=False, **pictures).logits[0, -T - 1 : -1]
+        found.append(logits.log_softmax(-1).gather(1, ids[0, -T:, None])[:, 0])
+    return found
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), Path(sys.argv[2]), json.loads(sys.argv[3]))

@@ -1,0 +1,125 @@
+"""Runs that are interrupted, one way after the other, end as if they had not been: real servers, two ranks, fp32 on the CPU."""
+
+import random
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from test_end_to_end import NO_SUITE, SMALL, Command
+
+from mmopd.errors import UserError
+from mmopd.launch import check_ranks
+from mmopd.processes import Children
+from mmopd.report.metrics import read_lines
+from mmopd.run import RunFolder
+from mmopd.train.watchdog import HUNG, WAITED
+
+STEPS = ["train.steps=8", "train.checkpoint_every=2", "train.timeout=120", "algorithm.difficulty=null", NO_SUITE]
+OF_THE_MACHINE = ("seconds", "memory", "scoring")  # metrics that a repetition does not repeat
+
+
+def train(workspace: Path, name: str, *more: str) -> Command:
+    return Command(workspace, "train", "recipes/small.yaml", *SMALL, *STEPS, *more, "--run", f"runs/{name}")
+
+
+def steps(run: RunFolder) -> list[dict[str, Any]]:
+    return [{k: v for k, v in row.items() if k.partition("/")[0] not in OF_THE_MACHINE} for row in read_lines(run.metrics)]
+
+
+def whole(command: Command) -> str:
+    status, output = command.finish()
+    assert status == 0, output
+    command.assert_nothing_survives()
+    return output
+
+
+def blamed(tmp_path: Path, *ends: str, stopping: bool = False) -> str:
+    """Whom the launcher blames when its ranks end like these shell commands."""
+    with Children() as children:
+        ranks = [children.start(f"rank{n}", ["sh", "-c", end], tmp_path / f"{n}.log") for n, end in enumerate(ends)]
+        ranks[0].wait(30)
+        try:
+            check_ranks(ranks, timeout=20, stopping=stopping)
+        except UserError as error:
+            return str(error)
+    return ""
+
+
+def test_of_ranks_that_take_each_other_along_the_one_that_knows_why_is_named(tmp_path: Path) -> None:
+    said = blamed(tmp_path, "exit 1", "echo error: no space; sleep 0.3; exit 2", "exit 1")
+    assert said.startswith("rank1 ended with status 2; ")
+    assert said.endswith("error: no space")
+    assert blamed(tmp_path, "exit 1", "kill -9 $$").startswith("rank1 ended with status 137")
+
+
+def test_a_rank_that_hangs_is_named_and_not_the_one_that_has_waited_for_it(tmp_path: Path) -> None:
+    said = blamed(tmp_path, f"exit {WAITED}", f"sleep 2; echo at step 7, update; exit {HUNG}")
+    assert said.startswith(f"rank1 ended with status {HUNG}; ")
+    assert said.endswith("at step 7, update")
+
+
+def test_a_rank_that_does_not_even_end_itself_is_named(tmp_path: Path) -> None:
+    assert blamed(tmp_path, f"exit {WAITED}", "kill -STOP $$").startswith("rank1 has not answered for train.timeout = 20 s")
+
+
+def test_a_rank_that_was_asked_to_stop_before_it_could_listen_has_not_failed(tmp_path: Path) -> None:
+    assert blamed(tmp_path, "kill $$", stopping=True) == ""
+    assert blamed(tmp_path, "kill $$").startswith("rank0 ended with status 143")
+
+
+@pytest.fixture(scope="module")
+def straight(workspace: Path) -> RunFolder:
+    whole(train(workspace, "straight"))
+    return RunFolder(workspace / "runs" / "straight")
+
+
+@pytest.fixture(scope="module")
+def stopped(workspace: Path) -> tuple[RunFolder, str, float]:
+    """A run that SIGTERM stops in its third or fourth step; what it says, and after how many seconds it has ended."""
+    run, command = RunFolder(workspace / "runs" / "stopped"), train(workspace, "stopped")
+    command.wait_for(lambda: len(read_lines(run.metrics)) >= 2)
+    time.sleep(random.uniform(0, 2))
+    asked = time.monotonic()
+    command.process.send_signal(signal.SIGTERM)
+    return run, whole(command), time.monotonic() - asked
+
+
+def test_sigterm_ends_the_run_behind_its_step_with_a_checkpoint_and_status_0(stopped: tuple[RunFolder, str, float]) -> None:
+    run, output, seconds = stopped
+    done = len(steps(run))
+    assert 2 <= done < 8
+    assert seconds < 120  # train.timeout
+    assert f"stopped after {done} steps, as asked; `mmopd train --resume runs/stopped` goes on from there" in output
+    assert (run.checkpoints / f"step-{done:08d}" / "manifest.json").is_file()
+    assert not run.export.exists()
+
+
+@pytest.fixture(scope="module")
+def resumed(workspace: Path, stopped: tuple[RunFolder, str, float]) -> tuple[RunFolder, int]:
+    """The same run, resumed, killed at a random moment, and resumed to its end; and the step in which it was killed."""
+    run, _, _ = stopped
+    done = len(steps(run))
+    command = Command(workspace, "train", "--resume", "runs/stopped")
+    command.wait_for(lambda: len(steps(run)) > done)
+    time.sleep(random.uniform(0, 4))
+    command.process.send_signal(signal.SIGKILL)
+    command.process.wait()
+    command.assert_nothing_survives()
+    killed = len(steps(run))
+    whole(Command(workspace, "train", "--resume", "runs/stopped"))
+    return run, killed
+
+
+def test_an_interrupted_run_repeats_the_uninterrupted_one(straight: RunFolder, resumed: tuple[RunFolder, int]) -> None:
+    run, killed = resumed
+    assert len(steps(straight)) == 8
+    assert 2 <= killed <= 8
+    for step, (a, b) in enumerate(zip(steps(straight), steps(run), strict=True)):
+        assert a == b, f"step {step} of a run that was killed in step {killed}"
+    ours, theirs = (load_file(folder.export / "model.safetensors") for folder in (straight, run))
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(w, theirs[name]) for name, w in ours.items())

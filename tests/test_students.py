@@ -1,0 +1,138 @@
+"""Every family of students, tiny and random, through load, packing, update, export, a real vLLM server, sync and probe.
+
+Where the engine has to compute in bfloat16 it cannot agree within 1e-4; it has to follow each update nevertheless.
+"""
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from student_worker import FAMILIES, build, plain_logprobs, run
+from train_worker import make_items
+from transformers import AutoConfig, AutoModelForImageTextToText
+
+from mmopd.config import Engine, Train
+from mmopd.errors import UserError
+from mmopd.modality import Encoder
+from mmopd.train import students
+from mmopd.train.pack import Collator
+from mmopd.train.students import STUDENTS, has_state, load_student, unit
+
+SIZES = {"max_model_len": 512, "max_num_seqs": 16, "kv_cache_mib": 64}
+FLOAT32 = Engine(dtype="float32", **SIZES)
+BFLOAT16 = Engine(dtype="bfloat16", **SIZES, extra_args=("--no-enable-prefix-caching",))
+ENGINES = {"qwen3_vl_moe": FLOAT32, "qwen2_5_vl": FLOAT32, "qwen3_5": BFLOAT16, "qwen3_5_moe": BFLOAT16}
+FROZEN = {
+    "qwen3_vl_moe": ["vision", "projector"],
+    "qwen2_5_vl": ["language"],
+    "qwen3_5": ["vision"],
+    "qwen3_5_moe": ["vision", "projector"],
+}
+
+
+class Found(NamedTuple):
+    kind: str
+    model: Path
+    out: Path
+    whole: dict[str, Any]  # what the worker found where everything trains
+    frozen: dict[str, Any]  # and where FROZEN does not
+
+
+@pytest.fixture(scope="module", params=ENGINES)
+def found(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Found:
+    kind, folder = request.param, tmp_path_factory.mktemp(request.param)
+    build(kind, folder / "model")
+    job = [{"train": {"gradient_checkpointing": True}}, {"train": {"freeze": FROZEN[kind]}}]
+    return Found(kind, folder / "model", folder / "out", *run(folder / "model", folder / "out", job, engine=ENGINES[kind]))
+
+
+def test_packed_log_probs_are_those_of_plain_transformers(found: Found) -> None:
+    plain = plain_logprobs(AutoModelForImageTextToText.from_pretrained(found.model), Encoder(found.model))
+    for result in (found.whole, found.frozen):
+        assert differ(result["before"], plain) < 1e-4
+
+
+def test_an_update_moves_the_student_and_its_export_is_what_it_became(found: Found) -> None:
+    for result, number in ((found.whole, "0"), (found.frozen, "1")):
+        assert differ(result["before"], result["after"][0]) > 1e-2
+        model, report = AutoModelForImageTextToText.from_pretrained(found.out / number / "export", output_loading_info=True)
+        assert not any(report.values())
+        assert differ(result["after"][-1], plain_logprobs(model, Encoder(found.model))) < 1e-4
+
+
+def test_the_engine_serves_the_folder_and_follows_every_update(found: Found) -> None:
+    for result in (found.whole, found.frozen):
+        if ENGINES[found.kind].dtype == "float32":
+            assert max(result["gaps"]) < 1e-4
+        assert max(result["gaps"]) < 0.25 * min(result["unsynced"])  # in bfloat16, too
+
+
+def test_weights_are_sent_as_the_folder_has_them(found: Found) -> None:
+    stored = load_file(found.model / "model.safetensors")
+    exported = load_file(found.out / "0" / "export" / "model.safetensors")
+    assert found.whole["sent"] == [stored.keys(), stored.keys()]
+    assert {name: w.shape for name, w in exported.items()} == {name: w.shape for name, w in stored.items()}
+
+
+def test_what_is_frozen_stays_bit_for_bit_and_is_sent_once(found: Found) -> None:
+    stored, exported = load_file(found.model / "model.safetensors"), load_file(found.out / "1" / "export" / "model.safetensors")
+    trained = {name for name in stored if part_of(name) not in FROZEN[found.kind]}
+    assert {name for name in stored if not torch.equal(stored[name], exported[name])} <= trained
+    assert all(torch.equal(exported[name], stored[name]) for name in stored.keys() - trained)
+    first, later = found.frozen["sent"]
+    assert first == stored.keys()
+    assert trained <= later
+    assert {unit(name) for name in later} == {unit(name) for name in trained}
+    assert len(later) < 0.9 * len(first)
+
+
+def test_what_is_frozen_has_no_optimiser_state_and_no_backward_pass(found: Found) -> None:
+    numbers = {name: w.numel() for name, w in load_file(found.model / "model.safetensors").items()}
+    trained = sum(n for name, n in numbers.items() if part_of(name) not in FROZEN[found.kind])
+    assert found.whole["state"] == pytest.approx(2 * sum(numbers.values()), rel=1e-3)  # AdamW's two moments; padding
+    assert found.frozen["state"] == pytest.approx(2 * trained, rel=1e-2)
+    assert found.whole["ran"].keys() == {"vision", "projector", "language"}
+    if "vision" in FROZEN[found.kind]:
+        assert "vision" not in found.frozen["ran"]
+    if "projector" in FROZEN[found.kind]:
+        assert "projector" not in found.frozen["ran"]
+
+
+def test_everything_frozen_is_an_error() -> None:
+    with pytest.raises(ValueError, match="nothing would train"):
+        Train(freeze=("language", "vision", "projector"))
+    with pytest.raises(ValueError, match="with `lora` all of the model's own weights are frozen already"):
+        Train.model_validate({"freeze": ["vision"], "lora": {}})
+
+
+def test_every_family_has_a_student_and_another_one_is_refused_by_name(tmp_path: Path) -> None:
+    assert STUDENTS.keys() == FAMILIES.keys()
+    AutoConfig.for_model("llava").save_pretrained(tmp_path)
+    with pytest.raises(UserError, match=r"no student class for model_type 'llava'; there is qwen3_vl \(Qwen3-VL\), .*qwen3_5_moe"):
+        load_student(tmp_path, torch.float32)
+
+
+def test_linear_attention_would_mix_the_samples_of_a_row(tmp_path: Path) -> None:
+    build("qwen3_5", tmp_path)
+    student, encoder = load_student(tmp_path, torch.float32), Encoder(tmp_path)
+    plain = torch.cat(plain_logprobs(student, encoder))
+    items = make_items(encoder, "TiI", 7)
+    assert has_state(student)
+    for alone, low, high in ((True, 0.0, 1e-5), (False, 0.1, 10.0)):
+        collate = Collator(encoder, student.model.get_rope_index, 3 * 2 * 16 * 16, 2, single_row=True, alone=alone)
+        micro = collate(items, range(len(items)))
+        order = torch.cat([torch.arange(len(items[i].tokens)) + sum(len(item.tokens) for item in items[:i]) for i in micro.order])
+        with torch.no_grad():
+            assert low <= (student(**micro.inputs) - plain[order]).abs().max() < high
+
+
+def part_of(name: str) -> str:
+    """By a name in a checkpoint: Qwen2.5-VL's leave the first word out."""
+    return students.part_of(f"model.{name}" if name.startswith("visual.") else name)
+
+
+def differ(ours: list[torch.Tensor], theirs: list[torch.Tensor]) -> float:
+    """The largest difference of two lists of log-probs."""
+    return max(float((a - b).abs().max()) for a, b in zip(ours, theirs, strict=True))
