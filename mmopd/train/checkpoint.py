@@ -67,7 +67,12 @@ class Checkpoints:
         except (OSError, RuntimeError) as error:
             if isinstance(error, RuntimeError) and TORCH_CANNOT_WRITE not in str(error):
                 raise
-            shutil.rmtree(torn, ignore_errors=True)
+            failed = torn.with_name(f".{final.name}.failed.partial")
+            try:
+                torn.rename(failed)
+            except FileNotFoundError:  # another rank's save has failed, and it says why
+                raise error from None
+            shutil.rmtree(failed, ignore_errors=True)
             raise UserError(
                 f"the checkpoint of step {step} was not written ({error}), and the one before it is as it was: {self._room(trainer)}"
             ) from error
