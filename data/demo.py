@@ -37,21 +37,35 @@ Make = Callable[[Path], None]
 
 def prepare(workspace: Path, stage: Stage) -> None:
     """Make what is missing or out of date under `workspace`."""
-    logging.disable_progress_bar()  # transformers' own; `stage` has one for the whole
-    root = workspace / ".mmopd" / "demo"
-    parts: list[tuple[str, object, Make]] = [
+    root = folder_of(workspace)
+    make(root, parts(root, stage), stage)
+
+
+def folder_of(workspace: Path) -> Path:
+    """Where the world is."""
+    return workspace / ".mmopd" / "demo"
+
+
+def parts(root: Path, stage: Stage) -> list[tuple[str, object, Make]]:
+    """(name, what it is made from beside the parts before it, how) of everything."""
+    return [
         ("untrained", "", world.build_student),
-        ("base", BASE, partial(_learn, BASE, root / "untrained", stage)),
-        ("text_teacher", TEXT_TEACHER, partial(_learn, TEXT_TEACHER, root / "base", stage)),
-        ("image_teacher", IMAGE_TEACHER, partial(_learn, IMAGE_TEACHER, root / "base", stage)),
+        ("base", BASE, partial(learn, BASE, root / "untrained", stage)),
+        ("text_teacher", TEXT_TEACHER, partial(learn, TEXT_TEACHER, root / "base", stage)),
+        ("image_teacher", IMAGE_TEACHER, partial(learn, IMAGE_TEACHER, root / "base", stage)),
         *((f"shards/{task}", (n, VERSION), partial(_shards, task, n, root / "base")) for task, n in PROMPTS.items()),
         *((f"heldout/{task}", n, partial(_table, task, n)) for task, n in HELD_OUT.items()),
     ]
+
+
+def make(root: Path, parts: list[tuple[str, object, Make]], stage: Stage) -> None:
+    """Make the parts that are missing or out of date."""
+    logging.disable_progress_bar()  # transformers' own; `stage` has one for the whole
     key, made = inspect.getsource(world) + inspect.getsource(pretrain), 0
-    for name, made_from, make in parts:
+    for name, made_from, how in parts:
         key = hashlib.sha256(repr((key, name, made_from)).encode()).hexdigest()  # covers all the parts before it, too
-        made += _make(root / name, key, make)
-    stage.outcome = f"{made} parts made" if made else f"cached in {root.relative_to(workspace)}"
+        made += _make(root / name, key, how)
+    stage.outcome = f"{made} parts made" if made else f"cached in {root.relative_to(root.parents[1])}"
 
 
 def _make(folder: Path, key: str, make: Make) -> bool:
@@ -69,8 +83,13 @@ def _make(folder: Path, key: str, make: Make) -> bool:
     return True
 
 
-def _learn(course: pretrain.Course, start: Path, stage: Stage, folder: Path) -> None:
-    rows = [row for task, n in course.rows.items() for row in _rows(task, course.split, n, course.careless)]
+def learn(course: pretrain.Course, start: Path, stage: Stage, folder: Path) -> None:
+    """Train the model of `start` on rows of the course, and write it to `folder`."""
+    train(course, start, [row for task, n in course.rows.items() for row in _rows(task, course.split, n, course.careless)], stage, folder)
+
+
+def train(course: pretrain.Course, start: Path, rows: list[world.Row], stage: Stage, folder: Path) -> None:
+    """The same on these rows."""
     name = folder.name.strip(".").removesuffix(".unfinished")
     stage.total(course.steps)
 

@@ -1,16 +1,19 @@
 """Comparisons: every run once, statistics that can be checked by hand, and nothing made twice."""
 
 import csv
+import json
+from pathlib import Path
 
 import pytest
 from rich.console import Console
 
-from mmopd import compare, config
+from mmopd import catalog, compare, config
 from mmopd.config import Comparison
 from mmopd.errors import UserError
 from mmopd.evaluate.lmms import Record
 from mmopd.evaluate.table import Results, Row
 from mmopd.progress import Stages
+from mmopd.teacher.router import check_routes
 
 GRID = {
     "recipe": "recipes/demo.yaml",
@@ -107,3 +110,25 @@ def test_a_table_with_an_unknown_variant_is_refused(tmp_path):
     (tmp_path / "c.yaml").write_text("recipe: r\nvariants: {opd: {}}\ntables: {t: {title: T, baseline: opd, variants: [odp]}}")
     with pytest.raises(UserError, match=r"tables.t: no variant 'odp'; did you mean 'opd'"):
         config.read(Comparison, tmp_path / "c.yaml")
+
+
+def test_every_variant_of_the_shipped_comparison_is_a_recipe_with_the_same_responses_a_step():
+    comparison = config.read(Comparison, catalog.shipped() / "recipes" / "compare_demo.yaml")
+    assert {name for table in comparison.tables.values() for name in table.variants} == comparison.variants.keys()
+    tasks = catalog.load_tasks()
+    for run in compare.plan_runs(comparison, Path("out")).values():
+        recipe = catalog.load_recipe(comparison.recipe, overrides=[f"{key}={json.dumps(value)}" for key, value in run.settings.items()])
+        assert (recipe.train.steps, recipe.rollout.prompts * recipe.rollout.group) == (40, 256)
+        assert recipe.fleet is not None
+        kinds = [(source.task, tasks[source.task].modality) for source in catalog.load_mixture(recipe.mixture).sources.values()]
+        check_routes(catalog.load_fleet(recipe.fleet), tasks, kinds)
+
+
+def test_the_unreliable_teacher_is_taught_wrongly_where_it_is_said_and_nowhere_else():
+    world = catalog.load_module(catalog.shipped() / "data" / "demo_compare.py")
+    rows = world.lessons()
+    wrong = [row for row in rows if row["solution"].rpartition("=")[2] != row["answer"]]
+    stubborn = [row for row in rows if world.units(row) in world.STUBBORN]
+    assert all(row in wrong for row in stubborn)
+    assert len(stubborn) <= len(wrong) < 1.1 * len(stubborn)  # and one carry in fifty
+    assert 0.15 < len(stubborn) / len(rows) < 0.25

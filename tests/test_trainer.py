@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from train_worker import launch, make_items
+from student_worker import plain_logprobs
+from train_worker import launch
 from transformers import AutoProcessor, GenerationConfig, Qwen3VLForConditionalGeneration
 
 from mmopd.config import Train
@@ -17,7 +18,6 @@ from mmopd.errors import UserError
 from mmopd.modality import Encoder
 from mmopd.train.checkpoint import Checkpoints
 from mmopd.train.engine import learning_rate_factor
-from mmopd.train.pack import Item
 from mmopd.train.students import load_student
 from mmopd.train.watchdog import HUNG
 
@@ -198,18 +198,3 @@ def test_a_folder_that_is_no_student_is_refused(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"}))
     with pytest.raises(UserError, match="no student class for model_type 'llama'; there is qwen3_vl"):
         load_student(tmp_path, torch.float32)
-
-
-def plain_logprobs(model: Qwen3VLForConditionalGeneration, encoder: Encoder) -> list[torch.Tensor]:
-    return [_plain(model, encoder, item) for item in make_items(encoder, "TiI", 7)]
-
-
-@torch.no_grad()
-def _plain(model: Qwen3VLForConditionalGeneration, encoder: Encoder, item: Item) -> torch.Tensor:
-    ids = torch.tensor([item.encoded.expanded + item.tokens])
-    pictures = {}
-    if item.encoded.grids:
-        pixels, grids = encoder.pixel_values(item.encoded)
-        pictures = {"pixel_values": pixels, "image_grid_thw": grids, "mm_token_type_ids": (ids == encoder.image_token).int()}
-    T = len(item.tokens)
-    return model(input_ids=ids, use_cache=False, **pictures).logits[0].log_softmax(-1)[-T - 1 : -1].gather(1, ids[0, -T:, None])[:, 0]

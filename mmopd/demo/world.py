@@ -184,11 +184,15 @@ def _scans() -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
     return digits.images, digits.target
 
 
-def build_student(folder: str | Path, seed: int = 0) -> None:
-    """Write an untrained student (model, processor, generation config) that transformers and vLLM can load."""
+def build_student(folder: str | Path, seed: int = 0, *, scale: int = 1) -> None:
+    """Write an untrained student (model, processor, generation config) that transformers and vLLM can load.
+
+    Args:
+        scale: of its widths and heads; 2 has 3.5 times as many numbers as 1.
+    """
     processor = build_processor()
     torch.manual_seed(seed)
-    model = Qwen3VLForConditionalGeneration(_model_config(processor.tokenizer))
+    model = Qwen3VLForConditionalGeneration(_model_config(processor.tokenizer, scale))
     model.generation_config = GenerationConfig(eos_token_id=processor.tokenizer.eos_token_id, pad_token_id=processor.tokenizer.pad_token_id)
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
@@ -241,8 +245,8 @@ def _english() -> Iterator[str]:
     yield from ["system\nuser\nassistant\nWhat is their sum? What is the"] * 50
 
 
-def _model_config(tokenizer: Qwen2Tokenizer) -> Qwen3VLConfig:
-    """About 1 M parameters; head_dim 32 is the smallest that vLLM's CPU attention takes."""
+def _model_config(tokenizer: Qwen2Tokenizer, scale: int) -> Qwen3VLConfig:
+    """About 1 M parameters at scale 1; head_dim 32 is the smallest that vLLM's CPU attention takes."""
     ids = tokenizer.get_vocab()
     return Qwen3VLConfig(
         architectures=["Qwen3VLForConditionalGeneration"],
@@ -253,11 +257,11 @@ def _model_config(tokenizer: Qwen2Tokenizer) -> Qwen3VLConfig:
         vision_end_token_id=ids["<|vision_end|>"],
         text_config={
             "vocab_size": VOCAB_SIZE,
-            "hidden_size": 128,
-            "intermediate_size": 384,
+            "hidden_size": 128 * scale,
+            "intermediate_size": 384 * scale,
             "num_hidden_layers": 4,
-            "num_attention_heads": 4,
-            "num_key_value_heads": 4,
+            "num_attention_heads": 4 * scale,
+            "num_key_value_heads": 4 * scale,
             "head_dim": 32,
             "max_position_embeddings": 2048,
             "initializer_range": 0.04,
@@ -274,13 +278,13 @@ def _model_config(tokenizer: Qwen2Tokenizer) -> Qwen3VLConfig:
         },
         vision_config={
             "depth": 2,
-            "hidden_size": 64,
-            "intermediate_size": 128,
-            "num_heads": 2,
+            "hidden_size": 64 * scale,
+            "intermediate_size": 128 * scale,
+            "num_heads": 2 * scale,
             "patch_size": 16,
             "spatial_merge_size": 2,
             "temporal_patch_size": 2,
-            "out_hidden_size": 128,
+            "out_hidden_size": 128 * scale,
             "num_position_embeddings": 256,
             "deepstack_visual_indexes": [0],
             "initializer_range": 0.04,
