@@ -75,15 +75,15 @@ class Index:
             RowError: it ends inside the row.
         """
         members = slice(self.first[row], self.first[row + 1])
-        spans = zip(self.offsets[members].tolist(), self.sizes[members].tolist(), strict=True)
+        offsets, sizes = self.offsets[members].tolist(), self.sizes[members].tolist()
         file = os.open(tar, os.O_RDONLY)
         try:
-            contents = [(os.pread(file, size, offset), size) for offset, size in spans]
+            contents = [os.pread(file, size, offset) for offset, size in zip(offsets, sizes, strict=True)]
         finally:
             os.close(file)
-        if any(len(content) != size for content, size in contents):
+        if [len(content) for content in contents] != sizes:
             raise RowError("truncated", "the file ends inside the row")
-        return [content for content, _ in contents]
+        return contents
 
     @classmethod
     def load(cls, tar: Path) -> Self:

@@ -8,6 +8,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from itertools import accumulate, pairwise
 from typing import Any
 
+from pydantic_core import from_json
+
 from mmopd.errors import UserError
 from mmopd.modality.image import open_image, size_of
 from mmopd.modality.video import clip_size
@@ -103,12 +105,15 @@ def unpack(key: str, content: bytes, files: Sequence[bytes]) -> Prompt:
         ValueError: not the json of a row, or more or fewer frames than it says.
     """
     data = parse(content)
-    counts = data.get("frames", [])
+    images, videos = _split(files, data["frames"]) if "frames" in data else (tuple(files), ())
+    return Prompt(key, data["task"], data["modality"], tuple(data["messages"]), images, data["answer"], data.get("extra", {}), videos)
+
+
+def _split(files: Sequence[bytes], counts: Sequence[int]) -> tuple[tuple[bytes, ...], tuple[tuple[bytes, ...], ...]]:
+    """The images, then as many frames for each clip as `counts` says."""
     if (images := len(files) - sum(counts)) < 0:
         raise ValueError(f"it has {len(files)} files, and its json says {sum(counts)} frames")
-    videos = tuple(tuple(files[a:b]) for a, b in pairwise(accumulate(counts, initial=images)))
-    fields = (data["task"], data["modality"], tuple(data["messages"]), tuple(files[:images]), data["answer"], data.get("extra", {}))
-    return Prompt(key, *fields, videos)
+    return tuple(files[:images]), tuple(tuple(files[a:b]) for a, b in pairwise(accumulate(counts, initial=images)))
 
 
 def parse(content: bytes) -> dict[str, Any]:
@@ -117,7 +122,7 @@ def parse(content: bytes) -> dict[str, Any]:
     Raises:
         ValueError: not json, or a field is missing or of another type.
     """
-    row = json.loads(content)
+    row = from_json(content)
     if not isinstance(row, dict):
         raise ValueError(f"its json is {type(row).__name__}, not an object")
     for field in FIELDS:
