@@ -17,10 +17,14 @@ SHOWN = ("loss", "reverse_kl", "return", "correct/sampled", "accuracy/*", "respo
 LAST = 10  # steps that these are the mean of
 
 
-def model_card(run: RunFolder, recipe: Recipe) -> str:
-    """The card of a run's export, in Markdown with the front matter of model hubs; with the scores, once they are there."""
+def model_card(run: RunFolder, recipe: Recipe, step: int | None = None) -> str:
+    """The card of a run's export, in Markdown with the front matter of model hubs; with the scores, once they are there.
+
+    Args:
+        step: how many steps the model has behind it; None for the last one, which is the one that is evaluated.
+    """
     objective, train = recipe.algorithm.objective, recipe.train
-    steps = read_lines(run.metrics)
+    steps = read_lines(run.metrics)[:step]
     done = f"{steps[-1]['step'] + 1} of {train.steps} steps" if steps else f"{train.steps} steps"
     batch = f"{recipe.rollout.prompts} prompts x {recipe.rollout.group} responses a step"
     front = yaml.safe_dump({"base_model": str(recipe.student.model), "library_name": "transformers", "tags": ["distillation", "mmopd"]})
@@ -31,7 +35,7 @@ def model_card(run: RunFolder, recipe: Recipe) -> str:
         f"{done}, {batch}, {train.dtype}, learning rate {train.lr:g}, seed {recipe.seed}.",
         _teachers(recipe),
         _sources(recipe),
-        _scores(run),
+        _scores(run) if step is None else "",
         _metrics(steps),
         "## Versions\n\n" + "\n".join(f"- {name} {version}" for name, version in json.loads(run.versions.read_text()).items()),
         f"## Recipe\n\n```yaml\n{config.dump(recipe)}```",

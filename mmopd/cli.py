@@ -162,9 +162,10 @@ def evaluate(
     out: Annotated[Path, typer.Option(help="Folder for the results.")] = Path("results"),
 ) -> None:
     """Serve each of MODELS and run SUITE on it through lmms-eval; prints a table, writes results.{json,md,csv}."""
-    from mmopd import catalog, launch
+    from mmopd import catalog
+    from mmopd.evaluate.candidates import evaluate_models
 
-    launch.evaluate_models(suite, models, catalog.load_recipe(recipe), out, console)
+    evaluate_models(suite, models, catalog.load_recipe(recipe), out, console)
 
 
 @app.command()
@@ -266,6 +267,22 @@ def report(run: Annotated[Path, typer.Argument(help="A run folder, finished or n
     from mmopd.report.html import write_report
 
     console.print(f"report: {write_report(run)}")
+
+
+@app.command()
+def export(
+    run: Annotated[Path, typer.Argument(help="A run folder.", show_default=False)],
+    step: Annotated[int | None, typer.Option(min=1, help="Of the checkpoint; the newest if not given.", show_default=False)] = None,
+    out: Annotated[Path | None, typer.Option(help="The HF folder to write; RUN/export-STEP if not given.", show_default=False)] = None,
+    ranks: Annotated[int | None, typer.Option(min=1, help="Processes; as many as have trained if not given.", show_default=False)] = None,
+) -> None:
+    """Write the student of a checkpoint of RUN as a HF folder that transformers and vLLM load; RUN/export has that of the end."""
+    from mmopd.export import export_checkpoint
+    from mmopd.progress import Stages
+    from mmopd.run import RunFolder
+
+    with Stages(console) as stages:
+        export_checkpoint(RunFolder(run), step, out, stages, ranks)
 
 
 @app.command()

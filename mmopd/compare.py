@@ -23,9 +23,9 @@ from scipy.stats import t as student_t
 from mmopd.config import Comparison, ComparisonTable
 from mmopd.errors import UserError
 from mmopd.evaluate.table import Results
-from mmopd.launch import last_metrics, one_line
 from mmopd.processes import Children
 from mmopd.progress import Stage, Stages
+from mmopd.ranks import last_metrics, one_line
 from mmopd.run import RunFolder
 
 CONFIDENCE = 0.95

@@ -66,6 +66,9 @@ class Rollout(Config):
     top_k: int = Field(0, ge=0, description="0 = all tokens")
     max_tokens: Positive = 16384
     concurrency: Positive = Field(64, description="prompts in flight at once, per rank")
+    async_steps: Literal[0, 1] = Field(
+        0, description="1: the next step is rolled out while the trainer learns from this one, by weights that are one update older"
+    )
 
 
 class Difficulty(Config):
@@ -206,6 +209,9 @@ class Algorithm(Config):
     visual: Visual | None = Visual()
     clip_low: float = Field(0.2, ge=0, lt=1)
     clip_high: float = Field(0.28, ge=0)
+    ratio_cap: float = Field(
+        2.0, ge=1, description="largest weight that a token gets for being likelier now than when it was sampled, with recomputed log-probs"
+    )
     log_ratio_clip: float = Field(10.0, gt=0, description="a token whose |log pi_student - log pi_teacher| reaches it is left out")
     outcome_threshold: float = Field(0.5, gt=0, le=1, description="a soft outcome at or above it counts as right")
 
@@ -243,6 +249,10 @@ class Train(Config):
     weight_decay: float = Field(0.1, ge=0)
     grad_clip: float = Field(1.0, gt=0)
     minibatches: Positive = Field(1, description="optimiser steps per rollout batch")
+    old_logprobs: Literal["engine", "recompute"] | None = Field(
+        None,
+        description="the student's log-probs to learn from: the engine's, or by one more pass of the trainer; recompute with async_steps",
+    )
     micro_tokens: Positive = Field(16384, description="tokens in a packed micro-batch, per rank")
     micro_patches: Positive = Field(16384, description="vision patches in a packed micro-batch, per rank")
     gradient_checkpointing: bool = True
@@ -250,7 +260,8 @@ class Train(Config):
     freeze: tuple[Part, ...] = Field((), description="parts that are not trained: vision (the tower), projector (its merger), language")
     lora: Lora | None = Field(None, description="train LoRA adapters instead of the model's own weights")
     checkpoint_every: Positive = 50
-    keep_checkpoints: Positive = 2
+    keep_checkpoints: Positive = Field(2, description="how many, the newest")
+    keep_best: int = Field(0, ge=0, description="and how many of those before: the ones after whose steps most responses were right")
     probe_tolerance: float = Field(0.1, gt=0, description="largest |log-prob difference| of engine and trainer after a sync; 1e-4 in fp32")
     max_absent: Fraction = Field(0.2, description="share of responses that may lack a score before the run stops")
     timeout: Positive = Field(600, description="seconds that a rank waits for the others")
@@ -409,6 +420,21 @@ class Recipe(Config):
         if self.fleet is None and self.algorithm.objective.kind != "grpo":
             raise ValueError(f"fleet: missing, and `{self.algorithm.objective.kind}` learns from teachers; only `grpo` needs none")
         return self
+
+    @model_validator(mode="after")
+    def _may_run_ahead(self) -> Self:
+        if self.rollout.async_steps and (kind := self.algorithm.objective.kind) in {"sft", "expo"}:
+            raise ValueError(f"rollout.async_steps: `{kind}` learns from no rollouts; leave it out")
+        if self.rollout.async_steps and self.train.old_logprobs == "engine":
+            raise ValueError(
+                "train.old_logprobs: with rollout.async_steps the engine's log-probs are those of older weights; leave it out, or recompute"
+            )
+        return self
+
+    @property
+    def recomputes(self) -> bool:
+        """Whether the trainer computes the log-probs of what was sampled itself."""
+        return self.train.old_logprobs == "recompute" or self.rollout.async_steps > 0
 
     @model_validator(mode="after")
     def _engine_takes_a_group(self) -> Self:

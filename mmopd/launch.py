@@ -2,42 +2,38 @@
 
 import asyncio
 import dataclasses
-import json
 import math
 import os
-import signal
-import socket
-import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from rich.console import Console
 
-from mmopd import catalog, config
+from mmopd import catalog
 from mmopd.card import CARD, model_card
 from mmopd.config import SFT, Dense, ExPO, Fleet, Recipe, Suite
 from mmopd.doctor import Check
 from mmopd.errors import UserError
-from mmopd.evaluate.lmms import Record, evaluate, read_suite
-from mmopd.evaluate.table import Kind, Results, Row
-from mmopd.fingerprint import hash_model
+from mmopd.evaluate.candidates import Candidate, check_results, evaluate_all, print_results
+from mmopd.evaluate.lmms import read_suite
+from mmopd.evaluate.table import Results, Row
 from mmopd.merge import Checkpoint, merge
 from mmopd.modality import Encoder
-from mmopd.processes import Child, Children
+from mmopd.processes import Children
 from mmopd.progress import Stages
 from mmopd.prompts import difficulty
 from mmopd.prompts.shards import Shards, open_mixture
 from mmopd.prompts.tokens import hash_processor
+from mmopd.ranks import check_ranks, last_metrics, one_line, start_ranks
 from mmopd.report.html import write_report
 from mmopd.rollout.answers import run_answers
 from mmopd.rollout.difficulty import run_pass
 from mmopd.rollout.engine import EngineError
-from mmopd.rollout.sync import FileSync
+from mmopd.rollout.sync import FRESH, FileSync, SyncError
 from mmopd.run import RunFolder
 from mmopd.teacher.endpoint import Endpoint
 from mmopd.teacher.fleet import from_files, serve_fleet, serve_in_stage, warn_of
@@ -45,11 +41,7 @@ from mmopd.teacher.preflight import answers, insist, preflight, save, summary
 from mmopd.teacher.probes import look
 from mmopd.teacher.router import check_routes, check_tokenizers, load_teachers, references, routed
 from mmopd.teacher.serve import HOST, Servers, ServerSpec
-from mmopd.train.distributed import free_port
-from mmopd.train.watchdog import HUNG, LATER, WAITED, asked_to_stop
-
-CACHE = Path(".mmopd")  # of the workspace: what several runs share
-COUNTS = {"kept": "kept", "masked": "masked", "absent": "failed"}  # of responses, in the line of a step
+from mmopd.train.watchdog import asked_to_stop
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,7 +94,7 @@ def launch(
             rows = evaluate_all(job.suite, starting_points(job, servers), run.evaluation, stages)
             learn = extrapolate if isinstance(job.recipe.algorithm.objective, ExPO) else distil
             learn(job, run, children, servers, stages)
-            rows += evaluate_all(job.suite, [Candidate("distilled", "distilled", servers["student"], run.export)], run.evaluation, stages)
+            rows += evaluate_all(job.suite, [distilled(servers["student"], run)], run.evaluation, stages)
         finish(run, rows, stages)
 
 
@@ -280,16 +272,6 @@ def difficulty_alone(recipe: Recipe, out: Path, console: Console) -> None:
     console.print(f"Before and after: {out / difficulty.PICTURE}", highlight=False, markup=False)
 
 
-@dataclass(frozen=True, slots=True)
-class Candidate:
-    """A served model that is evaluated, one row of the results table."""
-
-    name: str
-    kind: Kind
-    endpoint: Endpoint
-    model: Path | None  # the folder with exactly its weights; None if it runs elsewhere, or has an adapter
-
-
 def starting_points(job: Job, servers: Mapping[str, Endpoint]) -> list[Candidate]:
     """The student before training, and the first replica of each teacher."""
     unknown = {endpoint.teacher for endpoint in job.elsewhere} | {name for name, t in job.fleet.teachers.items() if t.adapter}
@@ -300,27 +282,18 @@ def starting_points(job: Job, servers: Mapping[str, Endpoint]) -> list[Candidate
     return [Candidate("base", "base", servers["student"], job.recipe.student.model), *teachers]
 
 
-def evaluate_all(suite: Suite | None, candidates: Sequence[Candidate], out: Path, stages: Stages) -> list[Row]:
-    """The suite on each candidate; what was measured with the same weights, data and settings is taken from the cache."""
-    if suite is None:
-        return []
-    rows: list[Row] = []
-    with stages.stage(f"evaluate {', '.join(c.name for c in candidates)}") as stage:
-        stage.total(len(candidates) * len(suite.benchmarks))
+def distilled(student: Endpoint, run: RunFolder) -> Candidate:
+    """What the student's engine holds after training; an engine that was started again on the way holds something else."""
 
-        def show(benchmark: config.Benchmark, record: Record | None) -> None:
-            if record is not None:
-                stage.advance()
-                stage.note(f"{record.endpoint}, {benchmark.column}: {record.reason or f'{record.score:.1f}'}")
+    def objection() -> str:
+        with FileSync(student) as link:
+            try:
+                lost = link.version() == FRESH
+            except SyncError:
+                lost = True
+        return f"the student's engine died meanwhile (logs/student.log); `mmopd train --resume {run.root}` measures again" if lost else ""
 
-        for candidate in candidates:
-            endpoint = dataclasses.replace(candidate.endpoint, name=candidate.name)
-            weights = hash_model(candidate.model) if candidate.model else ""
-            records = evaluate(endpoint, suite, out=out, weights=weights, cache=CACHE / "eval", on_event=show)
-            rows.append(Row(candidate.name, candidate.kind, tuple(records)))
-        reused = sum(record.reused for row in rows for record in row.records)
-        stage.outcome = f"{len(rows) * len(suite.benchmarks) - reused} lmms-eval calls, {reused} results from the cache"
-    return rows
+    return Candidate("distilled", "distilled", student, run.export, objection)
 
 
 def distil(job: Job, run: RunFolder, children: Children, servers: Servers, stages: Stages) -> None:
@@ -332,7 +305,8 @@ def distil(job: Job, run: RunFolder, children: Children, servers: Servers, stage
     """
     ranks, timeout = job.recipe.train.ranks, job.recipe.train.timeout
     with stages.stage("distil") as stage, asked_to_stop() as asked:
-        running = start_ranks(job, run, children)
+        what = ["mmopd.train.rank", str(run.root), *job.changed]
+        running = start_ranks(what, ranks, run.logs, children, launcher=job.launcher, host=job.host)
         stage.total(job.recipe.train.steps)
         stage.note("starting the ranks")
         until, done, alive = math.inf, 0, True
@@ -360,45 +334,6 @@ def distil(job: Job, run: RunFolder, children: Children, servers: Servers, stage
         stage.outcome = f"{job.recipe.train.steps} steps on {ranks} rank{'s' * (ranks > 1)}{again}"
 
 
-def check_ranks(running: Sequence[Child], timeout: float, *, stopping: bool) -> None:
-    """No rank has failed.
-
-    Args:
-        timeout: of the recipe; where a rank has waited for so long, the one that it has waited for is looked for.
-        stopping: they have been asked to; one that was not ready to listen yet is not to blame.
-
-    Raises:
-        UserError: one has; names the one that is to blame, with the last lines of its log.
-    """
-    fine = {None, 0, 128 + signal.SIGTERM} if stopping else {None, 0}
-    if all(rank.returncode in fine for rank in running):
-        return
-    time.sleep(1.0)  # a rank that ends takes others with it, and they may be quicker
-    failed = [rank for rank in running if rank.returncode not in fine]
-    if {rank.returncode for rank in failed} == {WAITED}:
-        end = time.monotonic() + 2 * (LATER - 1) * timeout  # in which its own watchdog ends a rank that hangs
-        while time.monotonic() < end and not any(rank.returncode == HUNG for rank in running):
-            time.sleep(0.1)
-        failed = [rank for rank in running if rank.returncode == HUNG or rank.alive] or failed
-    blamed = max(failed, key=lambda rank: (rank.returncode in {2, HUNG}, rank.returncode or 0))  # it knows why; or a signal ended it
-    ended = f"ended with status {blamed.returncode}" if not blamed.alive else f"has not answered for train.timeout = {timeout:.0f} s"
-    raise UserError(f"{blamed.name} {ended}; the last lines of {blamed.log}:\n{blamed.tail()}")
-
-
-def start_ranks(job: Job, run: RunFolder, children: Children) -> list[Child]:
-    """The training processes, all on this machine; or the one launcher that starts them, wherever it likes."""
-    what = ["mmopd.train.rank", str(run.root), *job.changed]
-    env = {"MASTER_PORT": str(free_port()), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
-    if job.launcher:
-        env["MASTER_ADDR"] = HOST if job.host == HOST else socket.gethostname()  # srun passes it on; others set their own
-        return [children.start("launcher", [*job.launcher, *what], run.logs / "ranks.log", env)]
-    env |= {"MASTER_ADDR": HOST, "WORLD_SIZE": str(job.recipe.train.ranks)}
-    return [
-        children.start(f"rank{n}", [sys.executable, "-m", *what], run.logs / f"rank{n}.log", env | {"RANK": str(n), "LOCAL_RANK": str(n)})
-        for n in range(job.recipe.train.ranks)
-    ]
-
-
 def extrapolate(job: Job, run: RunFolder, children: Children, servers: Servers, stages: Stages) -> None:
     """ExPO, in the place of `distil`: merge the teachers into the export folder, and give the engine its weights.
 
@@ -418,26 +353,6 @@ def extrapolate(job: Job, run: RunFolder, children: Children, servers: Servers, 
         stage.outcome = f"{len(weights)} teachers, alpha {objective.alpha:g}"
 
 
-def last_metrics(path: Path) -> dict[str, Any] | None:
-    """The last whole line of a metrics file; None while there is none."""
-    try:
-        with path.open("rb") as file:
-            file.seek(max(0, file.seek(0, os.SEEK_END) - 65536))
-            whole, newline, _ = file.read().rpartition(b"\n")
-    except FileNotFoundError:
-        return None
-    last: dict[str, Any] | None = json.loads(whole.rpartition(b"\n")[2]) if newline else None
-    return last
-
-
-def one_line(metrics: Mapping[str, Any]) -> str:
-    """What a person wants to see of a step while it runs."""
-    accuracy = "  ".join(f"{key.removeprefix('accuracy/')} {value:.2f}" for key, value in metrics.items() if key.startswith("accuracy/"))
-    counts = "  ".join(f"{what} {metrics[key]:.0f}" for key, what in COUNTS.items() if key in metrics)
-    learnt = f"return {metrics['return']:+.3f}" if "return" in metrics else f"loss {metrics.get('loss', math.nan):.3f}"
-    return f"{metrics['seconds']:.1f} s/step  {learnt}  right: {accuracy}  {counts}"
-
-
 def finish(run: RunFolder, rows: Sequence[Row], stages: Stages) -> None:
     """Results table, report, and the model's card.
 
@@ -452,42 +367,4 @@ def finish(run: RunFolder, rows: Sequence[Row], stages: Stages) -> None:
         stage.outcome = str(run.report)
     print_results(results, stages.console)
     stages.console.print(f"The model: {run.export}\nThe report: {run.report}", highlight=False, markup=False)
-    check_results(results)
-
-
-def print_results(results: Results, console: Console) -> None:
-    """The table, if there is anything in it."""
-    if results.rows:
-        console.print(results.rich(title="Score on held-out data, 0-100"))
-
-
-def check_results(results: Results) -> None:
-    """Every benchmark has a score.
-
-    Raises:
-        UserError: one has none; says why.
-    """
-    if failed := results.failures():
-        raise UserError("\n".join(f"{record.column} of {record.endpoint} has no score: {record.reason}" for record in failed))
-
-
-def evaluate_models(suite: Path, models: Sequence[Path], recipe: Recipe, out: Path, console: Console) -> None:
-    """`mmopd eval`: serve one model after the other, and evaluate it.
-
-    Raises:
-        UserError: no such folder, or a server does not start.
-    """
-    resolved = read_suite(catalog.find(suite), Path.cwd())
-    logs = out / "logs"
-    logs.mkdir(parents=True, exist_ok=True)
-    rows: list[Row] = []
-    with Stages(console) as stages, Children() as children:
-        for model in models:
-            name = model.resolve().name
-            spec = ServerSpec(name, model, recipe.student.engine, updatable=False)
-            with serve_in_stage([spec], children, logs, stages) as servers:
-                rows += evaluate_all(resolved, [Candidate(str(model), "base", servers[name], model)], out, stages)
-    results = Results.of(rows)
-    results.write(out)
-    print_results(results, console)
     check_results(results)

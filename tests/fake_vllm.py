@@ -66,6 +66,7 @@ class FakeVLLM:
         self.requests: list[dict[str, Any]] = []
         self.in_flight = self.most_in_flight = 0
         self.port = 0
+        self.version = "default"  # of its weights
 
     async def __aenter__(self) -> Self:
         self._connections: set[asyncio.Task[None]] = set()
@@ -159,7 +160,7 @@ class FakeVLLM:
         tokens = rng.choices(allowed, k=rng.randint(1, settings["max_tokens"]))
         finish = "length" if len(tokens) == settings["max_tokens"] else "stop"
         tokens += [end] * (finish == "stop")
-        return _choice(index, tokens, [logprob(t, start + i, images) for i, t in enumerate(tokens)], finish)
+        return _choice(index, tokens, [logprob(t, start + i, images) for i, t in enumerate(tokens)], finish, self.version)
 
 
 def _error(message: str, kind: str, code: int) -> bytes:
@@ -194,7 +195,7 @@ def _empty(request_id: str, ids: list[int]) -> dict[str, Any]:
     }
 
 
-def _choice(index: int, tokens: list[int], logprobs: list[float] | None, finish: str) -> dict[str, Any]:
+def _choice(index: int, tokens: list[int], logprobs: list[float] | None, finish: str, version: str = "default") -> dict[str, Any]:
     def entry(token: int, value: float) -> dict[str, Any]:
         one = {"token_id": token, "logprob": value, "rank": 1}
         return one | {"top_logprobs": [one]}
@@ -207,7 +208,7 @@ def _choice(index: int, tokens: list[int], logprobs: list[float] | None, finish:
         "token_ids": tokens,
         "routed_experts": None,
         "sampling_mask": None,
-        "weight_versions": [{"version": "default", "start": 0, "end": len(tokens)}],
+        "weight_versions": [{"version": version, "start": 0, "end": len(tokens)}],
         "logprobs": content,
     }
 

@@ -37,7 +37,7 @@ from mmopd.train.checkpoint import Checkpoints, load
 from mmopd.train.distributed import Ranks, free_port, start, stop
 from mmopd.train.engine import Trainer
 from mmopd.train.export import export
-from mmopd.train.loop import publish
+from mmopd.train.handover import publish
 from mmopd.train.probe import probe
 
 TEXT = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 32}
@@ -129,7 +129,7 @@ def train(model: Path, out: Path, settings: Train, ranks: Ranks) -> dict[str, An
     link = FileSync(student) if student is not None and ranks.rank == 0 else None
     for step in range(3):
         if student is not None:
-            publish(trainer, link, f"{out.name}-{step}", everything=step == 0)
+            assert publish(trainer, link, f"{out.name}-{step}", everything=step == 0) is None
             found["gaps"].append(asyncio.run(gap(trainer, student, encoder)))
         if step == 2:
             Checkpoints(out, keep=1).save(trainer, step, {})
@@ -169,7 +169,8 @@ def watch(trainer: Trainer) -> Counter[str]:
 async def gap(trainer: Trainer, student: Endpoint, encoder: Encoder) -> float:
     """Of trainer and engine, in the log-prob of a token."""
     async with StudentEngine(student, encoder) as engine:
-        return await probe(trainer, engine, make_items(encoder, "TiI", 7), 100.0)
+        items = make_items(encoder, "TiI", 7)
+        return await probe(trainer.logprobs(items), engine, items, 100.0)
 
 
 def await_file(path: Path) -> bool:

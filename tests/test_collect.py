@@ -10,9 +10,10 @@ from mmopd.config import Fleet, Recipe
 from mmopd.demo.world import additions, build_processor, digit_sums
 from mmopd.modality import Encoder
 from mmopd.records import Outcome, Prompt, Score
-from mmopd.rollout.collect import SHORT, collect
-from mmopd.rollout.engine import StudentEngine
+from mmopd.rollout.collect import SHORT, collect, version_of
+from mmopd.rollout.engine import EngineError, StudentEngine
 from mmopd.teacher.client import Scorer
+from mmopd.train.record import staleness
 
 
 @pytest.fixture(scope="module")
@@ -42,14 +43,15 @@ class Verifiers:
         return Outcome(1.0)
 
 
-def step(encoder, prompts, *, student, group=4, max_tokens=SHORT + 1, visual=None, number=0):
+def step(encoder, prompts, *, student, group=4, max_tokens=SHORT + 1, visual=None, number=0, version=None, ahead=0):
     """(samples, seconds, times of the scores, requests to the student)"""
+    student.version = version or version_of(number)
     recipe = Recipe.model_validate(
         {
             "student": {"model": "m"},
             "fleet": "f",
             "mixture": "m",
-            "rollout": {"prompts": len(prompts), "group": group, "max_tokens": max_tokens},
+            "rollout": {"prompts": len(prompts), "group": group, "max_tokens": max_tokens, "async_steps": ahead},
             "algorithm": {"visual": visual},
         }
     )
@@ -111,3 +113,20 @@ def test_the_stated_share_of_the_responses_to_images_is_scored_blind_and_no_othe
     assert [s.blind is not None for s in other] != [s.blind is not None for s in samples]
     assert all(s.blind is None for s in step(encoder, prompts, student=FakeVLLM(encoder), max_tokens=8)[0])
     assert len(requests) >= len(blind)
+
+
+def test_what_was_sampled_by_other_weights_than_the_steps_own_is_refused_and_leaves_nothing_running(encoder, prompts):
+    student = FakeVLLM(encoder, lambda n: "slow" if n else None)
+    with pytest.raises(EngineError, match="sampled from weights 'default' in step 3: it was started again"):
+        step(encoder, prompts, student=student, number=3, version="default")
+    assert student.in_flight == 0
+    with pytest.raises(EngineError, match="'step-2' in step 3"):
+        step(encoder, prompts, student=FakeVLLM(encoder), number=3, version="step-2")
+
+
+def test_rollouts_that_run_ahead_may_have_weights_that_are_one_update_older(encoder, prompts):
+    samples = step(encoder, prompts, student=FakeVLLM(encoder), number=3, version="step-2", ahead=1)[0]
+    assert staleness(samples, 3) == 1
+    assert staleness(step(encoder, prompts, student=FakeVLLM(encoder), number=3, ahead=1)[0], 3) == 0
+    with pytest.raises(EngineError, match="'step-1' in step 3"):
+        step(encoder, prompts, student=FakeVLLM(encoder), number=3, version="step-1", ahead=1)

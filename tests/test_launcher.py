@@ -7,12 +7,10 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from mmopd import catalog
 from mmopd.cli import app
 from mmopd.errors import UserError
-from mmopd.launch import Job, start_ranks
 from mmopd.processes import Children
-from mmopd.run import RunFolder
+from mmopd.ranks import start_ranks
 from mmopd.train.distributed import place
 from mmopd.train.rank import check_place, is_here
 
@@ -24,13 +22,9 @@ print(json.dumps([sys.argv[1:], {name: os.environ.get(name) for name in names}])
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "0.0.0.0"])
 def test_a_launcher_is_given_the_module_the_run_and_where_to_meet(host: str, tmp_path: Path) -> None:
-    recipe = catalog.load_recipe("recipes/demo.yaml")
-    run = RunFolder(tmp_path)
-    run.logs.mkdir()
-    fleet = catalog.load_fleet("teachers/demo.yaml")
-    job = Job(recipe, fleet, None, {}, None, changed=["added"], launcher=[sys.executable, "-c", ECHO], host=host)
+    what = ["mmopd.train.rank", str(tmp_path), "added"]
     with Children() as children:
-        (launcher,) = start_ranks(job, run, children)
+        (launcher,) = start_ranks(what, 2, tmp_path, children, launcher=[sys.executable, "-c", ECHO], host=host)
         assert launcher.wait(60) == 0
     arguments, env = json.loads(launcher.tail())
     assert arguments == ["mmopd.train.rank", str(tmp_path), "added"]

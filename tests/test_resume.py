@@ -1,25 +1,28 @@
 """Runs that are interrupted, one way after the other, end as if they had not been: real servers, two ranks, fp32 on the CPU."""
 
+import os
 import random
 import signal
 import time
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
+import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
 from test_end_to_end import NO_SUITE, SMALL, Command
 
 from mmopd.errors import UserError
-from mmopd.launch import check_ranks
 from mmopd.processes import Children
+from mmopd.ranks import check_ranks
 from mmopd.report.metrics import read_lines
 from mmopd.run import RunFolder
 from mmopd.train.watchdog import HUNG, WAITED
 
 STEPS = ["train.steps=8", "train.checkpoint_every=2", "train.timeout=120", "algorithm.difficulty=null", NO_SUITE]
-OF_THE_MACHINE = ("seconds", "memory", "scoring")  # metrics that a repetition does not repeat
+OF_THE_MACHINE = ("seconds", "rollout_seconds", "memory", "scoring")  # metrics that a repetition does not repeat
 
 
 def train(workspace: Path, name: str, *more: str) -> Command:
@@ -123,3 +126,49 @@ def test_an_interrupted_run_repeats_the_uninterrupted_one(straight: RunFolder, r
     ours, theirs = (load_file(folder.export / "model.safetensors") for folder in (straight, run))
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(w, theirs[name]) for name, w in ours.items())
+
+
+def test_the_student_of_a_checkpoint_can_be_had_as_a_folder_also_by_another_number_of_ranks(workspace: Path, straight: RunFolder) -> None:
+    whole(Command(workspace, "export", "runs/straight", "--step", "6", "--ranks", "1"))
+    whole(Command(workspace, "export", "runs/straight", "--out", "eighth"))
+    sixth, eighth, end = (
+        load_file(folder / "model.safetensors") for folder in (straight.root / "export-6", workspace / "eighth", straight.export)
+    )
+    assert all(torch.equal(w, eighth[name]) for name, w in end.items())
+    assert not all(torch.equal(w, sixth[name]) for name, w in end.items())
+    assert "6 of 8 steps" in (straight.root / "export-6" / "README.md").read_text()
+    status, output = Command(workspace, "export", "runs/straight", "--step", "2").finish()
+    assert status == 2
+    assert "no checkpoint of step 2; there is 6, 8" in output
+
+
+def kill_engine(run: RunFolder) -> None:
+    """Kill the API server of the student's engine."""
+    student, _ = run.read_endpoints()
+    port = urlsplit(student.url).port
+    (pid,) = {c.pid for c in psutil.net_connections("tcp4") if c.status == psutil.CONN_LISTEN and c.laddr.port == port and c.pid}
+    os.kill(pid, signal.SIGKILL)
+
+
+def test_an_engine_that_dies_gets_its_weights_anew_and_the_run_is_as_if_it_had_not(workspace: Path, straight: RunFolder) -> None:
+    run, command = RunFolder(workspace / "runs" / "lost"), train(workspace, "lost")
+    command.wait_for(lambda: len(read_lines(run.metrics)) >= 2)
+    time.sleep(random.uniform(0, 2))
+    kill_engine(run)
+    output = whole(command)
+    assert "student started again 1 x" in output
+    for step, (a, b) in enumerate(zip(steps(straight), steps(run), strict=True)):
+        assert a == b, f"step {step}"
+
+
+def test_a_run_ahead_learns_from_weights_that_are_one_update_older_and_survives_its_engine(workspace: Path) -> None:
+    run, command = RunFolder(workspace / "runs" / "ahead"), train(workspace, "ahead", "rollout.async_steps=1")
+    command.wait_for(lambda: len(read_lines(run.metrics)) >= 4)
+    kill_engine(run)
+    whole(command)
+    ages = [row["staleness"] for row in steps(run)]
+    assert len(ages) == 8
+    assert ages[0] == 0
+    assert all(0 <= age <= 1 for age in ages)
+    assert max(ages) > 0.5
+    assert max(row["mismatch_mean"] for row in steps(run)) > 1e-6 > steps(run)[0]["mismatch_mean"]  # what an update changes

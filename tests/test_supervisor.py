@@ -99,14 +99,6 @@ def test_a_dead_teacher_is_back_on_its_port_and_nothing_of_the_old_one_is_left(s
     assert not any(map(runs, (*after, *student)))
 
 
-def test_a_dead_student_ends_everything(specs: list[ServerSpec], tmp_path: Path) -> None:
-    with running(specs, tmp_path) as (servers, _):
-        everybody = [*pids(servers["teacher"]).values(), *kill(servers["student"])]
-        with pytest.raises(UserError, match=r"(?s)server 'student' ended with status -9; the last lines of .*student\.log:.*serving"):
-            wait_for(lambda: look(servers))
-    assert not any(map(runs, everybody))
-
-
 def test_a_death_before_all_are_ready_is_the_end(specs: list[ServerSpec], tmp_path: Path) -> None:
     (tmp_path / "teacher" / "crash").touch()
     with pytest.raises(UserError, match=r"(?s)server 'teacher' ended with status 1; .*the weights are broken"), running(specs, tmp_path):

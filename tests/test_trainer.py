@@ -110,6 +110,7 @@ def test_a_checkpoint_that_is_not_whole_is_refused_and_its_file_named(resumed: d
 
 def test_old_checkpoints_are_pruned(resumed: dict[str, Any]) -> None:
     assert resumed["kept"] == ["step-00000003", "step-00000004"]
+    assert resumed["best"] == ["step-00000002", "step-00000003", "step-00000005"]  # 0.7 and 0.5 of 0.2, none, 0.7, 0.5, 0.1; and the newest
 
 
 def test_a_checkpoint_that_does_not_fit_is_refused_removed_and_the_one_before_it_stays(model: Path, out: Path) -> None:

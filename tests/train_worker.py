@@ -101,8 +101,19 @@ def resumed(trainer: Trainer, encoder: Encoder, out: Path) -> dict[str, Any]:
     for step in (3, 4):
         checkpoints.save(trainer, step, {})
     kept = sorted(p.name for p in checkpoints.folder.iterdir())
+    best = Checkpoints(out / "best", keep=1, best=2)
+    for step, score in enumerate((0.2, None, 0.7, 0.5, 0.1, 0.6)):
+        best.save(trainer, step, {}, score)
     after = trainer.logprobs(make_items(encoder, "TiI", 7))
-    return {"stats": stats, "state": state, "errors": errors, "kept": kept, "after": after, "skipped": skipped}
+    return {
+        "stats": stats,
+        "state": state,
+        "errors": errors,
+        "kept": kept,
+        "best": sorted(p.name for p in best.folder.iterdir()),
+        "after": after,
+        "skipped": skipped,
+    }
 
 
 def resized(trainer: Trainer, encoder: Encoder, out: Path) -> dict[str, Any]:

@@ -100,6 +100,7 @@ def evaluate(
     out: Path,
     weights: str = "",
     cache: Path | None = None,
+    objection: Callable[[], str] = lambda: "",
     on_event: OnEvent = lambda benchmark, record: None,
 ) -> list[Record]:
     """Measure a served model on every benchmark of a suite (of `read_suite`).
@@ -108,6 +109,7 @@ def evaluate(
         out: gets a folder per benchmark with the log, lmms-eval's own results and the record; an earlier one is replaced.
         weights: hash of the served model's files (`hash_model`), part of the key under which a record is reused.
         cache: where valid records are kept and found again; only used with `weights`.
+        objection: asked behind each measurement, for a reason why it does not count; "" if there is none.
         on_event: called from two threads.
 
     Returns:
@@ -122,7 +124,7 @@ def evaluate(
     for benchmark in suite.benchmarks:
         folder = out / _slug(endpoint.name) / _slug(benchmark.column)
         shutil.rmtree(folder, ignore_errors=True)
-        jobs.append(_Job(endpoint, suite, benchmark, prepare(benchmark, folder / "task"), folder, weights, versions, cache))
+        jobs.append(_Job(endpoint, suite, benchmark, prepare(benchmark, folder / "task"), folder, weights, versions, cache, objection))
     with ThreadPoolExecutor(SIDE_BY_SIDE) as pool, Children() as children:  # left in reverse: first the children end, then the threads
         running = [pool.submit(job.run, children, on_event) for job in jobs]
         try:
@@ -144,6 +146,7 @@ class _Job:
     weights: str
     versions: Mapping[str, str]
     cache: Path | None
+    objection: Callable[[], str]
 
     def run(self, children: Children, on_event: OnEvent) -> Record:
         on_event(self.benchmark, None)
@@ -161,10 +164,13 @@ class _Job:
 
     def _measure(self, children: Children) -> Record:
         begin = time.monotonic()
+        measured: Measured | None = None
         try:
-            measured, reason = self._call(children), ""
+            measured, reason = self._call(children), self.objection()
         except InvalidRunError as why:
-            measured, reason = None, str(why)
+            reason = str(why)
+        if reason:
+            measured = None
         return Record(
             endpoint=self.endpoint.name,
             role=self.endpoint.role,

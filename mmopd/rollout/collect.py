@@ -6,21 +6,33 @@ group are asked for, and come, together: there a request costs more than what wa
 
 import asyncio
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Coroutine, Sequence
 from itertools import chain
+from typing import Any, TypeVar
 
 from mmopd.config import Recipe
 from mmopd.records import Absent, Encoded, Response, Sample, Score
-from mmopd.rollout.engine import StudentEngine
+from mmopd.rollout.engine import EngineError, StudentEngine
 from mmopd.task.pool import VerifierPool
 from mmopd.teacher.client import Scorer
 
 SHORT = 256  # tokens; up to this limit a group is one request
+T = TypeVar("T")
 
 
 def seed_of(*parts: object) -> int:
     """A 31-bit seed from anything that names a draw, the same on every machine and rank."""
     return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:4], "big") >> 1
+
+
+def version_of(step: int) -> str:
+    """The name of the weights that the rollouts of a step are to have."""
+    return f"step-{step}"
+
+
+def step_of(version: str) -> int:
+    """The reverse."""
+    return int(version.removeprefix("step-"))
 
 
 async def collect(
@@ -38,11 +50,23 @@ async def collect(
     Args:
         scorer: None where outcomes are all that is learnt from.
         reference: scores by the teachers' references, where the objective has them.
+
+    Raises:
+        EngineError: the engine is gone, or has sampled from other weights than it should: it was started again on the way.
     """
     rollout, visual = recipe.rollout, recipe.algorithm.visual
     gate = asyncio.Semaphore(rollout.concurrency)
     G = rollout.group
+    allowed = {version_of(step - late) for late in range(rollout.async_steps + 1)}
     at_once = G if rollout.max_tokens <= SHORT else 1
+
+    running: set[asyncio.Task[Any]] = set()
+
+    def spawn(work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
+        task = asyncio.create_task(work)
+        running.add(task)
+        task.add_done_callback(running.discard)
+        return task
 
     async def one_group(number: int, encoded: Encoded) -> list[Sample]:
         seed = seed_of(recipe.seed, step, encoded.prompt.key)
@@ -57,10 +81,12 @@ async def collect(
                 top_p=rollout.top_p,
                 top_k=rollout.top_k,
             )
-            return [asyncio.create_task(judge(number, encoded, first + i, response)) for i, response in enumerate(responses)]
+            if strange := {response.version for response in responses} - allowed:
+                raise EngineError(f"the student's engine sampled from weights {strange.pop()!r} in step {step}: it was started again")
+            return [spawn(judge(number, encoded, first + i, response)) for i, response in enumerate(responses)]
 
         async with gate:
-            judged = await asyncio.gather(*(some(first) for first in range(0, G, at_once)))
+            judged = await asyncio.gather(*(spawn(some(first)) for first in range(0, G, at_once)))
         return await asyncio.gather(*chain.from_iterable(judged))
 
     async def judge(number: int, encoded: Encoded, i: int, response: Response) -> Sample:
@@ -76,7 +102,12 @@ async def collect(
             return Sample(number, response, outcome, before, blind)
         return Sample(number, response, outcome, score, blind, before)
 
-    groups = await asyncio.gather(*(one_group(n, e) for n, e in share))
+    try:
+        groups = await asyncio.gather(*(spawn(one_group(n, e)) for n, e in share))
+    finally:  # what one failure leaves behind
+        for task in running:
+            task.cancel()
+        await asyncio.gather(*running, return_exceptions=True)
     return [sample for group in groups for sample in group]
 
 

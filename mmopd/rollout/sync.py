@@ -18,6 +18,7 @@ from safetensors.torch import save
 from mmopd.teacher.endpoint import Endpoint
 
 BUCKET_BYTES = 256 << 20
+FRESH = "default"  # what vLLM calls the weights of the folder that it was started with
 
 
 class SyncError(RuntimeError):

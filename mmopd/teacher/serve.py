@@ -60,7 +60,7 @@ OnEvent = Callable[[str, str], None]  # server's name, what happened
 
 @dataclass(frozen=True, slots=True)
 class ServerSpec:
-    """A model to serve; `updatable` opens the routes that change its weights, and it is not started again: they are lost with it."""
+    """A model to serve; `updatable` opens the routes that change its weights, which are those of the folder again where it dies."""
 
     name: str
     model: Path
@@ -314,7 +314,7 @@ def _server(spec: ServerSpec, address: tuple[str, int], logs: Path, gpus: str) -
     argv += lora_flags(spec.adapters) if spec.adapters else []
     env = {"VLLM_SERVER_DEV_MODE": "1" if spec.updatable else "0"} | ({"CUDA_VISIBLE_DEVICES": gpus} if gpus else {})
     log = str(log_of(logs, spec.name))
-    return Server(name=spec.name, model=str(spec.model), argv=[*argv, *engine.extra_args], log=log, env=env, restart=not spec.updatable)
+    return Server(name=spec.name, model=str(spec.model), argv=[*argv, *engine.extra_args], log=log, env=env)
 
 
 def _assign_gpus(specs: Sequence[ServerSpec]) -> dict[str, str]:

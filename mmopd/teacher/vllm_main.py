@@ -43,7 +43,6 @@ class Server(TypedDict):
     argv: list[str]  # vLLM's own arguments
     log: str  # file that its output is appended to
     env: dict[str, str]  # added to the environment
-    restart: bool  # start it again if it dies; not where its weights would be lost
 
 
 class RequireKey:
@@ -152,7 +151,7 @@ class Supervisor:
             if self._stopping:
                 continue
             one.deaths = [death for death in one.deaths if now - death < WINDOW] + [now]
-            if self._ready and one.server["restart"] and len(one.deaths) <= RESTARTS:
+            if self._ready and len(one.deaths) <= RESTARTS:
                 one.start_at = now + 2 ** (len(one.deaths) - 1)
                 continue
             self._status = status if status > 0 else 1

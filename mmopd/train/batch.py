@@ -23,22 +23,28 @@ class Batch:
     samples: list[Sample]
     spans: list[slice]  # where each sample's tokens lie in the flat [M] arrays
     targets: Targets
+    old: Tensor  # [M] log-probs by the policy that learns, before its update
 
 
-def build_batch(samples: Sequence[Sample], settings: Algorithm, seed: int) -> Batch:
+def build_batch(samples: Sequence[Sample], settings: Algorithm, seed: int, old: Sequence[Tensor] | None = None) -> Batch:
     """What the objective makes of a step; samples that were to have a score and have none take no part.
 
     Args:
         samples: of the whole step, over all ranks, in one order on every rank.
         seed: of the balance's draws: (run seed, step).
+        old: log-probs [T] of each sample's tokens by the trainer, if they are to be used and not the engine's. What was sampled is then
+            weighted by `min(pi_old / pi_engine, ratio_cap)`, token by token (truncated importance sampling).
 
     Raises:
         ValueError: no sample has what the objective needs.
     """
     kind = settings.objective.kind
-    usable = [s for s in samples if isinstance(s.score, Score) or kind == "grpo"]
-    if not usable:
+    chosen = [i for i, s in enumerate(samples) if isinstance(s.score, Score) or kind == "grpo"]
+    if not chosen:
         raise ValueError("no response of this step has a score")
+    usable = [samples[i] for i in chosen]
+    sampled = torch.tensor([x for s in usable for x in s.response.logprobs])
+    student = sampled if old is None else torch.cat([old[i] for i in chosen])
     lengths = torch.tensor([len(s.response.tokens) for s in usable])
     ends = torch.cumsum(lengths, 0).tolist()
     response = torch.repeat_interleave(torch.arange(len(usable)), lengths)
@@ -48,16 +54,20 @@ def build_batch(samples: Sequence[Sample], settings: Algorithm, seed: int) -> Ba
     elif kind == "sft":
         targets = sft(response, weight=torch.tensor([_scored(s.score).weight for s in usable]))
     else:
-        targets = _distil(usable, response, outcome=outcome, group=group, settings=settings, seed=seed)
-    return Batch(usable, [slice(e - n, e) for e, n in zip(ends, lengths.tolist(), strict=True)], targets)
+        targets = _distil(usable, student, response, outcome=outcome, group=group, settings=settings, seed=seed)
+    if old is not None:
+        targets = replace(targets, token_weight=targets.token_weight * (student - sampled).exp().clamp(max=settings.ratio_cap))
+    return Batch(usable, [slice(e - n, e) for e, n in zip(ends, lengths.tolist(), strict=True)], targets, student)
 
 
-def _distil(scored: Sequence[Sample], response: Tensor, *, outcome: Tensor, group: Tensor, settings: Algorithm, seed: int) -> Targets:
+def _distil(
+    scored: Sequence[Sample], student: Tensor, response: Tensor, *, outcome: Tensor, group: Tensor, settings: Algorithm, seed: int
+) -> Targets:
     """Balance, calibrate and turn scores into advantages and weights."""
     exopd = settings.objective if isinstance(settings.objective, ExOPD) else None
     targets = opd(
         teacher=torch.tensor([x for s in scored for x in _scored(s.score).logprobs]),
-        student=torch.tensor([x for s in scored for x in s.response.logprobs]),
+        student=student,
         response=response,
         outcome=outcome,
         group=group,
@@ -98,7 +108,7 @@ def _item(batch: Batch, i: int, encoded: Sequence[Encoded], scale: float) -> Ite
     return Item(
         encoded=encoded[sample.group],
         tokens=sample.response.tokens,
-        old=torch.tensor(sample.response.logprobs),
+        old=batch.old[span],
         advantage=batch.targets.advantage[span],
         weight=batch.targets.token_weight[span] * scale,
         likeliest=_likeliest(sample),

@@ -36,15 +36,19 @@ class Checkpoints:
 
     Args:
         folder: shared by all ranks.
-        keep: how many to keep.
+        keep: how many to keep, the newest.
+        best: and how many of the others, those with the best scores.
     """
 
-    def __init__(self, folder: Path, keep: int) -> None:
+    def __init__(self, folder: Path, keep: int, best: int = 0) -> None:
         self.folder = folder
-        self.keep = keep
+        self.keep, self.best = keep, best
 
-    def save(self, trainer: Trainer, step: int, state: dict[str, Any]) -> Path:
+    def save(self, trainer: Trainer, step: int, state: dict[str, Any], score: float | None = None) -> Path:
         """Write everything that step `step + 1` depends on; collective. `state` is the caller's, JSON, the same on all ranks.
+
+        Args:
+            score: by which the best are found, more is better; one without is none of them.
 
         Raises:
             UserError: there is no room for it; says how much it takes. What there was before is as it was.
@@ -59,7 +63,7 @@ class Checkpoints:
         ranks.barrier()
         self._check_room(trainer, torn)
         try:
-            _write(trainer, torn, {"step": step, "ranks": ranks.size, "caller": state})
+            _write(trainer, torn, {"step": step, "ranks": ranks.size, "score": score, "caller": state})
             if ranks.rank == 0:
                 torn.rename(final)
                 _flush(self.folder)
@@ -91,14 +95,25 @@ class Checkpoints:
 
     def latest(self) -> Path | None:
         """The newest checkpoint whose files are all there in full size; None if there is none."""
-        return next((path for path in reversed(self._finished()) if not _problem(path)), None)
+        return next(reversed(self.whole()), None)
+
+    def whole(self) -> list[Path]:
+        """Those whose files are all there in full size, the newest last."""
+        return [path for path in self._finished() if not _problem(path)]
 
     def _finished(self) -> list[Path]:
         return sorted(p for p in self.folder.glob("step-*") if p.is_dir())
 
     def _prune(self) -> None:
-        for old in self._finished()[: -self.keep]:
+        scores = {path: score for path in self._finished()[: -self.keep] if (score := _score(path)) is not None}
+        best = sorted(scores, key=lambda path: scores[path])[len(scores) - self.best :] if self.best else []
+        for old in set(self._finished()[: -self.keep]) - set(best):
             shutil.rmtree(old)
+
+
+def step_of(path: Path) -> int:
+    """How many steps a checkpoint has behind it."""
+    return int(path.name.removeprefix("step-"))
 
 
 def load(trainer: Trainer, path: Path) -> dict[str, Any]:
@@ -119,6 +134,12 @@ def load(trainer: Trainer, path: Path) -> dict[str, Any]:
     _set_random_state(torch.load(path / f"random-{ranks.rank % state['ranks']:05d}.pt", weights_only=True))
     caller: dict[str, Any] = state["caller"]
     return caller
+
+
+def _score(path: Path) -> float | None:
+    """That it was saved with, if any."""
+    score: float | None = json.loads((path / STATE).read_text()).get("score")
+    return score
 
 
 def _write(trainer: Trainer, torn: Path, state: dict[str, Any]) -> None:

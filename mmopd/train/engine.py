@@ -157,9 +157,9 @@ class Trainer:
         """One optimiser step on items whose token weights sum to the loss as it is.
 
         Returns:
-            loss, grad_norm (before clipping), lr, tokens (trained), seconds, mismatch (largest |log pi - old| of a trained token: what
-            trainer and engine disagree by, when nothing was updated in between), clip_fraction (of trained tokens), micro_steps,
-            packing (share of computed tokens that are no padding).
+            loss, grad_norm (before clipping), lr, tokens (trained), seconds, mismatch and mismatch_mean (largest and mean
+            |log pi - old| of a trained token: what trainer and engine disagree by, when nothing was updated in between), clip_fraction (of
+            trained tokens), micro_steps, packing (share of computed tokens that are no padding).
 
         Raises:
             ValueError: no items.
@@ -168,7 +168,7 @@ class Trainer:
         if not items:
             raise ValueError("an update needs at least one response")
         started = time.perf_counter()
-        loss_sum = tokens = clipped = mismatch = used = computed = 0.0
+        loss_sum = tokens = clipped = mismatch = apart = used = computed = 0.0
         share = self._share(items)
         for step, chosen in enumerate(share):
             micro = self._collate(items, chosen).to(self.ranks.device)
@@ -180,10 +180,11 @@ class Trainer:
             loss_sum += float(loss.detach())
             tokens += ratio.numel()
             clipped += int(self._is_clipped(ratio.exp(), micro.advantage[trained]).sum())
+            apart += float(ratio.abs().sum())
             mismatch = max([mismatch, *ratio.abs().amax(0, keepdim=True).tolist()]) if ratio.numel() else mismatch
             used += sum(items[i].length for i in micro.order)
             computed += micro.inputs["input_ids"].numel()
-        loss_sum, tokens, clipped, used, computed = self.ranks.all_sum([loss_sum, tokens, clipped, used, computed])
+        loss_sum, tokens, clipped, apart, used, computed = self.ranks.all_sum([loss_sum, tokens, clipped, apart, used, computed])
         (mismatch,) = self.ranks.all_max([mismatch])
         if not math.isfinite(loss_sum):
             self.engine.optimizer._overflow_clean_up(None)  # what `step` does where a gradient is not finite: drop them all
@@ -198,6 +199,7 @@ class Trainer:
             "lr": rate,
             "tokens": tokens,
             "mismatch": mismatch,
+            "mismatch_mean": apart / max(1.0, tokens),
             "clip_fraction": clipped / max(1.0, tokens),
             "micro_steps": float(len(share)),
             "packing": used / computed,

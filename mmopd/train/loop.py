@@ -8,33 +8,31 @@ import asyncio
 import threading
 import time
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from pathlib import Path
+from statistics import fmean
 
-from mmopd import catalog
 from mmopd.card import model_card
-from mmopd.config import Recipe
+from mmopd.config import Algorithm, Recipe
 from mmopd.errors import UserError
 from mmopd.modality import Encoder
-from mmopd.prompts import difficulty
-from mmopd.prompts.plan import Plan, Rows
-from mmopd.prompts.schedule import Schedule
-from mmopd.prompts.shards import Shards, open_mixture
-from mmopd.prompts.tokens import hash_processor
-from mmopd.records import Absent, Sample
-from mmopd.rollout.collect import seed_of
+from mmopd.records import Absent, Encoded, Outcome, Sample
+from mmopd.rollout.collect import seed_of, version_of
 from mmopd.rollout.sync import FileSync
 from mmopd.run import RunFolder
-from mmopd.train.batch import build_batch, minibatches
+from mmopd.train.aside import Aside
+from mmopd.train.batch import Batch, build_batch, minibatches
 from mmopd.train.checkpoint import Checkpoints, load
 from mmopd.train.distributed import Ranks
 from mmopd.train.engine import Trainer
 from mmopd.train.export import export
 from mmopd.train.guard import Guard
-from mmopd.train.probe import probe, probe_items
+from mmopd.train.handover import Handover
+from mmopd.train.probe import probe_items
+from mmopd.train.recompute import recompute
 from mmopd.train.record import Recorder
 from mmopd.train.rollouts import Rollouts
+from mmopd.train.stream import Stream
 from mmopd.train.watchdog import Watchdog
 
 
@@ -50,98 +48,87 @@ async def train(
 
     Raises:
         UserError: too many responses lack a score, too many updates were skipped, or the run cannot be continued with this data.
-        RuntimeError: engine and trainer disagree after a weight sync.
+        EngineError: the student's engine is gone for good.
+        ProbeError: engine and trainer disagree after a weight sync.
     """
-    encoder, tasks = Encoder(recipe.student.model), catalog.load_tasks()
-    mixture = catalog.load_mixture(recipe.mixture)
-    sources = open_mixture(mixture, tasks, Path.cwd(), hash_processor(recipe.student.model))
-    schedule = Schedule(mixture)
-    plan = make_plan(recipe, sources, schedule, run)
+    encoder = Encoder(recipe.student.model)
+    stream = Stream(recipe, run, encoder)
     trainer = Trainer(recipe.student.model, encoder, recipe.train, recipe.algorithm, ranks)
     trainer.student.register_forward_pre_hook(lambda *_: watchdog.beat())
-    checkpoints = Checkpoints(run.checkpoints, recipe.train.keep_checkpoints)
+    checkpoints = Checkpoints(run.checkpoints, recipe.train.keep_checkpoints, recipe.train.keep_best)
     guard = Guard(run, trainer)
-    done = restore(checkpoints, trainer, plan, schedule, guard=guard, changed=changed)
-    probes = probe_items(list(sources.values()), encoder)
-    writes = ranks.rank == 0
-    link = FileSync(run.read_endpoints()[0]) if writes else None
-    recorder = Recorder(run, recipe, encoder, done) if writes else None
-    async with Rollouts(run, recipe, sources, encoder, ranks) as rollouts:
-        with link or nullcontext(), recorder or nullcontext(), watchdog:
+    done = restore(checkpoints, trainer, stream, guard, changed)
+    ahead = recipe.rollout.async_steps > 0
+    aside = Aside(ranks, watchdog, ahead=ahead)
+    link = FileSync(run.read_endpoints()[0]) if ranks.rank == 0 else None
+    recorder = Recorder(run, recipe, encoder, done) if ranks.rank == 0 else None
+    async with Rollouts(run, recipe, stream.sources, encoder, ranks) as rollouts:
+        handover = Handover(trainer, rollouts.engine, link, probe_items(list(stream.sources.values()), encoder), aside)
+        with link or nullcontext(), recorder or nullcontext(), watchdog, aside:
             watchdog.beat_with(asyncio.get_running_loop())
-            publish(trainer, link, f"step-{done}", everything=True)
-            await probe(trainer, rollouts.engine, probes, recipe.train.probe_tolerance)
-            clock = Clock(watchdog)
+            await handover.publish(version_of(done), everything=True)
+            clock, following = Clock(watchdog), None
+            since: list[Outcome] = []  # the last checkpoint
             for step in range(done, recipe.train.steps):
                 watchdog.beat(f"step {step}")
-                plan.reweight(schedule.weights(step))
-                prompts = plan.read(recipe.rollout.prompts, lambda name, row: encoder.encode(sources[name][row]))
+                last = step + 1 == recipe.train.steps
+                rolling = following or rollouts.begin(step, stream.draw(step))
+                prompts = rolling.prompts
                 with clock("rollout"):
-                    samples, counts = await rollouts.step(step, prompts)
-                    schedule.observe((prompts[s.group].prompt.key.rpartition("/")[0], s.outcome.value) for s in samples)
-                check_same_prompts(plan, ranks)
+                    samples, seconds = await rollouts.finish(rolling, handover)
+                    stream.observe(prompts, samples)
+                since += [sample.outcome for sample in samples]
+                stream.check_same(ranks)
                 check_absent(samples, recipe.train.max_absent, step)
+                state = {"step": step + 1} | stream.state()
+                following = rollouts.begin(step + 1, stream.draw(step + 1)) if ahead and not last else None
                 with clock("update"):
-                    batch = build_batch(samples, recipe.algorithm, seed_of(recipe.seed, step))
-                    batches = minibatches(batch, prompts, recipe.train.minibatches)
-                    updates = guard.update(step, batches)
+                    batch, updates, more = await aside(learn, recipe, trainer, guard, samples, prompts, step=step)
                 with clock("sync"):
-                    publish(trainer, link, f"step-{step + 1}")
-                    gap = await probe(trainer, rollouts.engine, probes, recipe.train.probe_tolerance)
+                    gap = await handover.publish(version_of(step + 1))
+                counts = rollouts.spent()
                 if recorder is not None:
-                    more = clock.metrics() | {"probe": gap, "skipped_updates": float(len(batches) - len(updates))}
-                    more |= scoring(counts) | progress(plan)
+                    more |= {"probe": gap, "rollout_seconds": seconds} | clock.metrics() | scoring(counts) | stream.metrics()
                     recorder.step(step, prompts, samples, batch, updates=updates, more=more)
                 clock = Clock(watchdog)  # a checkpoint counts in the step behind it: its own is on disk before it
-                last, stopping = step + 1 == recipe.train.steps, any(ranks.all_max([stop.is_set()]))
+                stopping = any(ranks.all_max([stop.is_set()]))
                 if (step + 1) % recipe.train.checkpoint_every == 0 or last or stopping:
                     with clock("checkpoint"):
-                        state = {"step": step + 1, "plan": plan.state(), "schedule": schedule.state(), "skipped": guard.state()}
-                        checkpoints.save(trainer, step + 1, state)
+                        score = share_right(since, recipe.algorithm)
+                        checkpoints.save(trainer, step + 1, state | {"skipped": guard.state()}, score)
                         rollouts.kept.clear()
+                        since.clear()
                 if stopping and not last:
                     return
             export(trainer, run.export, model_card(run, recipe))
 
 
-def make_plan(recipe: Recipe, sources: Mapping[str, Shards], schedule: Schedule, run: RunFolder) -> Plan:
-    """The mixture by weight, and inside a source by difficulty where the recipe says so."""
-    measured = difficulty.load(run.difficulty / difficulty.FILE) if recipe.algorithm.difficulty else {}
-    rows = {name: Rows(len(shards), shards.fingerprint, measured[name].weights if measured else None) for name, shards in sources.items()}
-    return Plan(rows, schedule.weights(0), recipe.seed)
-
-
-def restore(checkpoints: Checkpoints, trainer: Trainer, plan: Plan, schedule: Schedule, *, guard: Guard, changed: Collection[str]) -> int:
-    """Steps done: those of the newest whole checkpoint, whose state trainer, plan, schedule and guard take; 0 without one."""
+def restore(checkpoints: Checkpoints, trainer: Trainer, stream: Stream, guard: Guard, changed: Collection[str]) -> int:
+    """Steps done: those of the newest whole checkpoint, whose state trainer, stream and guard take; 0 without one."""
     latest = checkpoints.latest()
     if latest is None:
         return 0
     state = load(trainer, latest)
-    plan.restore(state["plan"], change=changed)
-    schedule.restore(state["schedule"])
+    stream.restore(state, changed)
     guard.restore(state["skipped"])
     return int(state["step"])
 
 
-def publish(trainer: Trainer, link: FileSync | None, version: str, *, everything: bool = False) -> None:
-    """Give the engine the weights that updates change, or, the first time, everything. All ranks gather; the one with a link sends."""
-    partial = trainer.keeps_some and not everything
-    weights = trainer.named_weights(trained=partial)
-    if link is not None:
-        link.send(weights, version, partial=partial)
-    else:
-        for _ in weights:
-            pass
+def learn(
+    recipe: Recipe, trainer: Trainer, guard: Guard, samples: Sequence[Sample], prompts: Sequence[Encoded], *, step: int
+) -> tuple[Batch, list[dict[str, float]], dict[str, float]]:
+    """Balance, calibrate, update. What the samples became, what each optimiser step returned, and metrics beside these."""
+    old, seen = recompute(trainer, samples, prompts) if recipe.recomputes else (None, {})
+    batch = build_batch(samples, recipe.algorithm, seed_of(recipe.seed, step), old)
+    batches = minibatches(batch, prompts, recipe.train.minibatches)
+    updates = guard.update(step, batches)
+    return batch, updates, seen | {"skipped_updates": float(len(batches) - len(updates))}
 
 
-def check_same_prompts(plan: Plan, ranks: Ranks) -> None:
-    """All ranks have drawn the same rows.
-
-    Raises:
-        UserError: a row could be read on one rank and not on another.
-    """
-    if len(set(ranks.gather_objects(sum(plan.replaced.values())))) > 1:
-        raise UserError("a row could be read on one rank and not on another: all ranks must see the same shards, whole")
+def share_right(outcomes: Sequence[Outcome], settings: Algorithm) -> float | None:
+    """Of the student's own responses, by which checkpoints are told apart; None where there is none, or none is known."""
+    known = [outcome.value >= settings.outcome_threshold for outcome in outcomes if outcome.known]
+    return fmean(known) if known and settings.objective.kind != "sft" else None
 
 
 def check_absent(samples: Sequence[Sample], limit: float, step: int) -> None:
@@ -163,14 +150,6 @@ def scoring(counts: Counter[str]) -> dict[str, float]:
     """What the scores of a step cost, as metrics: requests, those that failed by cause, those that were hedged or not needed."""
     always = {f"scoring/{name}": float(counts[name]) for name in ("requests", "reused", "hedged")}
     return always | {f"scoring/{name}": float(n) for name, n in sorted(counts.items()) if name.startswith("failed/")}
-
-
-def progress(plan: Plan) -> dict[str, float]:
-    """How often each source has been gone through, and how many of its rows could not be used, as metrics."""
-    bad = Counter[str]()
-    for (name, _), rows in plan.replaced.items():
-        bad[name] += rows
-    return {f"epoch/{name}": times for name, times in plan.epochs().items()} | {f"replaced/{name}": float(n) for name, n in bad.items()}
 
 
 class Clock:

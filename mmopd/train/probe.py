@@ -2,10 +2,11 @@
 
 from collections.abc import Sequence
 
+from torch import Tensor
+
 from mmopd.modality import Encoder
 from mmopd.prompts.shards import Shards
 from mmopd.rollout.engine import StudentEngine
-from mmopd.train.engine import Trainer
 from mmopd.train.pack import Item
 
 
@@ -20,17 +21,24 @@ def probe_items(sources: Sequence[Shards], encoder: Encoder) -> list[Item]:
     return items
 
 
-async def probe(trainer: Trainer, engine: StudentEngine, items: Sequence[Item], tolerance: float) -> float:
-    """Largest |log-prob of the trainer - log-prob of the engine| over the items' tokens. All ranks call it; all ask.
+class ProbeError(RuntimeError):
+    """Engine and trainer disagree: the engine must not be sampled from."""
+
+
+async def probe(ours: Sequence[Tensor], engine: StudentEngine, items: Sequence[Item], tolerance: float) -> float:
+    """Largest |log-prob of the trainer - log-prob of the engine| over the items' tokens.
+
+    Args:
+        ours: log-probs [T] of each item, by the trainer.
 
     Raises:
-        RuntimeError: it exceeds `tolerance`: the engine does not have the trainer's weights, or computes something else.
+        EngineError: the engine does not answer.
+        ProbeError: it exceeds `tolerance`: the engine does not have the trainer's weights, or computes something else.
     """
-    ours = trainer.logprobs(items)
     theirs = [await engine.logprobs(item.encoded, item.tokens) for item in items]
     worst: float = max(abs(a - b) for mine, its in zip(ours, theirs, strict=True) for a, b in zip(mine.tolist(), its, strict=True))
     if not worst <= tolerance:
-        raise RuntimeError(
+        raise ProbeError(
             f"after the weight sync, engine and trainer differ by {worst:.2e} in the log-prob of a token, and train.probe_tolerance is "
             f"{tolerance:.0e}: the engine does not hold the trainer's weights, or the two compute in different precision"
         )

@@ -13,6 +13,7 @@ from mmopd.modality import Encoder
 from mmopd.records import Absent, Encoded, Sample, Score
 from mmopd.report.heatmap import as_json, token_row
 from mmopd.report.metrics import JsonLines, MetricsWriter
+from mmopd.rollout.collect import step_of
 from mmopd.run import RunFolder
 from mmopd.train.batch import Batch, visual_advantage
 
@@ -63,12 +64,14 @@ class Recorder:
         """
         metrics = outcomes(prompts, samples, self._threshold) | visual(prompts, samples) | divergence(prompts, batch)
         metrics |= calibration(batch.targets.diagnostics)
-        metrics |= {f"share/{name}": metrics[name] / len(samples) for name in WHERE if name in metrics} | dict(more)
+        metrics |= {f"share/{name}": metrics[name] / len(samples) for name in WHERE if name in metrics}
         if self._on_policy:
-            metrics |= entropy(samples)
+            metrics |= entropy(samples) | {"staleness": staleness(samples, step)}
         if updates:
             metrics |= {name: fmean(u[name] for u in updates) for name in ("loss", "grad_norm", "lr", "clip_fraction", "packing")}
-            metrics |= {"mismatch": updates[0]["mismatch"], "trained_tokens": sum(u["tokens"] for u in updates)}
+            metrics |= {name: updates[0][name] for name in ("mismatch", "mismatch_mean")}
+            metrics["trained_tokens"] = sum(u["tokens"] for u in updates)
+        metrics |= more
         metrics["memory/rank0"] = psutil.Process().memory_info().rss / 2**30
         self._metrics.write(step, metrics)
         if step in self._shown_at and batch.targets.log_ratio is not None:
@@ -112,6 +115,14 @@ def entropy(samples: Sequence[Sample]) -> dict[str, float]:
     """What the student's own log-probs of what it sampled tell of its entropy: no distribution is ever whole here."""
     tokens = sum(len(sample.response.tokens) for sample in samples)
     return {"entropy_estimate": -sum(sum(sample.response.logprobs) for sample in samples) / tokens} if tokens else {}
+
+
+def staleness(samples: Sequence[Sample], step: int) -> float:
+    """Mean age of the tokens: by how many updates the weights that sampled them are older than those that learn from them."""
+    ages = Counter[str]()
+    for sample in samples:
+        ages[sample.response.version] += len(sample.response.tokens)
+    return sum(tokens * (step - step_of(version)) for version, tokens in ages.items()) / max(1, ages.total())
 
 
 def divergence(prompts: Sequence[Encoded], batch: Batch) -> dict[str, float]:

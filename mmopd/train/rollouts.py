@@ -1,8 +1,11 @@
 """Where the samples of a step come from: the student's rollouts, scored and verified; for SFT the answers that its teachers gave."""
 
+import asyncio
+import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import AsyncExitStack
+from dataclasses import dataclass
 from itertools import chain
 from types import TracebackType
 from typing import Self
@@ -13,8 +16,8 @@ from mmopd.modality import Encoder
 from mmopd.prompts.shards import Shards
 from mmopd.records import Encoded, Sample
 from mmopd.rollout.answers import Library
-from mmopd.rollout.collect import collect
-from mmopd.rollout.engine import StudentEngine
+from mmopd.rollout.collect import collect, version_of
+from mmopd.rollout.engine import EngineError, StudentEngine
 from mmopd.run import RunFolder
 from mmopd.task.base import Task
 from mmopd.task.pool import VerifierPool
@@ -22,6 +25,7 @@ from mmopd.teacher.cache import ScoreCache
 from mmopd.teacher.client import Scorer
 from mmopd.teacher.router import load_teachers, references
 from mmopd.train.distributed import Ranks
+from mmopd.train.handover import Handover
 
 
 class Rollouts:
@@ -44,6 +48,8 @@ class Rollouts:
         self.kept = ScoreCache(run.scores, ranks.rank)
         self._library = Library(recipe, sources, encoder) if objective.kind == "sft" else None
         self._scorers: dict[str, Scorer] = {}
+        self._counted = Counter[str]()
+        self._rolling: Rolling | None = None
         if objective.kind not in {"grpo", "sft"}:
             top_k = objective.top_k if isinstance(objective, Dense) else 0
             self._scorers["scorer"] = Scorer(fleet, tasks, teachers, encoder, top_k=top_k, kept=self.kept)
@@ -61,19 +67,67 @@ class Rollouts:
         return self
 
     async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if self._rolling is not None:
+            await self._rolling.cancel()
         await self._stack.aclose()
 
-    async def step(self, step: int, prompts: Sequence[Encoded]) -> tuple[list[Sample], Counter[str]]:
-        """The samples in order of their groups, the same list on all ranks and however many there are; and what scoring them took."""
-        share, spent = list(enumerate(prompts))[self._ranks.rank :: self._ranks.size], self._counts()
-        if self._library is not None:
-            mine = [sample for number, encoded in share for sample in self._library.samples(number, encoded, step)]
-        else:
-            mine = await collect(share, recipe=self._recipe, step=step, engine=self.engine, verifiers=self._verifiers, **self._scorers)
-        parts = self._ranks.gather_objects((mine, self._counts() - spent))
-        samples = sorted(chain.from_iterable(samples for samples, _ in parts), key=lambda sample: sample.group)
-        return samples, sum((counts for _, counts in parts), Counter[str]())
+    def begin(self, step: int, prompts: Sequence[Encoded]) -> "Rolling":
+        """Start the rollouts of a step: this rank's share of its groups."""
+        share = list(enumerate(prompts))[self._ranks.rank :: self._ranks.size]
+        self._rolling = Rolling(step, prompts, asyncio.create_task(self._roll(step, share)))
+        return self._rolling
 
-    def _counts(self) -> Counter[str]:
-        """What the scorers have counted so far, together."""
-        return sum((scorer.counts for scorer in self._scorers.values()), Counter[str]())
+    async def finish(self, rolling: "Rolling", handover: Handover) -> tuple[list[Sample], float]:
+        """The samples in order of their groups, the same list on all ranks and however many there are; and the seconds it took. Collective.
+
+        Where the engine was lost, it gets its weights anew, and the step is rolled out once more, from the same seeds.
+
+        Raises:
+            EngineError: the engine is gone for good, or does not answer as it should.
+        """
+        version = version_of(rolling.step)
+        while any(self._ranks.all_max([(error := await rolling.failure()) is not None])):
+            await rolling.cancel()
+            await handover.wait_for_engine(version, error)
+            await handover.publish(version, everything=True)
+            rolling = self.begin(rolling.step, rolling.prompts)
+        parts = self._ranks.gather_objects(rolling.task.result())
+        samples = sorted(chain.from_iterable(samples for samples, _ in parts), key=lambda sample: sample.group)
+        return samples, max(seconds for _, seconds in parts)
+
+    def spent(self) -> Counter[str]:
+        """What the scorers have counted since the last call, on all ranks together. Collective."""
+        now = sum((scorer.counts for scorer in self._scorers.values()), Counter[str]())
+        since, self._counted = now - self._counted, now
+        return sum(self._ranks.gather_objects(since), Counter[str]())
+
+    async def _roll(self, step: int, share: Sequence[tuple[int, Encoded]]) -> tuple[list[Sample], float]:
+        """Samples, and seconds."""
+        begin = time.perf_counter()
+        if self._library is not None:
+            samples = [sample for number, encoded in share for sample in self._library.samples(number, encoded, step)]
+        else:
+            samples = await collect(share, recipe=self._recipe, step=step, engine=self.engine, verifiers=self._verifiers, **self._scorers)
+        return samples, time.perf_counter() - begin
+
+
+@dataclass(frozen=True, slots=True)
+class Rolling:
+    """The rollouts of a step, on their way."""
+
+    step: int
+    prompts: Sequence[Encoded]  # by group
+    task: asyncio.Task[tuple[list[Sample], float]]
+
+    async def failure(self) -> EngineError | None:
+        """Wait for the end; the error, if the engine is the reason."""
+        try:
+            await self.task
+        except EngineError as error:
+            return error
+        return None
+
+    async def cancel(self) -> None:
+        """End it, and whatever it has asked for."""
+        self.task.cancel()
+        await asyncio.gather(self.task, return_exceptions=True)

@@ -18,6 +18,7 @@ from types import FrameType, TracebackType
 from typing import Self
 
 HUNG, WAITED = 124, 123  # exit statuses: no progress, as timeout(1) has it; and another rank did not come
+TRAINER = "trainer"  # name of the thread that computes while rollouts run ahead
 LATER = 1.1  # of train.timeout, for the watchdog
 
 
@@ -28,6 +29,7 @@ class Watchdog:
         self._rank, self._limit = rank, LATER * timeout
         self._last = time.monotonic()
         self._over = threading.Event()
+        self._loop_counts = True
         self.where = "start"  # what the rank does now, for messages
 
     def __enter__(self) -> Self:
@@ -49,9 +51,19 @@ class Watchdog:
 
     def beat_with(self, loop: asyncio.AbstractEventLoop) -> None:
         """Beat as long as an event loop turns: what it waits for, such as a server, has limits of its own."""
-        self.beat()
+        if self._loop_counts:
+            self.beat()
         if not self._over.is_set():
             loop.call_later(self._limit / 20, self.beat_with, loop)
+
+    @contextmanager
+    def without_loop(self) -> Iterator[None]:
+        """While the block lasts, an event loop that turns is no progress: the trainer computes in another thread."""
+        self._loop_counts = False
+        try:
+            yield
+        finally:
+            self._loop_counts = True
 
     def _watch(self) -> None:
         while not self._over.wait(self._limit / 20):
@@ -59,8 +71,9 @@ class Watchdog:
             if silent > self._limit:
                 faulthandler.dump_traceback(sys.stderr, all_threads=True)
                 print(f"error: rank {self._rank} has made no progress for {silent:.0f} s, at {self.where}; it was here:", file=sys.stderr)
-                main = sys._current_frames()[threading.main_thread().ident or 0]
-                print("".join(_stack(main)), file=sys.stderr, flush=True)
+                aside = [t for t in threading.enumerate() if t.name.startswith(TRAINER)] if not self._loop_counts else []
+                busy = (aside or [threading.main_thread()])[0]
+                print("".join(_stack(sys._current_frames()[busy.ident or 0])), file=sys.stderr, flush=True)
                 os._exit(HUNG)
 
 

@@ -1,0 +1,88 @@
+"""Training processes seen from outside: start them, notice which one has failed and why, read what they have come to."""
+
+import json
+import math
+import os
+import signal
+import socket
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from mmopd.errors import UserError
+from mmopd.processes import Child, Children
+from mmopd.teacher.serve import HOST
+from mmopd.train.distributed import free_port
+from mmopd.train.watchdog import HUNG, LATER, WAITED
+
+COUNTS = {"kept": "kept", "masked": "masked", "absent": "failed"}  # of responses, in the line of a step
+
+
+def check_ranks(running: Sequence[Child], timeout: float, *, stopping: bool) -> None:
+    """No rank has failed.
+
+    Args:
+        timeout: of the recipe; where a rank has waited for so long, the one that it has waited for is looked for.
+        stopping: they have been asked to; one that was not ready to listen yet is not to blame.
+
+    Raises:
+        UserError: one has; names the one that is to blame, with the last lines of its log.
+    """
+    fine = {None, 0, 128 + signal.SIGTERM} if stopping else {None, 0}
+    if all(rank.returncode in fine for rank in running):
+        return
+    time.sleep(1.0)  # a rank that ends takes others with it, and they may be quicker
+    failed = [rank for rank in running if rank.returncode not in fine]
+    if {rank.returncode for rank in failed} == {WAITED}:
+        end = time.monotonic() + 2 * (LATER - 1) * timeout  # in which its own watchdog ends a rank that hangs
+        while time.monotonic() < end and not any(rank.returncode == HUNG for rank in running):
+            time.sleep(0.1)
+        failed = [rank for rank in running if rank.returncode == HUNG or rank.alive] or failed
+    blamed = max(failed, key=lambda rank: (rank.returncode in {2, HUNG}, rank.returncode or 0))  # it knows why; or a signal ended it
+    ended = f"ended with status {blamed.returncode}" if not blamed.alive else f"has not answered for train.timeout = {timeout:.0f} s"
+    raise UserError(f"{blamed.name} {ended}; the last lines of {blamed.log}:\n{blamed.tail()}")
+
+
+def start_ranks(
+    what: Sequence[str], ranks: int, logs: Path, children: Children, *, name: str = "rank", launcher: Sequence[str] = (), host: str = HOST
+) -> list[Child]:
+    """The processes of a module, all on this machine; or the one launcher that starts them, wherever it likes.
+
+    Args:
+        what: the module and its arguments.
+        ranks: how many, on this machine.
+        name: of a process and its log, before its number.
+        launcher: a command that starts them.
+        host: the address that servers listen on.
+    """
+    env = {"MASTER_PORT": str(free_port()), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
+    if launcher:
+        env["MASTER_ADDR"] = HOST if host == HOST else socket.gethostname()  # srun passes it on; others set their own
+        return [children.start("launcher", [*launcher, *what], logs / "ranks.log", env)]
+    env |= {"MASTER_ADDR": HOST, "WORLD_SIZE": str(ranks)}
+    return [
+        children.start(f"{name}{n}", [sys.executable, "-m", *what], logs / f"{name}{n}.log", env | {"RANK": str(n), "LOCAL_RANK": str(n)})
+        for n in range(ranks)
+    ]
+
+
+def last_metrics(path: Path) -> dict[str, Any] | None:
+    """The last whole line of a metrics file; None while there is none."""
+    try:
+        with path.open("rb") as file:
+            file.seek(max(0, file.seek(0, os.SEEK_END) - 65536))
+            whole, newline, _ = file.read().rpartition(b"\n")
+    except FileNotFoundError:
+        return None
+    last: dict[str, Any] | None = json.loads(whole.rpartition(b"\n")[2]) if newline else None
+    return last
+
+
+def one_line(metrics: Mapping[str, Any]) -> str:
+    """What a person wants to see of a step while it runs."""
+    accuracy = "  ".join(f"{key.removeprefix('accuracy/')} {value:.2f}" for key, value in metrics.items() if key.startswith("accuracy/"))
+    counts = "  ".join(f"{what} {metrics[key]:.0f}" for key, what in COUNTS.items() if key in metrics)
+    learnt = f"return {metrics['return']:+.3f}" if "return" in metrics else f"loss {metrics.get('loss', math.nan):.3f}"
+    return f"{metrics['seconds']:.1f} s/step  {learnt}  right: {accuracy}  {counts}"

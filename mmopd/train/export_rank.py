@@ -1,0 +1,35 @@
+"""One rank of `mmopd export`: `python -m mmopd.train.export_rank RUN CHECKPOINT OUT`, in the environment of a training rank."""
+
+import sys
+from pathlib import Path
+
+from mmopd.card import model_card
+from mmopd.errors import UserError
+from mmopd.modality import Encoder
+from mmopd.run import RunFolder
+from mmopd.train import distributed
+from mmopd.train.checkpoint import load, step_of
+from mmopd.train.engine import Trainer
+from mmopd.train.export import export
+
+
+def main() -> int:
+    """Load and write; a UserError ends with its message and status 2."""
+    folder, checkpoint, out = map(Path, sys.argv[1:])
+    run = RunFolder(folder)
+    recipe = run.recipe()
+    ranks = distributed.start(recipe.train.timeout)
+    try:
+        trainer = Trainer(recipe.student.model, Encoder(recipe.student.model), recipe.train, recipe.algorithm, ranks)
+        load(trainer, checkpoint)
+        export(trainer, out, model_card(run, recipe, step_of(checkpoint)))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    finally:
+        distributed.stop()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,104 @@
+"""Gives the engine the trainer's weights, proves by a probe that it has them, and starts over with an engine that was lost on the way.
+
+An engine that dies is started again by its supervisor, with the weights of its folder and no version. It is waited for, and gets everything
+once more. What it has sampled by then is told by its version, and refused (`rollout.collect`).
+"""
+
+import asyncio
+import time
+from collections.abc import Sequence
+
+from mmopd.rollout.engine import EngineError, StudentEngine
+from mmopd.rollout.sync import FRESH, FileSync, SyncError
+from mmopd.train.aside import Aside
+from mmopd.train.engine import Trainer
+from mmopd.train.pack import Item
+from mmopd.train.probe import ProbeError, probe
+
+RECOVERIES = 3  # for one version; an engine that dies more often does not die by chance
+LOOK_EVERY = 0.5  # seconds between two looks whether it is back
+
+
+class Handover:
+    """The weights on their way from the trainer to the student's engine. All methods are collective.
+
+    Args:
+        link: to the engine; on one rank, None on the others.
+        probes: what trainer and engine both score after each handover.
+        aside: where the trainer computes.
+    """
+
+    def __init__(self, trainer: Trainer, engine: StudentEngine, link: FileSync | None, probes: Sequence[Item], aside: Aside) -> None:
+        self._trainer, self._engine, self._link, self._probes, self._aside = trainer, engine, link, probes, aside
+        self._recoveries = (0, "")  # how many, of which version
+
+    async def publish(self, version: str, *, everything: bool = False) -> float:
+        """Give the engine the weights that updates change, or everything; the largest difference that the probe has found, in nats.
+
+        Raises:
+            EngineError: the engine does not take the weights, or was lost more than RECOVERIES times.
+            ProbeError: engine and trainer disagree.
+        """
+        while True:
+            error: Exception | None = await self._aside(publish, self._trainer, self._link, version, everything=everything)
+            gap = 0.0
+            if not self._anybody(error):
+                ours = await self._aside(self._trainer.logprobs, self._probes)
+                try:
+                    gap = await probe(ours, self._engine, self._probes, self._trainer.settings.probe_tolerance)
+                except (EngineError, ProbeError) as fault:
+                    error = fault
+                if not self._anybody(error):
+                    return gap
+            await self.wait_for_engine(version, error)
+            everything = True
+
+    async def wait_for_engine(self, version: str, error: Exception | None) -> None:
+        """Go on once an engine that was lost has been started again; it has the weights of its folder then.
+
+        Args:
+            version: that it is to have.
+            error: by which this rank has noticed; None if others have.
+
+        Raises:
+            EngineError, ProbeError: it is the engine that we know, so that it has a fault; or it does not come back, or not for long.
+        """
+        ranks, until = self._trainer.ranks, time.monotonic() + self._trainer.settings.timeout
+        said = next(text for text in ranks.gather_objects(str(error) if error else "") if text)
+        self._recoveries = (self._recoveries[0] + 1 if self._recoveries[1] == version else 1, version)
+        if self._recoveries[0] > RECOVERIES:
+            raise EngineError(f"{said}\nthe engine was lost {self._recoveries[0]} times on the way to {version}")
+        while True:
+            found = ranks.gather_objects(self._look())[0]
+            if found == FRESH:
+                return
+            if found:
+                raise error or EngineError(said)
+            if any(ranks.all_max([time.monotonic() > until])):
+                raise EngineError(f"{said}\nthe engine has not come back within train.timeout = {self._trainer.settings.timeout} s")
+            await asyncio.sleep(LOOK_EVERY)
+
+    def _look(self) -> str:
+        """The version of the engine that answers now; none, or another rank's business: ""."""
+        try:
+            return (self._link.version() or "") if self._link else ""
+        except SyncError:
+            return ""
+
+    def _anybody(self, error: Exception | None) -> bool:
+        """Whether any rank has an error."""
+        return any(self._trainer.ranks.all_max([error is not None]))
+
+
+def publish(trainer: Trainer, link: FileSync | None, version: str, *, everything: bool = False) -> SyncError | None:
+    """All ranks gather the weights, and the one with a link sends them; what went wrong, on that one."""
+    partial, error = trainer.keeps_some and not everything, None
+    weights = trainer.named_weights(trained=partial)
+    if link is not None:
+        try:
+            link.send(weights, version, partial=partial)
+        except SyncError as fault:
+            error = fault
+    for _ in weights:  # whoever does not send, or not to the end, gathers with the others
+        pass
+    return error

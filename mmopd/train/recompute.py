@@ -1,0 +1,22 @@
+"""The log-probs of a batch by the trainer itself, in the place of those of the engine that sampled it: `train.old_logprobs: recompute`."""
+
+from collections.abc import Sequence
+
+import torch
+
+from mmopd.records import Encoded, Sample
+from mmopd.train.engine import Trainer
+from mmopd.train.pack import Item
+
+Old = list[torch.Tensor]  # [T] of each sample
+
+
+def recompute(trainer: Trainer, samples: Sequence[Sample], prompts: Sequence[Encoded]) -> tuple[Old, dict[str, float]]:
+    """log pi_theta [T] of each sample's tokens, before the update, and by how much the engine's differ. Collective.
+
+    Returns:
+        the log-probs, and as metrics: mismatch and mismatch_mean, the largest and the mean |trainer - engine| of a token, in nats.
+    """
+    old = trainer.logprobs([Item.to_score(prompts[s.group], s.response.tokens) for s in samples])
+    gaps = (torch.cat(old) - torch.tensor([x for s in samples for x in s.response.logprobs])).abs()
+    return old, {"mismatch": float(gaps.max()), "mismatch_mean": float(gaps.mean())} if gaps.numel() else {}
