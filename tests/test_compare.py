@@ -118,7 +118,7 @@ def test_every_variant_of_the_shipped_comparison_is_a_recipe_with_the_same_respo
     tasks = catalog.load_tasks()
     for run in compare.plan_runs(comparison, Path("out")).values():
         recipe = catalog.load_recipe(comparison.recipe, overrides=[f"{key}={json.dumps(value)}" for key, value in run.settings.items()])
-        assert (recipe.train.steps, recipe.rollout.prompts * recipe.rollout.group) == (40, 256)
+        assert (recipe.train.steps, recipe.rollout.prompts * recipe.rollout.group) == (20, 256)
         assert recipe.fleet is not None
         kinds = [(source.task, tasks[source.task].modality) for source in catalog.load_mixture(recipe.mixture).sources.values()]
         check_routes(catalog.load_fleet(recipe.fleet), tasks, kinds)
