@@ -8,6 +8,7 @@ ends, no other user can read them, and the size of /dev/shm does not matter. The
 
 import os
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from types import TracebackType
 from typing import Any, Self
 
@@ -65,7 +66,7 @@ class FileSync:
             self._initialised = True
         self._post("pause?mode=wait")
         self._post("start_weight_update")
-        for bucket in _buckets(weights, self._bucket_bytes):
+        for bucket in buckets(weights, self._bucket_bytes):
             self._update(bucket, partial)
         self._post("finish_weight_update", {"weight_version": version})
         self._post("resume")
@@ -79,10 +80,8 @@ class FileSync:
         return version
 
     def _update(self, bucket: dict[str, torch.Tensor], partial: bool) -> None:
-        with os.fdopen(os.memfd_create("mmopd-weights"), "wb") as file:
-            file.write(save(bucket))
-            file.flush()
-            self._post("update_weights", {"update_info": {"path": f"/proc/{os.getpid()}/fd/{file.fileno()}", "partial": partial}})
+        with memory_file(bucket) as path:
+            self._post("update_weights", {"update_info": {"path": path, "partial": partial}})
 
     def _post(self, path: str, body: dict[str, Any] | None = None) -> None:
         self._call("POST", path, body)
@@ -97,7 +96,16 @@ class FileSync:
         return answer
 
 
-def _buckets(weights: Iterable[tuple[str, torch.Tensor]], limit: int) -> Iterator[dict[str, torch.Tensor]]:
+@contextmanager
+def memory_file(bucket: dict[str, torch.Tensor]) -> Iterator[str]:
+    """A path by which other processes of this user read the tensors from memory, as a safetensors file, while the block lasts."""
+    with os.fdopen(os.memfd_create("mmopd-weights"), "wb") as file:
+        file.write(save(bucket))
+        file.flush()
+        yield f"/proc/{os.getpid()}/fd/{file.fileno()}"
+
+
+def buckets(weights: Iterable[tuple[str, torch.Tensor]], limit: int) -> Iterator[dict[str, torch.Tensor]]:
     """Copies of the tensors in CPU memory, grouped up to `limit` bytes."""
     bucket: dict[str, torch.Tensor] = {}
     size = 0
