@@ -6,19 +6,21 @@ Buckets are anonymous files (memfd) that the server opens by /proc/PID/fd: nothi
 ends, no other user can read them, and the size of /dev/shm does not matter. The server side is `mmopd.rollout.vllm_plugin`.
 """
 
+import json
+import mmap
 import os
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from types import TracebackType
 from typing import Any, Self
 
 import httpx
 import torch
-from safetensors.torch import save
 
 from mmopd.teacher.endpoint import Endpoint
 
 BUCKET_BYTES = 256 << 20
+HEADER = 1 << 20  # bytes of a file before its tensors
+DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 FRESH = "default"  # what vLLM calls the weights of the folder that it was started with
 
 
@@ -66,8 +68,8 @@ class FileSync:
             self._initialised = True
         self._post("pause?mode=wait")
         self._post("start_weight_update")
-        for bucket in buckets(weights, self._bucket_bytes):
-            self._update(bucket, partial)
+        for path in memory_files(weights, self._bucket_bytes):
+            self._post("update_weights", {"update_info": {"path": path, "partial": partial}})
         self._post("finish_weight_update", {"weight_version": version})
         self._post("resume")
         reported = self.version()
@@ -78,10 +80,6 @@ class FileSync:
         """The version of the weights that the engine holds."""
         version: str | None = self._call("GET", "weight_info").json()["weight_version"]
         return version
-
-    def _update(self, bucket: dict[str, torch.Tensor], partial: bool) -> None:
-        with memory_file(bucket) as path:
-            self._post("update_weights", {"update_info": {"path": path, "partial": partial}})
 
     def _post(self, path: str, body: dict[str, Any] | None = None) -> None:
         self._call("POST", path, body)
@@ -96,24 +94,64 @@ class FileSync:
         return answer
 
 
-@contextmanager
-def memory_file(bucket: dict[str, torch.Tensor]) -> Iterator[str]:
-    """A path by which other processes of this user read the tensors from memory, as a safetensors file, while the block lasts."""
-    with os.fdopen(os.memfd_create("mmopd-weights"), "wb") as file:
-        file.write(save(bucket))
-        file.flush()
-        yield f"/proc/{os.getpid()}/fd/{file.fileno()}"
+class MemoryFile:
+    """A safetensors file in memory, which other processes of this user read by its `path` while it is open.
+
+    A tensor is copied once, from wherever it is to its place in the file. What the file says of its tensors has HEADER bytes before
+    them, filled up with blanks, as the format allows.
+
+    Args:
+        room: bytes of tensors that fit; memory is taken as they come.
+    """
+
+    def __init__(self, room: int) -> None:
+        self._file = os.memfd_create("mmopd-weights")
+        os.ftruncate(self._file, HEADER + room)
+        self._map = mmap.mmap(self._file, HEADER + room)
+        self._room, self._used = room, 0
+        self._header: dict[str, Any] = {}
+        self.path = f"/proc/{os.getpid()}/fd/{self._file}"
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._map.close()
+        os.close(self._file)
+
+    def __len__(self) -> int:
+        return len(self._header)
+
+    def has_room(self, tensor: torch.Tensor) -> bool:
+        """Whether it fits; one that is larger than any room is alone."""
+        return self._used + tensor.nbytes <= self._room
+
+    def add(self, name: str, tensor: torch.Tensor) -> None:
+        """Copy a tensor that fits."""
+        end = self._used + tensor.nbytes
+        if tensor.numel():
+            place = torch.frombuffer(self._map, dtype=tensor.dtype, count=tensor.numel(), offset=HEADER + self._used)
+            place.view(tensor.shape).copy_(tensor.detach())
+        self._header[name] = {"dtype": DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [self._used, end]}
+        self._used = end
+
+    def finish(self) -> str:
+        """Make it whole; its path."""
+        header = json.dumps(self._header).encode()
+        if len(header) > HEADER - 8:
+            raise ValueError(f"{len(self._header)} tensors in one file: their names take {len(header)} bytes of {HEADER}")
+        self._map[:HEADER] = (HEADER - 8).to_bytes(8, "little") + header.ljust(HEADER - 8)
+        os.ftruncate(self._file, HEADER + self._used)
+        return self.path
 
 
-def buckets(weights: Iterable[tuple[str, torch.Tensor]], limit: int) -> Iterator[dict[str, torch.Tensor]]:
-    """Copies of the tensors in CPU memory, grouped up to `limit` bytes."""
-    bucket: dict[str, torch.Tensor] = {}
-    size = 0
-    for name, tensor in weights:
-        if bucket and size + tensor.nbytes > limit:
-            yield bucket
-            bucket, size = {}, 0
-        bucket[name] = torch.empty(tensor.shape, dtype=tensor.dtype).copy_(tensor.detach())
-        size += tensor.nbytes
-    if bucket:
-        yield bucket
+def memory_files(weights: Iterable[tuple[str, torch.Tensor]], room: int) -> Iterator[str]:
+    """Paths of files in memory that hold the tensors, one after the other; a path is good until the next one is asked for."""
+    weights = iter(weights)
+    following = next(weights, None)
+    while following is not None:
+        with MemoryFile(max(room, following[1].nbytes)) as file:
+            while following is not None and file.has_room(following[1]):
+                file.add(*following)
+                following = next(weights, None)
+            yield file.finish()
