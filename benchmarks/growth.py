@@ -8,7 +8,6 @@
 
 import argparse
 import os
-import resource
 import subprocess
 import sys
 import tempfile
@@ -19,6 +18,7 @@ os.environ |= {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
 
 import numpy as np
 import torch
+from peak import peak_mib
 from rich.console import Console
 from rich.table import Table
 
@@ -57,19 +57,20 @@ def seconds(trainer: Trainer, some: list[Item]) -> float:
     return median(trainer.update(some)["seconds"] for _ in range(TIMES))
 
 
-def peak(vocabulary: int, plain: bool) -> float:
+def peak_of(vocabulary: int, plain: bool) -> float:
     """MiB, of this process."""
     head = LogprobHead(256, vocabulary, bias=False)
     hidden, targets = torch.randn(1024, 256, requires_grad=True), torch.randint(vocabulary, (1024,))
     head(hidden[:8], targets[:8]).sum().backward()  # gradients exist from here on
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    logprobs = head(hidden).log_softmax(-1).gather(1, targets[:, None]) if plain else head(hidden, targets)
-    logprobs.sum().backward()
-    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+    mib: list[float] = []
+    with peak_mib(mib):
+        logprobs = head(hidden).log_softmax(-1).gather(1, targets[:, None]) if plain else head(hidden, targets)
+        logprobs.sum().backward()
+    return mib[0]
 
 
 def apart(vocabulary: int, way: str) -> float:
-    """`peak` in another process."""
+    """`peak_of` in another process."""
     command = [sys.executable, __file__, "--peak", str(vocabulary), way]
     return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])
 
@@ -79,7 +80,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--peak", nargs=2, help=argparse.SUPPRESS)
     if (one := parser.parse_args().peak) is not None:
-        print(peak(int(one[0]), one[1] == "plain"))
+        print(peak_of(int(one[0]), one[1] == "plain"))
         return
     table = Table(title="Growth: python benchmarks/growth.py", title_justify="left")
     for column in ("", "from", "to", "values", "exponent"):

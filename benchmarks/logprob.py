@@ -8,7 +8,6 @@ own; memory is the peak above what the inputs and their gradients take. The last
 import argparse
 import json
 import os
-import resource
 import subprocess
 import sys
 import time
@@ -17,6 +16,7 @@ from collections.abc import Callable
 os.environ["OMP_NUM_THREADS"] = "1"
 
 import torch
+from peak import peak_mib
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
@@ -67,12 +67,14 @@ def one(way: str) -> dict[str, float]:
     targets = torch.randint(V, (TOKENS,))
     warm = FUNCTIONS[way](hidden[:8], head, targets[:8])
     warm.sum().backward()  # gradients of head and hidden exist from here on
-    before, begin = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.perf_counter()
-    logprobs = FUNCTIONS[way](hidden, head, targets)
-    (logprobs * torch.linspace(-1, 1, TOKENS)).sum().backward()
-    seconds, peak = time.perf_counter() - begin, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    mib: list[float] = []
+    with peak_mib(mib):
+        begin = time.perf_counter()
+        logprobs = FUNCTIONS[way](hidden, head, targets)
+        (logprobs * torch.linspace(-1, 1, TOKENS)).sum().backward()
+        seconds = time.perf_counter() - begin
     exact = naive(hidden[:64].double(), head.double(), targets[:64])
-    return {"seconds": seconds, "mib": (peak - before) / 1024, "error": float((logprobs[:64].double() - exact).detach().abs().max())}
+    return {"seconds": seconds, "mib": mib[0], "error": float((logprobs[:64].double() - exact).detach().abs().max())}
 
 
 def main() -> None:
