@@ -43,14 +43,16 @@ class Budget:
     roles: list[Role]
     times: list[Time]
     steps: int
+    ahead: bool  # rollouts run beside the update of the step before
     elsewhere: list[str]  # teachers that take no GPU here
     refusals: list[str]
 
     @property
     def step(self) -> float:
-        """Seconds: teachers score while the student samples, and the rest is one after the other."""
+        """Seconds: teachers score while the student samples; the update comes behind them, or beside them; then the weights are sent."""
         seconds = {time.what: time.seconds for time in self.times}
-        return max(seconds.pop("rollout"), seconds.pop("scoring")) + sum(seconds.values())
+        rolled, learnt = max(seconds["rollout"], seconds["scoring"]), seconds["update"]
+        return (max(rolled, learnt) if self.ahead else rolled + learnt) + seconds["weight sync"]
 
 
 def budget(recipe: Recipe, machines: Machines, *, response: int | None = None, elsewhere: bool = False) -> Budget:
@@ -80,7 +82,7 @@ def budget(recipe: Recipe, machines: Machines, *, response: int | None = None, e
     work = Work(recipe.rollout.prompts * recipe.rollout.group, max(1, load.prompt // 2), response or max(1, load.response // 2), load)
     times = step_times(recipe, machines.gpu, servers, work, shares)
     away = [name for name, teacher in teachers.items() if elsewhere or teacher.model is None]
-    return Budget(machines, roles, times, recipe.train.steps, away, refusals)
+    return Budget(machines, roles, times, recipe.train.steps, recipe.rollout.async_steps > 0, away, refusals)
 
 
 def largest(recipe: Recipe, mixture: Mixture, tasks: Mapping[str, Task], servers: Sequence[Served]) -> Load:

@@ -85,4 +85,5 @@ def one_line(metrics: Mapping[str, Any]) -> str:
     accuracy = "  ".join(f"{key.removeprefix('accuracy/')} {value:.2f}" for key, value in metrics.items() if key.startswith("accuracy/"))
     counts = "  ".join(f"{what} {metrics[key]:.0f}" for key, what in COUNTS.items() if key in metrics)
     learnt = f"return {metrics['return']:+.3f}" if "return" in metrics else f"loss {metrics.get('loss', math.nan):.3f}"
-    return f"{metrics['seconds']:.1f} s/step  {learnt}  right: {accuracy}  {counts}"
+    right = f"right: {accuracy}  " if accuracy else ""
+    return f"{metrics['seconds']:.1f} s/step  {learnt}  {right}{counts}"

@@ -120,8 +120,8 @@ def _scoring(gpu: Gpu, servers: Sequence[Served], work: Work, shares: Mapping[st
 
 
 def _update(recipe: Recipe, gpu: Gpu, student: Model, work: Work) -> Time:
-    """Forward, backward and, with checkpointing, forward again, over all responses."""
-    passes = 4 if recipe.train.gradient_checkpointing else 3
+    """Forward, backward and, with checkpointing, forward again, over all responses; and once more before it for recomputed log-probs."""
+    passes = 3 + recipe.train.gradient_checkpointing + recipe.recomputes
     total = flops(student, work.tokens, work.context, passes)
     if work.load.images and student.vision:
         total += 2 * passes * student.tower * work.responses * work.prompt * student.vision.merge

@@ -378,6 +378,11 @@ def test_time_follows_the_rates_of_the_gpu_and_the_length_of_responses(workspace
     assert plan("cross_modal_4b", response=1000).step < plan("cross_modal_4b", response=8000).step
     done = plan("cross_modal_4b")
     assert done.step < sum(time.seconds for time in done.times), "teachers score while the student samples"
+    ahead, again = plan("cross_modal_4b", "rollout.async_steps=1"), plan("cross_modal_4b", "train.old_logprobs=recompute")
+    seconds, before = ({time.what: time.seconds for time in one.times} for one in (ahead, done))
+    assert seconds["update"] == pytest.approx(before["update"] * 5 / 4), "one more forward pass beside those of checkpointing"
+    assert ahead.step == pytest.approx(max(seconds["update"], seconds["rollout"], seconds["scoring"]) + seconds["weight sync"])
+    assert ahead.step < again.step
 
 
 # The command

@@ -146,6 +146,15 @@ def recorded(tmp_path: Path, encoder: Encoder) -> Line:
     return record
 
 
+def test_accuracy_is_told_of_the_students_own_responses_and_not_of_its_teachers_answers(recorded: Line) -> None:
+    own = recorded(Algorithm(), STEP)
+    of_teachers = recorded(
+        Algorithm.model_validate({"objective": {"kind": "sft"}, "difficulty": None}), [s for s in STEP if s.score is not None]
+    )
+    assert {name for name in own if name.startswith(("accuracy/", "correct/sampled"))}
+    assert not {name for name in of_teachers if name.startswith(("accuracy/", "correct/", "staleness"))}
+
+
 def test_reverse_kl_is_told_by_task_and_by_teacher_over_the_tokens_that_count(recorded: Line) -> None:
     line = recorded(Algorithm(), STEP)
     assert line["reverse_kl"] == pytest.approx(-(0.7 - 0.4 - 0.2 + 0.5) / 11)

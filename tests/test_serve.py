@@ -21,7 +21,7 @@ from mmopd.config import Engine
 from mmopd.demo.world import build_student, digit_sums
 from mmopd.errors import UserError
 from mmopd.processes import Children
-from mmopd.rollout.sync import FileSync, SyncError
+from mmopd.rollout.sync import FRESH, FileSync, SyncError
 from mmopd.teacher import endpoint, wire
 from mmopd.teacher.adapter import read_adapter
 from mmopd.teacher.endpoint import Endpoint
@@ -233,13 +233,19 @@ def test_scoring_goes_on_after_a_teacher_was_killed_and_nothing_is_lost(running:
     assert not any(psutil.pid_exists(pid) for pid in old)
 
 
-def test_a_student_that_dies_ends_the_run_by_name(running: Running) -> None:
-    os.kill(min(processes_of(running.student, running.children)), signal.SIGKILL)
-    while all(child.alive for child in running.children):
-        time.sleep(0.1)
-    with pytest.raises(UserError, match="server 'student' ended with status -9") as error:
-        running.servers.check()
-    assert str(running.logs / "student.log") in str(error.value)
+def test_a_student_that_dies_is_started_again_with_the_weights_of_its_folder_and_says_so(running: Running) -> None:
+    with FileSync(running.student) as sync:
+        assert sync.version() != FRESH  # of a test above
+        os.kill(min(processes_of(running.student, running.children)), signal.SIGKILL)
+        deadline, version = time.monotonic() + 120, None
+        while version is None:
+            assert time.monotonic() < deadline
+            time.sleep(0.2)
+            running.servers.check()
+            with suppress(SyncError):
+                version = sync.version()
+    assert version == FRESH
+    assert running.servers.restarts["student"] == 1
 
 
 def make_adapters(model: Path, folder: Path) -> dict[str, Path]:

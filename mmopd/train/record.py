@@ -62,11 +62,10 @@ class Recorder:
             updates: what the trainer returned for each optimiser step.
             more: times, the probe, and what else is named in `mmopd.report.metrics`.
         """
-        metrics = outcomes(prompts, samples, self._threshold) | visual(prompts, samples) | divergence(prompts, batch)
-        metrics |= calibration(batch.targets.diagnostics)
+        metrics = sampled(samples) | visual(prompts, samples) | divergence(prompts, batch) | calibration(batch.targets.diagnostics)
         metrics |= {f"share/{name}": metrics[name] / len(samples) for name in WHERE if name in metrics}
         if self._on_policy:
-            metrics |= entropy(samples) | {"staleness": staleness(samples, step)}
+            metrics |= accuracy(prompts, samples, self._threshold) | entropy(samples) | {"staleness": staleness(samples, step)}
         if updates:
             metrics |= {name: fmean(u[name] for u in updates) for name in ("loss", "grad_norm", "lr", "clip_fraction", "packing")}
             metrics |= {name: updates[0][name] for name in ("mismatch", "mismatch_mean")}
@@ -92,13 +91,9 @@ class Recorder:
             self._samples.append(as_json(token_row(step, prompt, sample, texts, advantage, kept=keep, visual=needed)))
 
 
-def outcomes(prompts: Sequence[Encoded], samples: Sequence[Sample], threshold: float) -> dict[str, float]:
-    """What was sampled, how it was judged, and why scores are absent."""
+def sampled(samples: Sequence[Sample]) -> dict[str, float]:
+    """What was sampled, how much of it could not be judged, and why scores are absent."""
     absent = Counter(s.score.cause for s in samples if isinstance(s.score, Absent))
-    right: dict[str, list[bool]] = defaultdict(list)
-    for sample in samples:
-        if sample.outcome.known:
-            right[prompts[sample.group].prompt.task].append(sample.outcome.value >= threshold)
     return {
         "responses": float(len(samples)),
         "response_length": fmean(len(s.response.tokens) for s in samples),
@@ -106,9 +101,19 @@ def outcomes(prompts: Sequence[Encoded], samples: Sequence[Sample], threshold: f
         "unknown": float(sum(not s.outcome.known for s in samples)),
         "absent": float(absent.total()),
         **{f"absent/{cause}": float(n) for cause, n in absent.items()},
-        **({"correct/sampled": fmean(known for task in right.values() for known in task)} if right else {}),
-        **{f"accuracy/{task}": fmean(known) for task, known in sorted(right.items())},
     }
+
+
+def accuracy(prompts: Sequence[Encoded], samples: Sequence[Sample], threshold: float) -> dict[str, float]:
+    """How often the student was right, of what could be judged, in all and by task."""
+    right: dict[str, list[bool]] = defaultdict(list)
+    for sample in samples:
+        if sample.outcome.known:
+            right[prompts[sample.group].prompt.task].append(sample.outcome.value >= threshold)
+    if not right:
+        return {}
+    by_task = {f"accuracy/{task}": fmean(known) for task, known in sorted(right.items())}
+    return {"correct/sampled": fmean(known for task in right.values() for known in task)} | by_task
 
 
 def entropy(samples: Sequence[Sample]) -> dict[str, float]:
