@@ -62,10 +62,11 @@ class Recorder:
             updates: what the trainer returned for each optimiser step.
             more: times, the probe, and what else is named in `mmopd.report.metrics`.
         """
-        metrics = sampled(samples) | visual(prompts, samples) | divergence(prompts, batch) | calibration(batch.targets.diagnostics)
-        metrics |= {f"share/{name}": metrics[name] / len(samples) for name in WHERE if name in metrics}
+        metrics = sampled(samples)
         if self._on_policy:
             metrics |= accuracy(prompts, samples, self._threshold) | entropy(samples) | {"staleness": staleness(samples, step)}
+        metrics |= visual(prompts, samples) | divergence(prompts, batch) | calibration(batch.targets.diagnostics)
+        metrics |= {f"share/{name}": metrics[name] / len(samples) for name in WHERE if name in metrics}
         if updates:
             metrics |= {name: fmean(u[name] for u in updates) for name in ("loss", "grad_norm", "lr", "clip_fraction", "packing")}
             metrics |= {name: updates[0][name] for name in ("mismatch", "mismatch_mean")}
