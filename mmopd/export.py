@@ -7,8 +7,8 @@ from mmopd.errors import UserError
 from mmopd.processes import Children
 from mmopd.progress import Stages
 from mmopd.ranks import check_ranks, start_ranks
-from mmopd.run import RunFolder
-from mmopd.train.checkpoint import Checkpoints, step_of
+from mmopd.run import RunFolder, step_of
+from mmopd.train.checkpoint import Checkpoints
 
 
 def export_checkpoint(run: RunFolder, step: int | None, out: Path | None, stages: Stages, ranks: int | None = None) -> Path:
@@ -23,12 +23,12 @@ def export_checkpoint(run: RunFolder, step: int | None, out: Path | None, stages
         UserError: no such checkpoint, or a file of it is not as it was saved; or the folder exists.
     """
     recipe = run.recipe()
-    there = {step_of(path): path for path in Checkpoints(run.checkpoints, 1).whole()}
+    there = {step_of(path.name): path for path in Checkpoints(run.checkpoints, 1).whole()}
     chosen = there.get(max(there, default=0) if step is None else step)
     if chosen is None:
         which = f"of step {step}" if step is not None else "yet"
         raise UserError(f"{run.checkpoints}: no checkpoint {which}; there is {', '.join(map(str, sorted(there))) or 'none'}")
-    out = out or run.root / f"export-{step_of(chosen)}"
+    out = out or run.root / f"export-{step_of(chosen.name)}"
     if out.exists():
         raise UserError(f"{out}: it exists; name another folder with --out")
     run.logs.mkdir(exist_ok=True)

@@ -24,7 +24,7 @@ from mmopd.config import Algorithm, Recipe
 from mmopd.errors import UserError
 from mmopd.modality import Encoder
 from mmopd.records import Encoded
-from mmopd.run import RunFolder
+from mmopd.run import RunFolder, step_of
 from mmopd.train.engine import collator, loss_of
 from mmopd.train.pack import Collator, Item
 from mmopd.train.students import load_student
@@ -103,7 +103,7 @@ def replay(run: RunFolder, step: int, console: Console) -> list[Found]:
     """
     folder, recipe = run.replay_of(step), run.recipe()
     if not folder.is_dir():
-        there = ", ".join(str(int(path.name.removeprefix("step-"))) for path in sorted(run.replay.glob("step-*")))
+        there = ", ".join(str(step_of(path.name)) for path in sorted(run.replay.glob("step-*")))
         raise UserError(f"{run.root}: no update of step {step} was skipped, or it is not kept any more; there is {there or 'none'}")
     items, about = read_batch(folder)
     console.print(f"step {step}: {about['reason']}. {len(items)} responses, with the weights of {folder / MODEL}")

@@ -96,6 +96,11 @@ class RunFolder:
         return found["student"], teachers
 
 
+def step_of(name: str) -> int:
+    """The number in the name of a step's checkpoint, skipped update or weights: `step-7`, `step-00000007`."""
+    return int(name.removeprefix("step-"))
+
+
 def versions() -> dict[str, str]:
     """Versions of everything whose change could change a result."""
     found = {"mmopd": __version__, "python": sys.version.split()[0], "platform": platform.platform(), "cores": str(os.cpu_count())}

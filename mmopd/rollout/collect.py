@@ -30,11 +30,6 @@ def version_of(step: int) -> str:
     return f"step-{step}"
 
 
-def step_of(version: str) -> int:
-    """The reverse."""
-    return int(version.removeprefix("step-"))
-
-
 async def collect(
     share: Sequence[tuple[int, Encoded]],
     *,

@@ -119,9 +119,6 @@ class MemoryFile:
         self._map.close()
         os.close(self._file)
 
-    def __len__(self) -> int:
-        return len(self._header)
-
     def has_room(self, tensor: torch.Tensor) -> bool:
         """Whether it fits; one that is larger than any room is alone."""
         return self._used + tensor.nbytes <= self._room

@@ -13,7 +13,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -95,25 +95,21 @@ class Checkpoints:
 
     def latest(self) -> Path | None:
         """The newest checkpoint whose files are all there in full size; None if there is none."""
-        return next(reversed(self.whole()), None)
+        return next(self.whole(), None)
 
-    def whole(self) -> list[Path]:
-        """Those whose files are all there in full size, the newest last."""
-        return [path for path in self._finished() if not _problem(path)]
+    def whole(self) -> Iterator[Path]:
+        """Those whose files are all there in full size, the newest first."""
+        return (path for path in reversed(self._finished()) if not _problem(path))
 
     def _finished(self) -> list[Path]:
         return sorted(p for p in self.folder.glob("step-*") if p.is_dir())
 
     def _prune(self) -> None:
-        scores = {path: score for path in self._finished()[: -self.keep] if (score := _score(path)) is not None}
-        best = sorted(scores, key=lambda path: scores[path])[len(scores) - self.best :] if self.best else []
-        for old in set(self._finished()[: -self.keep]) - set(best):
-            shutil.rmtree(old)
-
-
-def step_of(path: Path) -> int:
-    """How many steps a checkpoint has behind it."""
-    return int(path.name.removeprefix("step-"))
+        old = self._finished()[: -self.keep]
+        scores = {path: score for path in old if (score := _score(path)) is not None} if self.best else {}
+        best = sorted(scores, key=lambda path: scores[path])[-self.best :]
+        for path in set(old) - set(best):
+            shutil.rmtree(path)
 
 
 def load(trainer: Trainer, path: Path) -> dict[str, Any]:

@@ -6,9 +6,9 @@ from pathlib import Path
 from mmopd.card import model_card
 from mmopd.errors import UserError
 from mmopd.modality import Encoder
-from mmopd.run import RunFolder
+from mmopd.run import RunFolder, step_of
 from mmopd.train import distributed
-from mmopd.train.checkpoint import load, step_of
+from mmopd.train.checkpoint import load
 from mmopd.train.engine import Trainer
 from mmopd.train.export import export
 
@@ -22,7 +22,7 @@ def main() -> int:
     try:
         trainer = Trainer(recipe.student.model, Encoder(recipe.student.model), recipe.train, recipe.algorithm, ranks)
         load(trainer, checkpoint)
-        export(trainer, out, model_card(run, recipe, step_of(checkpoint)))
+        export(trainer, out, model_card(run, recipe, step_of(checkpoint.name)))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -6,6 +6,7 @@ once more. What it has sampled by then is told by its version, and refused (`rol
 
 import asyncio
 import time
+from collections import Counter
 from collections.abc import Sequence
 
 from mmopd.rollout.engine import EngineError, StudentEngine
@@ -30,7 +31,7 @@ class Handover:
 
     def __init__(self, trainer: Trainer, engine: StudentEngine, link: FileSync | None, probes: Sequence[Item], aside: Aside) -> None:
         self._trainer, self._engine, self._link, self._probes, self._aside = trainer, engine, link, probes, aside
-        self._recoveries = (0, "")  # how many, of which version
+        self._lost = Counter[str]()  # how often, on the way to a version
 
     async def publish(self, version: str, *, everything: bool = False) -> float:
         """Give the engine the weights that updates change, or everything; the largest difference that the probe has found, in nats.
@@ -65,9 +66,9 @@ class Handover:
         """
         ranks, until = self._trainer.ranks, time.monotonic() + self._trainer.settings.timeout
         said = next(text for text in ranks.gather_objects(str(error) if error else "") if text)
-        self._recoveries = (self._recoveries[0] + 1 if self._recoveries[1] == version else 1, version)
-        if self._recoveries[0] > RECOVERIES:
-            raise EngineError(f"{said}\nthe engine was lost {self._recoveries[0]} times on the way to {version}")
+        self._lost[version] += 1
+        if self._lost[version] > RECOVERIES:
+            raise EngineError(f"{said}\nthe engine was lost {self._lost[version]} times on the way to {version}")
         while True:
             found = ranks.gather_objects(self._look())[0]
             if found == FRESH:

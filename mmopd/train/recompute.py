@@ -8,10 +8,8 @@ from mmopd.records import Encoded, Sample
 from mmopd.train.engine import Trainer
 from mmopd.train.pack import Item
 
-Old = list[torch.Tensor]  # [T] of each sample
 
-
-def recompute(trainer: Trainer, samples: Sequence[Sample], prompts: Sequence[Encoded]) -> tuple[Old, dict[str, float]]:
+def recompute(trainer: Trainer, samples: Sequence[Sample], prompts: Sequence[Encoded]) -> tuple[list[torch.Tensor], dict[str, float]]:
     """log pi_theta [T] of each sample's tokens, before the update, and by how much the engine's differ. Collective.
 
     Returns:

@@ -13,8 +13,7 @@ from mmopd.modality import Encoder
 from mmopd.records import Absent, Encoded, Sample, Score
 from mmopd.report.heatmap import as_json, token_row
 from mmopd.report.metrics import JsonLines, MetricsWriter
-from mmopd.rollout.collect import step_of
-from mmopd.run import RunFolder
+from mmopd.run import RunFolder, step_of
 from mmopd.train.batch import Batch, visual_advantage
 
 WHERE = ("kept", "balanced_away", "masked", "absent", "unknown")  # a response may have gone
