@@ -423,8 +423,9 @@ class Recipe(Config):
 
     @model_validator(mode="after")
     def _may_run_ahead(self) -> Self:
-        if self.rollout.async_steps and (kind := self.algorithm.objective.kind) in {"sft", "expo"}:
-            raise ValueError(f"rollout.async_steps: `{kind}` learns from no rollouts; leave it out")
+        if self.recomputes and (kind := self.algorithm.objective.kind) in {"sft", "expo"}:
+            key = "rollout.async_steps" if self.rollout.async_steps else "train.old_logprobs"
+            raise ValueError(f"{key}: `{kind}` learns from no rollouts; leave it out")
         if self.rollout.async_steps and self.train.old_logprobs == "engine":
             raise ValueError(
                 "train.old_logprobs: with rollout.async_steps the engine's log-probs are those of older weights; leave it out, or recompute"

@@ -55,6 +55,7 @@ def test_recomputed_log_probs_stay_with_their_samples_where_others_have_no_score
     [
         (["rollout.async_steps=1", "train.old_logprobs=engine"], "train.old_logprobs: with rollout.async_steps the engine's"),
         (["rollout.async_steps=1", "algorithm={objective: {kind: sft}}"], "rollout.async_steps: `sft` learns from no rollouts"),
+        (["train.old_logprobs=recompute", "algorithm={objective: {kind: sft}}"], "train.old_logprobs: `sft` learns from no rollouts"),
         (["rollout.async_steps=2"], "rollout.async_steps: .*0 or 1"),
     ],
 )
