@@ -18,6 +18,7 @@ from mmopd.card import CARD, model_card
 from mmopd.config import SFT, Dense, ExPO, Fleet, Recipe, Suite
 from mmopd.doctor import Check
 from mmopd.errors import UserError
+from mmopd.evaluate.calls import warm_up
 from mmopd.evaluate.candidates import Candidate, check_results, evaluate_all, print_results
 from mmopd.evaluate.lmms import read_suite
 from mmopd.evaluate.table import Results, Row
@@ -87,6 +88,8 @@ def launch(
         prepare(recipe, stages)
         job = dataclasses.replace(check(recipe, endpoints), changed=changed, launcher=launcher, host=host)
         say_left_out(job, console)
+        if job.suite is not None:
+            warm_up()
         with Children() as children, serving(job, run, children, stages) as servers:
             insist(prove(job, servers, run, stages), console)
             measure_difficulty(job, servers, run, stages)

@@ -3,8 +3,12 @@
 import base64
 import io
 import json
+import os
 import re
+import subprocess
+import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -229,7 +233,24 @@ def test_other_weights_or_other_rows_are_measured_again_and_a_timeout_leaves_not
         [record] = evaluate(server.endpoint, one, out=tmp_path / "out", weights=weights, cache=out / "cache")
         assert record.status == "failed"
         assert "not done after 1 s" in record.reason
-    assert not [p for p in psutil.Process().children(recursive=True) if "lmms_eval" in " ".join(p.cmdline())]
+    assert all(process.ppid() == os.getpid() for process in psutil.Process().children(recursive=True))  # calls are forked by a child
+
+
+@pytest.mark.parametrize("importing", [True, False])
+def test_nothing_goes_on_where_the_one_that_calls_is_killed(importing: bool, tmp_path: Path) -> None:
+    """Before there is a call, or in one, which imports for itself here."""
+    lines = ["from pathlib import Path", "from mmopd.evaluate import calls", *["calls.PRELOAD = []"] * (not importing)]
+    lines += ["with calls.Calls() as c:", f" c.run(['--tasks', 'list'], Path({str(tmp_path / 'log')!r}), {{}}, offline=True, timeout=60)"]
+    with subprocess.Popen([sys.executable, "-c", "\n".join(lines)]) as process:
+        caller, deadline = psutil.Process(process.pid), time.monotonic() + 60
+        while len(started := caller.children(recursive=True)) < (2 if importing else 3):  # multiprocessing has one for its own use
+            assert process.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        time.sleep(3)
+        assert all(one.is_running() for one in started)
+        process.kill()
+    assert not psutil.wait_procs(started, timeout=10)[1]
 
 
 def test_a_name_that_lmms_eval_takes_for_a_model_of_openai_is_refused(suite: Suite, tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from rich.console import Console
 from mmopd import catalog
 from mmopd.config import Benchmark, Recipe, Suite
 from mmopd.errors import UserError
+from mmopd.evaluate.calls import warm_up
 from mmopd.evaluate.lmms import Record, evaluate, read_suite
 from mmopd.evaluate.table import Kind, Results, Row
 from mmopd.fingerprint import hash_model
@@ -82,6 +83,7 @@ def evaluate_models(suite: Path, models: Sequence[Path], recipe: Recipe, out: Pa
     logs = out / "logs"
     logs.mkdir(parents=True, exist_ok=True)
     rows: list[Row] = []
+    warm_up()
     with Stages(console) as stages, Children() as children:
         for model in models:
             name = model.resolve().name

@@ -1,7 +1,7 @@
-"""The bridge to lmms-eval: one subprocess per benchmark, against a model that is already served.
+"""The bridge to lmms-eval: one process per benchmark, against a model that is already served.
 
 lmms-eval exits with 0 where nothing ran, scores a request that failed as a wrong answer, and by default judges
-mathematics in threads, in which the judge cannot work. Hence the flags of `_command`, and `validate`: a benchmark has
+mathematics in threads, in which the judge cannot work. Hence the flags of `_arguments`, and `validate`: a benchmark has
 a score only if every check passes; otherwise it has *failed*, with a reason, and no score. lmms-eval's own cache is
 not used: it knows neither the weights nor a failed request.
 """
@@ -13,7 +13,6 @@ import json
 import os
 import re
 import shutil
-import sys
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -23,12 +22,12 @@ from typing import Any, Literal
 from mmopd import config
 from mmopd.config import Benchmark, Suite
 from mmopd.errors import UserError
+from mmopd.evaluate.calls import Calls
 from mmopd.evaluate.tasks import Task, prepare
 from mmopd.evaluate.validate import InvalidRunError, Measured, last_words, validate
-from mmopd.processes import Children
 from mmopd.teacher.endpoint import Endpoint
 
-SIDE_BY_SIDE = 2  # calls at once: one waits for the server while the other imports
+SIDE_BY_SIDE = 2  # calls at once: one waits for the server while the other judges
 PACKAGES = ("lmms-eval", "math-verify", "latex2sympy2_extended", "transformers", "datasets", "openai")  # what can move a score
 NOT_A_NAME = ("o1", "o3", "o4", "gpt-5")  # lmms-eval takes a model whose name contains one for OpenAI's, and drops the temperature
 
@@ -125,8 +124,8 @@ def evaluate(
         folder = out / _slug(endpoint.name) / _slug(benchmark.column)
         shutil.rmtree(folder, ignore_errors=True)
         jobs.append(_Job(endpoint, suite, benchmark, prepare(benchmark, folder / "task"), folder, weights, versions, cache, objection))
-    with ThreadPoolExecutor(SIDE_BY_SIDE) as pool, Children() as children:  # left in reverse: first the children end, then the threads
-        running = [pool.submit(job.run, children, on_event) for job in jobs]
+    with ThreadPoolExecutor(SIDE_BY_SIDE) as pool, Calls() as calls:  # left in reverse: first the calls end, then the threads
+        running = [pool.submit(job.run, calls, on_event) for job in jobs]
         try:
             return [future.result() for future in running]
         except BaseException:
@@ -148,25 +147,25 @@ class _Job:
     cache: Path | None
     objection: Callable[[], str]
 
-    def run(self, children: Children, on_event: OnEvent) -> Record:
+    def run(self, calls: Calls, on_event: OnEvent) -> Record:
         on_event(self.benchmark, None)
         kept = self.cache / f"{self._key()}.json" if self.cache is not None and self.weights else None
         if kept is not None and kept.is_file():
             name, role = self.endpoint.name, self.endpoint.role
             record = dataclasses.replace(Record.read(kept), endpoint=name, role=role, column=self.benchmark.column, reused=True)
         else:
-            record = self._measure(children)
+            record = self._measure(calls)
             if kept is not None and record.status == "ok":
                 record.write(kept)
         record.write(self.folder / "record.json")
         on_event(self.benchmark, record)
         return record
 
-    def _measure(self, children: Children) -> Record:
+    def _measure(self, calls: Calls) -> Record:
         begin = time.monotonic()
         measured: Measured | None = None
         try:
-            measured, reason = self._call(children), self.objection()
+            measured, reason = self._call(calls), self.objection()
         except InvalidRunError as why:
             reason = str(why)
         if reason:
@@ -189,19 +188,18 @@ class _Job:
             seconds=round(time.monotonic() - begin, 2),
         )
 
-    def _call(self, children: Children) -> Measured:
+    def _call(self, calls: Calls) -> Measured:
         output, log = self.folder / "output", self.folder / "log.txt"
         output.mkdir(parents=True)
-        child = children.start("lmms-eval", self._command(output), log, self._environment())
-        status = child.wait(self.suite.timeout)
+        local = self.benchmark.data is not None
+        status = calls.run(self._arguments(output), log, self._environment(), offline=local, timeout=self.suite.timeout)
         if status is None:
-            child.stop()
             raise InvalidRunError(f"not done after {self.suite.timeout} s (`timeout` of the suite); log: {log}")
         if status != 0:
             raise InvalidRunError(f"lmms-eval ended with status {status}: {last_words(log)}; log: {log}")
         return validate(output, self.task.name, self.benchmark, self.task.rows)
 
-    def _command(self, output: Path) -> list[str]:
+    def _arguments(self, output: Path) -> list[str]:
         b = self.benchmark
         options = {
             "--model": "openai",
@@ -219,20 +217,16 @@ class _Job:
             options["--gen_kwargs"] = f"max_new_tokens={b.max_tokens}"
         if b.limit is not None:
             options["--limit"] = str(b.limit)
-        return [sys.executable, "-m", "lmms_eval", "--log_samples", *(word for option in options.items() for word in option)]
+        return ["--log_samples", *(word for option in options.items() for word in option)]
 
     def _environment(self) -> dict[str, str]:
         """Where the model is: the key would be seen by everybody on the command line."""
         url = self.endpoint.url.rstrip("/")
-        environment = {
+        return {
             "OPENAI_API_KEY": self.endpoint.api_key or "none",
             "OPENAI_API_BASE": url if url.endswith("/v1") else f"{url}/v1",
             "NO_PROXY": ",".join(filter(None, (os.environ.get("NO_PROXY"), "127.0.0.1,localhost"))),
-            "PYTHONUNBUFFERED": "1",
         }
-        if self.benchmark.data is not None:
-            environment |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
-        return environment
 
     def _settings(self) -> dict[str, Any]:
         return {k: getattr(self.benchmark, k) for k in ("metric", "scale", "max_tokens", "reasoning_tags", "limit")}

@@ -1,0 +1,104 @@
+"""Calls of lmms-eval, each in a process that is forked from one that has imported it: the import takes longer than many a benchmark."""
+
+import contextlib
+import multiprocessing
+import os
+import signal
+import sys
+import threading
+from collections.abc import Mapping, Sequence
+from multiprocessing import forkserver
+from multiprocessing.connection import wait
+from multiprocessing.context import ForkServerProcess
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+PRELOAD = [f"{__package__}.preload"]
+_CONTEXT = multiprocessing.get_context("forkserver")
+
+
+def warm_up() -> None:
+    """Begin with the import, in a process of its own, which ends with this thread: a later call finds it done."""
+    _CONTEXT.set_forkserver_preload(PRELOAD)
+    forkserver.ensure_running()
+
+
+class Calls:
+    """Those of a `with` block: none runs any more when it ends, however it ends. Threads may share it."""
+
+    def __init__(self) -> None:
+        self._running: set[ForkServerProcess] = set()
+        self._changing = threading.Lock()
+        self._stopped = False
+
+    def __enter__(self) -> Self:
+        warm_up()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        with self._changing:
+            self._stopped = True
+            for process in self._running:
+                _kill(process)
+
+    def run(self, arguments: Sequence[str], log: Path, env: Mapping[str, str], *, offline: bool, timeout: float) -> int | None:
+        """The exit status of `python -m lmms_eval ARGUMENTS`, minus n if signal n ended it; None if it was not done in time.
+
+        Args:
+            log: its output is appended to it.
+            env: added to the environment.
+            offline: nothing is asked of the model hub.
+            timeout: seconds.
+
+        Raises:
+            RuntimeError: the block has ended; a thread was too late.
+        """
+        process = _CONTEXT.Process(target=_call, args=(list(arguments), str(log.absolute()), dict(env), offline, Path.cwd()))
+        with self._changing:
+            if self._stopped:
+                raise RuntimeError("lmms-eval: not called, since its siblings have been stopped")
+            process.start()
+            self._running.add(process)
+        process.join(timeout)
+        with self._changing:
+            self._running.remove(process)
+            late = process.is_alive()
+            _kill(process)
+        process.join()
+        return None if late else process.exitcode
+
+
+def _kill(process: ForkServerProcess) -> None:
+    """And all that it has started."""
+    if process.is_alive():
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid or 0, signal.SIGKILL)
+        process.kill()  # it had no group of its own yet
+
+
+def _call(arguments: Sequence[str], log: str, env: Mapping[str, str], offline: bool, folder: Path) -> None:
+    """In the forked process: be what `python -m lmms_eval` is."""
+    os.setsid()
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    os.dup2(output, 1)
+    os.dup2(output, 2)
+    sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
+    os.chdir(folder)
+    os.environ.update(env)
+    import datasets
+    import huggingface_hub
+    from lmms_eval.__main__ import cli_evaluate
+
+    if offline:  # read from the environment long ago
+        huggingface_hub.constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = datasets.config.HF_DATASETS_OFFLINE = True
+    sys.argv = ["lmms_eval", *arguments]
+    cli_evaluate()
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    wait([parent.sentinel])
+    os.killpg(0, signal.SIGKILL)
