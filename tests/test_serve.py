@@ -238,15 +238,36 @@ def test_a_student_that_dies_is_started_again_with_the_weights_of_its_folder_and
     with FileSync(running.student) as sync:
         assert sync.version() != FRESH  # of a test above
         os.kill(min(processes_of(running.student, running.children)), signal.SIGKILL)
-        deadline, version = time.monotonic() + 120, None
-        while version is None:
-            assert time.monotonic() < deadline
-            time.sleep(0.2)
-            running.servers.check()
-            with suppress(SyncError):
-                version = sync.version()
-    assert version == FRESH
+        assert version_of_the_next(running, sync) == FRESH
     assert running.servers.restarts["student"] == 1
+
+
+def test_an_engine_that_dies_with_the_trainers_call_in_it_answers_with_an_error_and_is_started_again(
+    running: Running, models: tuple[Path, Path]
+) -> None:
+    engine = max(processes_of(running.student, running.children))
+    before = running.servers.restarts["student"]
+    with FileSync(running.student) as sync, ThreadPoolExecutor(1) as pool:
+        os.kill(engine, signal.SIGSTOP)
+        sending = pool.submit(sync.send, load_model(models[0]).named_parameters(), "never")
+        time.sleep(1)
+        assert not sending.done()
+        os.kill(engine, signal.SIGKILL)
+        assert isinstance(sending.exception(timeout=60), SyncError)
+        assert version_of_the_next(running, sync) == FRESH
+    assert running.servers.restarts["student"] == before + 1
+
+
+def version_of_the_next(running: Running, sync: FileSync) -> str | None:
+    """What the student's engine holds that is started behind one that was killed."""
+    deadline, version = time.monotonic() + 120, None
+    while version is None:
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+        running.servers.check()
+        with suppress(SyncError):
+            version = sync.version()
+    return version
 
 
 def make_adapters(model: Path, folder: Path) -> dict[str, Path]:

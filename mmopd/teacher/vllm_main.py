@@ -12,6 +12,7 @@ This calls the API server's module, because the `vllm` command of the CPU wheel 
 """
 
 import contextlib
+import functools
 import gc
 import hmac
 import json
@@ -31,6 +32,7 @@ from typing import Any, TypedDict
 KEY_VARIABLE = "VLLM_API_KEY"
 RESTARTS = 3  # of one server within WINDOW; one more death, and it is given up
 WINDOW = 600.0  # seconds
+CLOSING = 5  # seconds that an API server has for what it has begun, once it is to end
 READY = signal.SIGUSR1
 _HANDLED = frozenset({signal.SIGTERM, signal.SIGCHLD, READY})
 
@@ -90,8 +92,11 @@ def run(server: Server) -> None:
     os.dup2(output, 1)
     os.dup2(output, 2)
     os.environ.update(server["env"])
+    import uvicorn
     from vllm.entrypoints.launchers.api_server import entry
 
+    # An engine that dies leaves a call into it (a pause, new weights) without an answer, for which its API server would wait for ever.
+    uvicorn.Config.__init__ = functools.partialmethod(uvicorn.Config.__init__, timeout_graceful_shutdown=CLOSING)  # type: ignore
     sys.argv = ["vllm", *server["argv"]]
     entry.main()  # type: ignore[no-untyped-call]
 
