@@ -25,7 +25,8 @@ from rich.table import Table
 from mmopd.config import Algorithm, Train
 from mmopd.demo.world import build_student
 from mmopd.modality import Encoder
-from mmopd.rollout.sync import BUCKET_BYTES, memory_files
+from mmopd.rollout.buckets import MemoryFile, filled
+from mmopd.rollout.sync import BUCKET_BYTES
 from mmopd.train import distributed
 from mmopd.train.engine import Trainer
 
@@ -54,8 +55,8 @@ def rank(model: Path) -> None:
             pass
 
     def hand_over() -> None:
-        for _ in memory_files(trainer.named_weights(), BUCKET_BYTES):
-            pass
+        for file in filled(trainer.named_weights(), BUCKET_BYTES, MemoryFile):
+            file.finish()
 
     size = sum(p.ds_numel * p.element_size() for p in trainer.student.parameters())
     before = psutil.Process().memory_info().rss

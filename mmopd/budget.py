@@ -13,7 +13,7 @@ from mmopd.steptime import Served, Time, Work, step_times
 from mmopd.task.base import Task
 from mmopd.teacher.fleet import to_specs
 from mmopd.teacher.router import find_judges, load_teachers, references, routed
-from mmopd.teacher.serve import ServerSpec
+from mmopd.teacher.serve import ServerSpec, place
 
 
 class Role(NamedTuple):
@@ -24,6 +24,8 @@ class Role(NamedTuple):
     peak: float
     where: list[tuple[int, int]]  # (node, GPU)
     way_out: str
+    idle: float  # what it keeps of its peak while the student's engine samples
+    sleeps: bool = False  # while the trainer learns
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +78,7 @@ def budget(recipe: Recipe, machines: Machines, *, response: int | None = None, e
     load = largest(recipe, mixture, tasks, servers)
     slots = estimate.ranks_by_node(recipe.train.ranks, machines.gpus, machines.nodes)
     roles = [_trainer(recipe, student, load, slots), *(_server(server, machines.gpu) for server in servers)]
+    roles[1] = roles[1]._replace(sleeps=recipe.student.sync == "ipc")
     refusals = [*_too_many(recipe, machines, slots), *_too_long(recipe, servers, load), *_too_small(servers, machines.gpu)]
     refusals += _overfull(roles, machines)
     shares = _shares(fleet, before, mixture, tasks)
@@ -106,7 +109,7 @@ def largest(recipe: Recipe, mixture: Mixture, tasks: Mapping[str, Task], servers
 def _servers(recipe: Recipe, fleet: Fleet, student: Model, gpus: int, elsewhere: bool) -> list[Served]:
     specs = to_specs(fleet)
     here = [recipe.student.engine.tensor_parallel, *(0 if elsewhere else spec.engine.tensor_parallel for spec in specs)]
-    where = estimate.place(here, gpus)
+    where = place(here, gpus, [0] if recipe.student.sync == "ipc" else [])
     models = {spec.model: read_model(spec.model) for spec in specs}
     teachers = [
         Served(spec.name, _teachers(spec), f"teachers.{_teachers(spec)[0]}.engine", models[spec.model], spec.engine, places)
@@ -135,7 +138,8 @@ def _trainer(recipe: Recipe, student: Model, load: Load, slots: Sequence[int]) -
         way_out = f"lower rollout.max_tokens (now {load.response:,}): one response is a micro-batch"
     where = [(node, gpu) for node, n in enumerate(slots) for gpu in range(n)]
     shown = [*parts, Part("optimiser's step", step, "float32 gradient and denominator, when activations are gone")]
-    return Role(f"Trainer, on each of {train.ranks} ranks", shown, estimate.peak(parts, step), where, way_out)
+    idle = sum(part.size for part in parts[:-2])
+    return Role(f"Trainer, on each of {train.ranks} ranks", shown, estimate.peak(parts, step), where, way_out, idle)
 
 
 def _server(server: Served, gpu: Gpu) -> Role:
@@ -146,7 +150,7 @@ def _server(server: Served, gpu: Gpu) -> Role:
     title = "Engine of the student" if not server.scores else f"Teacher {server.name}"
     title += f", on each of {engine.tensor_parallel} GPUs" if engine.tensor_parallel > 1 else ""
     where = [(0, place) for place in server.gpus]
-    return Role(title + ("" if where else " (elsewhere)"), parts, peak, where, f"lower {setting} of {server.key}{more}")
+    return Role(title + ("" if where else " (elsewhere)"), parts, peak, where, f"lower {setting} of {server.key}{more}", peak)
 
 
 def _too_many(recipe: Recipe, machines: Machines, slots: Sequence[int]) -> list[str]:
@@ -190,9 +194,9 @@ def _overfull(roles: Sequence[Role], machines: Machines) -> list[str]:
     """GPUs on which more is to be than they hold; one message for the same set of roles."""
     found: dict[str, None] = {}
     memory = machines.gpu.memory * GIB
-    for node, gpu in sorted({place for role in roles for place in role.where}):
+    for node, gpu in sorted({at for role in roles for at in role.where}):
         there = [role for role in roles if (node, gpu) in role.where]
-        over = sum(role.peak for role in there) - memory
+        over = max(sum(role.idle for role in there), sum(role.peak for role in there if not role.sleeps)) - memory
         if over > 0:
             what = " + ".join(f"{role.title.partition(',')[0]} {role.peak / GIB:.1f} GiB" for role in there)
             way_out = "; or ".join(role.way_out for role in there) + ("; or take more GPUs" if len(there) > 1 else "")

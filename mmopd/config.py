@@ -26,6 +26,7 @@ from mmopd.errors import UserError
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[int, Field(ge=1)]
 Part = Literal["vision", "projector", "language"]  # of a student
+Sync = Literal["file", "broadcast", "ipc"]
 
 
 class Config(BaseModel):
@@ -54,6 +55,17 @@ class Student(Config):
 
     model: Path = Field(description="HF folder of a Qwen-VL model")
     engine: Engine = Engine()
+    sync: Sync = Field(
+        "file",
+        description="how new weights reach the engine: `file` in memory; on GPUs also `broadcast` (NCCL), or `ipc`: "
+        "the engine shares the GPU of rank 0, and sleeps while the trainer learns",
+    )
+
+    @model_validator(mode="after")
+    def _one_gpu(self) -> Self:
+        if self.sync == "ipc" and self.engine.tensor_parallel > 1:
+            raise ValueError("sync: ipc is for an engine on one GPU; set engine.tensor_parallel: 1, or sync: broadcast")
+        return self
 
 
 class Rollout(Config):
@@ -419,6 +431,14 @@ class Recipe(Config):
     def _has_teachers(self) -> Self:
         if self.fleet is None and self.algorithm.objective.kind != "grpo":
             raise ValueError(f"fleet: missing, and `{self.algorithm.objective.kind}` learns from teachers; only `grpo` needs none")
+        return self
+
+    @model_validator(mode="after")
+    def _sync_has_its_trainer(self) -> Self:
+        if self.student.sync != "file" and self.algorithm.objective.kind == "expo":
+            raise ValueError("student.sync: `expo` sends merged weights once, without a trainer; leave it out")
+        if self.student.sync == "ipc" and self.rollout.async_steps:
+            raise ValueError("student.sync: with ipc the engine sleeps while the trainer learns; rollout.async_steps needs it awake")
         return self
 
     @model_validator(mode="after")

@@ -243,12 +243,6 @@ def short_of_kv(model: Model, engine: Engine, gpu: Gpu) -> float:
     return engine.max_model_len * kv_bytes(model, engine) - have
 
 
-def place(sizes: Sequence[int], gpus: int) -> list[list[int]]:
-    """GPUs of each server by its number of them, as `mmopd train` gives them: from the last one down, and around."""
-    ends = itertools.accumulate(sizes, initial=0)
-    return [[(gpus - 1 - begin - i) % gpus for i in range(size)] for begin, size in zip(ends, sizes, strict=False)]
-
-
 def ranks_by_node(ranks: int, gpus: int, nodes: int) -> list[int]:
     """Ranks of each node: the others are filled first, since the servers are on the first one, which has rank 0 at least."""
     others = min(ranks - 1, gpus * (nodes - 1))

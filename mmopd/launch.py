@@ -146,7 +146,8 @@ def say_left_out(job: Job, console: Console) -> None:
 @contextmanager
 def serving(job: Job, run: RunFolder, children: Children, stages: Stages) -> Iterator[Servers]:
     """The student's engine and the replicas of every teacher, by name (student, TEACHER.NUMBER), while the block lasts."""
-    student = ServerSpec("student", job.recipe.student.model, job.recipe.student.engine, updatable=True)
+    settings = job.recipe.student
+    student = ServerSpec("student", settings.model, settings.engine, updatable=True, sync=settings.sync)
     teachers = {**job.fleet.teachers, **(job.references.teachers if job.references else {})}
     fleet = job.fleet.model_copy(update={"teachers": teachers})
     with serve_fleet(fleet, children, run.logs, stages, elsewhere=job.elsewhere, also=[student], host=job.host) as servers:

@@ -292,7 +292,9 @@ def test_servers_are_placed_where_mmopd_train_puts_them(monkeypatch: pytest.Monk
     for gpus, sizes in ((8, [4, 1, 1]), (4, [2, 1, 1, 2]), (1, [1, 1]), (8, [8, 2])):
         monkeypatch.setattr(torch.cuda, "device_count", lambda n=gpus: n)
         specs = [serve.ServerSpec(str(i), Path(), Engine(tensor_parallel=n), updatable=False) for i, n in enumerate(sizes)]
-        assert list(serve._assign_gpus(specs).values()) == [",".join(map(str, one)) for one in estimate.place(sizes, gpus)]
+        assert list(serve._assign_gpus(specs).values()) == [",".join(map(str, one)) for one in serve.place(sizes, gpus)]
+    assert serve.place([4, 1, 1], 8) == [[7, 6, 5, 4], [3], [2]]
+    assert serve.place([1, 1, 2], 4, sharing=[0]) == [[0], [3], [2, 1]]
 
 
 def test_ranks_fill_the_other_nodes_first_and_rank_0_is_on_the_first() -> None:
@@ -303,6 +305,17 @@ def test_ranks_fill_the_other_nodes_first_and_rank_0_is_on_the_first() -> None:
 
 
 # Whole recipes
+
+
+def test_an_engine_that_sleeps_while_the_trainer_learns_shares_the_gpu_of_rank_0(workspace: Path) -> None:
+    apart = plan("multi_teacher_2b")
+    shared = ["student.sync=ipc", "student.engine.tensor_parallel=1", "student.engine.gpu_share=0.75"]
+    together = plan("multi_teacher_2b", *shared)
+    assert together.roles[1].where == [(0, 0)]
+    assert len({place for role in together.roles for place in role.where}) < len({place for role in apart.roles for place in role.where})
+    assert together.refusals == []  # though the peaks of both are more than the GPU
+    assert together.roles[0].peak + together.roles[1].peak > H100.memory * GIB
+    assert any("Trainer" in refusal and "Engine" in refusal for refusal in plan("multi_teacher_2b", *shared[:2]).refusals)
 
 
 @pytest.mark.parametrize("name", RECIPES)

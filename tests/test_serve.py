@@ -22,7 +22,7 @@ from mmopd.config import Engine
 from mmopd.demo.world import build_student, digit_sums
 from mmopd.errors import UserError
 from mmopd.processes import Children
-from mmopd.rollout.sync import FRESH, FileSync, SyncError
+from mmopd.rollout.sync import BUCKET_BYTES, FRESH, BroadcastSync, FileSync, SyncError, WeightSync
 from mmopd.teacher import endpoint, wire
 from mmopd.teacher.adapter import read_adapter
 from mmopd.teacher.endpoint import Endpoint
@@ -63,6 +63,7 @@ def running(models: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory)
     adapters = make_adapters(models[1], tmp_path_factory.mktemp("adapters"))
     specs = [
         ServerSpec("student", models[0], ENGINE, updatable=True),
+        ServerSpec("apart", models[0], ENGINE, updatable=True, sync="broadcast"),
         ServerSpec("teacher", models[1], ENGINE, updatable=False, adapters={k: read_adapter(path) for k, path in adapters.items()}),
     ]
     with Children() as children, pytest.MonkeyPatch.context() as patch:
@@ -121,8 +122,8 @@ def test_endpoints_are_written_for_this_user_alone(tmp_path: Path) -> None:
 
 
 def test_readiness_is_told_for_each_server(running: Running) -> None:
-    assert [event for event in running.events if event[1] == "starting"] == [("student", "starting"), ("teacher", "starting")]
-    assert {name for name, what in running.events if what.startswith("ready after")} == {"student", "teacher"}
+    assert [event for event in running.events if event[1] == "starting"] == [(name, "starting") for name in ("student", "apart", "teacher")]
+    assert {name for name, what in running.events if what.startswith("ready after")} == {"student", "apart", "teacher"}
     running.servers.check()
 
 
@@ -157,16 +158,23 @@ def test_long_prompts_with_seeds_that_arrive_together_are_all_answered(running: 
     running.servers.check()
 
 
-def test_after_a_sync_the_engine_answers_as_the_new_weights_do(running: Running, models: tuple[Path, Path]) -> None:
+def links(running: Running, bucket_bytes: int = BUCKET_BYTES) -> dict[str, WeightSync]:
+    """By name of the server."""
+    apart = BroadcastSync(running.servers["apart"], bucket_bytes=bucket_bytes, workers=1, device=torch.device("cpu"))
+    return {"student": FileSync(running.student, bucket_bytes=bucket_bytes), "apart": apart}
+
+
+@pytest.mark.parametrize("name", ["student", "apart"])
+def test_after_a_sync_the_engine_answers_as_the_new_weights_do(running: Running, models: tuple[Path, Path], name: str) -> None:
     old, new = (load_model(model) for model in models)
     prompts = [Question(models[0], row) for row in digit_sums("train", 2, seed=0)]
-    with FileSync(running.student, bucket_bytes=200_000) as sync:  # several buckets, whose borders cut layers
+    with links(running, 200_000)[name] as sync:  # several buckets, whose borders cut layers
         for version, model, stale in [("start", old, new), ("step-1", new, old), ("step-2", old, new)]:
             sync.send(model.named_parameters(), version)
             assert sync.version() == version
             for _ in range(2):  # the second time the image and the prefix are in the engine's caches
                 for prompt in prompts:
-                    answer = prompt.ask(running.student)
+                    answer = prompt.ask(running.servers[name])
                     assert {span["version"] for span in answer["weight_versions"]} == {version}
                     tokens = answer["token_ids"]
                     greedy, logprobs = prompt.forward(model, tokens)
@@ -258,7 +266,18 @@ def test_an_engine_that_dies_with_the_trainers_call_in_it_answers_with_an_error_
     assert running.servers.restarts["student"] == before + 1
 
 
-def version_of_the_next(running: Running, sync: FileSync) -> str | None:
+def test_weights_are_broadcast_again_to_an_engine_that_was_started_again(running: Running, models: tuple[Path, Path]) -> None:
+    weights = list(load_model(models[1]).named_parameters())
+    with links(running)["apart"] as sync:
+        sync.send(weights, "first")
+        os.kill(min(processes_of(running.servers["apart"], running.children)), signal.SIGKILL)
+        assert version_of_the_next(running, sync) == FRESH
+        sync.forget()
+        sync.send(weights, "second")
+    assert running.servers.restarts["apart"] == 1
+
+
+def version_of_the_next(running: Running, sync: WeightSync) -> str | None:
     """What the student's engine holds that is started behind one that was killed."""
     deadline, version = time.monotonic() + 120, None
     while version is None:

@@ -1,12 +1,28 @@
-"""Weights as files in memory: what another reader finds in them, how they are cut, and that nothing of them is left."""
+"""Weights on their way: what another reader finds in the buckets, how they are cut, that nothing is left; and what a server is asked."""
 
+import inspect
+import json
 from pathlib import Path
 
+import httpx
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch.multiprocessing.reductions import rebuild_cuda_tensor
 
-from mmopd.rollout.sync import HEADER, MemoryFile, memory_files
+from mmopd.rollout.buckets import HEADER, DeviceBucket, MemoryFile, filled, unpack
+from mmopd.rollout.sync import IpcSync
+from mmopd.teacher.endpoint import Endpoint
+
+WEIGHTS = {
+    "bf16": torch.randn(3, 5).bfloat16(),
+    "float": torch.randn(7),  # behind an odd number of half floats
+    "transposed": torch.randn(4, 6).t(),
+    "empty": torch.zeros(0, 8),
+    "half": torch.randn(2, 2, 2).half(),
+    "scalar": torch.tensor(0.25),
+    "large": torch.nn.Parameter(torch.randn(100)),
+}
 
 
 def files() -> int:
@@ -16,24 +32,15 @@ def files() -> int:
 
 @pytest.mark.parametrize("room", [1, 200, 1 << 20])
 def test_every_tensor_is_read_as_it_was_given_however_the_files_are_cut(room: int) -> None:
-    weights = {
-        "bf16": torch.randn(3, 5).bfloat16(),
-        "float": torch.randn(7),  # behind an odd number of half floats
-        "transposed": torch.randn(4, 6).t(),
-        "empty": torch.zeros(0, 8),
-        "half": torch.randn(2, 2, 2).half(),
-        "scalar": torch.tensor(0.25),
-        "large": torch.nn.Parameter(torch.randn(100)),
-    }
     before, found, cuts = files(), dict[str, torch.Tensor](), list[int]()
-    for path in memory_files(weights.items(), room):
-        part = load_file(path)
+    for file in filled(WEIGHTS.items(), room, MemoryFile):
+        part = load_file(file.finish())
         cuts.append(sum(t.nbytes for t in part.values()))
         found |= {name: t.clone() for name, t in part.items()}
         del part
     assert files() == before
-    assert found.keys() == weights.keys()
-    for name, weight in weights.items():
+    assert found.keys() == WEIGHTS.keys()
+    for name, weight in WEIGHTS.items():
         assert found[name].dtype == weight.dtype
         assert torch.equal(found[name], weight.detach()), name
     assert all(cut <= max(room, 400) for cut in cuts)
@@ -53,3 +60,45 @@ def test_names_that_do_not_fit_are_refused() -> None:
         file.add("x" * HEADER, torch.ones(1))
         with pytest.raises(ValueError, match="1 tensors in one file: their names take"):
             file.finish()
+
+
+@pytest.mark.parametrize("room", [1, 200, 1 << 20])
+def test_every_tensor_of_a_bucket_is_where_its_table_says(room: int) -> None:
+    found, cuts = dict[str, torch.Tensor](), 0
+    for bucket in filled(WEIGHTS.items(), room, lambda room: DeviceBucket(room, torch.device("cpu"))):
+        assert bucket.filled.numel() <= max(room, 400) + 64
+        found |= dict(unpack(bucket.filled.clone(), json.loads(json.dumps(bucket.table))))
+        cuts += 1
+    assert found.keys() == WEIGHTS.keys()
+    assert (cuts == 1) == (room == 1 << 20)
+    for name, weight in WEIGHTS.items():
+        assert found[name].dtype == weight.dtype
+        assert torch.equal(found[name], weight.detach()), name
+
+
+def test_a_server_that_shares_the_gpu_is_woken_by_halves_around_its_new_weights() -> None:
+    asked = list[str]()
+
+    def answer(request: httpx.Request) -> httpx.Response:
+        asked.append(request.url.raw_path.decode())
+        return httpx.Response(200, json={"weight_version": "step-1"})
+
+    with IpcSync(Endpoint("student", "http://127.0.0.1:9", "student", "", "student")) as link:
+        link._client = httpx.Client(base_url="http://127.0.0.1:9", transport=httpx.MockTransport(answer))
+        link.rest()
+        link.send([], "step-1")
+    first = [
+        "/sleep?level=1&mode=wait",
+        "/wake_up?tags=weights",
+        "/init_weight_transfer_engine",
+        "/pause?mode=wait",
+        "/start_weight_update",
+    ]
+    assert asked == [*first, "/finish_weight_update", "/wake_up?tags=kv_cache", "/resume", "/weight_info"]
+
+
+def test_torch_opens_memory_of_a_gpu_by_what_a_handle_says() -> None:
+    """`open_handle` gives these in order: on a machine without a GPU nothing else would tell that they have changed."""
+    names = ["tensor_cls", "tensor_size", "tensor_stride", "tensor_offset", "storage_cls", "dtype", "storage_device", "storage_handle"]
+    names += ["storage_size_bytes", "storage_offset_bytes", "requires_grad", "ref_counter_handle", "ref_counter_offset", "event_handle"]
+    assert list(inspect.signature(rebuild_cuda_tensor).parameters) == [*names, "event_sync_required"]

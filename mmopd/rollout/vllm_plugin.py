@@ -1,46 +1,87 @@
-"""vLLM side of the weight sync: a weight-transfer backend named `mmopd_file`.
+"""vLLM side of the weight sync: weight-transfer backends named `mmopd_file`, `mmopd_broadcast` and `mmopd_ipc`.
 
-vLLM's own protocol (init, start, update, finish) with safetensors files as the transport: its built-in backends need
-CUDA or RDMA, this one works wherever trainer and server see the same folder, such as /dev/shm. vLLM finds `register` by
-the entry-point group `vllm.general_plugins`, in each of its processes; the server is started with
-`--weight-transfer-config '{"backend": "mmopd_file"}'`. The trainer side is `mmopd.rollout.sync`.
+vLLM's own protocol (init, start, update, finish) with transports of ours: its built-in backends need CUDA or RDMA, take no part of a
+model, and do not say which weights were not sent. vLLM finds `register` by the entry-point group `vllm.general_plugins`, in each of
+its processes; the server is started with `--weight-transfer-config '{"backend": "mmopd_file"}'`, say. The trainer side is
+`mmopd.rollout.sync`.
 """
 
 import functools
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 from safetensors.torch import load_file
 from vllm.distributed.weight_transfer.base import WeightTransferEngine, WeightTransferInitInfo, WeightTransferUpdateInfo
 from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 
-BACKEND = "mmopd_file"
+from mmopd.rollout.buckets import Place, unpack
+from mmopd.rollout.group import broadcast, join, open_handle
+
+PREFIX = "mmopd_"  # of the backends' names; a `sync` of `mmopd.config.Student` follows
 
 
 @dataclass
-class FileInit(WeightTransferInitInfo):
-    """Nothing to agree on: the trainer names a file with every update."""
+class Init(WeightTransferInitInfo):
+    """Nothing to agree on: every update says where its weights are."""
 
 
 @dataclass
-class FileUpdate(WeightTransferUpdateInfo):
-    """One bucket of weights: a safetensors file with names and shapes of the Hugging Face checkpoint."""
+class GroupInit(WeightTransferInitInfo):
+    """The group that trainer and workers form."""
+
+    port: int
+    size: int
+    timeout: float
+
+
+@dataclass
+class Update(WeightTransferUpdateInfo):
+    """One bucket of weights, with names and shapes of the Hugging Face checkpoint."""
+
+    partial: bool  # the set leaves out whole layers, which keep what they have
+
+
+@dataclass
+class FileUpdate(Update):
+    """A safetensors file."""
 
     path: str
-    partial: bool = False  # the set leaves out whole layers, which keep what they have
 
 
-class FileEngine(WeightTransferEngine[FileInit, FileUpdate]):
+@dataclass
+class BroadcastUpdate(Update):
+    """Bytes that come by the group."""
+
+    size: int
+    table: list[Place]
+
+
+@dataclass
+class IpcUpdate(Update):
+    """Bytes of the trainer, on the GPU of this worker."""
+
+    handle: list[Any]
+    size: int
+    table: list[Place]
+
+
+I = TypeVar("I", bound=WeightTransferInitInfo)
+U = TypeVar("U", bound=Update)
+
+
+class BucketEngine(WeightTransferEngine[I, U], Generic[I, U]):
     """Loads buckets through vLLM's layer-by-layer reload, which fuses, casts, shards and re-packs as at start-up."""
 
-    init_info_cls = FileInit
-    update_info_cls = FileUpdate
     supports_draft_weight_update = False
     _padded: dict[str, int] | None = None  # layers that the last full set did not fill, with how much it did; None before the first
 
-    def init_transfer_engine(self, init_info: FileInit) -> None:
+    def tensors(self, update_info: U) -> Iterable[tuple[str, torch.Tensor]]:
+        """Those of a bucket; vLLM may keep them until their layer is whole."""
+        raise NotImplementedError
+
+    def init_transfer_engine(self, init_info: I) -> None:
         """No rendezvous."""
 
     def start_weight_update(self) -> None:
@@ -56,17 +97,17 @@ class FileEngine(WeightTransferEngine[FileInit, FileUpdate]):
             method.moe_kernel = None
         initialize_layerwise_reload(self.model)
 
-    def update_weights(self, update_info: dict[str, str]) -> None:
+    def update_weights(self, update_info: dict[str, Any]) -> None:
         """Load one bucket (the base class synchronises an accelerator, which a CPU does not have)."""
         self.receive_weights(self.parse_update_info(update_info))
         if self.device.type != "cpu":
             torch.accelerator.synchronize()
 
-    def receive_weights(self, update_info: FileUpdate) -> None:
-        """Load the tensors of a file; they are memory-mapped, so the file may be removed afterwards."""
+    def receive_weights(self, update_info: U) -> None:
+        """Load the tensors of a bucket."""
         self._partial |= update_info.partial
         load_weights: Callable[[Iterable[tuple[str, torch.Tensor]]], set[str]] = self.model.load_weights  # type: ignore[assignment]
-        self._missing -= load_weights(load_file(update_info.path).items())
+        self._missing -= load_weights(self.tensors(update_info))
 
     def finish_weight_update(self) -> None:
         """Swap the new weights in; layers of which nothing was sent keep theirs.
@@ -106,7 +147,50 @@ class FileEngine(WeightTransferEngine[FileInit, FileUpdate]):
         """Nothing is held between updates."""
 
 
+class FileEngine(BucketEngine[Init, FileUpdate]):
+    """By files in memory."""
+
+    init_info_cls, update_info_cls = Init, FileUpdate
+
+    def tensors(self, update_info: FileUpdate) -> Iterable[tuple[str, torch.Tensor]]:
+        """Memory-mapped, so that the file may be removed afterwards."""
+        return load_file(update_info.path).items()
+
+
+class BroadcastEngine(BucketEngine[GroupInit, BroadcastUpdate]):
+    """By a broadcast of the trainer's, to all workers."""
+
+    init_info_cls, update_info_cls = GroupInit, BroadcastUpdate
+
+    def init_transfer_engine(self, init_info: GroupInit) -> None:
+        """Join the group."""
+        parallel = self.parallel_config
+        rank = 1 + parallel.data_parallel_index * parallel.world_size + parallel.rank
+        self._group = join(init_info.port, rank, init_info.size, self.device, timeout=init_info.timeout)
+
+    def tensors(self, update_info: BroadcastUpdate) -> Iterable[tuple[str, torch.Tensor]]:
+        """In memory of their own."""
+        data = torch.empty(update_info.size, dtype=torch.uint8, device=self.device)
+        broadcast(self._group, data).wait()
+        return unpack(data, update_info.table)
+
+
+class IpcEngine(BucketEngine[Init, IpcUpdate]):
+    """Out of the trainer's memory on the same GPU. [not run on GPU]"""
+
+    init_info_cls, update_info_cls = Init, IpcUpdate
+
+    def tensors(self, update_info: IpcUpdate) -> Iterable[tuple[str, torch.Tensor]]:
+        """Copies, for the trainer writes to that memory again."""
+        data = open_handle(update_info.handle, update_info.size, self.device)
+        return [(name, tensor.clone()) for name, tensor in unpack(data, update_info.table)]
+
+
+ENGINES: dict[str, type[WeightTransferEngine[Any, Any]]] = {"file": FileEngine, "broadcast": BroadcastEngine, "ipc": IpcEngine}
+
+
 @functools.cache  # vLLM may call a plugin more than once in a process
 def register() -> None:
-    """Make the backend known to this process."""
-    WeightTransferEngineFactory.register_engine(BACKEND, FileEngine)
+    """Make the backends known to this process."""
+    for kind, engine in ENGINES.items():
+        WeightTransferEngineFactory.register_engine(PREFIX + kind, engine)

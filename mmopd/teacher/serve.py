@@ -5,6 +5,7 @@ under supervisors (`vllm_main`), which start a dead teacher again: on CPU one fo
 on GPU one for each. GPU flags are read from vLLM 0.32, not run.
 """
 
+import itertools
 import json
 import os
 import re
@@ -13,7 +14,7 @@ import socket
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,7 +23,7 @@ import httpx
 import psutil
 import torch
 
-from mmopd.config import Engine
+from mmopd.config import Engine, Sync
 from mmopd.errors import UserError
 from mmopd.modality.video import MEDIA_SETTINGS
 from mmopd.processes import Children
@@ -67,6 +68,7 @@ class ServerSpec:
     engine: Engine
     updatable: bool
     adapters: Mapping[str, Adapter] = field(default_factory=dict)  # by the names of their endpoints; the model itself has none then
+    sync: Sync = "file"  # how new weights come, if it is updatable
 
     @property
     def served(self) -> Sequence[str]:
@@ -219,6 +221,8 @@ def serve(
     for spec in specs:
         if not (spec.model / "config.json").is_file():
             raise UserError(f"{spec.model}: no model to serve as {spec.name!r}: there is no config.json")
+        if cpu and spec.sync == "ipc":
+            raise UserError("student.sync: ipc shares a GPU, and there is none here; leave it out")
     if cpu:
         check_memory(specs)
     key = key or secrets.token_urlsafe(32)
@@ -310,21 +314,30 @@ def _server(spec: ServerSpec, address: tuple[str, int], logs: Path, gpus: str) -
         argv += ["--enforce-eager"] * engine.enforce_eager
         argv += ["--kv-cache-memory-bytes", str(engine.kv_cache_mib << 20)] if engine.kv_cache_mib else []
     if spec.updatable:
-        argv += ["--weight-transfer-config", '{"backend": "mmopd_file"}']
+        argv += ["--weight-transfer-config", json.dumps({"backend": f"mmopd_{spec.sync}"})]
+        argv += ["--enable-sleep-mode"] * (spec.sync == "ipc")
     argv += lora_flags(spec.adapters) if spec.adapters else []
     env = {"VLLM_SERVER_DEV_MODE": "1" if spec.updatable else "0"} | ({"CUDA_VISIBLE_DEVICES": gpus} if gpus else {})
     log = str(log_of(logs, spec.name))
     return Server(name=spec.name, model=str(spec.model), argv=[*argv, *engine.extra_args], log=log, env=env)
 
 
+def place(sizes: Sequence[int], gpus: int, sharing: Collection[int] = ()) -> list[list[int]]:
+    """GPUs of each server by its number of them, as `mmopd train` gives them: from the last one down, and around.
+
+    Args:
+        sharing: servers that share the GPU of rank 0, which is the first.
+    """
+    ends = itertools.accumulate((0 if i in sharing else size for i, size in enumerate(sizes)), initial=0)
+    own = [[(gpus - 1 - begin - i) % gpus for i in range(size)] for begin, size in zip(ends, sizes, strict=False)]
+    return [[0] if i in sharing else places for i, places in enumerate(own)]
+
+
 def _assign_gpus(specs: Sequence[ServerSpec]) -> dict[str, str]:
-    """GPUs for each server, from the last one down: training ranks take theirs from the first one up. [not run]"""
-    free, total, gpus = 0, torch.cuda.device_count(), {}
-    for spec in specs:
-        devices = [(total - 1 - free - i) % total for i in range(spec.engine.tensor_parallel)]
-        free += len(devices)
-        gpus[spec.name] = ",".join(map(str, devices))
-    return gpus
+    """GPUs for each server: training ranks take theirs from the first one up. [not run]"""
+    sharing = [i for i, spec in enumerate(specs) if spec.sync == "ipc"]
+    places = place([spec.engine.tensor_parallel for spec in specs], torch.cuda.device_count(), sharing)
+    return {spec.name: ",".join(map(str, gpus)) for spec, gpus in zip(specs, places, strict=True)}
 
 
 def _ready(client: httpx.Client, endpoint: Endpoint) -> bool:

@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Sequence
 
 from mmopd.rollout.engine import EngineError, StudentEngine
-from mmopd.rollout.sync import FRESH, FileSync, SyncError
+from mmopd.rollout.sync import FRESH, SyncError, WeightSync
 from mmopd.train.aside import Aside
 from mmopd.train.engine import Trainer
 from mmopd.train.pack import Item
@@ -29,7 +29,7 @@ class Handover:
         aside: where the trainer computes.
     """
 
-    def __init__(self, trainer: Trainer, engine: StudentEngine, link: FileSync | None, probes: Sequence[Item], aside: Aside) -> None:
+    def __init__(self, trainer: Trainer, engine: StudentEngine, link: WeightSync | None, probes: Sequence[Item], aside: Aside) -> None:
         self._trainer, self._engine, self._link, self._probes, self._aside = trainer, engine, link, probes, aside
         self._lost = Counter[str]()  # how often, on the way to a version
 
@@ -54,6 +54,15 @@ class Handover:
             await self.wait_for_engine(version, error)
             everything = True
 
+    def rest(self) -> None:
+        """The engine is asked nothing until the next `publish`: one that shares a GPU with the trainer makes room.
+
+        Raises:
+            SyncError: it does not.
+        """
+        if self._link:
+            self._link.rest()
+
     async def wait_for_engine(self, version: str, error: Exception | None) -> None:
         """Go on once an engine that was lost has been started again; it has the weights of its folder then.
 
@@ -72,6 +81,8 @@ class Handover:
         while True:
             found = ranks.gather_objects(self._look())[0]
             if found == FRESH:
+                if self._link:
+                    self._link.forget()
                 return
             if found:
                 raise error or EngineError(said)
@@ -91,7 +102,7 @@ class Handover:
         return any(self._trainer.ranks.all_max([error is not None]))
 
 
-def publish(trainer: Trainer, link: FileSync | None, version: str, *, everything: bool = False) -> SyncError | None:
+def publish(trainer: Trainer, link: WeightSync | None, version: str, *, everything: bool = False) -> SyncError | None:
     """All ranks gather the weights, and the one with a link sends them; what went wrong, on that one."""
     partial, error = trainer.keeps_some and not everything, None
     weights = trainer.named_weights(trained=partial)

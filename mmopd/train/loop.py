@@ -18,7 +18,7 @@ from mmopd.errors import UserError
 from mmopd.modality import Encoder
 from mmopd.records import Absent, Encoded, Outcome, Sample
 from mmopd.rollout.collect import seed_of, version_of
-from mmopd.rollout.sync import FileSync
+from mmopd.rollout.sync import connect
 from mmopd.run import RunFolder
 from mmopd.train.aside import Aside
 from mmopd.train.batch import Batch, build_batch, minibatches
@@ -60,7 +60,7 @@ async def train(
     done = restore(checkpoints, trainer, stream, guard, changed)
     ahead = recipe.rollout.async_steps > 0
     aside = Aside(ranks, watchdog, ahead=ahead)
-    link = FileSync(run.read_endpoints()[0]) if ranks.rank == 0 else None
+    link = connect(recipe.student, run.read_endpoints()[0], ranks.device) if ranks.rank == 0 else None
     recorder = Recorder(run, recipe, encoder, done) if ranks.rank == 0 else None
     async with Rollouts(run, recipe, stream.sources, encoder, ranks) as rollouts:
         handover = Handover(trainer, rollouts.engine, link, probe_items(list(stream.sources.values()), encoder), aside)
@@ -76,6 +76,7 @@ async def train(
                 prompts = rolling.prompts
                 with clock("rollout"):
                     samples, seconds = await rollouts.finish(rolling, handover)
+                    handover.rest()
                     stream.observe(prompts, samples)
                 since += [sample.outcome for sample in samples]
                 stream.check_same(ranks)

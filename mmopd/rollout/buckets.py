@@ -1,0 +1,142 @@
+"""Weights on their way, by buckets of a bounded size: many small tensors behind each other in one piece of memory.
+
+A tensor is copied once, from wherever it is to its place in the bucket, before the next one is asked for. Trainer (`sync`) and server
+(`vllm_plugin`) both use this.
+"""
+
+import json
+import mmap
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from types import TracebackType
+from typing import Any, Self, TypeVar
+
+import torch
+
+HEADER = 1 << 20  # bytes of a file before its tensors
+ALIGNMENT = 64  # bytes, of a tensor in device memory
+DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+
+Weights = Iterable[tuple[str, torch.Tensor]]  # by their names in a Hugging Face checkpoint
+Place = tuple[str, str, list[int], int]  # name, dtype, shape, first byte: what JSON can say of a tensor in a bucket
+
+
+class MemoryFile:
+    """A safetensors file in memory, which other processes of this user read by its `path` while it is open.
+
+    What the file says of its tensors has HEADER bytes before them, filled up with blanks, as the format allows.
+
+    Args:
+        room: bytes of tensors that fit; memory is taken as they come.
+    """
+
+    def __init__(self, room: int) -> None:
+        self._file = os.memfd_create("mmopd-weights")
+        os.ftruncate(self._file, HEADER + room)
+        self._map = mmap.mmap(self._file, HEADER + room)
+        self._room, self._used = room, 0
+        self._header: dict[str, Any] = {}
+        self.path = f"/proc/{os.getpid()}/fd/{self._file}"
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._map.close()
+        os.close(self._file)
+
+    def has_room(self, tensor: torch.Tensor) -> bool:
+        """Whether it fits; one that is larger than any room is alone."""
+        return self._used + tensor.nbytes <= self._room
+
+    def add(self, name: str, tensor: torch.Tensor) -> None:
+        """Copy a tensor that fits."""
+        end = self._used + tensor.nbytes
+        if tensor.numel():
+            place = torch.frombuffer(self._map, dtype=tensor.dtype, count=tensor.numel(), offset=HEADER + self._used)
+            place.view(tensor.shape).copy_(tensor.detach())
+        self._header[name] = {"dtype": DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [self._used, end]}
+        self._used = end
+
+    def finish(self) -> str:
+        """Make it whole; its path."""
+        header = json.dumps(self._header).encode()
+        if len(header) > HEADER - 8:
+            raise ValueError(f"{len(self._header)} tensors in one file: their names take {len(header)} bytes of {HEADER}")
+        self._map[:HEADER] = (HEADER - 8).to_bytes(8, "little") + header.ljust(HEADER - 8)
+        os.ftruncate(self._file, HEADER + self._used)
+        return self.path
+
+
+class DeviceBucket:
+    """Tensors in one piece of memory of a device.
+
+    Args:
+        room: bytes.
+        device: where.
+
+    Attributes:
+        data: all of it, as bytes.
+        table: where each tensor is.
+    """
+
+    def __init__(self, room: int, device: torch.device) -> None:
+        self.data = torch.empty(room + ALIGNMENT, dtype=torch.uint8, device=device)
+        self.table: list[Place] = []
+        self._used = 0
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        """Nothing to close."""
+
+    @property
+    def filled(self) -> torch.Tensor:
+        """The bytes that tensors have."""
+        return self.data[: self._used]
+
+    def has_room(self, tensor: torch.Tensor) -> bool:
+        """Whether it fits; one that is larger than any room is alone."""
+        return self._used + tensor.nbytes <= self.data.numel()
+
+    def add(self, name: str, tensor: torch.Tensor) -> None:
+        """Copy a tensor that fits."""
+        place = (name, str(tensor.dtype).removeprefix("torch."), list(tensor.shape), self._used)
+        _at(self.data, place).copy_(tensor.detach())
+        self.table.append(place)
+        self._used = min(-(-(self._used + tensor.nbytes) // ALIGNMENT) * ALIGNMENT, self.data.numel())
+
+
+B = TypeVar("B", MemoryFile, DeviceBucket)
+
+
+def filled(weights: Weights, room: int, make: Callable[[int], B]) -> Iterator[B]:
+    """Buckets that hold the tensors, one after the other; one is good until the next one is asked for.
+
+    Args:
+        room: bytes of a bucket, unless one tensor has more.
+        make: a bucket with so much room.
+    """
+    weights = iter(weights)
+    following = next(weights, None)
+    while following is not None:
+        with make(max(room, following[1].nbytes)) as bucket:
+            while following is not None and bucket.has_room(following[1]):
+                bucket.add(*following)
+                following = next(weights, None)
+            yield bucket
+
+
+def unpack(data: torch.Tensor, table: Sequence[Place]) -> Iterator[tuple[str, torch.Tensor]]:
+    """The tensors of a `DeviceBucket`: views into its bytes."""
+    return ((place[0], _at(data, place)) for place in table)
+
+
+def _at(data: torch.Tensor, place: Place) -> torch.Tensor:
+    _, name, shape, begin = place
+    dtype: torch.dtype = getattr(torch, name)
+    size = dtype.itemsize
+    for n in shape:
+        size *= n
+    return data[begin : begin + size].view(dtype).view(shape)
