@@ -233,7 +233,7 @@ def test_what_an_objective_has_no_use_for_is_off_by_default_and_only_grpo_needs_
 
 RUNS = {
     "exopd": ["fleet=teachers/demo_reference.yaml", "algorithm.objective={kind: exopd, reference: base}"],
-    "grpo": ["algorithm.objective.kind=grpo", "algorithm.balance=null", "algorithm.margin=null"],
+    "grpo": ["algorithm.objective.kind=grpo", "student.sync=broadcast", "algorithm.balance=null", "algorithm.margin=null"],
     "sft": ["algorithm.objective={kind: sft, attempts: 2}", "algorithm.balance=null", "algorithm.margin=null"],
     "dense": ["algorithm.objective={kind: dense, top_k: 8}", "algorithm.margin=null"],
     "expo": ["algorithm.objective.kind=expo", "algorithm.balance=null", "algorithm.margin=null"],
