@@ -13,9 +13,10 @@ The server side is `mmopd.rollout.vllm_plugin`; all of them are for a server on 
 
 import socket
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from types import TracebackType
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Self, TypeVar
 
 import httpx
 import torch
@@ -27,6 +28,7 @@ from mmopd.teacher.endpoint import Endpoint
 
 BUCKET_BYTES = 256 << 20
 FRESH = "default"  # what vLLM calls the weights of the folder that it was started with
+T = TypeVar("T")
 
 
 class SyncError(RuntimeError):
@@ -156,13 +158,19 @@ class BroadcastSync(WeightSync):
             port = listening.getsockname()[1]
             joining = pool.submit(join, port, 0, self._size, self._device, timeout=self._timeout, listening=listening.detach())
             self._post("init_weight_transfer_engine", {"init_info": {"port": port, "size": self._size, "timeout": self._timeout}})
-            self._group = joining.result()
+            self._group = self._await(joining.result)
 
     def _hand_over(self, weights: Weights, partial: bool) -> None:
         for bucket in filled(weights, self._bucket_bytes, lambda room: DeviceBucket(room, self._device)):
             sending = broadcast(self._group, bucket.filled)
             self._update(size=bucket.filled.numel(), table=bucket.table, partial=partial)
-            sending.wait()
+            self._await(sending.wait)
+
+    def _await(self, end: Callable[[], T]) -> T:
+        try:
+            return end()
+        except RuntimeError as error:
+            raise SyncError(f"{self._endpoint.name}: the group of trainer and engine: {error}") from error
 
 
 class IpcSync(WeightSync):

@@ -1,0 +1,80 @@
+"""Whether a long run takes more and more: `python benchmarks/soak.py`, over an hour for 2,000 steps of the demo.
+
+While a run of small steps goes on, everything that it has started is looked at every ten seconds: resident memory (what processes share is
+counted once), open files, processes, threads and listening ports. Behind the first tenth of the run each should stay what it is: what is
+printed is the mean of the second tenth and that of the last, and the growth between them. Also drawn, as soak.png in the run's folder.
+"""
+
+import argparse
+import subprocess
+import sys
+import time
+from pathlib import Path
+from statistics import mean
+
+import psutil
+from matplotlib.figure import Figure
+from rich.console import Console
+from rich.table import Table
+
+from mmopd.report.metrics import read_lines
+
+EVERY = 10.0
+SMALL = ["suite=null", "algorithm.difficulty=null", "rollout.prompts=8", "rollout.group=8", "train.checkpoint_every=100"]
+
+
+def look(root: psutil.Process) -> dict[str, float]:
+    """Of a process and all below it."""
+    seen = {"memory, MiB": 0.0, "files": 0.0, "processes": 0.0, "threads": 0.0, "ports": 0.0}
+    for process in [root, *root.children(recursive=True)]:
+        try:
+            seen["memory, MiB"] += process.memory_full_info().pss / 2**20
+            seen["files"] += process.num_fds()
+            seen["threads"] += process.num_threads()
+            seen["ports"] += sum(c.status == psutil.CONN_LISTEN for c in process.net_connections("tcp4"))
+            seen["processes"] += 1
+        except psutil.NoSuchProcess:
+            continue
+    return seen
+
+
+def main() -> None:
+    """Run, look, print, draw."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=2000)
+    parser.add_argument("--run", type=Path, default=Path("runs/soak"))
+    given = parser.parse_args()
+    what = ["recipes/demo.yaml", *SMALL, f"train.steps={given.steps}", "--run", str(given.run)]
+    begin, found = time.monotonic(), []
+    with (given.run.parent / f"{given.run.name}.log").open("w") as log:
+        process = subprocess.Popen([sys.executable, "-m", "mmopd", "train", *what], stdout=log, stderr=subprocess.STDOUT)
+        root = psutil.Process(process.pid)
+        while process.poll() is None:
+            steps = read_lines(given.run / "metrics.jsonl")
+            if steps:
+                found.append({"step": steps[-1]["step"], **look(root)})
+            time.sleep(EVERY)
+    if process.returncode:
+        raise SystemExit(f"the run ended with status {process.returncode}: {log.name}")
+    tenth = given.steps / 10
+    early = [row for row in found if tenth <= row["step"] < 2 * tenth]
+    late = [row for row in found if row["step"] >= given.steps - tenth]
+    table = Table(title=f"{given.steps:,} steps in {(time.monotonic() - begin) / 60:.0f} minutes: python benchmarks/soak.py")
+    for column in ("", "second tenth", "last tenth", "growth"):
+        table.add_column(column, justify="left" if not column else "right")
+    names = [name for name in found[0] if name != "step"]
+    figure = Figure(figsize=(8, 1.6 * len(names)), layout="constrained")
+    for axes, name in zip(figure.subplots(len(names), 1, sharex=True), names, strict=True):
+        before, after = (mean(row[name] for row in part) for part in (early, late))
+        table.add_row(name, f"{before:,.1f}", f"{after:,.1f}", f"{after / before - 1:+.2%}")
+        axes.plot([row["step"] for row in found], [row[name] for row in found], color="#1b3a57", linewidth=1)
+        axes.set_ylabel(name)
+        axes.set_ylim(bottom=0)
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.axes[-1].set_xlabel("step")
+    figure.savefig(given.run / "soak.png", dpi=120)
+    Console(width=120).print(table)
+
+
+if __name__ == "__main__":
+    main()
