@@ -173,13 +173,22 @@ def compare(
     comparison: Annotated[Path, typer.Argument(help="A comparison, such as recipes/compare_demo.yaml.", show_default=False)],
     out: Annotated[Path, typer.Option(help="Folder for the runs, the tables and the plots.")] = Path("compare"),
 ) -> None:
-    """Run a grid of variants and seeds, one after the other, and write tables with intervals; what is finished is not run again."""
+    """Run a grid of variants and seeds, one after the other, and write tables with intervals; what is finished is not run again.
+
+    Servers stay up from one run to the next, as long as the next one needs the same models with the same settings.
+    """
     from mmopd import catalog
     from mmopd.compare import compare as run_grid
     from mmopd.progress import Stages
 
-    with Stages(console) as stages:
-        page = run_grid(comparison.stem, catalog.load_comparison(comparison), out, stages)
+    try:
+        with Stages(console) as stages:
+            page = run_grid(comparison.stem, catalog.load_comparison(comparison), out, stages)
+    except (KeyboardInterrupt, SystemExit) as stop:  # Ctrl-C and SIGTERM
+        console.print("stopped; the same command goes on from the last checkpoint of its run")
+        if isinstance(stop, SystemExit):
+            raise
+        raise typer.Exit(130) from None
     console.print(page.read_text(), markup=False, soft_wrap=True)
     console.print(f"The tables: {page}", highlight=False, markup=False)
 

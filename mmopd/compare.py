@@ -1,8 +1,8 @@
 """`mmopd compare`: a grid of variants and seeds, one run after the other, and tables with intervals and paired differences.
 
 A run is named by what it is made of (variant, settings, seed), so that tables share runs, a stopped comparison goes on where
-it was, and a changed setting is another run. Every run is an ordinary one: `mmopd train` in a process of its own, its folder
-is there to be looked at.
+it was, and a changed setting is another run. Every run is what `mmopd train` makes, its folder is there to be looked at; but the
+servers stay up from one to the next, and runs that need the same ones follow each other.
 """
 
 import csv
@@ -10,26 +10,32 @@ import hashlib
 import io
 import json
 import math
-import sys
+import threading
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
 from matplotlib.figure import Figure
+from rich.console import Console
 from scipy.stats import t as student_t
 
-from mmopd.config import Comparison, ComparisonTable
+from mmopd import catalog
+from mmopd.config import Comparison, ComparisonTable, ExOPD, Recipe
 from mmopd.errors import UserError
 from mmopd.evaluate.table import Results
+from mmopd.launch import launch
 from mmopd.processes import Children
 from mmopd.progress import Stage, Stages
 from mmopd.ranks import last_metrics, one_line
 from mmopd.run import RunFolder
+from mmopd.teacher.fleet import Standing
 
 CONFIDENCE = 0.95
 AVERAGE = "average"
+WIDTH = 140  # of the lines in the log of a run
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,35 +96,77 @@ def plan_runs(comparison: Comparison, out: Path) -> dict[tuple[str, int], Run]:
     return runs
 
 
-def run_all(comparison: Comparison, runs: Sequence[Run], stages: Stages) -> None:
+def run_all(comparison: Comparison, runs: Sequence[Run], servers: Path, stages: Stages) -> None:
     """Make the runs that are not finished, one after the other.
 
+    Args:
+        servers: folder for the logs of the servers.
+
     Raises:
-        UserError: a run failed; names its log. Those before it are kept.
+        UserError: a run cannot be made of its settings, before any is begun; or one failed, with its log. Those before it are kept.
     """
-    todo = [run for run in runs if not run.finished]
-    with stages.stage("runs") as stage, Children() as children:
+    todo = [(run, resolve(comparison, run)) for run in runs if not run.finished]
+    todo.sort(key=lambda one: json.dumps(what_is_served(one[1]), sort_keys=True))
+    with stages.stage("runs") as stage, Children() as children, Standing(children, servers, stages) as standing:
         stage.total(len(runs), done=len(runs) - len(todo))
-        for run in todo:
-            _run(comparison.recipe, run, children, stage)
+        for run, recipe in todo:
+            _run(run, recipe, standing, stage)
             stage.advance()
         stage.outcome = f"{len(todo)} made, {len(runs) - len(todo)} were there"
 
 
-def _run(recipe: Path, run: Run, children: Children, stage: Stage) -> None:
-    log = run.folder.with_suffix(".log")
-    log.parent.mkdir(parents=True, exist_ok=True)
-    folder = RunFolder(run.folder)
+def resolve(comparison: Comparison, run: Run) -> Recipe:
+    """The recipe of a run.
+
+    Raises:
+        UserError: there is none with its settings; names the variant.
+    """
     overrides = [f"{key}={json.dumps(value)}" for key, value in run.settings.items()]  # JSON is YAML
-    fresh = [str(recipe), *overrides, "--run", str(run.folder)]
-    command = [sys.executable, "-m", "mmopd", "train", *(["--resume", str(run.folder)] if folder.recipe_file.is_file() else fresh)]
-    child = children.start(f"{run.variant}, seed {run.seed}", command, log, {})
-    while child.alive:
-        latest = last_metrics(folder.metrics)
-        stage.note(f"{child.name}: " + (f"step {int(latest['step']) + 1}  {one_line(latest)}" if latest else "starting"))
-        child.wait(1.0)
-    if child.returncode or not run.finished:
-        raise UserError(f"the run {run.folder.name} ended with status {child.returncode}; the last lines of {log}:\n{child.tail()}")
+    try:
+        return catalog.load_recipe(comparison.recipe, overrides=overrides)
+    except UserError as error:
+        raise UserError(f"variant {run.variant!r}: {error}") from None
+
+
+def what_is_served(recipe: Recipe) -> list[Any]:
+    """What decides which servers a run needs: the student, its engine, the fleet, and which of its teachers are references."""
+    objective = recipe.algorithm.objective
+    references = objective.reference if isinstance(objective, ExOPD) else None
+    return [recipe.student.model_dump(mode="json"), str(recipe.fleet), references]
+
+
+def _run(run: Run, recipe: Recipe, standing: Standing, stage: Stage) -> None:
+    folder, log = RunFolder(run.folder), run.folder.with_suffix(".log")
+    if folder.recipe_file.is_file():
+        recipe = folder.recipe()
+    else:
+        folder.create(recipe)
+    try:
+        with log.open("a") as file, _followed(run, folder, stage):
+            launch(folder, recipe, Console(file=file, width=WIDTH), standing=standing)
+    except UserError as error:
+        way_out = f"Its log is {log}; the same command goes on from there, or makes it anew without its folder"
+        raise UserError(f"{run.folder.name}: {error}\n{way_out}") from error
+
+
+@contextmanager
+def _followed(run: Run, folder: RunFolder, stage: Stage) -> Iterator[None]:
+    """While the block lasts, its last step is shown."""
+    over = threading.Event()
+
+    def follow() -> None:
+        while not over.wait(1.0):
+            latest = last_metrics(folder.metrics)
+            progress = f"step {int(latest['step']) + 1}  {one_line(latest)}" if latest else "starting"
+            stage.note(f"{run.variant}, seed {run.seed}: {progress}")
+
+    thread = threading.Thread(target=follow)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
 
 
 def lines(comparison: Comparison, table: ComparisonTable, runs: Mapping[tuple[str, int], Run]) -> tuple[list[str], list[Line]]:
@@ -208,7 +256,7 @@ def compare(name: str, comparison: Comparison, out: Path, stages: Stages) -> Pat
         UserError: a run failed, or a score is missing.
     """
     runs = plan_runs(comparison, out)
-    run_all(comparison, list(runs.values()), stages)
+    run_all(comparison, list(runs.values()), out / "servers", stages)
     page, rows_of_all = [f"# {name}\n"], []
     for key, table in comparison.tables.items():
         columns, rows = lines(comparison, table, runs)

@@ -37,12 +37,14 @@ from mmopd.rollout.engine import EngineError
 from mmopd.rollout.sync import FRESH, FileSync, SyncError
 from mmopd.run import RunFolder
 from mmopd.teacher.endpoint import Endpoint
-from mmopd.teacher.fleet import from_files, serve_fleet, serve_in_stage, warn_of
+from mmopd.teacher.fleet import Standing, from_files, serve_fleet, serve_in_stage, warn_of
 from mmopd.teacher.preflight import answers, insist, preflight, save, summary
 from mmopd.teacher.probes import look
 from mmopd.teacher.router import check_routes, check_tokenizers, load_teachers, references, routed
 from mmopd.teacher.serve import HOST, Servers, ServerSpec
 from mmopd.train.watchdog import asked_to_stop
+
+UNTRAINED, MERGED = "untrained", "merged"  # versions of weights that do not come from a trainer
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +71,7 @@ def launch(
     changed: Sequence[str] = (),
     launcher: Sequence[str] = (),
     host: str = HOST,
+    standing: Standing | None = None,
 ) -> None:
     """Prepare, serve, prove the teachers, measure difficulty, evaluate, distil, evaluate, report.
 
@@ -77,6 +80,7 @@ def launch(
         changed: sources that were added to the mixture or removed from it on purpose, before a resume.
         launcher: a command that starts the ranks on several machines, such as `deepspeed --hostfile hosts --module`.
         host: the address that the servers listen on, for ranks on other machines.
+        standing: servers of the run before, used if they are those that this one needs; else they are started for this run alone.
 
     Raises:
         UserError: anything that a user can put right; whatever was started is stopped, what was measured is kept.
@@ -90,14 +94,14 @@ def launch(
         say_left_out(job, console)
         if job.suite is not None:
             warm_up()
-        with Children() as children, serving(job, run, children, stages) as servers:
+        with Children() as children, serving(job, run, children, stages, standing) as servers:
             insist(prove(job, servers, run, stages), console)
             measure_difficulty(job, servers, run, stages)
             sample_answers(job, servers, run, stages)
             rows = evaluate_all(job.suite, starting_points(job, servers), run.evaluation, stages)
             learn = extrapolate if isinstance(job.recipe.algorithm.objective, ExPO) else distil
             learn(job, run, children, servers, stages)
-            rows += evaluate_all(job.suite, [distilled(servers["student"], run)], run.evaluation, stages)
+            rows += evaluate_all(job.suite, [distilled(servers, run)], run.evaluation, stages)
         finish(run, rows, stages)
 
 
@@ -144,13 +148,16 @@ def say_left_out(job: Job, console: Console) -> None:
 
 
 @contextmanager
-def serving(job: Job, run: RunFolder, children: Children, stages: Stages) -> Iterator[Servers]:
+def serving(job: Job, run: RunFolder, children: Children, stages: Stages, standing: Standing | None = None) -> Iterator[Servers]:
     """The student's engine and the replicas of every teacher, by name (student, TEACHER.NUMBER), while the block lasts."""
     settings = job.recipe.student
     student = ServerSpec("student", settings.model, settings.engine, updatable=True, sync=settings.sync)
     teachers = {**job.fleet.teachers, **(job.references.teachers if job.references else {})}
     fleet = job.fleet.model_copy(update={"teachers": teachers})
-    with serve_fleet(fleet, children, run.logs, stages, elsewhere=job.elsewhere, also=[student], host=job.host) as servers:
+    anew = serve_fleet(fleet, children, run.logs, stages, elsewhere=job.elsewhere, also=[student], host=job.host)
+    with standing.serve(fleet, student) if standing else anew as servers:
+        if standing and student.sync == "file":
+            give(servers["student"], settings.model, UNTRAINED)
         run.write_endpoints(servers)
         try:
             yield servers
@@ -194,7 +201,7 @@ def prove(job: Job, servers: Servers, run: RunFolder, stages: Stages) -> list[Ch
             checks = asyncio.run(ask())
         except EngineError as error:
             servers.check()
-            raise UserError(f"{error} ({run.logs / 'student.log'})") from error
+            raise UserError(f"{error} ({servers.log('student')})") from error
         save(checks, run.preflight)
         stage.outcome = summary(checks, endpoints)
     return checks
@@ -234,7 +241,7 @@ def measure_difficulty(job: Job, servers: Servers, run: RunFolder, stages: Stage
             run_pass(job.recipe, job.sources, servers["student"], run.difficulty, stage)
         except EngineError as error:
             servers.check()
-            raise UserError(f"{error} ({run.logs / 'student.log'})") from error
+            raise UserError(f"{error} ({servers.log('student')})") from error
 
 
 def sample_answers(job: Job, servers: Servers, run: RunFolder, stages: Stages) -> None:
@@ -251,7 +258,7 @@ def sample_answers(job: Job, servers: Servers, run: RunFolder, stages: Stages) -
             run_answers(job.recipe, job.sources, teachers, stage)
         except EngineError as error:
             servers.check()
-            raise UserError(f"a teacher did not answer: {error}; the logs are in {run.logs}") from error
+            raise UserError(f"a teacher did not answer: {error}; the logs are in {servers.log('student').parent}") from error
 
 
 def difficulty_alone(recipe: Recipe, out: Path, console: Console) -> None:
@@ -286,8 +293,9 @@ def starting_points(job: Job, servers: Mapping[str, Endpoint]) -> list[Candidate
     return [Candidate("base", "base", servers["student"], job.recipe.student.model), *teachers]
 
 
-def distilled(student: Endpoint, run: RunFolder) -> Candidate:
+def distilled(servers: Servers, run: RunFolder) -> Candidate:
     """What the student's engine holds after training; an engine that was started again on the way holds something else."""
+    student = servers["student"]
 
     def objection() -> str:
         with FileSync(student) as link:
@@ -295,7 +303,8 @@ def distilled(student: Endpoint, run: RunFolder) -> Candidate:
                 lost = link.version() == FRESH
             except SyncError:
                 lost = True
-        return f"the student's engine died meanwhile (logs/student.log); `mmopd train --resume {run.root}` measures again" if lost else ""
+        again = f"`mmopd train --resume {run.root}` measures again"
+        return f"the student's engine died meanwhile ({servers.log('student')}); {again}" if lost else ""
 
     return Candidate("distilled", "distilled", student, run.export, objection)
 
@@ -352,9 +361,21 @@ def extrapolate(job: Job, run: RunFolder, children: Children, servers: Servers, 
         weights = {teacher.model: teacher.weight for teacher in job.fleet.teachers.values() if teacher.model is not None}
         if not run.export.exists():
             merge(job.recipe.student.model, weights, objective.alpha, run.export, stage)
-        with Checkpoint(run.export) as merged, FileSync(servers["student"]) as link:
-            link.send(((name, merged.tensor(name)) for name in sorted(merged.names)), "merged")
+        give(servers["student"], run.export, MERGED)
         stage.outcome = f"{len(weights)} teachers, alpha {objective.alpha:g}"
+
+
+def give(student: Endpoint, model: Path, version: str) -> None:
+    """Send the weights of a folder to the student's engine.
+
+    Raises:
+        UserError: it does not take them.
+    """
+    try:
+        with Checkpoint(model) as checkpoint, FileSync(student) as link:
+            link.send(((name, checkpoint.tensor(name)) for name in sorted(checkpoint.names)), version)
+    except SyncError as error:
+        raise UserError(f"the student's engine does not take the weights of {model}: {error}") from error
 
 
 def finish(run: RunFolder, rows: Sequence[Row], stages: Stages) -> None:

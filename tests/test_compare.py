@@ -91,12 +91,29 @@ def test_the_page_the_csv_and_the_pictures_are_written_from_finished_runs_withou
 
 
 def test_a_run_that_fails_is_named_with_its_log_and_those_before_it_are_kept(finished, tmp_path):
-    (finished["uni", 2].folder / "results.json").unlink()
-    nowhere = grid(recipe=str(tmp_path / "nowhere.yaml"))
+    nowhere = grid(set={"prepare": None, "student.model": str(tmp_path / "nowhere")})
     runs = [*list(finished.values())[:-1], compare.plan_runs(nowhere, tmp_path)["uni", 2]]
-    with Stages(Console(quiet=True)) as stages, pytest.raises(UserError, match=r"uni-seed2-\w+ ended with status 2.*(?s:.)*no such file"):
-        compare.run_all(nowhere, runs, stages)
+    with Stages(Console(quiet=True)) as stages, pytest.raises(UserError, match=r"uni-seed2-\w+: .*nowhere: no model.*\n.*seed2-\w+\.log;"):
+        compare.run_all(nowhere, runs, tmp_path / "servers", stages)
     assert all(run.finished for run in runs[:-1])
+
+
+def test_a_variant_that_is_no_recipe_is_named_before_any_run_is_begun(tmp_path):
+    wrong = grid(variants={"opd": {}, "uni": {"set": {"algorithm.margin.delt": 1}}})
+    runs = compare.plan_runs(wrong, tmp_path)
+    with Stages(Console(quiet=True)) as stages, pytest.raises(UserError, match=r"variant 'uni': .*delt.*did you mean 'delta'"):
+        compare.run_all(wrong, list(runs.values()), tmp_path / "servers", stages)
+    assert not list(tmp_path.iterdir())
+
+
+def test_runs_are_made_together_if_and_only_if_they_need_the_same_servers():
+    def served(*overrides):
+        return compare.what_is_served(catalog.load_recipe("recipes/demo.yaml", overrides=overrides))
+
+    assert served("algorithm.margin=null", "seed=3", "train.steps=2") == served()
+    exopd = served("algorithm.objective={kind: exopd, reference: base}")
+    for other in (served("fleet=teachers/demo_reference.yaml"), served("student.engine.max_num_seqs=99"), exopd):
+        assert other != served()
 
 
 def test_a_missing_score_is_an_error_and_not_a_mean_of_what_is_left(finished):

@@ -10,6 +10,7 @@ from collections.abc import Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from datetime import datetime
 from pathlib import Path
+from types import TracebackType
 
 import httpx
 from rich.console import Console
@@ -56,6 +57,52 @@ def serve_fleet(
         servers.update({name: dataclasses.replace(endpoint, url=_public(endpoint.url, host)) for name, endpoint in servers.items()})
         servers.update({endpoint.name: endpoint for endpoint in elsewhere})
         yield servers
+
+
+class Standing:
+    """Servers that stay up from one run to the next, as long as the next one needs the same: large teachers take minutes to load.
+
+    Args:
+        children: where their processes are kept.
+        logs: the folder of their logs.
+        stages: where their starts and deaths are shown.
+    """
+
+    def __init__(self, children: Children, logs: Path, stages: Stages) -> None:
+        self._children, self._logs, self._stages = children, logs, stages
+        self._up = ExitStack()
+        self._servers: Servers | None = None
+        self._of: tuple[Fleet, ServerSpec] | None = None  # what they serve
+
+    def __enter__(self) -> "Standing":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._stop()
+
+    def _stop(self) -> None:
+        self._servers = None
+        self._up.close()
+
+    @contextmanager
+    def serve(self, fleet: Fleet, student: ServerSpec) -> Iterator[Servers]:
+        """Those of a fleet and a student, who holds whatever weights it was last given; they are left up if the block ends well.
+
+        Raises:
+            UserError: as `serve_fleet`.
+        """
+        # Only weights that come by a file can be put back without a GPU, which belongs to the ranks.
+        if self._servers is None or (fleet, student) != self._of or student.sync != "file":
+            self._stop()
+            self._logs.mkdir(parents=True, exist_ok=True)
+            self._servers = self._up.enter_context(serve_fleet(fleet, self._children, self._logs, self._stages, also=[student]))
+            self._of = fleet, student
+        self._servers.restarts.clear()
+        try:
+            yield self._servers
+        except BaseException:
+            self._stop()  # what they are in the middle of is unknown
+            raise
 
 
 @contextmanager
