@@ -22,7 +22,6 @@ from mmopd.prompts import TokenCounter, write_shards
 from mmopd.prompts.index import VERSION
 from mmopd.records import Prompt
 
-MODALITY = {"additions": "text", "digit_sum": "image"}
 PROMPTS = {"additions": 300, "digit_sum": 300}  # to distil on
 HELD_OUT = {"additions": 300, "digit_sum": 300}  # to evaluate on
 # The base sees few scans, few additions and careless solutions, and is trained to the end: weak, sure of itself, not blind to what is right
@@ -33,6 +32,7 @@ TEXT_TEACHER = pretrain.Course(rows={"additions": 6000}, split="train", steps=12
 IMAGE_TEACHER = pretrain.Course(rows={"digit_sum": 6000}, split="train", steps=250, lr=1e-3)
 
 Make = Callable[[Path], None]
+Problems = Callable[[], list[world.Row]]
 
 
 def prepare(workspace: Path, stage: Stage) -> None:
@@ -53,8 +53,11 @@ def parts(root: Path, stage: Stage) -> list[tuple[str, object, Make]]:
         ("base", BASE, partial(learn, BASE, root / "untrained", stage)),
         ("text_teacher", TEXT_TEACHER, partial(learn, TEXT_TEACHER, root / "base", stage)),
         ("image_teacher", IMAGE_TEACHER, partial(learn, IMAGE_TEACHER, root / "base", stage)),
-        *((f"shards/{task}", (n, VERSION), partial(_shards, task, n, root / "base")) for task, n in PROMPTS.items()),
-        *((f"heldout/{task}", n, partial(_table, task, n)) for task, n in HELD_OUT.items()),
+        *(
+            (f"shards/{task}", (n, VERSION), partial(shards, task, partial(rows_of, task, "train", n), root / "base"))
+            for task, n in PROMPTS.items()
+        ),
+        *((f"heldout/{task}", n, partial(table, partial(rows_of, task, "heldout", n))) for task, n in HELD_OUT.items()),
     ]
 
 
@@ -85,7 +88,7 @@ def _make(folder: Path, key: str, make: Make) -> bool:
 
 def learn(course: pretrain.Course, start: Path, stage: Stage, folder: Path) -> None:
     """Train the model of `start` on rows of the course, and write it to `folder`."""
-    train(course, start, [row for task, n in course.rows.items() for row in _rows(task, course.split, n, course.careless)], stage, folder)
+    train(course, start, [row for task, n in course.rows.items() for row in rows_of(task, course.split, n, course.careless)], stage, folder)
 
 
 def train(course: pretrain.Course, start: Path, rows: list[world.Row], stage: Stage, folder: Path) -> None:
@@ -100,17 +103,18 @@ def train(course: pretrain.Course, start: Path, rows: list[world.Row], stage: St
     pretrain.train(start, folder, rows, steps=course.steps, lr=course.lr, progress=show)
 
 
-def _shards(task: str, n: int, student: Path, folder: Path) -> None:
+def shards(task: str, problems: Problems, student: Path, folder: Path) -> None:
+    """Write problems as prompts of a task."""
     prompts = [
-        Prompt(f"{task}/{i}", task, MODALITY[task], tuple(row["messages"]), tuple(row["images"]), row["answer"])
-        for i, row in enumerate(_rows(task, "train", n))
+        Prompt(f"{task}/{i}", task, "image" if row["images"] else "text", tuple(row["messages"]), tuple(row["images"]), row["answer"])
+        for i, row in enumerate(problems())
     ]
     write_shards(prompts, folder, counter=TokenCounter(student))
 
 
-def _table(task: str, n: int, folder: Path) -> None:
-    """What lmms-eval reads: one row a problem, with at most one image."""
-    rows = _rows(task, "heldout", n)
+def table(problems: Problems, folder: Path) -> None:
+    """Write what lmms-eval reads: one row a problem, with at most one image."""
+    rows = problems()
     columns = {
         "question": [row["messages"][0]["content"][-1]["text"] for row in rows],
         "image": [row["images"][0] if row["images"] else None for row in rows],
@@ -121,5 +125,6 @@ def _table(task: str, n: int, folder: Path) -> None:
     pq.write_table(pa.table(columns, schema=schema), folder / "test.parquet")
 
 
-def _rows(task: str, split: world.Split, n: int, careless: float = 0.0) -> list[world.Row]:
+def rows_of(task: str, split: world.Split, n: int, careless: float = 0.0) -> list[world.Row]:
+    """Problems of a task of the demo."""
     return (world.additions if task == "additions" else world.digit_sums)(split, n, seed=0, careless=careless)

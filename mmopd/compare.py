@@ -213,8 +213,9 @@ def markdown(table: ComparisonTable, columns: Sequence[str], rows: Sequence[Line
 
     head = ["", *columns, *(f"Δ {c}" for c in columns)]
     body = [head, ["---", *["---:"] * (len(head) - 1)], *cells()]
-    seeds = f"{table.seeds} seeds; mean and {CONFIDENCE:.0%} interval over seeds; Δ is paired with {table.baseline} by seed."
-    return f"### {table.title}\n\n" + "\n".join("| " + " | ".join(row) + " |" for row in body) + f"\n\n{seeds}\n"
+    seeds = "1 seed" if table.seeds == 1 else f"{table.seeds} seeds"
+    foot = f"{seeds}; mean and {CONFIDENCE:.0%} interval over seeds; Δ is paired with {table.baseline} by seed."
+    return f"### {table.title}\n\n" + "\n".join("| " + " | ".join(row) + " |" for row in body) + f"\n\n{foot}\n"
 
 
 def long_csv(name: str, columns: Sequence[str], rows: Sequence[Line]) -> str:

@@ -143,9 +143,21 @@ def test_every_variant_of_the_shipped_comparison_is_a_recipe_with_the_same_respo
 
 def test_the_unreliable_teacher_is_taught_wrongly_where_it_is_said_and_nowhere_else():
     world = catalog.load_module(catalog.shipped() / "data" / "demo_compare.py")
-    rows = world.lessons()
+    rows = world.lessons(world.UNRELIABLE, 1.0, world.is_stubborn)
     wrong = [row for row in rows if row["solution"].rpartition("=")[2] != row["answer"]]
-    stubborn = [row for row in rows if world.units(row) in world.STUBBORN]
+    stubborn = [row for row in rows if world.is_stubborn(row)]
     assert all(row in wrong for row in stubborn)
     assert len(stubborn) <= len(wrong) < 1.1 * len(stubborn)  # and one carry in fifty
     assert 0.15 < len(stubborn) / len(rows) < 0.25
+
+
+def test_a_teacher_of_one_half_of_the_additions_is_careless_in_the_other():
+    world = catalog.load_module(catalog.shipped() / "data" / "demo_compare.py")
+    rows = world.lessons(world.demo.TEXT_TEACHER, world.demo.BASE.careless, world.is_large)
+    wrong = [row for row in rows if row["solution"].rpartition("=")[2] != row["answer"]]
+    carries = [row for row in rows if int(row["solution"].split()[0].partition("=")[2]) >= 10]
+    by_half = {kind: (sum(map(kind, wrong)), sum(map(kind, carries))) for kind in (world.is_small, world.is_large)}
+    assert 0.005 < by_half[world.is_small][0] / by_half[world.is_small][1] < 0.05
+    assert 0.7 < by_half[world.is_large][0] / by_half[world.is_large][1] < 0.8
+    for split in ("train", "heldout"):
+        assert all(len(world.additions(kind, split, 300)) == 300 for kind in (world.is_small, world.is_large))
