@@ -29,7 +29,7 @@ from mmopd.records import Prompt
 from mmopd.train import distributed
 from mmopd.train.engine import Trainer
 from mmopd.train.logprob import LogprobHead
-from mmopd.train.pack import Item
+from mmopd.train.tree import Item
 
 TOKENS = [1024, 2048, 4096, 8192, 16384]
 LENGTHS = [512, 1024, 2048, 4096]

@@ -28,7 +28,8 @@ from mmopd.modality import Encoder
 from mmopd.records import Prompt
 from mmopd.train import distributed
 from mmopd.train.engine import Trainer
-from mmopd.train.pack import Item, Size, assign
+from mmopd.train.pack import Size, assign
+from mmopd.train.tree import Item
 
 BUDGET, PATCHES, LIMIT, RESPONSES = 32_768, 32_768, 16_384, 1_024
 PROMPT, IMAGE = 200, 1_200  # tokens, patches

@@ -26,7 +26,8 @@ from mmopd.modality import Encoder
 from mmopd.records import Encoded
 from mmopd.run import RunFolder, step_of
 from mmopd.train.engine import collator, loss_of
-from mmopd.train.pack import Collator, Item
+from mmopd.train.pack import Collator
+from mmopd.train.tree import Item
 from mmopd.train.students import load_student
 
 TEXT, TENSORS, MODEL = "batch.json", "batch.safetensors", "model"

@@ -11,8 +11,9 @@ from transformers import Qwen2_5_VLConfig
 from mmopd.demo.world import build_student
 from mmopd.modality import Encoder
 from mmopd.train.logprob import LogprobHead
-from mmopd.train.pack import Collator, Item, Size, assign, fill_rows
+from mmopd.train.pack import Collator, Layout, Size, assign, fill_rows
 from mmopd.train.students import STUDENTS, load_student
+from mmopd.train.tree import Item
 
 
 @pytest.fixture(scope="module")
@@ -37,8 +38,8 @@ def student(model: Path) -> Any:
     return STUDENTS["qwen3_vl"].from_pretrained(model).train()
 
 
-def collator(encoder: Encoder, student: Any, single_row: bool) -> Collator:
-    return Collator(encoder, student.model.get_rope_index, 3 * 2 * 16 * 16, 2, single_row)
+def collator(encoder: Encoder, student: Any, layout: Layout = "masked") -> Collator:
+    return Collator(encoder, student.model.get_rope_index, 3 * 2 * 16 * 16, 2, layout)
 
 
 def long_tail(n: int, seed: int) -> list[Size]:
@@ -78,17 +79,21 @@ def test_too_few_items_leave_a_rank_with_an_empty_micro_batch() -> None:
     assert assign([Size(5, 5, 0)], 2, 100, 100) == [[[0]], [[]]]
 
 
-def test_rows_hold_every_sample_once_and_are_nearly_full() -> None:
-    lengths = [random.Random(1).randint(23, 37) for _ in range(128)]
-    rows = fill_rows(lengths, single_row=False)
+def test_rows_hold_every_tree_once_and_are_nearly_full() -> None:
+    draw = random.Random(1)
+    lengths = [draw.randint(23, 37) for _ in range(128)]
+    rows = fill_rows(lengths, "masked", 120)
     assert sorted(i for row in rows for i in row) == list(range(128))
-    assert all(sum(lengths[i] for i in row) <= 3 * max(lengths) for row in rows)
-    assert fill_rows(lengths, single_row=True) == [list(range(128))]
+    filled = [sum(lengths[i] for i in row) for row in rows]
+    assert max(filled) <= 120
+    assert sum(lengths) >= 0.9 * 120 * len(rows)
+    assert fill_rows(lengths, "flash", 120) == [list(range(128))]
+    assert fill_rows(lengths, "alone", 120) == [[i] for i in range(128)]
 
 
 def test_a_text_micro_batch_has_one_blank_image(encoder: Encoder, student: Any, items: list[Item]) -> None:
     text = [k for k, item in enumerate(items) if not item.encoded.grids]
-    batch = collator(encoder, student, True)(items, text)
+    batch = collator(encoder, student, "flash")(items, text)
     assert (batch.inputs["input_ids"] == encoder.image_token).sum() == 1
     assert batch.inputs["image_grid_thw"].tolist() == [[1, 2, 2]]
     assert sorted(batch.order) == text
@@ -100,20 +105,20 @@ def test_an_image_that_responses_share_is_decoded_once(
     decoded: list[str] = []
     plain = encoder.pixel_values
     monkeypatch.setattr(encoder, "pixel_values", lambda e: decoded.append(e.prompt.key) or plain(e))
-    batch = collator(encoder, student, False)(items, range(len(items)))
+    batch = collator(encoder, student, "alone")(items, range(len(items)))
     assert len(decoded) == len(set(decoded)) < len(batch.inputs["image_index"])
 
 
 def test_an_empty_micro_batch_is_one_blank_image_of_weight_zero(encoder: Encoder, student: Any, items: list[Item]) -> None:
-    batch = collator(encoder, student, False)(items, [])
+    batch = collator(encoder, student)(items, [])
     assert batch.order == []
     assert batch.weight.tolist() == [0.0]
     assert student(**batch.inputs).shape == (1,)
 
 
-@pytest.mark.parametrize("single_row", [True, False])
-def test_packed_log_probs_are_those_of_each_sample_alone(encoder: Encoder, student: Any, items: list[Item], single_row: bool) -> None:
-    batch = collator(encoder, student, single_row)(items, range(len(items)))
+@pytest.mark.parametrize("layout", ["masked", "alone"])
+def test_packed_log_probs_are_those_of_each_sample_alone(encoder: Encoder, student: Any, items: list[Item], layout: Layout) -> None:
+    batch = collator(encoder, student, layout)(items, range(len(items)))
     with torch.no_grad():
         flat = student(**batch.inputs)
     for i, packed in zip(batch.order, flat.split([len(items[i].tokens) for i in batch.order]), strict=True):
@@ -124,7 +129,7 @@ def test_qwen2_5_vl_packs_too(encoder: Encoder, items: list[Item]) -> None:
     torch.manual_seed(0)
     student = STUDENTS["qwen2_5_vl"](qwen2_5_vl(encoder)).train()
     # Its patches are the demo processor's 16 x 16 here, so that both families see the same pictures.
-    batch = collator(encoder, student, False)(items, range(len(items)))
+    batch = collator(encoder, student)(items, range(len(items)))
     with torch.no_grad():
         flat = student(**batch.inputs)
     for i, packed in zip(batch.order, flat.split([len(items[i].tokens) for i in batch.order]), strict=True):

@@ -16,7 +16,7 @@ from mmopd.errors import UserError
 from mmopd.modality import Encoder
 from mmopd.replay import read_batch, replay, write_batch
 from mmopd.run import RunFolder
-from mmopd.train.pack import Item
+from mmopd.train.tree import Item
 
 
 @pytest.fixture(scope="module")

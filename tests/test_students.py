@@ -17,8 +17,8 @@ from mmopd.config import Engine, Train
 from mmopd.errors import UserError
 from mmopd.modality import Encoder
 from mmopd.train import students
-from mmopd.train.pack import Collator
-from mmopd.train.students import STUDENTS, has_state, load_student, unit
+from mmopd.train.pack import Collator, Layout
+from mmopd.train.students import STUDENTS, layout, load_student, unit
 
 SIZES = {"max_model_len": 512, "max_num_seqs": 16, "kv_cache_mib": 64}
 FLOAT32 = Engine(dtype="float32", **SIZES)
@@ -119,9 +119,10 @@ def test_linear_attention_would_mix_the_samples_of_a_row(tmp_path: Path) -> None
     student, encoder = load_student(tmp_path, torch.float32), Encoder(tmp_path)
     plain = torch.cat(plain_logprobs(student, encoder))
     items = make_items(encoder, "TiI", 7)
-    assert has_state(student)
-    for alone, low, high in ((True, 0.0, 1e-5), (False, 0.1, 10.0)):
-        collate = Collator(encoder, student.model.get_rope_index, 3 * 2 * 16 * 16, 2, single_row=True, alone=alone)
+    assert layout(student) == "alone"
+    ways: tuple[tuple[Layout, float, float], ...] = (("alone", 0.0, 1e-5), ("masked", 0.1, 10.0))
+    for way, low, high in ways:
+        collate = Collator(encoder, student.model.get_rope_index, 3 * 2 * 16 * 16, 2, way)
         micro = collate(items, range(len(items)))
         order = torch.cat([torch.arange(len(items[i].tokens)) + sum(len(item.tokens) for item in items[:i]) for i in micro.order])
         with torch.no_grad():

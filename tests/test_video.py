@@ -41,8 +41,9 @@ from mmopd.teacher.preflight import answers, preflight
 from mmopd.teacher.probes import look, reordered
 from mmopd.teacher.serve import ServerSpec, serve
 from mmopd.teacher.view import BUILT_IN, ViewError, encode_view
-from mmopd.train.pack import Collator, Item
-from mmopd.train.students import has_state, load_student
+from mmopd.train.pack import Collator, Layout
+from mmopd.train.tree import Item
+from mmopd.train.students import layout, load_student
 
 TOKENS = (5, 6, 7, 8)
 RESPONSE = Response((5,), (-1.0,), "B", "stop", "0")
@@ -241,7 +242,7 @@ def test_every_family_that_takes_clips_packs_them_with_images_and_text(tmp_path:
     build(kind, tmp_path)
     encoder, student = Encoder(tmp_path), load_student(tmp_path, torch.float32)
     items = [Item.to_score(one, TOKENS) for one in encoded.values()]
-    collate = Collator(encoder, student.model.get_rope_index, 3 * 2 * 16 * 16, 2, single_row=True, alone=has_state(student))
+    collate = Collator(encoder, student.model.get_rope_index, 3 * 2 * 16 * 16, 2, layout(student))
     batch = collate(items, range(len(items)))
     with torch.no_grad():
         packed = student(**batch.inputs).split(len(TOKENS))
@@ -258,10 +259,10 @@ def test_a_micro_batch_of_clips_needs_no_blank_image_decodes_each_once_and_train
     student = load_student(folder, torch.float32).train()
     items = [Item.to_score(encoded[name], tokens) for name in ("two clips", "8 of 64x64") for tokens in (TOKENS, TOKENS[:2])]
     assert items[0].patches == 2 * (2 * 4) + 2 * (4 * 2)
-    batch = Collator(encoder, student.model.get_rope_index, 3 * 2 * 16 * 16, 2, single_row=False)(items, range(4))
+    batch = Collator(encoder, student.model.get_rope_index, 3 * 2 * 16 * 16, 2, "masked")(items, range(4))
     assert len(decoded) == 2
     assert batch.inputs["image_index"] == []
-    assert sorted(batch.inputs["video_index"]) == [0, 0, 1, 1, 2, 2]
+    assert sorted(batch.inputs["video_index"]) == [0, 1, 2]
     student(**batch.inputs).sum().backward()
     assert all(weight.grad is not None and weight.grad.abs().max() > 0 for weight in student.model.visual.patch_embed.parameters())
 
@@ -334,8 +335,9 @@ def test_a_real_server_sees_the_same_ids_and_gives_the_log_probs_of_transformers
         assert list(scores[name].logprobs) == pytest.approx(of_transformers(model, encoder, one, TOKENS), abs=1e-4), name
     student = load_student(folder, torch.float32).train()
     items = [Item.to_score(one, TOKENS) for one in encoded.values()]
-    for single_row in (True, False):
-        collate = Collator(encoder, student.model.get_rope_index, 3 * 2 * 16 * 16, 2, single_row)
+    ways: tuple[Layout, ...] = ("masked", "alone")
+    for way in ways:
+        collate = Collator(encoder, student.model.get_rope_index, 3 * 2 * 16 * 16, 2, way)
         batch = collate(items, range(len(items)))
         with torch.no_grad():
             packed = student(**batch.inputs).split(len(TOKENS))

@@ -31,7 +31,7 @@ from mmopd.train.distributed import start, stop
 from mmopd.train.engine import NotFiniteError, Trainer
 from mmopd.train.export import export
 from mmopd.train.guard import Guard
-from mmopd.train.pack import Item
+from mmopd.train.tree import Item
 from mmopd.train.watchdog import Watchdog
 
 TRAIN = Train(

@@ -20,8 +20,9 @@ from mmopd.errors import UserError
 from mmopd.modality import Encoder
 from mmopd.train.distributed import Ranks
 from mmopd.train.lora import Weight, add_adapters, weights
-from mmopd.train.pack import Collator, Item, MicroBatch, Size, assign
-from mmopd.train.students import as_checkpoint, attention, freeze, has_state, load_student, unit
+from mmopd.train.pack import Collator, MicroBatch, Size, assign
+from mmopd.train.students import as_checkpoint, freeze, layout, load_student, unit
+from mmopd.train.tree import Item, grow
 
 # A weight of up to this many numbers stays gathered between micro-steps: norms and biases of a real model, nearly all of a tiny one,
 # where it saves a quarter of the CPU time of four micro-steps.
@@ -89,8 +90,7 @@ def collator(student: Any, encoder: Encoder) -> Collator:
         student.model.get_rope_index,
         patch_size=vision.in_channels * vision.temporal_patch_size * vision.patch_size**2,
         merge=vision.spatial_merge_size,
-        single_row=attention() == "flash_attention_2",
-        alone=has_state(student),
+        layout=layout(student),
     )
 
 
@@ -159,7 +159,8 @@ class Trainer:
         Returns:
             loss, grad_norm (before clipping), lr, tokens (trained), seconds, mismatch and mismatch_mean (largest and mean
             |log pi - old| of a trained token: what trainer and engine disagree by, when nothing was updated in between), clip_fraction (of
-            trained tokens), micro_steps, packing (share of computed tokens that are no padding).
+            trained tokens), micro_steps, packing (share of computed tokens that are no padding), sharing (tokens of all prompts and
+            responses, by those that were computed: how much less work it was, since responses share a prompt).
 
         Raises:
             ValueError: no items.
@@ -168,7 +169,7 @@ class Trainer:
         if not items:
             raise ValueError("an update needs at least one response")
         started = time.perf_counter()
-        loss_sum = tokens = clipped = mismatch = apart = used = computed = 0.0
+        loss_sum = tokens = clipped = mismatch = apart = used = computed = whole = 0.0
         share = self._share(items)
         for step, chosen in enumerate(share):
             micro = self._collate(items, chosen).to(self.ranks.device)
@@ -182,9 +183,11 @@ class Trainer:
             clipped += int(self._is_clipped(ratio.exp(), micro.advantage[trained]).sum())
             apart += float(ratio.abs().sum())
             mismatch = max([mismatch, *ratio.abs().amax(0, keepdim=True).tolist()]) if ratio.numel() else mismatch
-            used += sum(items[i].length for i in micro.order)
+            used += micro.used
+            whole += sum(items[i].length for i in micro.order)
             computed += micro.inputs["input_ids"].numel()
-        loss_sum, tokens, clipped, apart, used, computed = self.ranks.all_sum([loss_sum, tokens, clipped, apart, used, computed])
+        sums = [loss_sum, tokens, clipped, apart, used, computed, whole]
+        loss_sum, tokens, clipped, apart, used, computed, whole = self.ranks.all_sum(sums)
         (mismatch,) = self.ranks.all_max([mismatch])
         if not math.isfinite(loss_sum):
             self.engine.optimizer._overflow_clean_up(None)  # what `step` does where a gradient is not finite: drop them all
@@ -203,6 +206,7 @@ class Trainer:
             "clip_fraction": clipped / max(1.0, tokens),
             "micro_steps": float(len(share)),
             "packing": used / computed,
+            "sharing": whole / used,
             "seconds": time.perf_counter() - started,
         }
 
@@ -239,13 +243,20 @@ class Trainer:
                     yield from as_checkpoint(self.student, {weight.name: weight.value() for weight in bucket}).items()
 
     def _share(self, items: Sequence[Item]) -> list[list[int]]:
-        """Item numbers of this rank by micro-step."""
-        sizes = [Size(self._cost(i.length, i.patches), i.length, i.patches) for i in items]
-        return assign(sizes, self.ranks.size, self.settings.micro_tokens, self.settings.micro_patches)[self.ranks.rank]
+        """Item numbers of this rank by micro-step: the responses of a prompt together, as far as ranks can be alike and budgets held."""
+        even = sum(item.length for item in items) // (4 * self.ranks.size)
+        limit = 0 if self._collate.layout == "alone" else min(even, self.settings.micro_tokens // 2)
+        trees = grow(items, range(len(items)), limit)
+        sizes = [self._size([items[i] for i in tree]) for tree in trees]
+        share = assign(sizes, self.ranks.size, self.settings.micro_tokens, self.settings.micro_patches)[self.ranks.rank]
+        return [[i for k in step for i in trees[k]] for step in share]
 
-    def _cost(self, tokens: int, patches: int) -> float:
-        """Of a sample, in tokens of a short one: attention adds T / (12 H) to each, a patch costs what its tower's size says."""
-        return tokens * (1 + tokens / (12 * self._hidden)) + patches * self._patch_cost
+    def _size(self, tree: Sequence[Item]) -> Size:
+        """The cost is in tokens that attend to nothing: a pair of tokens that see each other adds 1 / (6 H), a patch what its tower's size says."""
+        prompt, responses = len(tree[0].encoded.expanded), [len(item.tokens) for item in tree]
+        tokens = prompt + sum(responses)
+        pairs = prompt**2 / 2 + sum(T * (prompt + T / 2) for T in responses)
+        return Size(tokens + pairs / (6 * self._hidden) + tree[0].patches * self._patch_cost, tokens, tree[0].patches)
 
     def _is_clipped(self, ratio: Tensor, advantage: Tensor) -> Tensor:
         high, low = ratio > 1 + self.algorithm.clip_high, ratio < 1 - self.algorithm.clip_low

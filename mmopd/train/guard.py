@@ -12,7 +12,7 @@ from mmopd.replay import write_batch
 from mmopd.run import RunFolder
 from mmopd.train.engine import NotFiniteError, Trainer
 from mmopd.train.export import export
-from mmopd.train.pack import Item
+from mmopd.train.tree import Item
 
 ALLOWED, WINDOW = 3, 20  # updates that may be skipped, of so many one after the other
 KEPT = ALLOWED + 1  # batches in RUN/replay, each with the student's weights; the oldest go

@@ -1,57 +1,32 @@
 """Responses as micro-batches: which rank computes which, when, and as which tensors.
 
-Three steps. `assign` deals items to (rank, micro-step) from sizes alone, so every rank knows the whole
-assignment without talking. `fill_rows` packs the items of one micro-batch into rows. `Collator` makes the tensors;
+Four steps. `tree.grow` puts the responses of a prompt together. `assign` deals these trees to (rank, micro-step) from sizes alone, so every
+rank knows the whole assignment without talking. `fill_rows` packs the trees of one micro-batch into rows. `Collator` makes the tensors;
 only the rank that computes a micro-batch decodes its images.
 
-A row holds several samples. Position ids that restart at 0 keep them apart (transformers sees packing in row 0 of
-[4, B, W]; rows 1-3 are mRoPE). With flash attention one row holds all; torch's attention computes a W x W mask
-per row, so rows are short there. Every micro-batch has at least one image, a blank one if need be: ZeRO-3 needs the
-vision tower to run as often on every rank. Images and clips go through it in one call.
+With flash attention one row holds all trees; torch's attention computes a W x W mask per row, so rows are short there. Every micro-batch
+has at least one image, a blank one if need be: ZeRO-3 needs the vision tower to run as often on every rank. Images and clips go through it
+in one call.
 
-Letters: T tokens of a sample, B rows, W width, M response tokens of a micro-batch, I images and clips.
+Letters: T tokens of a response, B rows, W width, M response tokens of a micro-batch, I images and clips.
 """
 
 import heapq
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from itertools import chain
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from mmopd.modality import Encoder
 from mmopd.records import Encoded
+from mmopd.train.tree import Item, Tree, grow, mask, sequences
 
-SAMPLES_PER_ROW = 3  # width of a row of torch's attention, in longest samples: less padding against a larger mask
-
-
-@dataclass(frozen=True, slots=True)
-class Item:
-    """A response of T tokens, with what its loss is made of."""
-
-    encoded: Encoded
-    tokens: tuple[int, ...]
-    old: Tensor  # [T] log-probs of the policy that sampled it
-    advantage: Tensor  # [T]
-    weight: Tensor  # [T] of each token in the loss; 0 = left out
-    likeliest: tuple[Tensor, Tensor] | None = None  # (ids [T, K], log-probs [T, K]) of the teacher's likeliest tokens; all items or none
-
-    @classmethod
-    def to_score(cls, encoded: Encoded, tokens: tuple[int, ...]) -> "Item":
-        """An item that is only asked for its log-probs."""
-        nothing = torch.zeros(len(tokens))
-        return cls(encoded, tokens, nothing, nothing, nothing)
-
-    @property
-    def length(self) -> int:
-        """Tokens of prompt and response."""
-        return len(self.encoded.expanded) + len(self.tokens)
-
-    @property
-    def patches(self) -> int:
-        """Vision patches of its images and clips."""
-        return sum(t * h * w for t, h, w in (*self.encoded.grids, *self.encoded.video_grids))
+# Of torch's attention, whose mask is W x W: tokens of a row, unless three of the longest sample are more.
+ROW = 256
+Layout = Literal["masked", "flash", "alone"]  # rows of torch's attention; one row of flash attention; one sample a row, no tree
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +34,7 @@ class MicroBatch:
     """The tensors of one forward and backward pass."""
 
     inputs: dict[str, Any]  # arguments of the student's forward
+    used: int  # of the tokens that are computed; the others are padding
     old: Tensor  # [M]
     advantage: Tensor  # [M]
     weight: Tensor  # [M]
@@ -69,11 +45,11 @@ class MicroBatch:
         """The same on another device."""
         inputs = {k: v.to(device, non_blocking=True) if isinstance(v, Tensor) else v for k, v in self.inputs.items()}
         likeliest = self.likeliest.to(device) if self.likeliest is not None else None
-        return MicroBatch(inputs, self.old.to(device), self.advantage.to(device), self.weight.to(device), self.order, likeliest)
+        return MicroBatch(inputs, self.used, self.old.to(device), self.advantage.to(device), self.weight.to(device), self.order, likeliest)
 
 
 class Size(NamedTuple):
-    """What `assign` knows of an item."""
+    """What `assign` knows of a piece of work."""
 
     cost: float  # of its forward and backward pass, in any unit
     tokens: int
@@ -81,10 +57,10 @@ class Size(NamedTuple):
 
 
 def assign(sizes: Sequence[Size], ranks: int, max_tokens: int, max_patches: int) -> list[list[list[int]]]:
-    """Item numbers by [rank][micro-step], within the budgets and balanced by cost.
+    """Numbers in `sizes` by [rank][micro-step], within the budgets and balanced by cost.
 
-    The smallest number of micro-steps for which "dearest item first, onto the cheapest micro-batch that has room" (LPT)
-    succeeds; the same number on every rank, and costs that are alike within a micro-step. An item larger than a
+    The smallest number of micro-steps for which "dearest first, onto the cheapest micro-batch that has room" (LPT)
+    succeeds; the same number on every rank, and costs that are alike within a micro-step. What is larger than a
     budget gets a micro-batch to itself.
     """
     steps = max(1, -(-sum(s.tokens for s in sizes) // (ranks * max_tokens)), -(-sum(s.patches for s in sizes) // (ranks * max_patches)))
@@ -101,7 +77,7 @@ def assign(sizes: Sequence[Size], ranks: int, max_tokens: int, max_patches: int)
 
 
 def _deal(sizes: Sequence[Size], n: int, max_tokens: int, max_patches: int) -> list[list[int]] | None:
-    """`n` bins by LPT, or None where an item finds no room."""
+    """`n` bins by LPT, or None where a piece finds no room."""
     bins: list[list[int]] = [[] for _ in range(n)]
     tokens, patches = [0] * n, [0] * n
     cheapest = [(0.0, b) for b in range(n)]
@@ -122,13 +98,12 @@ def _deal(sizes: Sequence[Size], n: int, max_tokens: int, max_patches: int) -> l
     return bins
 
 
-def fill_rows(lengths: Sequence[int], single_row: bool, alone: bool = False) -> list[list[int]]:
-    """Positions in `lengths` by row: one in each, all in one, or first-fit decreasing into rows of SAMPLES_PER_ROW longest samples."""
-    if alone:
+def fill_rows(lengths: Sequence[int], layout: Layout, width: int) -> list[list[int]]:
+    """Positions in `lengths` by row: one in each, all in one, or first-fit decreasing into rows of `width`."""
+    if layout == "alone":
         return [[i] for i in range(len(lengths))]
-    if single_row:
+    if layout == "flash":
         return [list(range(len(lengths)))]
-    width = SAMPLES_PER_ROW * max(lengths)
     rows: list[list[int]] = []
     room: list[int] = []
     for i in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
@@ -150,44 +125,42 @@ class Collator:
         rope: the model's `get_rope_index`.
         patch_size: numbers per vision patch (channels x time x rows x columns).
         merge: patches per visual token, per side.
-        single_row: one row for all samples (flash attention).
-        alone: one row for each sample (a model whose state would run on into the next one).
+        layout: what the student's attention takes; `alone` for a model whose state would run on into the next sample.
     """
 
-    def __init__(
-        self, encoder: Encoder, rope: Callable[..., Any], patch_size: int, merge: int, single_row: bool, *, alone: bool = False
-    ) -> None:
+    def __init__(self, encoder: Encoder, rope: Callable[..., Any], patch_size: int, merge: int, layout: Layout) -> None:
         self.encoder = encoder
         self.rope = rope
         self.patch_size = patch_size
         self.merge = merge
-        self.single_row, self.alone = single_row, alone
+        self.layout = layout
 
     def __call__(self, items: Sequence[Item], chosen: Sequence[int]) -> MicroBatch:
         """The micro-batch of the `chosen` items; a dummy of weight 0 if none are."""
-        samples = [self._sample(items[i], i) for i in chosen]
+        room = max([ROW, *(3 * items[i].length for i in chosen)])
+        limit = {"masked": room, "flash": sum(items[i].length for i in chosen), "alone": 0}[self.layout]
+        trees = [Tree.of(items, numbers, self._positions(items[numbers[0]].encoded)) for numbers in grow(items, chosen, limit)]
         if not any(items[i].patches for i in chosen):
-            samples.append(_Sample(None, torch.tensor([self.encoder.image_token]), torch.zeros(4, 1, dtype=torch.long)))
-        rows = [[samples[k] for k in row] for row in fill_rows([len(s.ids) for s in samples], self.single_row, self.alone)]
-        width = max(sum(len(s.ids) for s in row) for row in rows)
+            trees.append(Tree.blank(self.encoder.image_token))
+        lengths = [len(tree.ids) for tree in trees]
+        rows = [[trees[k] for k in row] for row in fill_rows(lengths, self.layout, room)]
+        width = max(sum(len(tree.ids) for tree in row) for row in rows)
         ids = torch.zeros(len(rows), width, dtype=torch.long)
-        positions = torch.zeros(4, len(rows), width, dtype=torch.long)  # padding: samples of one token each
+        positions = torch.zeros(4, len(rows), width, dtype=torch.long)
         index: list[Tensor] = []
-        order: list[int] = []
         pictures = _Pictures(self.encoder, self.patch_size, self.merge)
         for r, row in enumerate(rows):
             end = 0
-            for sample in row:
-                begin, end = end, end + len(sample.ids)
-                ids[r, begin:end] = sample.ids
-                positions[:, r, begin:end] = sample.positions
-                if sample.number is None:
+            for tree in row:
+                begin, end = end, end + len(tree.ids)
+                ids[r, begin:end] = tree.ids
+                positions[:, r, begin:end] = tree.positions
+                if tree.numbers:
+                    index.append(r * width + begin + tree.predictors)
+                    pictures.add(items[tree.numbers[0]].encoded)
+                else:
                     pictures.add_blank()
-                    continue
-                item = items[sample.number]
-                pictures.add(item.encoded)
-                order.append(sample.number)
-                index.append(torch.arange(r * width + end - len(item.tokens) - 1, r * width + end - 1))  # a token is predicted one earlier
+        order = [i for tree in chain.from_iterable(rows) for i in tree.numbers]
         none = [torch.zeros(1)] * 3
         old, advantage, weight = (
             [torch.cat([getattr(items[i], n) for i in order]).float() for n in ("old", "advantage", "weight")] if order else none
@@ -202,29 +175,26 @@ class Collator:
             "logprob_index": torch.cat(index) if order else torch.zeros(1, dtype=torch.long),
             "logprob_targets": torch.tensor([t for i in order for t in items[i].tokens] or [0]),
         }
+        if self.layout == "masked":
+            inputs["attention_mask"] = mask(rows, width)
+        elif self.layout == "flash":
+            inputs |= sequences(rows[0])
         tops = [top for i in order if (top := items[i].likeliest) is not None]
         if tops:  # [M, 1 + K]: the sampled token, then the teacher's likeliest
             inputs["logprob_targets"] = torch.cat([inputs["logprob_targets"][:, None], torch.cat([ids for ids, _ in tops])], 1)
-        return MicroBatch(inputs, old, advantage, weight, order, torch.cat([logprobs for _, logprobs in tops]) if tops else None)
+        likeliest = torch.cat([logprobs for _, logprobs in tops]) if tops else None
+        return MicroBatch(inputs, sum(lengths), old, advantage, weight, order, likeliest)
 
-    def _sample(self, item: Item, number: int) -> "_Sample":
-        ids = torch.tensor(item.encoded.expanded + item.tokens)
+    def _positions(self, encoded: Encoded) -> Tensor:
+        """[4, P] of a prompt: text, then mRoPE's time, row and column."""
+        ids = torch.tensor(encoded.expanded)
         text = torch.arange(len(ids))
-        if not item.patches:
-            return _Sample(number, ids, text.expand(4, -1))
+        if not encoded.prompt.is_visual:
+            return text.expand(4, -1)
         kinds = (ids == self.encoder.image_token).int() + 2 * (ids == self.encoder.video_token).int()
-        grids = [torch.tensor(grids) if grids else None for grids in (item.encoded.grids, item.encoded.video_grids)]
+        grids = [torch.tensor(grids) if grids else None for grids in (encoded.grids, encoded.video_grids)]
         mrope, _ = self.rope(ids[None], kinds[None], *grids)
-        return _Sample(number, ids, torch.cat([text[None], mrope[:, 0]]))
-
-
-@dataclass(frozen=True, slots=True)
-class _Sample:
-    """What rows are filled with."""
-
-    number: int | None  # of the item; None for the blank image
-    ids: Tensor  # [T]
-    positions: Tensor  # [4, T]: text, then mRoPE's time, row and column
+        return torch.cat([text[None], mrope[:, 0]])
 
 
 class _Pictures:

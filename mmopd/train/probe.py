@@ -7,7 +7,7 @@ from torch import Tensor
 from mmopd.modality import Encoder
 from mmopd.prompts.shards import Shards
 from mmopd.rollout.engine import StudentEngine
-from mmopd.train.pack import Item
+from mmopd.train.tree import Item
 
 
 def probe_items(sources: Sequence[Shards], encoder: Encoder) -> list[Item]:

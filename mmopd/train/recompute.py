@@ -6,7 +6,7 @@ import torch
 
 from mmopd.records import Encoded, Sample
 from mmopd.train.engine import Trainer
-from mmopd.train.pack import Item
+from mmopd.train.tree import Item
 
 
 def recompute(trainer: Trainer, samples: Sequence[Sample], prompts: Sequence[Encoded]) -> tuple[list[torch.Tensor], dict[str, float]]:

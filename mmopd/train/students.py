@@ -12,13 +12,16 @@ from typing import Any
 import torch
 import transformers
 from torch import Tensor
-from transformers import AutoConfig
+from transformers import AttentionInterface, AutoConfig
 from transformers.core_model_loading import revert_weight_conversion
+from transformers.integrations.flash_attention import flash_attention_forward
 from transformers.utils.import_utils import is_flash_attn_2_available
 
 from mmopd.config import Part
 from mmopd.errors import UserError
 from mmopd.train.logprob import Student
+from mmopd.train.pack import Layout
+from mmopd.train.tree import with_key_index
 
 FAMILIES = {  # model_type -> name of the family, class in transformers
     "qwen3_vl": ("Qwen3-VL", "Qwen3VLForConditionalGeneration"),
@@ -34,7 +37,10 @@ PROJECTOR = ("model.visual.merger.", "model.visual.deepstack_merger_list.")
 
 def attention() -> str:
     """The attention of this machine: flash_attention_2 (variable length, one row) where it is installed, else torch's own."""
-    return "flash_attention_2" if torch.cuda.is_available() and is_flash_attn_2_available() else "sdpa"
+    if not (torch.cuda.is_available() and is_flash_attn_2_available()):
+        return "sdpa"
+    AttentionInterface.register("flash_attention_2", with_key_index(flash_attention_forward))
+    return "flash_attention_2"
 
 
 def load_student(folder: Path, dtype: torch.dtype) -> Any:
@@ -60,9 +66,11 @@ def load_student(folder: Path, dtype: torch.dtype) -> Any:
     return model
 
 
-def has_state(student: Any) -> bool:
-    """Whether layers carry a state along a row (linear attention), so that a row can hold one sample only."""
-    return "linear_attention" in (getattr(student.config.text_config, "layer_types", None) or [])
+def layout(student: Any) -> Layout:
+    """How micro-batches are laid out for a student: one sample a row where layers have a state that runs along it, or a sliding window."""
+    if set(getattr(student.config.text_config, "layer_types", None) or ()) - {"full_attention"}:
+        return "alone"
+    return "flash" if student.config._attn_implementation == "flash_attention_2" else "masked"
 
 
 def part_of(name: str) -> Part:

@@ -1,0 +1,151 @@
+"""Responses that share a prompt, as a tree: the prompt is computed once, and each response behind it as if it were alone with it.
+
+A group of G takes P + T_1 + ... + T_G tokens and the prompt's images once, instead of G P + T_1 + ... + T_G and G times the images. What a token
+sees and where it stands are what they are in a sample of its own, so that log-probs and gradients are, too. Torch's attention is told by a
+mask; flash attention by sequences that have more keys than queries: a response's keys are the prompt's and its own.
+
+Letters: P tokens of a prompt, T of a response, B rows, W width of a row.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mmopd.records import Encoded
+
+
+@dataclass(frozen=True, slots=True)
+class Item:
+    """A response of T tokens, with what its loss is made of."""
+
+    encoded: Encoded
+    tokens: tuple[int, ...]
+    old: Tensor  # [T] log-probs of the policy that sampled it
+    advantage: Tensor  # [T]
+    weight: Tensor  # [T] of each token in the loss; 0 = left out
+    likeliest: tuple[Tensor, Tensor] | None = None  # (ids [T, K], log-probs [T, K]) of the teacher's likeliest tokens; all items or none
+
+    @classmethod
+    def to_score(cls, encoded: Encoded, tokens: tuple[int, ...]) -> "Item":
+        """An item that is only asked for its log-probs."""
+        nothing = torch.zeros(len(tokens))
+        return cls(encoded, tokens, nothing, nothing, nothing)
+
+    @property
+    def length(self) -> int:
+        """Tokens of prompt and response."""
+        return len(self.encoded.expanded) + len(self.tokens)
+
+    @property
+    def patches(self) -> int:
+        """Vision patches of its images and clips."""
+        return sum(t * h * w for t, h, w in (*self.encoded.grids, *self.encoded.video_grids))
+
+
+@dataclass(frozen=True, slots=True)
+class Tree:
+    """Responses to one prompt."""
+
+    numbers: tuple[int, ...]  # of their items; none: it is the blank image
+    ids: Tensor  # [W]
+    positions: Tensor  # [4, W]: text, then mRoPE's time, row and column
+    lengths: tuple[int, ...]  # of the prompt, then of each response; W together
+
+    @classmethod
+    def blank(cls, image_token: int) -> "Tree":
+        """One visual token."""
+        return cls((), torch.tensor([image_token]), torch.zeros(4, 1, dtype=torch.long), (1,))
+
+    @classmethod
+    def of(cls, items: Sequence[Item], numbers: Sequence[int], prompt: Tensor) -> "Tree":
+        """Of items with one prompt, whose positions are `prompt` [4, P]; each response begins where it ends."""
+        responses = [items[i].tokens for i in numbers]
+        encoded = items[numbers[0]].encoded
+        lengths = (prompt.shape[1], *map(len, responses))
+        ids = torch.tensor([*encoded.expanded, *(token for tokens in responses for token in tokens)])
+        end = int(prompt[1:].max()) + 1  # mRoPE counts an image's rows and columns, not its tokens
+        after = torch.tensor([[prompt.shape[1]], [end], [end], [end]])
+        return cls(tuple(numbers), ids, torch.cat([prompt, *(after + torch.arange(n) for n in lengths[1:])], 1), lengths)
+
+    @property
+    def branches(self) -> Tensor:
+        """[W] 0 for the prompt, k for the k-th response."""
+        return torch.repeat_interleave(torch.arange(len(self.lengths)), torch.tensor(self.lengths))
+
+    @property
+    def predictors(self) -> Tensor:
+        """For each token of the responses, in order, which token of the tree predicts it: the one before it, or the prompt's last."""
+        prompt, *responses = self.lengths
+        begins = accumulate(self.lengths[:-1])
+        last = torch.tensor([prompt - 1])
+        return torch.cat([torch.cat([last, torch.arange(b, b + n - 1)])[:n] for b, n in zip(begins, responses, strict=True)])
+
+
+def grow(items: Sequence[Item], chosen: Sequence[int], limit: int) -> list[list[int]]:
+    """The numbers of `chosen` items by tree: those of one prompt, cut where a tree would exceed `limit` tokens (0: an item each)."""
+    found: list[list[int]] = []
+    last: dict[str, tuple[list[int], int]] = {}  # key of a prompt -> its newest tree, and the tokens of that
+    for i in chosen:
+        item = items[i]
+        key, more = item.encoded.prompt.key, len(item.tokens)
+        tree, tokens = last.get(key, ([], 0))
+        if not tree or tokens + more > limit:
+            tree, tokens = [], len(item.encoded.expanded)
+            found.append(tree)
+        tree.append(i)
+        last[key] = (tree, tokens + more)
+    return found
+
+
+def mask(rows: Sequence[Sequence[Tree]], width: int) -> Tensor:
+    """Bool [B, 1, W, W], True where a query (third) sees a key (last); a token of padding sees itself."""
+    tree, branch = -torch.arange(1, width + 1).repeat(len(rows), 1), torch.zeros(len(rows), width, dtype=torch.long)
+    for r, row in enumerate(rows):
+        end = 0
+        for k, one in enumerate(row):
+            begin, end = end, end + len(one.ids)
+            tree[r, begin:end], branch[r, begin:end] = k, one.branches
+    same = tree[:, :, None] == tree[:, None, :]
+    open_to = (branch[:, None, :] == 0) | (branch[:, :, None] == branch[:, None, :])
+    return (same & open_to & torch.ones(width, width, dtype=torch.bool).tril())[:, None]
+
+
+def sequences(row: Sequence[Tree]) -> dict[str, Any]:
+    """The same for flash attention over one row: each prompt and each response is a sequence of queries.
+
+    Returns:
+        key_index: the row's tokens that are the keys, sequence after sequence; the rest is in transformers' words. Queries are
+            the last of their keys, as causal masks of flash attention (2.1 and later) have it.
+    """
+    queries, keys, index, end = [], [], [], 0
+    for tree in row:
+        prompt = torch.arange(end, end + tree.lengths[0])
+        for k, length in enumerate(tree.lengths):
+            begin, end = end, end + length
+            seen = prompt if k == 0 else torch.cat([prompt, torch.arange(begin, end)])
+            queries.append(length)
+            keys.append(len(seen))
+            index.append(seen)
+    bounds = [torch.tensor([0, *accumulate(lengths)], dtype=torch.int32) for lengths in (queries, keys)]
+    return {
+        "key_index": torch.cat(index),
+        "cu_seq_lens_q": bounds[0],
+        "cu_seq_lens_k": bounds[1],
+        "max_length_q": max(queries),
+        "max_length_k": max(keys),
+    }
+
+
+def with_key_index(attend: Callable[..., Any]) -> Callable[..., Any]:
+    """An attention function of transformers' that takes what `sequences` gives; without `key_index` it is what it was."""
+
+    def attend_by_index(module: Any, query: Tensor, key: Tensor, value: Tensor, *rest: Any, key_index: Tensor | None = None, **named: Any) -> Any:
+        if key_index is not None:  # [1, heads, W, D] -> [1, heads, keys, D]
+            key, value = key.index_select(2, key_index), value.index_select(2, key_index)
+        return attend(module, query, key, value, *rest, **named)
+
+    return attend_by_index
