@@ -43,13 +43,15 @@ def exponent(x: list[int], y: list[float]) -> float:
 
 
 def items(encoder: Encoder, n: int, length: int) -> list[Item]:
-    """n responses; prompt and response together have `length` tokens."""
-    row = additions("train", 1, 0)[0]
-    encoded = encoder.encode(Prompt("s/0", "t", "text", tuple(row["messages"]), (), ""))
-    T = length - len(encoded.expanded)
-    random = np.random.default_rng(0)
-    ids = [tuple(random.integers(5, 900, T).tolist()) for _ in range(n)]
-    return [Item(encoded, tokens, torch.full((T,), -7.0), torch.randn(T), torch.full((T,), 1 / T / n)) for tokens in ids]
+    """n responses to prompts of their own; prompt and response together have `length` tokens."""
+    row, random = additions("train", 1, 0)[0], np.random.default_rng(0)
+    found = []
+    for i in range(n):
+        encoded = encoder.encode(Prompt(f"s/{i}", "t", "text", tuple(row["messages"]), (), ""))
+        T = length - len(encoded.expanded)
+        tokens = tuple(random.integers(5, 900, T).tolist())
+        found.append(Item(encoded, tokens, torch.full((T,), -7.0), torch.randn(T), torch.full((T,), 1 / T / n)))
+    return found
 
 
 def seconds(trainer: Trainer, some: list[Item]) -> float:

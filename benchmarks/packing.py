@@ -1,11 +1,13 @@
 """Packing of long-tailed responses: `python benchmarks/packing.py`, about two minutes.
 
-- budget: lengths of 1,024 responses (log-normal, median 900 tokens, some at the limit of 16,384), a third with an image, dealt to 2 and 8
+- budget: 1,024 responses to 64 prompts (log-normal, median 900 tokens, at most 16,384), a third with an image, dealt to 2 and 8
   ranks with the budgets of a recipe; their tokens, of what the micro-batches have room for. All ranks make the same number of micro-steps,
   so that the last one may be half empty: the second column is what whole micro-steps allow at best. Beside it: batches of four responses,
   in the order in which they come, each padded to its longest; tokens, of what is computed.
 - balance: the dearest rank of a micro-step, of the mean, by the estimated cost.
-- time: an update of the demo's student on 128 responses, packed, and with one padded row for each response, in turns.
+- sharing: tokens of all prompts and responses, by those that are computed, for answers of that length and for short ones.
+- time: an update of the demo's student on 128 responses of uneven length, to 8 prompts and to 128, packed, and with one padded row for
+  each response, in turns.
 """
 
 import argparse
@@ -14,6 +16,7 @@ import tempfile
 import time
 from pathlib import Path
 from statistics import mean, median
+from typing import NamedTuple
 
 os.environ |= {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
 
@@ -25,43 +28,63 @@ from rich.table import Table
 from mmopd.config import Algorithm, Train
 from mmopd.demo.world import additions, build_student, digit_sums
 from mmopd.modality import Encoder
-from mmopd.records import Prompt
+from mmopd.records import Encoded, Prompt
 from mmopd.train import distributed
 from mmopd.train.engine import Trainer
-from mmopd.train.pack import Size, assign
-from mmopd.train.tree import Item
+from mmopd.train.pack import Cost, Layout, deal
+from mmopd.train.tree import Item, grow
 
-BUDGET, PATCHES, LIMIT, RESPONSES = 32_768, 32_768, 16_384, 1_024
+BUDGET, PATCHES, LIMIT, RESPONSES, GROUP = 32_768, 32_768, 16_384, 1_024, 16
 PROMPT, IMAGE = 200, 1_200  # tokens, patches
+ANSWER, SHORT = 900, 100  # tokens
+COST = Cost(hidden=4096, patch=0.3)
 FOUR = 4  # responses of a padded batch
 GOAL = 0.95
 TIMES = 5
 
 
-def sizes(seed: int) -> list[Size]:
-    """Of the responses of a step, prompts included."""
+def step(seed: int, answer: float) -> list[Item]:
+    """The responses of a step, of `answer` tokens each in the middle; made of lengths alone."""
     random = np.random.default_rng(seed)
-    lengths = np.minimum(random.lognormal(np.log(900), 1.2, RESPONSES).astype(int) + 1, LIMIT) + PROMPT
-    patches = np.where(random.random(RESPONSES) < 1 / 3, IMAGE, 0)
-    return [Size(float(t) * (1 + t / 50_000) + 0.3 * p, int(t), int(p)) for t, p in zip(lengths, patches, strict=True)]
+    found = []
+    for i in range(RESPONSES // GROUP):
+        image = bool(random.random() < 1 / 3)
+        prompt = Prompt(f"s/{i}", "t", "image" if image else "text", (), (), "")
+        encoded = Encoded(prompt, (), (0,) * (PROMPT + image * IMAGE // 4), ((1, 30, IMAGE // 30),) * image)
+        lengths = np.minimum(random.lognormal(np.log(answer), 1.2, GROUP).astype(int) + 1, LIMIT)
+        found += [Item.to_score(encoded, (0,) * int(T)) for T in lengths]
+    return found
 
 
-def used(some: list[Size], ranks: int) -> tuple[float, float, float, float]:
-    """(tokens of room, at best, tokens of computed when padded in order, dearest rank of the mean)."""
-    plan = assign(some, ranks, BUDGET, PATCHES)
-    steps = len(plan[0])
-    costs = [[sum(some[i].cost for i in plan[rank][step]) for rank in range(ranks)] for step in range(steps)]
-    tokens = sum(size.tokens for size in some)
-    room = ranks * BUDGET
-    padded = sum(FOUR * max(size.tokens for size in some[i : i + FOUR]) for i in range(0, len(some), FOUR))
-    return tokens / (steps * room), tokens / (-(-tokens // room) * room), tokens / padded, mean(max(row) / mean(row) for row in costs)
+class Found(NamedTuple):
+    """Of one step."""
+
+    room: float  # tokens, of what the micro-batches have room for
+    best: float  # the same at best
+    padded: float  # tokens, of what is computed when padded in order
+    dearest: float  # rank, of the mean
+    sharing: float  # tokens of all samples, by those computed
+    seconds: float  # to deal
 
 
-def items(encoder: Encoder, n: int) -> list[Item]:
-    """Responses of uneven length to texts and images of the demo."""
+def dealt(some: list[Item], ranks: int) -> Found:
+    """What `deal` makes of it."""
+    begin = time.perf_counter()
+    plan = deal(some, ranks, BUDGET, PATCHES, COST)
+    took, room, whole = time.perf_counter() - begin, ranks * BUDGET, sum(item.length for item in some)
+    sizes = [[[COST.of([some[i] for i in tree]) for tree in grow(some, micro, BUDGET)] for micro in steps] for steps in plan]
+    used = sum(size.tokens for steps in sizes for micro in steps for size in micro)
+    costs = [[sum(size.cost for size in steps[step]) for steps in sizes] for step in range(len(plan[0]))]
+    padded = sum(FOUR * max(item.length for item in some[i : i + FOUR]) for i in range(0, len(some), FOUR))
+    dearest = mean(max(row) / mean(row) for row in costs)
+    return Found(used / (len(plan[0]) * room), used / (-(-used // room) * room), whole / padded, dearest, whole / used, took)
+
+
+def items(encoder: Encoder, prompts: int, n: int) -> list[Item]:
+    """n responses of uneven length to texts and images of the demo, as many to each."""
     random = np.random.default_rng(0)
     found = []
-    for i in range(n):
+    for i in (k * prompts // n for k in range(n)):
         row = (digit_sums if i % 3 == 0 else additions)("train", i + 1, 0)[i]
         kind = "image" if row["images"] else "text"
         encoded = encoder.encode(Prompt(f"s/{i}", "t", kind, tuple(row["messages"]), tuple(row["images"]), ""))
@@ -71,19 +94,14 @@ def items(encoder: Encoder, n: int) -> list[Item]:
     return found
 
 
-def seconds(folder: Path) -> tuple[float, float]:
+def seconds(trainer: Trainer, some: list[Item]) -> tuple[float, float]:
     """(packed, one padded row each) of an update, medians in turns."""
-    ranks = distributed.start(120)
-    settings = Train(steps=99, dtype="float32", micro_tokens=4096, gradient_checkpointing=False)
-    trainer = Trainer(folder, encoder := Encoder(folder), settings, Algorithm(), ranks)
-    some, times = items(encoder, 128), ([], [])
-    for turn in range(2 * TIMES + 2):
-        trainer._collate.alone = bool(turn % 2)
-        taken = trainer.update(some)["seconds"]
-        if turn >= 2:
-            times[turn % 2].append(taken)
-    distributed.stop()
-    return median(times[0]), median(times[1])
+    times: dict[Layout, list[float]] = {"masked": [], "alone": []}
+    for layout in list(times) * (TIMES + 1):
+        trainer._collate.layout = layout
+        times[layout].append(trainer.update(some)["seconds"])
+    packed, alone = (median(taken[1:]) for taken in times.values())
+    return packed, alone
 
 
 def main() -> None:
@@ -93,17 +111,22 @@ def main() -> None:
     for column in ("", "packed", "at best", "padded", "goal"):
         table.add_column(column, justify="left" if not column else "right")
     for ranks in (2, 8):
-        begin = time.perf_counter()
-        found = [used(sizes(seed), ranks) for seed in range(5)]
-        took = (time.perf_counter() - begin) / 5
-        room, best, padded, balance = (mean(column) for column in zip(*found, strict=True))
+        columns = zip(*(dealt(step(seed, ANSWER), ranks) for seed in range(5)), strict=True)
+        room, best, padded, dearest, sharing, took = (mean(column) for column in columns)
+        short = mean(dealt(step(seed, SHORT), ranks).sharing for seed in range(5))
         table.add_row(f"{ranks} ranks: tokens of the budget", f"{room:.3f}", f"{best:.3f}", f"{padded:.3f}", f">= {GOAL}")
-        table.add_row("  dearest rank, of the mean", f"{balance:.3f}", "1", "", "")
+        table.add_row("  dearest rank, of the mean", f"{dearest:.3f}", "1", "", "")
+        table.add_row(f"  sharing, answers of {ANSWER} and of {SHORT} tokens", f"{sharing:.2f}, {short:.2f}", "", "1", "")
         table.add_row("  seconds to deal", f"{took:.3f}", "", "", "")
     with tempfile.TemporaryDirectory() as name:
         build_student(name)
-        packed, alone = seconds(Path(name))
-    table.add_row("update of the demo's student, seconds", f"{packed:.2f}", "", f"{alone:.2f} = {alone / packed:.1f} x", "")
+        settings = Train(steps=99, dtype="float32", micro_tokens=4096, gradient_checkpointing=False)
+        trainer = Trainer(Path(name), encoder := Encoder(Path(name)), settings, Algorithm(), distributed.start(120))
+        for prompts in (8, 128):
+            packed, alone = seconds(trainer, items(encoder, prompts, 128))
+            label = f"update of the demo's student, seconds, {prompts} prompts"
+            table.add_row(label, f"{packed:.2f}", "", f"{alone:.2f} = {alone / packed:.1f} x", "")
+        distributed.stop()
     Console(width=120).print(table)
 
 

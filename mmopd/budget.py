@@ -82,7 +82,7 @@ def budget(recipe: Recipe, machines: Machines, *, response: int | None = None, e
     refusals = [*_too_many(recipe, machines, slots), *_too_long(recipe, servers, load), *_too_small(servers, machines.gpu)]
     refusals += _overfull(roles, machines)
     shares = _shares(fleet, before, mixture, tasks)
-    work = Work(recipe.rollout.prompts * recipe.rollout.group, max(1, load.prompt // 2), response or max(1, load.response // 2), load)
+    work = Work(recipe.rollout.prompts, recipe.rollout.group, max(1, load.prompt // 2), response or max(1, load.response // 2), load)
     times = step_times(recipe, machines.gpu, servers, work, shares)
     away = [name for name, teacher in teachers.items() if elsewhere or teacher.model is None]
     return Budget(machines, roles, times, recipe.train.steps, recipe.rollout.async_steps > 0, away, refusals)

@@ -14,6 +14,7 @@ from mmopd.config import Dense, Engine, Recipe, Train, suggest
 from mmopd.errors import UserError
 from mmopd.sizes import Model
 from mmopd.train.logprob import ROWS, VOCABULARY_CHUNK
+from mmopd.train.tree import KEYS
 
 GIB = 1 << 30
 WIDTH = {"float32": 4, "bfloat16": 2, "float16": 2, "auto": 2}  # bytes of a number; published weights are bfloat16
@@ -156,9 +157,10 @@ def layer(model: Model, width: int) -> tuple[float, float]:
 
 
 def activations(model: Model, train: Train, tokens: int, patches: int) -> float:
-    """Of forward and backward pass over a micro-batch, the head apart."""
+    """Of forward and backward pass over a micro-batch, the head apart; at most, where short responses share long prompts (`tree.KEYS`)."""
     width, text, tower = WIDTH[train.dtype], model.text, model.vision
     token, patch = layer(model, width)
+    token += width * 2 * text.key * (KEYS - 1)
     flowing = width * tokens * (4 * text.intermediate + 4 * text.hidden)  # gradients inside the layer that is at work
     handed = width * text.hidden * (patches / tower.merge) * tower.levels if tower else 0.0
     if not train.gradient_checkpointing:

@@ -27,8 +27,8 @@ from mmopd.records import Encoded
 from mmopd.run import RunFolder, step_of
 from mmopd.train.engine import collator, loss_of
 from mmopd.train.pack import Collator
-from mmopd.train.tree import Item
 from mmopd.train.students import load_student
+from mmopd.train.tree import Item
 
 TEXT, TENSORS, MODEL = "batch.json", "batch.safetensors", "model"
 TENSOR, BYTES = "$tensor", "$bytes"  # keys of what stands in the other file

@@ -38,10 +38,16 @@ class Served(NamedTuple):
 class Work(NamedTuple):
     """The tokens of a step."""
 
-    responses: int
+    prompts: int
+    group: int  # responses of a prompt
     prompt: int  # mean tokens of a prompt
     response: int  # mean tokens of a response
     load: Load  # the longest
+
+    @property
+    def responses(self) -> int:
+        """Of all prompts."""
+        return self.prompts * self.group
 
     @property
     def tokens(self) -> int:
@@ -120,10 +126,15 @@ def _scoring(gpu: Gpu, servers: Sequence[Served], work: Work, shares: Mapping[st
 
 
 def _update(recipe: Recipe, gpu: Gpu, student: Model, work: Work) -> Time:
-    """Forward, backward and, with checkpointing, forward again, over all responses; and once more before it for recomputed log-probs."""
+    """Forward, backward and, with checkpointing, forward again, over all responses; and once more before it for recomputed log-probs.
+
+    A prompt is computed once for its group, unless layers have a state along the row (linear attention).
+    """
     passes = 3 + recipe.train.gradient_checkpointing + recipe.recomputes
-    total = flops(student, work.tokens, work.context, passes)
+    prompts = work.prompts if student.text.caching == student.text.layers else work.responses
+    asked, answered = prompts * work.prompt, work.responses * work.response
+    total = flops(student, asked, work.prompt, passes) + flops(student, answered, 2 * work.prompt + work.response, passes)
     if work.load.images and student.vision:
-        total += 2 * passes * student.tower * work.responses * work.prompt * student.vision.merge
+        total += 2 * passes * student.tower * asked * student.vision.merge
     seconds = total / (recipe.train.ranks * gpu.tflops * 1e12 * UPDATE)
-    return Time("update", seconds, f"{2 * passes} FLOP for each number and token, {work.tokens / 1e6:.1f} M tokens")
+    return Time("update", seconds, f"{2 * passes} FLOP for each number and token, {(asked + answered) / 1e6:.1f} M tokens")

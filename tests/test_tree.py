@@ -1,22 +1,23 @@
 """Responses that share a prompt: the same numbers as without, for less work."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from train_worker import make_items
-from transformers import AttentionInterface
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
+from train_worker import make_items
+from transformers import AttentionInterface
 
 from mmopd.demo.world import build_student
 from mmopd.modality import Encoder
-from mmopd.train.pack import Collator, Layout
+from mmopd.train.pack import Collator, Cost, Layout, deal
 from mmopd.train.students import STUDENTS
-from mmopd.train.tree import Item, Tree, grow, mask, with_key_index
+from mmopd.train.tree import KEYS, Item, Tree, grow, mask, with_key_index
 
 VARIABLE = "variable_length"  # flash attention's interface, in plain torch
 
@@ -142,3 +143,25 @@ def test_trees_hold_every_item_once_by_prompt_and_within_the_limit(items: list[I
             assert len(tree) == 1 or len(items[tree[0]].encoded.expanded) + sum(len(items[i].tokens) for i in tree) <= limit
     assert len(grow(items, range(16), 0)) == 16
     assert len(grow(items, range(16), 10_000)) == 4
+
+
+def test_the_responses_of_a_prompt_are_dealt_together_as_far_as_ranks_stay_alike(items: list[Item]) -> None:
+    cost = Cost(hidden=64, patch=0.3)
+    for ranks, together in ((1, True), (2, True), (2, False)):
+        plan = deal(items, ranks, 4096, 4096, cost, together=together)
+        dealt = [i for steps in plan for micro in steps for i in micro]
+        assert sorted(dealt) == list(range(16))
+        trees = [len(grow(items, micro, 10_000)) for steps in plan for micro in steps]
+        assert sum(trees) <= (8 if together else 16)
+        work = [sum(cost.of([items[i] for i in tree]).cost for micro in steps for tree in grow(items, micro, 10_000)) for steps in plan]
+        assert max(work) <= 1.2 * min(work)
+
+
+def test_repeated_keys_are_bounded(encoder: Encoder) -> None:
+    encoded = make_items(encoder, "i", 0)[0].encoded
+    long = [Item.to_score(replace(encoded, expanded=encoded.expanded * 20), (5, 6)) for _ in range(32)]
+    P = len(long[0].encoded.expanded)
+    trees = grow(long, range(32), 100_000)
+    assert len(trees) > 1
+    for tree in trees:
+        assert (1 + len(tree)) * P + 2 * len(tree) <= KEYS * (P + 2 * len(tree))

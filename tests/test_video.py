@@ -42,8 +42,8 @@ from mmopd.teacher.probes import look, reordered
 from mmopd.teacher.serve import ServerSpec, serve
 from mmopd.teacher.view import BUILT_IN, ViewError, encode_view
 from mmopd.train.pack import Collator, Layout
-from mmopd.train.tree import Item
 from mmopd.train.students import layout, load_student
+from mmopd.train.tree import Item
 
 TOKENS = (5, 6, 7, 8)
 RESPONSE = Response((5,), (-1.0,), "B", "stop", "0")

@@ -49,6 +49,7 @@ METRICS: Mapping[str, str] = {
     "trained_tokens": "response tokens in the loss",
     "skipped_updates": "updates that were not made, since loss or gradient was not finite",
     "packing": "share of the tokens computed that are no padding",
+    "sharing": "tokens of all prompts and responses, by those computed: a prompt is computed once for responses that share it",
     "order_consistency/*": "share of two-sided groups whose right responses have the higher return, before and after calibration",
     "order_delta/*": "share of two-sided groups whose margin reaches delta, before and after calibration",
     "two_sided_groups/*": "groups with right and wrong responses, before and after calibration",

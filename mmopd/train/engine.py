@@ -1,7 +1,7 @@
 """The trainer: DeepSpeed ZeRO-3 around a student, one optimiser step per `update`.
 
 All methods are collective: every rank calls them with the same items. What differs between the ranks is decided by
-`pack.assign`. Gradients are summed, not averaged, over micro-batches and ranks: the items' weights hold every normalisation.
+`pack.deal`. Gradients are summed, not averaged, over micro-batches and ranks: the items' weights hold every normalisation.
 """
 
 import math
@@ -20,9 +20,9 @@ from mmopd.errors import UserError
 from mmopd.modality import Encoder
 from mmopd.train.distributed import Ranks
 from mmopd.train.lora import Weight, add_adapters, weights
-from mmopd.train.pack import Collator, MicroBatch, Size, assign
+from mmopd.train.pack import Collator, Cost, MicroBatch, deal
 from mmopd.train.students import as_checkpoint, freeze, layout, load_student, unit
-from mmopd.train.tree import Item, grow
+from mmopd.train.tree import Item
 
 # A weight of up to this many numbers stays gathered between micro-steps: norms and biases of a real model, nearly all of a tiny one,
 # where it saves a quarter of the CPU time of four micro-steps.
@@ -140,8 +140,7 @@ class Trainer:
             config=zero,
         )
         self._collate = collator(student, encoder)
-        self._hidden: int = student.config.text_config.hidden_size
-        self._patch_cost = _size(student.model.visual) / _size(student.model.language_model)
+        self._cost = Cost(student.config.text_config.hidden_size, _size(student.model.visual) / _size(student.model.language_model))
 
     @property
     def student(self) -> Any:
@@ -243,20 +242,9 @@ class Trainer:
                     yield from as_checkpoint(self.student, {weight.name: weight.value() for weight in bucket}).items()
 
     def _share(self, items: Sequence[Item]) -> list[list[int]]:
-        """Item numbers of this rank by micro-step: the responses of a prompt together, as far as ranks can be alike and budgets held."""
-        even = sum(item.length for item in items) // (4 * self.ranks.size)
-        limit = 0 if self._collate.layout == "alone" else min(even, self.settings.micro_tokens // 2)
-        trees = grow(items, range(len(items)), limit)
-        sizes = [self._size([items[i] for i in tree]) for tree in trees]
-        share = assign(sizes, self.ranks.size, self.settings.micro_tokens, self.settings.micro_patches)[self.ranks.rank]
-        return [[i for k in step for i in trees[k]] for step in share]
-
-    def _size(self, tree: Sequence[Item]) -> Size:
-        """The cost is in tokens that attend to nothing: a pair of tokens that see each other adds 1 / (6 H), a patch what its tower's size says."""
-        prompt, responses = len(tree[0].encoded.expanded), [len(item.tokens) for item in tree]
-        tokens = prompt + sum(responses)
-        pairs = prompt**2 / 2 + sum(T * (prompt + T / 2) for T in responses)
-        return Size(tokens + pairs / (6 * self._hidden) + tree[0].patches * self._patch_cost, tokens, tree[0].patches)
+        """Item numbers of this rank by micro-step."""
+        budgets, together = (self.settings.micro_tokens, self.settings.micro_patches), self._collate.layout != "alone"
+        return deal(items, self.ranks.size, *budgets, self._cost, together=together)[self.ranks.rank]
 
     def _is_clipped(self, ratio: Tensor, advantage: Tensor) -> Tensor:
         high, low = ratio > 1 + self.algorithm.clip_high, ratio < 1 - self.algorithm.clip_low

@@ -13,8 +13,8 @@ from mmopd.rollout.engine import EngineError, StudentEngine
 from mmopd.rollout.sync import FRESH, SyncError, WeightSync
 from mmopd.train.aside import Aside
 from mmopd.train.engine import Trainer
-from mmopd.train.tree import Item
 from mmopd.train.probe import ProbeError, probe
+from mmopd.train.tree import Item
 
 RECOVERIES = 3  # for one version; an engine that dies more often does not die by chance
 LOOK_EVERY = 0.5  # seconds between two looks whether it is back

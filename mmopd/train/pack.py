@@ -1,8 +1,8 @@
 """Responses as micro-batches: which rank computes which, when, and as which tensors.
 
-Four steps. `tree.grow` puts the responses of a prompt together. `assign` deals these trees to (rank, micro-step) from sizes alone, so every
-rank knows the whole assignment without talking. `fill_rows` packs the trees of one micro-batch into rows. `Collator` makes the tensors;
-only the rank that computes a micro-batch decodes its images.
+Three steps. `deal` gives items to (rank, micro-step), those of a prompt together, from sizes alone, so every rank knows the whole
+assignment without talking. `fill_rows` packs the trees of one micro-batch into rows. `Collator` makes the tensors; only the rank that
+computes a micro-batch decodes its images.
 
 With flash attention one row holds all trees; torch's attention computes a W x W mask per row, so rows are short there. Every micro-batch
 has at least one image, a blank one if need be: ZeRO-3 needs the vision tower to run as often on every rank. Images and clips go through it
@@ -56,6 +56,34 @@ class Size(NamedTuple):
     patches: int
 
 
+class Cost(NamedTuple):
+    """What a model's work depends on."""
+
+    hidden: int
+    patch: float  # numbers of the vision tower, by those of the language model
+
+    def of(self, tree: Sequence[Item]) -> Size:
+        """In tokens that see nothing: each token that is seen by one adds 1 / (6 H), a patch what its tower's size says."""
+        prompt, responses = len(tree[0].encoded.expanded), [len(item.tokens) for item in tree]
+        tokens = prompt + sum(responses)
+        seen = prompt**2 / 2 + sum(T * (prompt + T / 2) for T in responses)
+        return Size(tokens + seen / (6 * self.hidden) + tree[0].patches * self.patch, tokens, tree[0].patches)
+
+
+def deal(
+    items: Sequence[Item], ranks: int, max_tokens: int, max_patches: int, cost: Cost, *, together: bool = True
+) -> list[list[list[int]]]:
+    """Item numbers by [rank][micro-step], as `assign` has it; those of a prompt together, as far as ranks can be alike all the same.
+
+    Args:
+        together: False for a student that computes each sample by itself.
+    """
+    limit = min(sum(item.length for item in items) // (4 * ranks), max_tokens // 4) if together else 0
+    trees = grow(items, range(len(items)), limit)
+    plan = assign([cost.of([items[i] for i in tree]) for tree in trees], ranks, max_tokens, max_patches)
+    return [[[i for k in step for i in trees[k]] for step in steps] for steps in plan]
+
+
 def assign(sizes: Sequence[Size], ranks: int, max_tokens: int, max_patches: int) -> list[list[list[int]]]:
     """Numbers in `sizes` by [rank][micro-step], within the budgets and balanced by cost.
 
@@ -64,7 +92,7 @@ def assign(sizes: Sequence[Size], ranks: int, max_tokens: int, max_patches: int)
     budget gets a micro-batch to itself.
     """
     steps = max(1, -(-sum(s.tokens for s in sizes) // (ranks * max_tokens)), -(-sum(s.patches for s in sizes) // (ranks * max_patches)))
-    while (bins := _deal(sizes, ranks * steps, max_tokens, max_patches)) is None:
+    while (bins := _bins(sizes, ranks * steps, max_tokens, max_patches)) is None:
         steps += 1
     bins.sort(key=lambda b: -sum(sizes[i].cost for i in b))
     plan: list[list[list[int]]] = [[] for _ in range(ranks)]
@@ -76,7 +104,7 @@ def assign(sizes: Sequence[Size], ranks: int, max_tokens: int, max_patches: int)
     return plan
 
 
-def _deal(sizes: Sequence[Size], n: int, max_tokens: int, max_patches: int) -> list[list[int]] | None:
+def _bins(sizes: Sequence[Size], n: int, max_tokens: int, max_patches: int) -> list[list[int]] | None:
     """`n` bins by LPT, or None where a piece finds no room."""
     bins: list[list[int]] = [[] for _ in range(n)]
     tokens, patches = [0] * n, [0] * n

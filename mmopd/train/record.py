@@ -67,7 +67,8 @@ class Recorder:
         metrics |= visual(prompts, samples) | divergence(prompts, batch) | calibration(batch.targets.diagnostics)
         metrics |= {f"share/{name}": metrics[name] / len(samples) for name in WHERE if name in metrics}
         if updates:
-            metrics |= {name: fmean(u[name] for u in updates) for name in ("loss", "grad_norm", "lr", "clip_fraction", "packing")}
+            names = ("loss", "grad_norm", "lr", "clip_fraction", "packing", "sharing")
+            metrics |= {name: fmean(u[name] for u in updates) for name in names}
             metrics |= {name: updates[0][name] for name in ("mismatch", "mismatch_mean")}
             metrics["trained_tokens"] = sum(u["tokens"] for u in updates)
         metrics |= more

@@ -1,8 +1,8 @@
 """Responses that share a prompt, as a tree: the prompt is computed once, and each response behind it as if it were alone with it.
 
-A group of G takes P + T_1 + ... + T_G tokens and the prompt's images once, instead of G P + T_1 + ... + T_G and G times the images. What a token
-sees and where it stands are what they are in a sample of its own, so that log-probs and gradients are, too. Torch's attention is told by a
-mask; flash attention by sequences that have more keys than queries: a response's keys are the prompt's and its own.
+A group of G takes P + T_1 + ... + T_G tokens instead of G P + T_1 + ... + T_G. What a token sees, and where it stands, are what they would
+be in a sample of its own, so that log-probs and gradients are, too. Torch's attention is told by a mask; flash attention by sequences that
+have more keys than queries: a response's keys are the prompt's and its own [not run on GPU].
 
 Letters: P tokens of a prompt, T of a response, B rows, W width of a row.
 """
@@ -16,6 +16,9 @@ import torch
 from torch import Tensor
 
 from mmopd.records import Encoded
+
+# Flash attention is given a prompt's keys once for each response: at most so many for each token of a tree, which bounds their memory.
+KEYS = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,15 +89,15 @@ class Tree:
 
 
 def grow(items: Sequence[Item], chosen: Sequence[int], limit: int) -> list[list[int]]:
-    """The numbers of `chosen` items by tree: those of one prompt, cut where a tree would exceed `limit` tokens (0: an item each)."""
+    """Numbers of the `chosen` items by tree: those of a prompt, cut where a tree would exceed `limit` tokens (0: an item each) or KEYS."""
     found: list[list[int]] = []
     last: dict[str, tuple[list[int], int]] = {}  # key of a prompt -> its newest tree, and the tokens of that
     for i in chosen:
-        item = items[i]
-        key, more = item.encoded.prompt.key, len(item.tokens)
+        key, prompt, more = items[i].encoded.prompt.key, len(items[i].encoded.expanded), len(items[i].tokens)
         tree, tokens = last.get(key, ([], 0))
-        if not tree or tokens + more > limit:
-            tree, tokens = [], len(item.encoded.expanded)
+        keys = (len(tree) + 1) * prompt + tokens + more  # the prompt's own, and once more for each response
+        if not tree or tokens + more > limit or keys > KEYS * (tokens + more):
+            tree, tokens = [], prompt
             found.append(tree)
         tree.append(i)
         last[key] = (tree, tokens + more)
@@ -143,7 +146,9 @@ def sequences(row: Sequence[Tree]) -> dict[str, Any]:
 def with_key_index(attend: Callable[..., Any]) -> Callable[..., Any]:
     """An attention function of transformers' that takes what `sequences` gives; without `key_index` it is what it was."""
 
-    def attend_by_index(module: Any, query: Tensor, key: Tensor, value: Tensor, *rest: Any, key_index: Tensor | None = None, **named: Any) -> Any:
+    def attend_by_index(
+        module: Any, query: Tensor, key: Tensor, value: Tensor, *rest: Any, key_index: Tensor | None = None, **named: Any
+    ) -> Any:
         if key_index is not None:  # [1, heads, W, D] -> [1, heads, keys, D]
             key, value = key.index_select(2, key_index), value.index_select(2, key_index)
         return attend(module, query, key, value, *rest, **named)
