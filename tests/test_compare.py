@@ -129,13 +129,14 @@ def test_a_table_with_an_unknown_variant_is_refused(tmp_path):
         config.read(Comparison, tmp_path / "c.yaml")
 
 
-def test_every_variant_of_the_shipped_comparison_is_a_recipe_with_the_same_responses_a_step():
-    comparison = config.read(Comparison, catalog.shipped() / "recipes" / "compare_demo.yaml")
+@pytest.mark.parametrize(("name", "steps"), [("compare_demo", 20), ("compare_delta", 40), ("compare_ahead", 40)])
+def test_every_variant_of_a_shipped_comparison_is_a_recipe_with_the_same_responses_a_step(name, steps):
+    comparison = config.read(Comparison, catalog.shipped() / "recipes" / f"{name}.yaml")
     assert {name for table in comparison.tables.values() for name in table.variants} == comparison.variants.keys()
     tasks = catalog.load_tasks()
     for run in compare.plan_runs(comparison, Path("out")).values():
         recipe = catalog.load_recipe(comparison.recipe, overrides=[f"{key}={json.dumps(value)}" for key, value in run.settings.items()])
-        assert (recipe.train.steps, recipe.rollout.prompts * recipe.rollout.group) == (20, 256)
+        assert (recipe.train.steps, recipe.rollout.prompts * recipe.rollout.group) == (steps, 256)
         assert recipe.fleet is not None
         kinds = [(source.task, tasks[source.task].modality) for source in catalog.load_mixture(recipe.mixture).sources.values()]
         check_routes(catalog.load_fleet(recipe.fleet), tasks, kinds)
