@@ -1,4 +1,4 @@
-"""Whether a long run takes more and more: `python benchmarks/soak.py`, over an hour for 2,000 steps of the demo.
+"""Whether a long run takes more and more: `python benchmarks/soak.py`, about half an hour for 2,000 steps of the demo.
 
 While a run of small steps goes on, everything that it has started is looked at every ten seconds: resident memory (what processes share is
 counted once), open files, processes, threads and listening ports. Behind the first tenth of the run each should stay what it is: what is
@@ -51,7 +51,7 @@ def main() -> None:
         root = psutil.Process(process.pid)
         while process.poll() is None:
             steps = read_lines(given.run / "metrics.jsonl")
-            if steps:
+            if steps and steps[-1]["step"] + 1 < given.steps:  # behind the last step everything ends
                 found.append({"step": steps[-1]["step"], **look(root)})
             time.sleep(EVERY)
     if process.returncode:

@@ -174,7 +174,7 @@ class Collator:
         rows = [[trees[k] for k in row] for row in fill_rows(lengths, self.layout, room)]
         width = max(sum(len(tree.ids) for tree in row) for row in rows)
         ids = torch.zeros(len(rows), width, dtype=torch.long)
-        positions = torch.zeros(4, len(rows), width, dtype=torch.long)
+        positions = torch.zeros(4, len(rows), width, dtype=torch.long)  # without a mask, padding is samples of one token each
         index: list[Tensor] = []
         pictures = _Pictures(self.encoder, self.patch_size, self.merge)
         for r, row in enumerate(rows):
