@@ -1,4 +1,4 @@
-"""Packing of long-tailed responses: `python benchmarks/packing.py`, about two minutes.
+"""Packing of long-tailed responses: `python benchmarks/packing.py`, about five minutes.
 
 - budget: 1,024 responses to 64 prompts (log-normal, median 900 tokens, at most 16,384), a third with an image, dealt to 2 and 8
   ranks with the budgets of a recipe; their tokens, of what the micro-batches have room for. All ranks make the same number of micro-steps,
