@@ -8,6 +8,8 @@ import torch
 from rich.console import Console
 
 from mmopd import catalog
+from mmopd.demo.world import build_student
+from mmopd.modality import Encoder
 from mmopd.progress import Stages
 
 # Before any test starts a process: the machine's few cores are shared by servers, ranks and the tests themselves.
@@ -25,6 +27,20 @@ LONG = ("resume", "end_to_end", "objectives", "trainer", "students", "evaluate",
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     rank = {f"test_{name}": i for i, name in enumerate(LONG)}
     items.sort(key=lambda item: rank.get(item.path.stem, len(LONG)))
+
+
+@pytest.fixture(scope="session")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The demo's student, not trained."""
+    folder = tmp_path_factory.mktemp("student")
+    build_student(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def encoder(model: Path) -> Encoder:
+    """Of that student."""
+    return Encoder(model)
 
 
 @pytest.fixture(scope="session")

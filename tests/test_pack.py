@@ -8,24 +8,11 @@ from safetensors import safe_open
 from train_worker import make_items
 from transformers import Qwen2_5_VLConfig
 
-from mmopd.demo.world import build_student
 from mmopd.modality import Encoder
 from mmopd.train.logprob import LogprobHead
 from mmopd.train.pack import Collator, Layout, Size, assign, fill_rows
 from mmopd.train.students import STUDENTS, load_student
 from mmopd.train.tree import Item
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("student")
-    build_student(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def encoder(model: Path) -> Encoder:
-    return Encoder(model)
 
 
 @pytest.fixture(scope="module")

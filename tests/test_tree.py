@@ -13,25 +13,12 @@ from torch.nn.functional import scaled_dot_product_attention
 from train_worker import make_items
 from transformers import AttentionInterface
 
-from mmopd.demo.world import build_student
 from mmopd.modality import Encoder
 from mmopd.train.pack import Collator, Cost, Layout, deal
 from mmopd.train.students import STUDENTS
 from mmopd.train.tree import KEYS, Item, Tree, grow, mask, with_key_index
 
 VARIABLE = "variable_length"  # flash attention's interface, in plain torch
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("student")
-    build_student(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def encoder(model: Path) -> Encoder:
-    return Encoder(model)
 
 
 @pytest.fixture(scope="module")

@@ -37,10 +37,7 @@ PROJECTOR = ("model.visual.merger.", "model.visual.deepstack_merger_list.")
 
 def attention() -> str:
     """The attention of this machine: flash_attention_2 (variable length, one row) where it is installed, else torch's own."""
-    if not (torch.cuda.is_available() and is_flash_attn_2_available()):
-        return "sdpa"
-    AttentionInterface.register("flash_attention_2", with_key_index(flash_attention_forward))
-    return "flash_attention_2"
+    return "flash_attention_2" if torch.cuda.is_available() and is_flash_attn_2_available() else "sdpa"
 
 
 def load_student(folder: Path, dtype: torch.dtype) -> Any:
@@ -56,6 +53,7 @@ def load_student(folder: Path, dtype: torch.dtype) -> Any:
     if kind not in STUDENTS:
         there = ", ".join(f"{kind} ({family})" for kind, (family, _) in FAMILIES.items())
         raise UserError(f"{folder}: no student class for model_type {kind!r}; there is {there}")
+    AttentionInterface.register("flash_attention_2", with_key_index(flash_attention_forward))
     try:
         model, report = STUDENTS[kind].from_pretrained(folder, dtype=dtype, attn_implementation=attention(), output_loading_info=True)
     except Exception as error:
