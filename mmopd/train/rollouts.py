@@ -80,16 +80,19 @@ class Rollouts:
     async def finish(self, rolling: "Rolling", handover: Handover) -> tuple[list[Sample], float]:
         """The samples in order of their groups, the same list on all ranks and however many there are; and the seconds it took. Collective.
 
-        Where the engine was lost, it gets its weights anew, and the step is rolled out once more, from the same seeds.
+        Where the engine was lost, it gets its weights anew, and the step is rolled out once more, from the same seeds. Rollouts that ran
+        ahead of a handover may have met an engine that it has replaced since: they get a second try before any is thought lost.
 
         Raises:
             EngineError: the engine is gone for good, or does not answer as it should.
         """
-        version = version_of(rolling.step)
+        version, ahead = version_of(rolling.step), self._recipe.rollout.async_steps > 0
         while any(self._ranks.all_max([(error := await rolling.failure()) is not None])):
             await rolling.cancel()
-            await handover.wait_for_engine(version, error)
-            await handover.publish(version, everything=True)
+            if not ahead:
+                await handover.wait_for_engine(version, error)
+                await handover.publish(version, everything=True)
+            ahead = False
             rolling = self.begin(rolling.step, rolling.prompts)
         parts = self._ranks.gather_objects(rolling.task.result())
         samples = sorted(chain.from_iterable(samples for samples, _ in parts), key=lambda sample: sample.group)

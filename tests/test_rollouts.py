@@ -1,0 +1,92 @@
+"""Rollouts whose engine is lost on the way are rolled out once more, with the weights that they were to have."""
+
+import asyncio
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+from fake_vllm import FakeVLLM
+
+from mmopd.config import Recipe
+from mmopd.modality import Encoder
+from mmopd.records import Encoded, Prompt, Sample
+from mmopd.rollout.collect import version_of
+from mmopd.rollout.engine import EngineError
+from mmopd.rollout.sync import FRESH
+from mmopd.run import RunFolder
+from mmopd.train import distributed
+from mmopd.train.handover import Handover
+from mmopd.train.rollouts import Rollouts
+
+STEP = 5
+
+
+class Restarted(Handover):
+    """Of an engine that its supervisor has started again: with the weights of its folder, until it gets those of a version."""
+
+    def __init__(self, engine: FakeVLLM) -> None:
+        self.engine, self.waited = engine, 0
+        engine.version = FRESH
+
+    async def wait_for_engine(self, version: str, error: Exception | None) -> None:
+        self.waited += 1
+        if self.engine.version != FRESH:
+            raise error or EngineError("it is the engine that we know")
+
+    async def publish(self, version: str, *, everything: bool = False) -> float:
+        self.engine.version = version
+        return 0.0
+
+
+@pytest.fixture(scope="module")
+def prompts(encoder: Encoder) -> list[Encoded]:
+    rows = [(n, ({"role": "user", "content": f"{n}+8="},)) for n in range(2)]
+    return [encoder.encode(Prompt(f"sums/{n}", "text_math", "text", messages, (), f"{n + 8}")) for n, messages in rows]
+
+
+class Stubborn(Restarted):
+    """Of an engine that takes the weights and names them as it likes."""
+
+    async def publish(self, version: str, *, everything: bool = False) -> float:
+        return await super().publish("of-somebody-else")
+
+
+async def roll(
+    folder: Path, encoder: Encoder, prompts: Sequence[Encoded], kind: type[Restarted], *, ahead: int
+) -> tuple[list[Sample], Restarted, FakeVLLM]:
+    """A step that begins on a fresh engine. Ahead: while the trainer learns and its handover brings that engine what it needs."""
+    rollout = {"prompts": len(prompts), "group": 4, "max_tokens": 8, "async_steps": ahead}
+    recipe = Recipe.model_validate(
+        {"student": {"model": "m"}, "mixture": "m", "rollout": rollout, "algorithm": {"objective": {"kind": "grpo"}}}
+    )
+    run, ranks = RunFolder(folder), distributed.start(60)
+    try:
+        async with FakeVLLM(encoder) as engine:
+            run.write_endpoints({"student": dataclasses.replace(engine.endpoint, name="student", role="student")})
+            async with Rollouts(run, recipe, {}, encoder, ranks) as rollouts:
+                handover = kind(engine)
+                rolling = rollouts.begin(STEP, prompts)
+                if ahead:
+                    assert await rolling.failure()
+                    await handover.publish(version_of(STEP))
+                samples, _ = await rollouts.finish(rolling, handover)
+                return samples, handover, engine
+    finally:
+        distributed.stop()
+
+
+@pytest.mark.parametrize(("ahead", "waited"), [(0, 1), (1, 0)])
+def test_rollouts_of_an_engine_that_was_replaced_are_rolled_out_again(tmp_path, encoder, prompts, ahead, waited):
+    samples, handover, engine = asyncio.run(asyncio.wait_for(roll(tmp_path, encoder, prompts, Restarted, ahead=ahead), 60))
+    assert {sample.response.version for sample in samples} == {version_of(STEP)}
+    assert [sample.group for sample in samples] == [n for n in range(len(prompts)) for _ in range(4)]
+    assert handover.waited == waited
+    seeds = [request["sampling_params"]["seed"] for request in engine.requests]
+    assert len(seeds) == 2 * len(prompts)
+    assert sorted(seeds[: len(prompts)]) == sorted(seeds[len(prompts) :])
+
+
+def test_an_engine_that_is_the_one_we_know_and_does_not_do_as_asked_ends_the_run(tmp_path, encoder, prompts):
+    with pytest.raises(EngineError, match="sampled from weights 'of-somebody-else' in step 5"):
+        asyncio.run(asyncio.wait_for(roll(tmp_path, encoder, prompts, Stubborn, ahead=1), 60))
