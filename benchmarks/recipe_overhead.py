@@ -31,7 +31,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from mmopd import config
+from mmopd import settings_file
 from mmopd.algorithm import balance_online, difficulty_weights, margin_mask, margin_shift, opd
 from mmopd.algorithm.objective import _order_seen, _responses_seen
 from mmopd.config import Algorithm, Recipe
@@ -66,7 +66,7 @@ def paper(seconds: float | None) -> Size:
 
 def demo(run: Path) -> Size:
     """What a run had; its first step is left out of the median, since servers warm up in it."""
-    recipe, rows = config.read(Recipe, run / "recipe.yaml"), read_lines(run / "metrics.jsonl")
+    recipe, rows = settings_file.read(Recipe, run / "recipe.yaml"), read_lines(run / "metrics.jsonl")
     length = round(sum(row["response_length"] for row in rows) / len(rows))
     return Size(
         "demo", recipe.rollout.prompts, recipe.rollout.group, length, 600, recipe.train.steps, median(row["seconds"] for row in rows[1:])

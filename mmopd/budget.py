@@ -5,9 +5,10 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from mmopd import catalog, estimate
-from mmopd.config import ExPO, Fleet, Mixture, Recipe, suggest
+from mmopd.config import ExPO, Fleet, Mixture, Recipe
 from mmopd.errors import UserError
 from mmopd.estimate import GIB, Gpu, Load, Part, ceil_gib
+from mmopd.settings_file import suggest
 from mmopd.sizes import Model, read_model
 from mmopd.steptime import Served, Time, Work, step_times
 from mmopd.task.base import Task

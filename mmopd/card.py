@@ -5,7 +5,7 @@ from datetime import UTC, datetime
 
 import yaml
 
-from mmopd import catalog, config
+from mmopd import catalog, settings_file
 from mmopd.config import Recipe
 from mmopd.evaluate import Results
 from mmopd.report.metrics import METRICS, documented, read_lines
@@ -38,7 +38,7 @@ def model_card(run: RunFolder, recipe: Recipe, step: int | None = None) -> str:
         _scores(run) if step is None else "",
         _metrics(steps),
         "## Versions\n\n" + "\n".join(f"- {name} {version}" for name, version in json.loads(run.versions.read_text()).items()),
-        f"## Recipe\n\n```yaml\n{config.dump(recipe)}```",
+        f"## Recipe\n\n```yaml\n{settings_file.dump(recipe)}```",
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
 

@@ -13,7 +13,7 @@ from types import ModuleType
 from typing import TypeVar
 
 import mmopd
-from mmopd import config
+from mmopd import settings_file
 from mmopd.config import Comparison, Config, Fleet, Mixture, Recipe, Suite
 from mmopd.errors import UserError
 from mmopd.task.base import Task
@@ -42,7 +42,7 @@ def find(name: str | Path, workspace: Path | None = None) -> Path:
             return path
     kind, suffix = Path(name).parent, Path(name).suffix
     known = {str(kind / path.name) for root in roots for path in (root / kind).glob(f"*{suffix}")}
-    raise UserError(f"{name}: no such file in {roots[0]}, nor is it shipped{config.suggest(str(name), known)}")
+    raise UserError(f"{name}: no such file in {roots[0]}, nor is it shipped{settings_file.suggest(str(name), known)}")
 
 
 def load_fleet(name: str | Path, workspace: Path | None = None) -> Fleet:
@@ -134,4 +134,4 @@ def init(folder: Path) -> list[Path]:
 
 
 def _load(cls: type[C], name: str | Path, workspace: Path | None, overrides: Iterable[str] = ()) -> C:
-    return config.read(cls, find(name, workspace), overrides)
+    return settings_file.read(cls, find(name, workspace), overrides)

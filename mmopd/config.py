@@ -1,27 +1,24 @@
-"""What a run is made of: frozen pydantic models, read from YAML; an unknown key is an error.
+"""What a run is made of: frozen pydantic models, read from YAML (`settings_file`); an unknown key is an error.
 
 A recipe names a student, a fleet, a mixture and a suite by file, and holds the algorithm's settings. The models of
 the four catalogue folders (fleet, mixture, suite) are here too, so that one file answers "which keys are there?".
 """
 
-import difflib
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self, TypeVar, get_args
+from typing import Annotated, Any, Literal, Self, get_args
 
-import yaml
 from pydantic import (
     BaseModel,
     ConfigDict,
     Field,
     SerializerFunctionWrapHandler,
-    ValidationError,
     field_validator,
     model_serializer,
     model_validator,
 )
 
-from mmopd.errors import UserError
+from mmopd.settings_file import suggest
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[int, Field(ge=1)]
@@ -500,90 +497,3 @@ class Comparison(Config):
                 if variant not in self.variants:
                     raise ValueError(f"tables.{name}: no variant {variant!r}{suggest(variant, self.variants)}")
         return self
-
-
-C = TypeVar("C", bound=Config)
-
-
-def suggest(word: str, known: Iterable[str]) -> str:
-    """`; did you mean 'x'?`, or the list of what there is."""
-    known = list(known)
-    near = difflib.get_close_matches(word, known, n=1)
-    return f"; did you mean {near[0]!r}?" if near else f"; there is {', '.join(sorted(known)) or 'none'}"
-
-
-def read(cls: type[C], path: Path, overrides: Iterable[str] = ()) -> C:
-    """Load a YAML file as `cls`, with `key.path=value` overrides on top.
-
-    Raises:
-        UserError: the file is missing or no YAML, a key is unknown, or a value does not fit; names the file and the key.
-    """
-    try:
-        data = yaml.safe_load(path.read_text())
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file") from None
-    except yaml.YAMLError as error:
-        raise UserError(f"{path}: not valid YAML: {error}") from None
-    if not isinstance(data, dict):
-        raise UserError(f"{path}: expected keys and values, found {type(data).__name__}")
-    return build(cls, data, str(path), overrides)
-
-
-def build(cls: type[C], data: dict[str, Any], where: str, overrides: Iterable[str] = ()) -> C:
-    """`data` as `cls`, with `key.path=value` overrides on top.
-
-    Args:
-        where: what messages begin with.
-
-    Raises:
-        UserError: a key is unknown, or a value does not fit; names the key.
-    """
-    for override in overrides:
-        _set(data, override)
-    try:
-        return cls.model_validate(data)
-    except ValidationError as error:
-        lines = [_explain(cls, e["loc"], e["msg"], e["type"]) for e in error.errors()]
-        raise UserError("\n".join(f"{where}: {line}" for line in lines)) from None
-
-
-def dump(config: Config) -> str:
-    """The settings as YAML, every default written out."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
-
-
-def _set(data: dict[str, Any], override: str) -> None:
-    key, eq, value = override.partition("=")
-    if not eq:
-        raise UserError(f"{override!r}: an override is written key=value, such as train.steps=20")
-    *parents, last = key.split(".")
-    for parent in parents:
-        if data.get(parent) is None:
-            data[parent] = {}
-        data = data[parent]
-        if not isinstance(data, dict):
-            raise UserError(f"{override!r}: {parent!r} is a value and has no keys")
-    data[last] = yaml.safe_load(value)
-
-
-def _explain(cls: type[Config], loc: tuple[int | str, ...], message: str, kind: str) -> str:
-    key = ".".join(str(part) for part in loc)
-    if kind != "extra_forbidden":
-        return f"{key}: {message}" if key else message
-    return f"unknown key {key!r}{suggest(str(loc[-1]), _keys_at(cls, loc[:-1]))}"
-
-
-def _keys_at(cls: type[Config], loc: tuple[int | str, ...]) -> list[str]:
-    """The keys that the model at `loc` under `cls` knows."""
-    model: type[BaseModel] | None = cls
-    for part in loc:
-        if model is not None and isinstance(part, str) and part in model.model_fields:
-            model = _model_in(model.model_fields[part].annotation)
-    return list(model.model_fields) if model else []
-
-
-def _model_in(annotation: Any) -> type[BaseModel] | None:
-    """The pydantic model inside `Model | None`, `tuple[Model, ...]` or `Mapping[str, Model]`."""
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return annotation
-    return next((m for m in map(_model_in, get_args(annotation)) if m), None)

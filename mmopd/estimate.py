@@ -10,8 +10,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from mmopd.config import Dense, Engine, Recipe, Train, suggest
+from mmopd.config import Dense, Engine, Recipe, Train
 from mmopd.errors import UserError
+from mmopd.settings_file import suggest
 from mmopd.sizes import Model
 from mmopd.train.logprob import ROWS, VOCABULARY_CHUNK
 from mmopd.train.tree import KEYS

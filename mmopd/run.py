@@ -8,7 +8,7 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
-from mmopd import __version__, config
+from mmopd import __version__, settings_file
 from mmopd.config import Recipe
 from mmopd.errors import UserError
 from mmopd.teacher import endpoint
@@ -65,7 +65,7 @@ class RunFolder:
             ) from None
         for folder in (self.logs, self.checkpoints, self.difficulty, self.evaluation):
             folder.mkdir()
-        self.recipe_file.write_text(config.dump(recipe))
+        self.recipe_file.write_text(settings_file.dump(recipe))
         self.versions.write_text(json.dumps(versions(), indent=1))
 
     def replay_of(self, step: int) -> Path:
@@ -80,7 +80,7 @@ class RunFolder:
         """
         if not self.recipe_file.is_file():
             raise UserError(f"{self.root}: not a run folder, there is no {self.recipe_file.name} in it")
-        return config.read(Recipe, self.recipe_file)
+        return settings_file.read(Recipe, self.recipe_file)
 
     def write_endpoints(self, endpoints: Mapping[str, Endpoint]) -> None:
         """Tell the ranks where everything is served; readable by this user alone, and removed when the servers are gone."""

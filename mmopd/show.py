@@ -5,7 +5,7 @@ from rich.markup import escape
 from rich.syntax import Syntax
 from rich.table import Table
 
-from mmopd import catalog, config
+from mmopd import catalog, settings_file
 from mmopd.config import Fleet, Mixture, Recipe
 from mmopd.errors import UserError
 from mmopd.teacher.router import Judge, find_judges, load_teachers, references
@@ -17,7 +17,7 @@ def show(recipe: Recipe, console: Console) -> None:
     Raises:
         UserError: a file that the recipe names is missing or wrong, or a prompt has no teacher or no view.
     """
-    console.print(Syntax(config.dump(recipe), "yaml", background_color="default"))
+    console.print(Syntax(settings_file.dump(recipe), "yaml", background_color="default"))
     fleet, mixture = load_teachers(recipe), catalog.load_mixture(recipe.mixture)
     reference = references(fleet, recipe.algorithm.objective)
     rollout, train = recipe.rollout, recipe.train
@@ -51,7 +51,7 @@ def judges_table(fleet: Fleet, mixture: Mixture) -> Table:
         table.add_column(column)
     for name in dict.fromkeys(source.task for source in mixture.sources.values()):
         if name not in tasks:
-            raise UserError(f"no task {name!r} in modalities/{config.suggest(name, tasks)}")
+            raise UserError(f"no task {name!r} in modalities/{settings_file.suggest(name, tasks)}")
         for i, judge in enumerate(find_judges(fleet, tasks, name, tasks[name].modality)):
             prompts = "" if i else f"{name} ({tasks[name].modality})"
             table.add_row(prompts, judge.teacher, f"{judge.share:.0%}", f"{judge.weight:g}", escape(_shown(judge)))

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from mmopd import catalog, compare, config
+from mmopd import catalog, compare, settings_file
 from mmopd.config import Comparison
 from mmopd.errors import UserError
 from mmopd.evaluate.lmms import Record
@@ -126,17 +126,19 @@ def test_a_missing_score_is_an_error_and_not_a_mean_of_what_is_left(finished):
 def test_a_table_with_an_unknown_variant_is_refused(tmp_path):
     (tmp_path / "c.yaml").write_text("recipe: r\nvariants: {opd: {}}\ntables: {t: {title: T, baseline: opd, variants: [odp]}}")
     with pytest.raises(UserError, match=r"tables.t: no variant 'odp'; did you mean 'opd'"):
-        config.read(Comparison, tmp_path / "c.yaml")
+        settings_file.read(Comparison, tmp_path / "c.yaml")
 
 
 @pytest.mark.parametrize(("name", "steps"), [("compare_demo", 20), ("compare_delta", 40), ("compare_ahead", 40)])
 def test_every_variant_of_a_shipped_comparison_is_a_recipe_with_the_same_responses_a_step(name, steps):
-    comparison = config.read(Comparison, catalog.shipped() / "recipes" / f"{name}.yaml")
+    comparison = settings_file.read(Comparison, catalog.shipped() / "recipes" / f"{name}.yaml")
     assert {name for table in comparison.tables.values() for name in table.variants} == comparison.variants.keys()
     tasks = catalog.load_tasks()
     for run in compare.plan_runs(comparison, Path("out")).values():
         recipe = catalog.load_recipe(comparison.recipe, overrides=[f"{key}={json.dumps(value)}" for key, value in run.settings.items()])
-        assert (recipe.train.steps, recipe.rollout.prompts * recipe.rollout.group) == (steps, 256)
+        objective = recipe.algorithm.objective
+        each = objective.attempts if objective.kind == "sft" else recipe.rollout.group
+        assert (recipe.train.steps, recipe.rollout.prompts * each) == (steps, 256)
         assert recipe.fleet is not None
         kinds = [(source.task, tasks[source.task].modality) for source in catalog.load_mixture(recipe.mixture).sources.values()]
         check_routes(catalog.load_fleet(recipe.fleet), tasks, kinds)

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from mmopd import config
+from mmopd import settings_file
 from mmopd.config import Fleet, Margin, Mixture, Recipe
 from mmopd.errors import UserError
 
@@ -51,20 +51,20 @@ def write(folder: Path, text: str) -> Path:
 def test_a_mistake_names_the_file_the_key_and_the_way_out(tmp_path: Path, text: str, message: str) -> None:
     path = write(tmp_path, RECIPE + text)
     with pytest.raises(UserError) as error:
-        config.read(Recipe, path)
+        settings_file.read(Recipe, path)
     assert str(path) in str(error.value)
     assert message in str(error.value)
 
 
 def test_a_missing_recipe_and_one_that_is_a_list_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no such file"):
-        config.read(Recipe, tmp_path / "none.yaml")
+        settings_file.read(Recipe, tmp_path / "none.yaml")
     with pytest.raises(UserError, match="expected keys and values, found list"):
-        config.read(Recipe, write(tmp_path, "- a"))
+        settings_file.read(Recipe, write(tmp_path, "- a"))
 
 
 def test_overrides_replace_values_and_switch_parts_off(tmp_path: Path) -> None:
-    recipe = config.read(Recipe, write(tmp_path, RECIPE), ["train.steps=3", "algorithm.margin=null", "algorithm.balance.ratio=2"])
+    recipe = settings_file.read(Recipe, write(tmp_path, RECIPE), ["train.steps=3", "algorithm.margin=null", "algorithm.balance.ratio=2"])
     assert recipe.train.steps == 3
     assert recipe.algorithm.margin is None
     assert recipe.algorithm.balance is not None
@@ -74,30 +74,30 @@ def test_overrides_replace_values_and_switch_parts_off(tmp_path: Path) -> None:
 @pytest.mark.parametrize("override", ["train.steps", "student.model.x=1"])
 def test_an_override_that_makes_no_sense_is_refused(tmp_path: Path, override: str) -> None:
     with pytest.raises(UserError, match=r"override|has no keys"):
-        config.read(Recipe, write(tmp_path, RECIPE), [override])
+        settings_file.read(Recipe, write(tmp_path, RECIPE), [override])
 
 
 @pytest.mark.parametrize(
     "override", ["algorithm.balance.ratio=.inf", "algorithm.balance.ratio=0", "algorithm.margin={kind: mask, retain: 0}", "seed=7"]
 )
 def test_a_resolved_recipe_reads_back_as_itself(tmp_path: Path, override: str) -> None:
-    recipe = config.read(Recipe, write(tmp_path, RECIPE), [override])
-    assert config.read(Recipe, write(tmp_path, config.dump(recipe))) == recipe
+    recipe = settings_file.read(Recipe, write(tmp_path, RECIPE), [override])
+    assert settings_file.read(Recipe, write(tmp_path, settings_file.dump(recipe))) == recipe
 
 
 def test_the_setting_of_the_other_kind_of_margin_can_be_taken_out_as_the_message_says(tmp_path: Path) -> None:
     path = write(tmp_path, RECIPE + "algorithm: {margin: {kind: shift, direction: lift, delta: 0.1}}")
     with pytest.raises(UserError, match=r"r\.yaml: algorithm\.margin: .*the kind is mask"):
-        config.read(Recipe, path, ["algorithm.margin.kind=mask"])
-    recipe = config.read(Recipe, path, ["algorithm.margin.kind=mask", "algorithm.margin.direction=null"])
+        settings_file.read(Recipe, path, ["algorithm.margin.kind=mask"])
+    recipe = settings_file.read(Recipe, path, ["algorithm.margin.kind=mask", "algorithm.margin.direction=null"])
     assert recipe.algorithm.margin == Margin(kind="mask", delta=0.1)
-    assert "direction" not in config.dump(recipe)
+    assert "direction" not in settings_file.dump(recipe)
 
 
 def test_a_route_to_no_teacher_a_teacher_of_two_kinds_and_weights_of_zero_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no teacher 'txt'; did you mean 'text'"):
-        config.read(Fleet, write(tmp_path, "teachers: {text: {model: m}}\nroutes: [{teacher: txt}]"))
+        settings_file.read(Fleet, write(tmp_path, "teachers: {text: {model: m}}\nroutes: [{teacher: txt}]"))
     with pytest.raises(UserError, match="either `model`"):
-        config.read(Fleet, write(tmp_path, "teachers: {text: {}}\nroutes: [{teacher: text}]"))
+        settings_file.read(Fleet, write(tmp_path, "teachers: {text: {}}\nroutes: [{teacher: text}]"))
     with pytest.raises(UserError, match="sum to zero"):
-        config.read(Mixture, write(tmp_path, "sources: {a: {shards: s, task: t, weight: 0}}"))
+        settings_file.read(Mixture, write(tmp_path, "sources: {a: {shards: s, task: t, weight: 0}}"))

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from mmopd import catalog, config
+from mmopd import catalog, settings_file
 from mmopd.config import Fleet, Mixture, Recipe
 from mmopd.prompts.shards import open_mixture
 from mmopd.teacher.router import check_routes, find_route
@@ -68,7 +68,7 @@ def test_the_recipe_loads_and_names_files_that_there_are(workspace):
     assert recipe.train.steps == 20
     assert recipe.suite is not None
     assert [catalog.find(name, workspace) for name in (recipe.fleet, recipe.mixture, recipe.suite)]
-    assert config.read(Recipe, workspace / "recipes/mine.yaml").train.steps == 200
+    assert settings_file.read(Recipe, workspace / "recipes/mine.yaml").train.steps == 200
 
 
 @pytest.mark.parametrize("target", sorted(set(re.findall(r"\]\((?!http)([^)#]+)\)", README))))

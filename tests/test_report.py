@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from mmopd import config
+from mmopd import settings_file
 from mmopd.config import Algorithm, Margin, Recipe, Student
 from mmopd.demo.world import build_student
 from mmopd.errors import UserError
@@ -268,7 +268,7 @@ def write_run(run: Path) -> Path:
     """A small but complete run folder."""
     (run / "difficulty").mkdir(parents=True)
     recipe = Recipe(student=Student(model=Path("models/base")), fleet=Path("teachers/f.yaml"), mixture=Path("data/m.yaml"))
-    (run / "recipe.yaml").write_text(config.dump(recipe))
+    (run / "recipe.yaml").write_text(settings_file.dump(recipe))
     (run / "versions.json").write_text(json.dumps({"mmopd": "1.2.3", "torch": "9.9"}))
     (run / "stages.json").write_text(json.dumps({"serve": 30.0, "distil": 170.0}))
     source = {"correct": [0, 2, 2, 1], "attempts": [2, 2, 2, 2], "shape": "flat", "weights": [1.0, 1.0, 1.0, 2.0]}
@@ -371,7 +371,9 @@ def test_margins_are_a_band_around_their_median() -> None:
 
 def test_a_run_without_teachers_has_a_report(tmp_path: Path) -> None:
     algorithm = Algorithm.model_validate({"objective": {"kind": "grpo"}})
-    (tmp_path / "recipe.yaml").write_text(config.dump(Recipe(student=Student(model=Path("m")), mixture=Path("d"), algorithm=algorithm)))
+    (tmp_path / "recipe.yaml").write_text(
+        settings_file.dump(Recipe(student=Student(model=Path("m")), mixture=Path("d"), algorithm=algorithm))
+    )
     page = write_report(tmp_path).read_text()
     assert "<dd>grpo</dd>" in page
     assert "<dt>Fleet</dt><dd>none</dd>" in page
@@ -401,7 +403,7 @@ def test_what_a_model_wrote_stays_text(page: str) -> None:
 
 
 def test_a_run_that_has_just_begun_has_a_report_too(tmp_path: Path) -> None:
-    (tmp_path / "recipe.yaml").write_text(config.dump(Recipe(student=Student(model=Path("m")), fleet=Path("f"), mixture=Path("d"))))
+    (tmp_path / "recipe.yaml").write_text(settings_file.dump(Recipe(student=Student(model=Path("m")), fleet=Path("f"), mixture=Path("d"))))
     page = write_report(tmp_path).read_text()
     assert "<h2>" not in page
     assert "0 of 100 steps" in page

@@ -19,7 +19,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal
 
-from mmopd import config
+from mmopd import settings_file
 from mmopd.config import Benchmark, Suite
 from mmopd.errors import UserError
 from mmopd.evaluate.calls import Calls
@@ -74,7 +74,7 @@ def read_suite(path: Path, workspace: Path) -> Suite:
     Raises:
         UserError: the file does not read, two columns have one name, or a task file is missing.
     """
-    suite = config.read(Suite, path)
+    suite = settings_file.read(Suite, path)
     columns = [b.column for b in suite.benchmarks]
     for column in columns:
         if columns.count(column) > 1:

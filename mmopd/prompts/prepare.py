@@ -27,7 +27,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from mmopd import catalog, config
+from mmopd import catalog, settings_file
 from mmopd.errors import UserError
 from mmopd.fingerprint import hash_file
 from mmopd.progress import Stage
@@ -79,7 +79,7 @@ def load_converter(path: Path, overrides: Iterable[str]) -> tuple[ModuleType, So
     for name in ("Settings", "examples", "convert"):
         if not hasattr(module, name):
             raise UserError(f"{path}: not a converter, it has no `{name}`; it needs Settings, examples and convert")
-    settings: SourceSettings = config.build(module.Settings, {}, str(path), overrides)
+    settings: SourceSettings = settings_file.build(module.Settings, {}, str(path), overrides)
     return module, settings
 
 

@@ -17,12 +17,13 @@ from typing import Self
 import numpy as np
 from numpy.typing import NDArray
 
-from mmopd.config import Mixture, suggest
+from mmopd.config import Mixture
 from mmopd.errors import UserError
 from mmopd.prompts.index import SUFFIX, Index
 from mmopd.prompts.remote import Cache, Remote, is_remote
 from mmopd.prompts.rows import RowError, unpack
 from mmopd.records import Prompt
+from mmopd.settings_file import suggest
 
 NUMBERED = re.compile(r"shard-\d+-of-(\d+)\.tar")
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
 
-from mmopd import catalog, config
+from mmopd import catalog, settings_file
 from mmopd.errors import UserError
 from mmopd.prompts.convert import SourceSettings
 from mmopd.prompts.rows import RowError, pack
@@ -70,7 +70,7 @@ def tools_of(job: Job) -> Tools:
     settings: SourceSettings = module.Settings.model_validate_json(job.settings)
     tasks = catalog.load_tasks(job.workspace)
     if settings.task not in tasks:
-        raise UserError(f"{job.converter}: task: no task {settings.task!r} in modalities/{config.suggest(settings.task, tasks)}")
+        raise UserError(f"{job.converter}: task: no task {settings.task!r} in modalities/{settings_file.suggest(settings.task, tasks)}")
     return Tools(module, settings, tasks[settings.task], TokenCounter(job.processor) if job.processor else None)
 
 

@@ -18,9 +18,9 @@ from pathlib import Path
 from typing import Self
 
 from mmopd.catalog import load_tasks
-from mmopd.config import suggest
 from mmopd.errors import UserError
 from mmopd.records import UNKNOWN, Outcome
+from mmopd.settings_file import suggest
 from mmopd.task.base import Task
 
 START = 120.0  # seconds for a worker to load the tasks

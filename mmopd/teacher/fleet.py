@@ -16,10 +16,11 @@ import httpx
 from rich.console import Console
 from rich.table import Table
 
-from mmopd.config import Engine, Fleet, suggest
+from mmopd.config import Engine, Fleet
 from mmopd.errors import UserError
 from mmopd.processes import Children
 from mmopd.progress import Stages
+from mmopd.settings_file import suggest
 from mmopd.teacher.adapter import read_adapter
 from mmopd.teacher.endpoint import Endpoint, load, save
 from mmopd.teacher.serve import ANY_HOST, HOST, Servers, ServerSpec, serve

@@ -8,8 +8,9 @@ from pathlib import Path
 from transformers import AutoTokenizer
 
 from mmopd import catalog
-from mmopd.config import ExOPD, Fleet, Objective, Recipe, Route, View, suggest
+from mmopd.config import ExOPD, Fleet, Objective, Recipe, Route, View
 from mmopd.errors import UserError
+from mmopd.settings_file import suggest
 from mmopd.task.base import Task
 from mmopd.teacher.view import BUILT_IN, ViewError, check_view
 
