@@ -30,7 +30,7 @@ from mmopd.launch import launch
 from mmopd.processes import Children
 from mmopd.progress import Stage, Stages
 from mmopd.ranks import last_metrics, one_line
-from mmopd.run import RunFolder
+from mmopd.run import RunFolder, alone_in
 from mmopd.teacher.fleet import Standing
 
 CONFIDENCE = 0.95
@@ -254,10 +254,11 @@ def compare(name: str, comparison: Comparison, out: Path, stages: Stages) -> Pat
     """Make the runs and write `NAME.md`, `NAME.csv` and a PNG for each table into `out`; the path of the page.
 
     Raises:
-        UserError: a run failed, or a score is missing.
+        UserError: a run failed, a score is missing, or another comparison is at work in `out`.
     """
     runs = plan_runs(comparison, out)
-    run_all(comparison, list(runs.values()), out / "servers", stages)
+    with alone_in(out):
+        run_all(comparison, list(runs.values()), out / "servers", stages)
     page, rows_of_all = [f"# {name}\n"], []
     for key, table in comparison.tables.items():
         columns, rows = lines(comparison, table, runs)

@@ -35,7 +35,7 @@ from mmopd.rollout.answers import run_answers
 from mmopd.rollout.difficulty import run_pass
 from mmopd.rollout.engine import EngineError
 from mmopd.rollout.sync import FRESH, FileSync, SyncError
-from mmopd.run import RunFolder
+from mmopd.run import RunFolder, alone_in
 from mmopd.teacher.endpoint import Endpoint
 from mmopd.teacher.fleet import Standing, from_files, serve_fleet, serve_in_stage, warn_of
 from mmopd.teacher.preflight import answers, insist, preflight, save, summary
@@ -88,7 +88,7 @@ def launch(
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed, which transformers imports, would warn that it found nothing else
     warn_of(host, console)
-    with Stages(console, run.timings) as stages:
+    with alone_in(run.root), Stages(console, run.timings) as stages:
         prepare(recipe, stages)
         job = dataclasses.replace(check(recipe, endpoints), changed=changed, launcher=launcher, host=host)
         say_left_out(job, console)

@@ -1,11 +1,14 @@
 """A run folder: everything needed to understand and repeat a run, in one place."""
 
+import errno
+import fcntl
 import importlib.metadata
 import json
 import os
 import platform
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 from mmopd import __version__, settings_file
@@ -27,6 +30,8 @@ PACKAGES = [
     "qwen-vl-utils",
     "numpy",
 ]
+
+NO_LOCKS = {errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP}  # of file systems
 
 
 class RunFolder:
@@ -94,6 +99,25 @@ class RunFolder:
             if one.role == "teacher":
                 teachers.setdefault(name.rpartition(".")[0], []).append(one)
         return found["student"], teachers
+
+
+@contextmanager
+def alone_in(folder: Path) -> Iterator[None]:
+    """While the block lasts, nobody else comes in here this way; a killed process does not stay. On a file system without locks all may.
+
+    Raises:
+        UserError: somebody is in.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / ".lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"{folder}: another mmopd is at work in this folder; wait for it, or stop it") from None
+        except OSError as error:
+            if error.errno not in NO_LOCKS:
+                raise
+        yield
 
 
 def step_of(name: str) -> int:

@@ -7,7 +7,9 @@ from typer.testing import CliRunner
 
 from mmopd import __version__
 from mmopd.cli import app
+from mmopd.config import Recipe, Student
 from mmopd.errors import UserError
+from mmopd.run import RunFolder, alone_in
 
 run = CliRunner().invoke
 
@@ -47,6 +49,22 @@ def test_train_wants_a_recipe_or_a_run_and_resume_wants_a_run_folder(tmp_path: P
         run(app, ["train"], catch_exceptions=False)
     with pytest.raises(UserError, match="not a run folder"):
         run(app, ["train", "--resume", str(tmp_path)], catch_exceptions=False)
+
+
+def test_a_folder_in_which_another_process_is_at_work_is_left_alone(tmp_path: Path) -> None:
+    recipe = Recipe(student=Student(model=Path("m")), fleet=Path("f"), mixture=Path("d"))
+    RunFolder(tmp_path / "run").create(recipe)
+    for command, folder in (
+        (["train", "--resume"], tmp_path / "run"),
+        (["compare", "recipes/compare_demo.yaml", "--out"], tmp_path / "out"),
+    ):
+        with (
+            alone_in(folder),
+            pytest.raises(UserError, match=f"{folder}: another mmopd is at work in this folder; wait for it, or stop it"),
+        ):
+            run(app, [*command, str(folder)], catch_exceptions=False)
+    with alone_in(tmp_path / "run"):
+        pass
 
 
 def test_doctor_names_what_it_looked_at() -> None:
