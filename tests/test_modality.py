@@ -6,18 +6,10 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from mmopd.demo import world
 from mmopd.errors import UserError
 from mmopd.modality import Encoder
 from mmopd.modality.encode import open_image, size_of, to_rgb
 from mmopd.records import Prompt
-
-
-@pytest.fixture(scope="module")
-def encoder(tmp_path_factory: pytest.TempPathFactory) -> Encoder:
-    folder = tmp_path_factory.mktemp("model")
-    world.build_student(folder)
-    return Encoder(folder)
 
 
 def png(width: int, height: int) -> bytes:

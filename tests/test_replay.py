@@ -11,19 +11,11 @@ from test_trainer import port
 from train_worker import TRAIN, launch, make_items
 
 from mmopd.config import Recipe, Rollout, Student
-from mmopd.demo.world import build_student
 from mmopd.errors import UserError
 from mmopd.modality import Encoder
 from mmopd.replay import read_batch, replay, write_batch
 from mmopd.run import RunFolder
 from mmopd.train.tree import Item
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("model")
-    build_student(folder)
-    return folder
 
 
 @pytest.fixture(scope="module")

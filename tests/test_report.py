@@ -13,7 +13,6 @@ from PIL import Image
 
 from mmopd import settings_file
 from mmopd.config import Algorithm, Margin, Recipe, Student
-from mmopd.demo.world import build_student
 from mmopd.errors import UserError
 from mmopd.evaluate import Record, Results, Row
 from mmopd.modality import Encoder
@@ -121,13 +120,6 @@ STEP = [
     sample(2, 1.0, [-1.5], [0.5], "t+u"),
     Sample(2, Response((7,), (-2.0,), "", "stop", "step-0"), Outcome(1.0), Absent("t", "timeout")),
 ]
-
-
-@pytest.fixture(scope="module")
-def encoder(tmp_path_factory: pytest.TempPathFactory) -> Encoder:
-    folder = tmp_path_factory.mktemp("student")
-    build_student(folder)
-    return Encoder(folder)
 
 
 @pytest.fixture

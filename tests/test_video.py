@@ -22,7 +22,7 @@ from transformers.video_utils import VideoMetadata
 
 from mmopd import catalog
 from mmopd.config import Engine, Fleet, View
-from mmopd.demo.world import build_processor, build_student
+from mmopd.demo.world import build_processor
 from mmopd.errors import UserError
 from mmopd.modality import Encoder, video
 from mmopd.modality.video import FPS, MAX_FRAMES
@@ -54,30 +54,18 @@ FLEET = {
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("model")
-    build_student(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def encoder(folder: Path) -> Encoder:
-    return Encoder(folder)
-
-
-@pytest.fixture(scope="module")
 def encoded(encoder: Encoder) -> dict[str, Encoded]:
     return {name: encoder.encode(one) for name, one in MIXED.items()}
 
 
 @pytest.fixture(scope="module")
-def films(tmp_path_factory: pytest.TempPathFactory, folder: Path) -> Shards:
+def films(tmp_path_factory: pytest.TempPathFactory, model: Path) -> Shards:
     """Four clips of a moving square, written by `mmopd prepare` from a converter."""
     here = tmp_path_factory.mktemp("films")
     (here / "films.py").write_text(CONVERTER)
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(here)
-        shards, count = prepare(here / "films.py", here / "shards", processor=folder, max_rows=3)
+        shards, count = prepare(here / "films.py", here / "shards", processor=model, max_rows=3)
     assert (count.rows, count.left_out) == (4, {})
     return shards
 
@@ -105,9 +93,9 @@ def test_a_long_clip_is_left_out_by_its_tokens(films: Shards) -> None:
     assert [len(row.videos[0]) for row in films.filtered(limit)] == [4, 5, 6]
 
 
-def test_images_and_clips_of_one_row_keep_their_places(tmp_path: Path, folder: Path) -> None:
+def test_images_and_clips_of_one_row_keep_their_places(tmp_path: Path, model: Path) -> None:
     rows = [MIXED["two clips"], MIXED["image"], MIXED["an image and a clip"], MIXED["text"]]
-    shards = write_shards(rows, tmp_path / "s", counter=TokenCounter(folder))
+    shards = write_shards(rows, tmp_path / "s", counter=TokenCounter(model))
     for row, back in zip(rows, shards, strict=True):
         assert (back.videos, back.images, back.messages) == (row.videos, row.images, row.messages)
     (tar,) = tmp_path.glob("s/*.tar")
@@ -251,12 +239,12 @@ def test_every_family_that_takes_clips_packs_them_with_images_and_text(tmp_path:
 
 
 def test_a_micro_batch_of_clips_needs_no_blank_image_decodes_each_once_and_trains_the_vision_tower(
-    folder: Path, encoder: Encoder, encoded: dict[str, Encoded], monkeypatch: pytest.MonkeyPatch
+    model: Path, encoder: Encoder, encoded: dict[str, Encoded], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     decoded: list[str] = []
     plain = encoder.pixel_values
     monkeypatch.setattr(encoder, "pixel_values", lambda e: decoded.append(e.prompt.key) or plain(e))
-    student = load_student(folder, torch.float32).train()
+    student = load_student(model, torch.float32).train()
     items = [Item.to_score(encoded[name], tokens) for name in ("two clips", "8 of 64x64") for tokens in (TOKENS, TOKENS[:2])]
     assert items[0].patches == 2 * (2 * 4) + 2 * (4 * 2)
     batch = Collator(encoder, student.model.get_rope_index, 3 * 2 * 16 * 16, 2, "masked")(items, range(4))
@@ -304,9 +292,9 @@ def test_the_report_shows_some_frames(encoded: dict[str, Encoded]) -> None:
 
 
 @pytest.fixture(scope="module")
-def real(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Endpoint]:
+def real(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Endpoint]:
     engine = Engine(dtype="float32", max_model_len=768, max_num_seqs=32, kv_cache_mib=64, enforce_eager=True, videos=2)
-    spec = ServerSpec("films", folder, engine, updatable=False)
+    spec = ServerSpec("films", model, engine, updatable=False)
     logs = tmp_path_factory.mktemp("logs")
     with Children() as children, serve([spec], children, logs, lambda name, what: None) as servers:
         yield servers["films"]
@@ -324,16 +312,16 @@ def score(real: Endpoint, encoder: Encoder, prompts: Sequence[Encoded], **how: b
 
 
 def test_a_real_server_sees_the_same_ids_and_gives_the_log_probs_of_transformers_and_of_the_trainer(
-    real: Endpoint, folder: Path, encoder: Encoder, encoded: dict[str, Encoded]
+    real: Endpoint, model: Path, encoder: Encoder, encoded: dict[str, Encoded]
 ) -> None:
     """A score is only given for the ids that were expected (`wire.parse_scored`): each one here proves a local expansion."""
     scores = dict(zip(encoded, score(real, encoder, list(encoded.values())), strict=True))
-    model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).eval()
+    reference = AutoModelForImageTextToText.from_pretrained(model, dtype=torch.float32).eval()
     for name, one in encoded.items():
         assert isinstance(scores[name], Score), (name, scores[name])
         assert scores[name].teacher == ("films" if one.prompt.videos else "other")
-        assert list(scores[name].logprobs) == pytest.approx(of_transformers(model, encoder, one, TOKENS), abs=1e-4), name
-    student = load_student(folder, torch.float32).train()
+        assert list(scores[name].logprobs) == pytest.approx(of_transformers(reference, encoder, one, TOKENS), abs=1e-4), name
+    student = load_student(model, torch.float32).train()
     items = [Item.to_score(one, TOKENS) for one in encoded.values()]
     ways: tuple[Layout, ...] = ("masked", "alone")
     for way in ways:
@@ -365,8 +353,8 @@ def test_frames_that_are_split_otherwise_into_clips_are_another_prompt(real: End
     assert len({one.logprobs for one in scores}) == 3
 
 
-def test_the_engine_samples_answers_to_a_clip(real: Endpoint, folder: Path, encoder: Encoder, films: Shards) -> None:
-    model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).eval()
+def test_the_engine_samples_answers_to_a_clip(real: Endpoint, model: Path, encoder: Encoder, films: Shards) -> None:
+    reference = AutoModelForImageTextToText.from_pretrained(model, dtype=torch.float32).eval()
 
     async def main() -> Any:
         async with StudentEngine(real, encoder) as engine:
@@ -378,7 +366,7 @@ def test_the_engine_samples_answers_to_a_clip(real: Endpoint, folder: Path, enco
     assert len({response.tokens for response in responses}) == 4
     for response in responses:
         assert set(encoder.banned).isdisjoint(response.tokens)
-        assert list(response.logprobs) == pytest.approx(of_transformers(model, encoder, shown, response.tokens), abs=1e-4)
+        assert list(response.logprobs) == pytest.approx(of_transformers(reference, encoder, shown, response.tokens), abs=1e-4)
 
 
 def test_an_engine_that_takes_no_clips_is_told_with_the_key_to_set(encoder: Encoder, encoded: dict[str, Encoded]) -> None:

@@ -86,13 +86,13 @@ class Rollouts:
         Raises:
             EngineError: the engine is gone for good, or does not answer as it should.
         """
-        version, ahead = version_of(rolling.step), self._recipe.rollout.async_steps > 0
+        version, excused = version_of(rolling.step), self._recipe.rollout.async_steps > 0
         while any(self._ranks.all_max([(error := await rolling.failure()) is not None])):
             await rolling.cancel()
-            if not ahead:
+            if not excused:
                 await handover.wait_for_engine(version, error)
                 await handover.publish(version, everything=True)
-            ahead = False
+            excused = False
             rolling = self.begin(rolling.step, rolling.prompts)
         parts = self._ranks.gather_objects(rolling.task.result())
         samples = sorted(chain.from_iterable(samples for samples, _ in parts), key=lambda sample: sample.group)
