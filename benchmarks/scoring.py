@@ -181,7 +181,7 @@ async def overlap(work: Work, student: Endpoint, teacher: Endpoint, encoder: Enc
         scoring = await score_all(Work(work.encoded, responses), teacher, encoder)
         async with Scorer(FLEET, {}, {"t": [teacher]}, encoder) as scorer:
             began = time.perf_counter()
-            samples = await collect(share, recipe=recipe, step=1, engine=engine, scorer=scorer, verifiers=Quick())  # type: ignore[arg-type]
+            samples = await collect(share, recipe=recipe, step=1, engines=[engine], scorer=scorer, verifiers=Quick())  # type: ignore[arg-type]
             step = time.perf_counter() - began
     assert all(isinstance(sample.score, Score) for sample in samples)
     return {"rollouts": generation, "scoring": scoring, "step": step}

@@ -12,7 +12,7 @@ from mmopd.settings_file import suggest
 from mmopd.sizes import Model, read_model
 from mmopd.steptime import Served, Time, Work, step_times
 from mmopd.task.base import Task
-from mmopd.teacher.fleet import to_specs
+from mmopd.teacher.fleet import student_specs, to_specs
 from mmopd.teacher.router import find_judges, load_teachers, references, routed
 from mmopd.teacher.serve import ServerSpec, place
 
@@ -108,15 +108,16 @@ def largest(recipe: Recipe, mixture: Mixture, tasks: Mapping[str, Task], servers
 
 
 def _servers(recipe: Recipe, fleet: Fleet, student: Model, gpus: int, elsewhere: bool) -> list[Served]:
-    specs = to_specs(fleet)
-    here = [recipe.student.engine.tensor_parallel, *(0 if elsewhere else spec.engine.tensor_parallel for spec in specs)]
+    engines, specs = student_specs(recipe.student), to_specs(fleet)
+    here = [spec.engine.tensor_parallel for spec in engines] + [0 if elsewhere else spec.engine.tensor_parallel for spec in specs]
     where = place(here, gpus, [0] if recipe.student.sync == "ipc" else [])
     models = {spec.model: read_model(spec.model) for spec in specs}
     teachers = [
         Served(spec.name, _teachers(spec), f"teachers.{_teachers(spec)[0]}.engine", models[spec.model], spec.engine, places)
-        for spec, places in zip(specs, where[1:], strict=True)
+        for spec, places in zip(specs, where[len(engines) :], strict=True)
     ]
-    return [Served("student", (), "student.engine", student, recipe.student.engine, where[0]), *teachers]
+    sampling = [place for places in where[: len(engines)] for place in places]
+    return [Served("student", (), "student.engine", student, recipe.student.engine, sampling, len(engines)), *teachers]
 
 
 def _teachers(spec: ServerSpec) -> tuple[str, ...]:
@@ -149,7 +150,8 @@ def _server(server: Served, gpu: Gpu) -> Role:
     more = f", or --max-num-batched-tokens (now {estimate.batched_tokens(engine, gpu):,}) in its extra_args" if server.scores else ""
     setting = f"kv_cache_mib (now {engine.kv_cache_mib:,})" if engine.kv_cache_mib else f"gpu_share (now {engine.gpu_share:g})"
     title = "Engine of the student" if not server.scores else f"Teacher {server.name}"
-    title += f", on each of {engine.tensor_parallel} GPUs" if engine.tensor_parallel > 1 else ""
+    title += f", {server.replicas} replicas" if server.replicas > 1 else ""
+    title += f", on each of {n} GPUs" if (n := server.replicas * engine.tensor_parallel) > 1 else ""
     where = [(0, place) for place in server.gpus]
     return Role(title + ("" if where else " (elsewhere)"), parts, peak, where, f"lower {setting} of {server.key}{more}", peak)
 

@@ -52,6 +52,7 @@ class Student(Config):
 
     model: Path = Field(description="HF folder of a Qwen-VL model")
     engine: Engine = Engine()
+    replicas: Positive = Field(1, description="engines, on GPUs of their own; each samples its share of the groups")
     sync: Sync = Field(
         "file",
         description="how new weights reach the engine: `file` in memory; on GPUs also `broadcast` (NCCL), or `ipc`: "
@@ -62,6 +63,8 @@ class Student(Config):
     def _one_gpu(self) -> Self:
         if self.sync == "ipc" and self.engine.tensor_parallel > 1:
             raise ValueError("sync: ipc is for an engine on one GPU; set engine.tensor_parallel: 1, or sync: broadcast")
+        if self.sync == "ipc" and self.replicas > 1:
+            raise ValueError("sync: ipc is for one engine, which shares the GPU of rank 0; set replicas: 1, or sync: broadcast")
         return self
 
 

@@ -37,11 +37,11 @@ from mmopd.rollout.engine import EngineError
 from mmopd.rollout.sync import FRESH, FileSync, SyncError
 from mmopd.run import RunFolder, alone_in
 from mmopd.teacher.endpoint import Endpoint
-from mmopd.teacher.fleet import Standing, from_files, serve_fleet, serve_in_stage, warn_of
+from mmopd.teacher.fleet import Standing, from_files, serve_fleet, serve_in_stage, student_specs, warn_of
 from mmopd.teacher.preflight import answers, insist, preflight, save, summary
 from mmopd.teacher.probes import look
 from mmopd.teacher.router import check_routes, check_tokenizers, load_teachers, references, routed
-from mmopd.teacher.serve import HOST, Servers, ServerSpec
+from mmopd.teacher.serve import HOST, Servers
 from mmopd.train.watchdog import asked_to_stop
 
 UNTRAINED, MERGED = "untrained", "merged"  # versions of weights that do not come from a trainer
@@ -149,17 +149,17 @@ def say_left_out(job: Job, console: Console) -> None:
 
 @contextmanager
 def serving(job: Job, run: RunFolder, children: Children, stages: Stages, standing: Standing | None = None) -> Iterator[Servers]:
-    """The student's engine and the replicas of every teacher, by name (student, TEACHER.NUMBER), while the block lasts."""
+    """The student's engines and the replicas of every teacher, by name (student, student-2, TEACHER.NUMBER), while the block lasts."""
     settings = job.recipe.student
-    student = ServerSpec("student", settings.model, settings.engine, updatable=True, sync=settings.sync)
+    students = student_specs(settings)
     teachers = {**job.fleet.teachers, **(job.references.teachers if job.references else {})}
     fleet = job.fleet.model_copy(update={"teachers": teachers})
-    anew = serve_fleet(fleet, children, run.logs, stages, elsewhere=job.elsewhere, also=[student], host=job.host)
-    with standing.serve(fleet, student) if standing else anew as servers:
-        if standing and student.sync == "file":
-            give(servers["student"], settings.model, UNTRAINED)
-        run.write_endpoints(servers)
+    anew = serve_fleet(fleet, children, run.logs, stages, elsewhere=job.elsewhere, also=students, host=job.host)
+    with standing.serve(fleet, students) if standing else anew as servers:
         try:
+            run.write_endpoints(servers)
+            if standing and settings.sync == "file":
+                give(run, settings.model, UNTRAINED)
             yield servers
         finally:
             run.endpoints.unlink(missing_ok=True)
@@ -172,13 +172,13 @@ def prove(job: Job, servers: Servers, run: RunFolder, stages: Stages) -> list[Ch
         UserError: the student's engine ended, with the last lines of its log; or no row of a source can be read.
     """
     max_tokens, encoder = job.recipe.rollout.max_tokens, Encoder(job.recipe.student.model)
-    student, endpoints = run.read_endpoints()
+    students, endpoints = run.read_endpoints()
 
     objective = job.recipe.algorithm.objective
 
     async def ask() -> list[Check]:
         kinds = look(job.sources, encoder)
-        responses = await answers(student, encoder, kinds, max_tokens=max_tokens)
+        responses = await answers(students[0], encoder, kinds, max_tokens=max_tokens)
         checks: list[Check] = []
         for fleet in (job.fleet, job.references):
             if fleet is not None:
@@ -238,7 +238,7 @@ def measure_difficulty(job: Job, servers: Servers, run: RunFolder, stages: Stage
         return
     with stages.stage("difficulty") as stage:
         try:
-            run_pass(job.recipe, job.sources, servers["student"], run.difficulty, stage)
+            run_pass(job.recipe, job.sources, run.read_endpoints()[0], run.difficulty, stage)
         except EngineError as error:
             servers.check()
             raise UserError(f"{error} ({servers.log('student')})") from error
@@ -272,10 +272,10 @@ def difficulty_alone(recipe: Recipe, out: Path, console: Console) -> None:
     with Stages(console) as stages, Children() as children:
         prepare(recipe, stages)
         job = check(recipe)
-        spec = ServerSpec("student", recipe.student.model, recipe.student.engine, updatable=False)
-        with serve_in_stage([spec], children, logs, stages) as servers, stages.stage("difficulty") as stage:
+        specs = [dataclasses.replace(spec, updatable=False, sync="file") for spec in student_specs(recipe.student)]
+        with serve_in_stage(specs, children, logs, stages) as servers, stages.stage("difficulty") as stage:
             try:
-                measured = run_pass(recipe, job.sources, servers["student"], out, stage)
+                measured = run_pass(recipe, job.sources, list(servers.values()), out, stage)
             except EngineError as error:
                 servers.check()
                 raise UserError(f"{error} ({logs / 'student.log'})") from error
@@ -298,9 +298,9 @@ def distilled(servers: Servers, run: RunFolder) -> Candidate:
     student = servers["student"]
 
     def objection() -> str:
-        with FileSync(student) as link:
+        with FileSync([student]) as link:
             try:
-                lost = link.version() == FRESH
+                lost = link.versions() == [FRESH]
             except SyncError:
                 lost = True
         again = f"`mmopd train --resume {run.root}` measures again"
@@ -361,18 +361,19 @@ def extrapolate(job: Job, run: RunFolder, children: Children, servers: Servers, 
         weights = {teacher.model: teacher.weight for teacher in job.fleet.teachers.values() if teacher.model is not None}
         if not run.export.exists():
             merge(job.recipe.student.model, weights, objective.alpha, run.export, stage)
-        give(servers["student"], run.export, MERGED)
+        give(run, run.export, MERGED)
         stage.outcome = f"{len(weights)} teachers, alpha {objective.alpha:g}"
 
 
-def give(student: Endpoint, model: Path, version: str) -> None:
-    """Send the weights of a folder to the student's engine.
+def give(run: RunFolder, model: Path, version: str) -> None:
+    """Send the weights of a folder to the student's engines.
 
     Raises:
-        UserError: it does not take them.
+        UserError: they do not take them.
     """
+    students, _ = run.read_endpoints()
     try:
-        with Checkpoint(model) as checkpoint, FileSync(student) as link:
+        with Checkpoint(model) as checkpoint, FileSync(students) as link:
             link.send(((name, checkpoint.tensor(name)) for name in sorted(checkpoint.names)), version)
     except SyncError as error:
         raise UserError(f"the student's engine does not take the weights of {model}: {error}") from error

@@ -91,14 +91,14 @@ class RunFolder:
         """Tell the ranks where everything is served; readable by this user alone, and removed when the servers are gone."""
         endpoint.save(self.endpoints, endpoints.values())
 
-    def read_endpoints(self) -> tuple[Endpoint, dict[str, list[Endpoint]]]:
-        """The student's engine, and the replicas of each teacher (named TEACHER.NUMBER)."""
+    def read_endpoints(self) -> tuple[list[Endpoint], dict[str, list[Endpoint]]]:
+        """The student's engines, and the replicas of each teacher (named TEACHER.NUMBER)."""
         teachers: dict[str, list[Endpoint]] = {}
-        found = endpoint.load(self.endpoints)
-        for name, one in found.items():
+        found = endpoint.load(self.endpoints).values()
+        for one in found:
             if one.role == "teacher":
-                teachers.setdefault(name.rpartition(".")[0], []).append(one)
-        return found["student"], teachers
+                teachers.setdefault(one.teacher, []).append(one)
+        return [one for one in found if one.role == "student"], teachers
 
 
 @contextmanager

@@ -20,7 +20,7 @@ HOST = 5e9  # B/s, of weights through the memory of the machine
 
 
 class Served(NamedTuple):
-    """A vLLM server."""
+    """A vLLM server, or the student's several."""
 
     name: str
     teachers: tuple[str, ...]  # several with adapters may share one; none: it is the student's
@@ -28,6 +28,7 @@ class Served(NamedTuple):
     model: Model
     engine: Engine
     gpus: list[int]  # of the first node; none: it runs elsewhere, on GPUs of its own
+    replicas: int = 1  # of the student's
 
     @property
     def scores(self) -> bool:
@@ -72,7 +73,7 @@ def step_times(recipe: Recipe, gpu: Gpu, servers: Sequence[Served], work: Work, 
     """Rollout, scoring, update and weight sync.
 
     Args:
-        servers: the student's engine first.
+        servers: the student's engines first.
         shares: teacher -> share of the responses that it scores.
     """
     student = servers[0].model
@@ -92,21 +93,23 @@ def flops(model: Model, tokens: float, context: float, passes: int) -> float:
 
 
 def _rollout(recipe: Recipe, gpu: Gpu, student: Model, work: Work) -> Time:
-    """Each token reads the weights and the cache of all sequences; the longest response alone is a bound of its own."""
+    """Each token reads the weights and the cache of an engine's sequences; the longest response alone is a bound of its own."""
     if recipe.algorithm.objective.kind == "sft":
         return Time("rollout", 0.0, "none: the teachers' answers are sampled before training")
     engine, rollout = recipe.student.engine, recipe.rollout
     per_token = estimate.kv_bytes(student, engine)
     room = estimate.kv_tokens(estimate.server(student, engine, gpu, scores=False), per_token)
     context = work.prompt + work.response // 2
-    asked = rollout.concurrency * recipe.train.ranks * rollout.group
-    at_once = max(1, min(work.responses, engine.max_num_seqs, asked, room // context))
+    replicas = recipe.student.replicas
+    asked = min(work.responses, rollout.concurrency * recipe.train.ranks * rollout.group)
+    at_once = max(1, min(asked // replicas, engine.max_num_seqs, room // context))
     rate, split = gpu.bandwidth * 1e9 * DECODE, engine.tensor_parallel
     weights = student.read * estimate.WIDTH[engine.dtype] / split
     multiplied = 2 * student.active * at_once / (split * gpu.tflops * 1e12 * PREFILL)
     each = max((weights + at_once * context * per_token) / rate, multiplied)
-    seconds = max(work.responses * work.response / at_once * each, work.load.response * weights / rate)
-    how = f"{work.responses:,} x {work.response:,} tokens, {at_once} at once: {at_once / each:,.0f} tokens/s"
+    everywhere = replicas * at_once
+    seconds = max(work.responses * work.response / everywhere * each, work.load.response * weights / rate)
+    how = f"{work.responses:,} x {work.response:,} tokens, {everywhere} at once: {everywhere / each:,.0f} tokens/s"
     return Time("rollout", seconds, how)
 
 

@@ -125,18 +125,18 @@ def train(model: Path, out: Path, settings: Train, ranks: Ranks) -> dict[str, An
     items, ran = make_items(encoder, "TiI", 7), watch(trainer)
     found: dict[str, Any] = {"before": trainer.logprobs(items), "stats": [], "after": [], "gaps": [], "unsynced": []}
     found["sent"] = [{name for name, _ in trainer.named_weights(1 << 16, trained=trained)} for trained in (False, True)]
-    student = RunFolder(out.parent).read_endpoints()[0] if "ENGINE" in os.environ and await_file(out.parent / "endpoints.json") else None
-    link = FileSync(student) if student is not None and ranks.rank == 0 else None
+    students = RunFolder(out.parent).read_endpoints()[0] if "ENGINE" in os.environ and await_file(out.parent / "endpoints.json") else []
+    link = FileSync(students) if students and ranks.rank == 0 else None
     for step in range(3):
-        if student is not None:
+        if students:
             assert publish(trainer, link, f"{out.name}-{step}", everything=step == 0) is None
-            found["gaps"].append(asyncio.run(gap(trainer, student, encoder)))
+            found["gaps"].append(asyncio.run(gap(trainer, students[0], encoder)))
         if step == 2:
             Checkpoints(out, keep=1).save(trainer, step, {})
         found["stats"].append(trainer.update(make_items(encoder, "TitIIt", step)))
         found["after"].append(trainer.logprobs(items))
-        if student is not None and step < 2:
-            found["unsynced"].append(asyncio.run(gap(trainer, student, encoder)))
+        if students and step < 2:
+            found["unsynced"].append(asyncio.run(gap(trainer, students[0], encoder)))
     export(trainer, out / "export")
     found["kept"] = {}
     for name, p in trainer.student.named_parameters():
@@ -170,7 +170,7 @@ async def gap(trainer: Trainer, student: Endpoint, encoder: Encoder) -> float:
     """Of trainer and engine, in the log-prob of a token."""
     async with StudentEngine(student, encoder) as engine:
         items = make_items(encoder, "TiI", 7)
-        return await probe(trainer.logprobs(items), engine, items, 100.0)
+        return await probe(trainer.logprobs(items), [engine], items, 100.0)
 
 
 def await_file(path: Path) -> bool:

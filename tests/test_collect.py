@@ -67,7 +67,7 @@ def step(encoder, prompts, *, student, group=4, max_tokens=SHORT + 1, visual=Non
         ):
             began = time.monotonic()
             share = list(enumerate(prompts))
-            samples = await collect(share, recipe=recipe, step=number, engine=engine, scorer=scorer, verifiers=verifiers)
+            samples = await collect(share, recipe=recipe, step=number, engines=[engine], scorer=scorer, verifiers=verifiers)
             return samples, time.monotonic() - began, [t - began for t in verifiers.times], student.requests, teacher.requests
 
     return asyncio.run(asyncio.wait_for(main(), 60))

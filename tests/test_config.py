@@ -71,6 +71,11 @@ def test_overrides_replace_values_and_switch_parts_off(tmp_path: Path) -> None:
     assert recipe.algorithm.balance.ratio == 2
 
 
+def test_an_engine_that_shares_the_trainers_gpu_is_the_only_one(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"ipc is for one engine, .* set replicas: 1, or sync: broadcast"):
+        settings_file.read(Recipe, write(tmp_path, RECIPE), ["student.sync=ipc", "student.replicas=2"])
+
+
 @pytest.mark.parametrize("override", ["train.steps", "student.model.x=1"])
 def test_an_override_that_makes_no_sense_is_refused(tmp_path: Path, override: str) -> None:
     with pytest.raises(UserError, match=r"override|has no keys"):

@@ -318,6 +318,17 @@ def test_an_engine_that_sleeps_while_the_trainer_learns_shares_the_gpu_of_rank_0
     assert any("Trainer" in refusal and "Engine" in refusal for refusal in plan("multi_teacher_2b", *shared[:2]).refusals)
 
 
+def test_replicas_of_the_student_have_gpus_of_their_own_and_share_the_rollouts(workspace: Path) -> None:
+    one, four = (plan("cross_modal_4b", "student.engine.tensor_parallel=1", f"student.replicas={n}") for n in (1, 4))
+    assert len(one.roles) == len(four.roles)
+    assert one.roles[1].where == [(0, 7)]
+    assert four.roles[1].where == [(0, 7), (0, 6), (0, 5), (0, 4)]
+    assert four.roles[1].peak == one.roles[1].peak
+    assert four.roles[1].title == "Engine of the student, 4 replicas, on each of 4 GPUs"
+    rolled = [next(time.seconds for time in done.times if time.what == "rollout") for done in (one, four)]
+    assert 1 < rolled[0] / rolled[1] <= 4
+
+
 @pytest.mark.parametrize("name", RECIPES)
 def test_a_shipped_recipe_fits_the_machine_that_it_names_and_no_small_one(name: str, workspace: Path) -> None:
     done = plan(name)

@@ -21,7 +21,7 @@ from mmopd.report.metrics import read_lines
 from mmopd.run import RunFolder
 from mmopd.train.watchdog import HUNG, WAITED
 
-STEPS = ["train.steps=8", "train.checkpoint_every=2", "train.timeout=120", "algorithm.difficulty=null", NO_SUITE]
+STEPS = ["train.steps=8", "train.checkpoint_every=2", "train.timeout=120", "algorithm.difficulty=null", "student.replicas=2", NO_SUITE]
 OF_THE_MACHINE = ("seconds", "rollout_seconds", "memory", "scoring")  # metrics that a repetition does not repeat
 
 
@@ -81,16 +81,16 @@ def straight(workspace: Path) -> RunFolder:
 
 
 def kill_engine(run: RunFolder) -> None:
-    """Kill the API server of the student's engine."""
-    student, _ = run.read_endpoints()
-    port = urlsplit(student.url).port
+    """Kill the API server of the student's last engine."""
+    students, _ = run.read_endpoints()
+    port = urlsplit(students[-1].url).port
     (pid,) = {c.pid for c in psutil.net_connections("tcp4") if c.status == psutil.CONN_LISTEN and c.laddr.port == port and c.pid}
     os.kill(pid, signal.SIGKILL)
 
 
 @pytest.fixture(scope="module")
 def stopped(workspace: Path) -> tuple[RunFolder, str, float]:
-    """A run that loses its engine, and is stopped by SIGTERM a little later; what it says, and after how many seconds it has ended."""
+    """A run that loses an engine of two and is stopped by SIGTERM a little later; what it says, and after how many seconds it has ended."""
     run, command = RunFolder(workspace / "runs" / "stopped"), train(workspace, "stopped")
     command.wait_for(lambda: len(read_lines(run.metrics)) >= 1)
     time.sleep(random.uniform(0, 2))
@@ -130,7 +130,7 @@ def resumed(workspace: Path, stopped: tuple[RunFolder, str, float]) -> tuple[Run
 
 def test_an_engine_that_dies_is_started_again(stopped: tuple[RunFolder, str, float]) -> None:
     run, output, _ = stopped
-    assert "student: ended with status" in output
+    assert "student-2: ended with status" in output
     assert (run.logs / "servers.log").read_text().count("server restarted: student") == 1
 
 
@@ -158,7 +158,7 @@ def test_the_student_of_a_checkpoint_can_be_had_as_a_folder_also_by_another_numb
 
 
 def test_a_run_ahead_learns_from_weights_that_are_one_update_older_and_survives_its_engine(workspace: Path) -> None:
-    run, command = RunFolder(workspace / "runs" / "ahead"), train(workspace, "ahead", "rollout.async_steps=1")
+    run, command = RunFolder(workspace / "runs" / "ahead"), train(workspace, "ahead", "rollout.async_steps=1", "student.replicas=1")
     command.wait_for(lambda: len(read_lines(run.metrics)) >= 4)
     kill_engine(run)
     whole(command)

@@ -158,10 +158,10 @@ def test_long_prompts_with_seeds_that_arrive_together_are_all_answered(running: 
     running.servers.check()
 
 
-def links(running: Running, bucket_bytes: int = BUCKET_BYTES) -> dict[str, WeightSync]:
+def links(running: Running, bucket_bytes: int = BUCKET_BYTES) -> dict[str, WeightSync[Any]]:
     """By name of the server."""
-    apart = BroadcastSync(running.servers["apart"], bucket_bytes=bucket_bytes, workers=1, device=torch.device("cpu"))
-    return {"student": FileSync(running.student, bucket_bytes=bucket_bytes), "apart": apart}
+    apart = BroadcastSync([running.servers["apart"]], bucket_bytes=bucket_bytes, workers=1, device=torch.device("cpu"))
+    return {"student": FileSync([running.student], bucket_bytes=bucket_bytes), "apart": apart}
 
 
 @pytest.mark.parametrize("name", ["student", "apart"])
@@ -171,7 +171,7 @@ def test_after_a_sync_the_engine_answers_as_the_new_weights_do(running: Running,
     with links(running, 200_000)[name] as sync:  # several buckets, whose borders cut layers
         for version, model, stale in [("start", old, new), ("step-1", new, old), ("step-2", old, new)]:
             sync.send(model.named_parameters(), version)
-            assert sync.version() == version
+            assert sync.versions() == [version]
             for _ in range(2):  # the second time the image and the prefix are in the engine's caches
                 for prompt in prompts:
                     answer = prompt.ask(running.servers[name])
@@ -186,7 +186,7 @@ def test_after_a_sync_the_engine_answers_as_the_new_weights_do(running: Running,
 
 def test_a_sync_that_lacks_a_weight_is_an_error(running: Running, models: tuple[Path, Path]) -> None:
     weights = list(load_model(models[0]).named_parameters())
-    with FileSync(running.student) as sync:
+    with FileSync([running.student]) as sync:
         with pytest.raises(SyncError, match=r"1 parameters were not sent, such as .*norm\.weight"):
             sync.send(weights[:-1], "incomplete")
         with pytest.raises(SyncError, match="start_weight_update"):  # and the engine stays out of use
@@ -243,8 +243,8 @@ def test_scoring_goes_on_after_a_teacher_was_killed_and_nothing_is_lost(running:
 
 
 def test_a_student_that_dies_is_started_again_with_the_weights_of_its_folder_and_says_so(running: Running) -> None:
-    with FileSync(running.student) as sync:
-        assert sync.version() != FRESH  # of a test above
+    with FileSync([running.student]) as sync:
+        assert sync.versions() != [FRESH]  # of a test above
         os.kill(min(processes_of(running.student, running.children)), signal.SIGKILL)
         assert version_of_the_next(running, sync) == FRESH
     assert running.servers.restarts["student"] == 1
@@ -255,7 +255,7 @@ def test_an_engine_that_dies_with_the_trainers_call_in_it_answers_with_an_error_
 ) -> None:
     engine = max(processes_of(running.student, running.children))
     before = running.servers.restarts["student"]
-    with FileSync(running.student) as sync, ThreadPoolExecutor(1) as pool:
+    with FileSync([running.student]) as sync, ThreadPoolExecutor(1) as pool:
         os.kill(engine, signal.SIGSTOP)
         sending = pool.submit(sync.send, load_model(models[0]).named_parameters(), "never")
         time.sleep(1)
@@ -277,7 +277,7 @@ def test_weights_are_broadcast_again_to_an_engine_that_was_started_again(running
     assert running.servers.restarts["apart"] == 1
 
 
-def version_of_the_next(running: Running, sync: WeightSync) -> str | None:
+def version_of_the_next(running: Running, sync: WeightSync[Any]) -> str | None:
     """What the student's engine holds that is started behind one that was killed."""
     deadline, version = time.monotonic() + 120, None
     while version is None:
@@ -285,7 +285,7 @@ def version_of_the_next(running: Running, sync: WeightSync) -> str | None:
         time.sleep(0.2)
         running.servers.check()
         with suppress(SyncError):
-            version = sync.version()
+            version = sync.versions()[0]
     return version
 
 

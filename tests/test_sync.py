@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from torch.multiprocessing.reductions import rebuild_cuda_tensor
 
 from mmopd.rollout.buckets import HEADER, DeviceBucket, MemoryFile, filled, unpack
-from mmopd.rollout.sync import IpcSync
+from mmopd.rollout.sync import FileSync, IpcSync, SyncError
 from mmopd.teacher.endpoint import Endpoint
 
 WEIGHTS = {
@@ -83,8 +83,8 @@ def test_a_server_that_shares_the_gpu_is_woken_by_halves_around_its_new_weights(
         asked.append(request.url.raw_path.decode())
         return httpx.Response(200, json={"weight_version": "step-1"})
 
-    with IpcSync(Endpoint("student", "http://127.0.0.1:9", "student", "", "student")) as link:
-        link._client = httpx.Client(base_url="http://127.0.0.1:9", transport=httpx.MockTransport(answer))
+    with IpcSync([Endpoint("student", "http://127.0.0.1:9", "student", "", "student")]) as link:
+        link._servers[0].client = httpx.Client(base_url="http://127.0.0.1:9", transport=httpx.MockTransport(answer))
         link.rest()
         link.send([], "step-1")
     first = [
@@ -95,6 +95,35 @@ def test_a_server_that_shares_the_gpu_is_woken_by_halves_around_its_new_weights(
         "/start_weight_update",
     ]
     assert asked == [*first, "/finish_weight_update", "/wake_up?tags=kv_cache", "/resume", "/weight_info"]
+
+
+def test_of_several_servers_one_that_is_lost_keeps_no_other_from_its_weights() -> None:
+    asked: dict[str, list[str]] = {"a": [], "b": [], "c": []}
+    loaded, dying = list[str](), {"b"}
+
+    def answer(request: httpx.Request) -> httpx.Response:
+        name, path = request.url.host, request.url.path
+        asked[name].append(path)
+        if name in dying and asked[name].count("/update_weights") == 2:
+            raise httpx.ReadError("it is dead", request=request)
+        if name == "c" and path == "/update_weights":
+            loaded.extend(load_file(json.loads(request.content)["update_info"]["path"]))
+        return httpx.Response(200, json={"weight_version": "step-1"})
+
+    with FileSync([Endpoint(name, f"http://{name}", "", "", "student") for name in asked], bucket_bytes=1) as link:
+        for server in link._servers:
+            server.client = httpx.Client(base_url=f"http://{server.name}", transport=httpx.MockTransport(answer))
+        with pytest.raises(SyncError, match="b: /update_weights: ReadError: it is dead"):
+            link.send(WEIGHTS.items(), "step-1")
+        assert asked["b"][-2:] == ["/update_weights"] * 2, "it is asked nothing more"
+        assert asked["a"] == asked["c"]
+        assert asked["a"][-3:] == ["/finish_weight_update", "/resume", "/weight_info"]
+        assert loaded == list(WEIGHTS)
+        dying.clear()
+        asked["b"].clear()
+        link.forget()
+        link.send(WEIGHTS.items(), "step-1")
+        assert asked["b"] == asked["a"][len(asked["a"]) // 2 :]
 
 
 def test_torch_opens_memory_of_a_gpu_by_what_a_handle_says() -> None:

@@ -35,7 +35,7 @@ async def collect(
     *,
     recipe: Recipe,
     step: int,
-    engine: StudentEngine,
+    engines: Sequence[StudentEngine],
     verifiers: VerifierPool,
     scorer: Scorer | None = None,
     reference: Scorer | None = None,
@@ -43,11 +43,12 @@ async def collect(
     """G samples of each prompt of this rank's share, (group number over all ranks, prompt), in its order.
 
     Args:
+        engines: each samples the groups whose numbers are congruent; all have the same weights.
         scorer: None where outcomes are all that is learnt from.
         reference: scores by the teachers' references, where the objective has them.
 
     Raises:
-        EngineError: the engine is gone, or has sampled from other weights than it should: it was started again on the way.
+        EngineError: an engine is gone, or has sampled from other weights than it should: it was started again on the way.
     """
     rollout, visual = recipe.rollout, recipe.algorithm.visual
     gate = asyncio.Semaphore(rollout.concurrency)
@@ -64,7 +65,7 @@ async def collect(
         return task
 
     async def one_group(number: int, encoded: Encoded) -> list[Sample]:
-        seed = seed_of(recipe.seed, step, encoded.prompt.key)
+        seed, engine = seed_of(recipe.seed, step, encoded.prompt.key), engines[number % len(engines)]
 
         async def some(first: int) -> list[asyncio.Task[Sample]]:
             responses = await engine.sample(

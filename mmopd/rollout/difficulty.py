@@ -1,8 +1,9 @@
 """The offline difficulty pass (paper 3.3, A.1): the untrained student answers every prompt K times; the books are `prompts.difficulty`."""
 
 import asyncio
-from collections.abc import Mapping
-from contextlib import ExitStack
+import itertools
+from collections.abc import Mapping, Sequence
+from contextlib import AsyncExitStack, ExitStack
 from pathlib import Path
 
 from mmopd.config import Difficulty, Recipe
@@ -21,11 +22,11 @@ from mmopd.task.pool import VerifierPool
 from mmopd.teacher.endpoint import Endpoint
 
 
-def run_pass(recipe: Recipe, sources: Mapping[str, Shards], student: Endpoint, out: Path, stage: Stage) -> dict[str, Measured]:
+def run_pass(recipe: Recipe, sources: Mapping[str, Shards], students: Sequence[Endpoint], out: Path, stage: Stage) -> dict[str, Measured]:
     """Answer what has not been answered yet, and write `difficulty.json` and the picture into `out`.
 
     Raises:
-        EngineError: the student's engine is gone; what was counted is kept.
+        EngineError: an engine of the student is gone; what was counted is kept.
         UserError: the recipe has difficulty switched off, the counts beside the shards cannot be used, or the policy leaves nothing.
     """
     settings = _settings(recipe)
@@ -37,7 +38,7 @@ def run_pass(recipe: Recipe, sources: Mapping[str, Shards], student: Endpoint, o
             counts[name] = stack.enter_context(Counts(difficulty.counts_file(shards, made_from), made_from))
         total, done = sum(map(len, sources.values())), sum(map(len, counts.values()))
         stage.total(total, done=done)
-        unreadable = asyncio.run(_answer(recipe, sources, counts, student, stage)) if done < total else 0
+        unreadable = asyncio.run(_answer(recipe, sources, counts, students, stage)) if done < total else 0
         measured = {name: difficulty.measure(counts[name], len(shards), settings) for name, shards in sources.items()}
     stage.outcome = f"{total - done} prompts x {settings.attempts} answers" if done < total else "counted before, beside the shards"
     stage.outcome += f", {unreadable} prompts could not be read" if unreadable else ""
@@ -47,32 +48,36 @@ def run_pass(recipe: Recipe, sources: Mapping[str, Shards], student: Endpoint, o
     return measured
 
 
-async def _answer(recipe: Recipe, sources: Mapping[str, Shards], counts: Mapping[str, Counts], student: Endpoint, stage: Stage) -> int:
+async def _answer(
+    recipe: Recipe, sources: Mapping[str, Shards], counts: Mapping[str, Counts], students: Sequence[Endpoint], stage: Stage
+) -> int:
     """Count the right answers of every row that is not counted yet; how many rows could not be read.
 
     An answer that the verifier cannot judge is not counted as an attempt, and a row that cannot be read has none. The
     draws do not depend on the run's seed: runs share the counts.
     """
     settings, encoder = _settings(recipe), Encoder(recipe.student.model)
-    async with StudentEngine(student, encoder) as engine:
-        with VerifierPool() as verifiers:
+    async with AsyncExitStack() as stack:
+        engines = [await stack.enter_async_context(StudentEngine(student, encoder)) for student in students]
+        verifiers, turns = stack.enter_context(VerifierPool()), itertools.cycle(engines)
 
-            async def right_of(encoded: Encoded) -> tuple[int, int]:
-                prompt = encoded.prompt
-                responses = await engine.sample(
-                    encoded,
-                    settings.attempts,
-                    seed_of("difficulty", prompt.key),
-                    max_tokens=recipe.rollout.max_tokens,
-                    temperature=settings.temperature,
-                    top_p=settings.top_p,
-                    top_k=settings.top_k,
-                )
-                outcomes = await asyncio.gather(*(verifiers.verify(prompt.task, r.text, prompt.answer) for r in responses))
-                known = [outcome.value >= recipe.algorithm.outcome_threshold for outcome in outcomes if outcome.known]
-                return sum(known), len(known)
+        async def right_of(encoded: Encoded) -> tuple[int, int]:
+            prompt = encoded.prompt
+            responses = await next(turns).sample(
+                encoded,
+                settings.attempts,
+                seed_of("difficulty", prompt.key),
+                max_tokens=recipe.rollout.max_tokens,
+                temperature=settings.temperature,
+                top_p=settings.top_p,
+                top_k=settings.top_k,
+            )
+            outcomes = await asyncio.gather(*(verifiers.verify(prompt.task, r.text, prompt.answer) for r in responses))
+            known = [outcome.value >= recipe.algorithm.outcome_threshold for outcome in outcomes if outcome.known]
+            return sum(known), len(known)
 
-            return await each_row(sources, counts, encoder, right_of, (0, 0), at_once=recipe.rollout.concurrency, stage=stage)
+        at_once = recipe.rollout.concurrency * len(engines)
+        return await each_row(sources, counts, encoder, right_of, (0, 0), at_once=at_once, stage=stage)
 
 
 def _settings(recipe: Recipe) -> Difficulty:

@@ -2,27 +2,29 @@
 
 pause -> start -> update (one per bucket) -> finish(version) -> resume, then the server must report the version. Pausing
 waits for running requests and clears the prefix, image and encoder caches, all of which hold what old weights computed.
+Several servers get each bucket at the same time; one that fails on the way is left out, and the others are whole all the same.
 
 - `FileSync`: files in memory (memfd) that the server opens by /proc/PID/fd: nothing is left behind however the trainer ends, no
   other user can read them, and the size of /dev/shm does not matter. With GPUs or without.
 - `BroadcastSync`: by NCCL from GPU to GPU [not run on GPU]; by gloo without one, where it only proves the protocol.
 - `IpcSync`: out of the memory of a GPU that trainer and server share, and take in turns [not run on GPU].
 
-The server side is `mmopd.rollout.vllm_plugin`; all of them are for a server on this machine.
+The server side is `mmopd.rollout.vllm_plugin`; all of them are for servers on this machine.
 """
 
+import functools
 import socket
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from types import TracebackType
-from typing import Any, ClassVar, Self, TypeVar
+from typing import Any, ClassVar, Generic, Self, TypeVar
 
 import httpx
 import torch
 
 from mmopd.config import Student
-from mmopd.rollout.buckets import DeviceBucket, MemoryFile, Weights, filled
+from mmopd.rollout.buckets import B, DeviceBucket, MemoryFile, Weights, filled
 from mmopd.rollout.group import HOST, broadcast, handle_of, join
 from mmopd.teacher.endpoint import Endpoint
 
@@ -35,32 +37,32 @@ class SyncError(RuntimeError):
     """The engine did not take the weights; what it now holds is unknown, so it must not be sampled from."""
 
 
-class WeightSync(ABC):
-    """Sends weights to one vLLM server. A context manager.
+class WeightSync(ABC, Generic[B]):
+    """Sends weights to vLLM servers, the same to each. A context manager.
 
     Args:
-        endpoint: a server that was started as `updatable`, for this kind of sync.
+        endpoints: servers that were started as `updatable`, for this kind of sync.
         timeout: seconds for one step of the protocol; pausing waits for running requests.
         bucket_bytes: largest bucket, unless one tensor is larger.
     """
 
     shares_gpu: ClassVar[bool] = False  # with the trainer
 
-    def __init__(self, endpoint: Endpoint, timeout: float = 300.0, bucket_bytes: int = BUCKET_BYTES) -> None:
-        self._endpoint, self._timeout, self._bucket_bytes = endpoint, timeout, bucket_bytes
-        # A connection for each step: the server closes those that idle for some seconds, and a step must not be sent twice.
-        limits = httpx.Limits(max_keepalive_connections=0)
-        self._client = httpx.Client(base_url=endpoint.url, headers=endpoint.headers, timeout=timeout, limits=limits)
-        self._introduced = False
+    def __init__(self, endpoints: Sequence[Endpoint], timeout: float = 300.0, bucket_bytes: int = BUCKET_BYTES) -> None:
+        self._servers = [Server(endpoint, timeout) for endpoint in endpoints]
+        self._timeout, self._bucket_bytes = timeout, bucket_bytes
+        self._threads = ThreadPoolExecutor(len(endpoints))
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self._client.close()
+        self._threads.shutdown()
+        for server in self._servers:
+            server.client.close()
 
     def send(self, weights: Weights, version: str, *, partial: bool = False) -> None:
-        """Replace the engine's weights; returns when it samples from the new ones.
+        """Replace the weights of all servers; returns when they sample from the new ones.
 
         Args:
             weights: every tensor of the Hugging Face checkpoint by its name there, a tied head left out. A tensor is
@@ -70,35 +72,44 @@ class WeightSync(ABC):
                 in the full set that this server got before.
 
         Raises:
-            SyncError: a step failed, a parameter was missing, or the engine reports another version.
+            SyncError: on a server a step failed, a parameter was missing, or it reports another version. The others have the weights.
         """
-        if self.shares_gpu:
-            self._post("wake_up?tags=weights")
-        if not self._introduced:
-            self._introduce()
-            self._introduced = True
-        self._post("pause?mode=wait")
-        self._post("start_weight_update")
-        self._hand_over(weights, partial)
-        self._post("finish_weight_update", {"weight_version": version})
-        if self.shares_gpu:
-            self._post("wake_up?tags=kv_cache")
-        self._post("resume")
-        reported = self.version()
-        if reported != version:
-            raise SyncError(f"{self._endpoint.name}: reports weight version {reported!r} after {version!r} was sent")
+        sound, faults = list(self._servers), list[SyncError]()
 
-    def version(self) -> str | None:
-        """The version of the weights that the engine holds."""
-        version: str | None = self._call("GET", "weight_info").json()["weight_version"]
-        return version
+        def each(work: Callable[[Server], None]) -> None:
+            running = [(server, self._threads.submit(work, server)) for server in sound]
+            for server, future in running:
+                try:
+                    future.result()
+                except SyncError as error:
+                    faults.append(error)
+                    sound.remove(server)
+            if not sound:
+                raise faults[0]
+
+        each(self._begin)
+        for bucket in filled(weights, self._bucket_bytes, self._make_bucket):
+            info = self._describe(bucket) | {"partial": partial}
+            each(functools.partial(self._hand_over, bucket=bucket, info=info))
+        each(functools.partial(self._end, version=version))
+        if faults:
+            raise faults[0]
+
+    def versions(self) -> list[str | None]:
+        """The version of the weights that each server holds.
+
+        Raises:
+            SyncError: one does not answer.
+        """
+        return [server.version() for server in self._servers]
 
     def forget(self) -> None:
-        """The server was started again, and knows nothing of this trainer."""
-        self._introduced = False
+        """A server was started again, and knows nothing of this trainer."""
+        for server in self._servers:
+            server.introduced = False
 
     def rest(self) -> None:
-        """The engine is asked nothing until the next `send`: one that shares a GPU gives its memory back.
+        """The servers are asked nothing until the next `send`: one that shares a GPU gives its memory back.
 
         Its weights wait in the memory of the host, since a partial set leaves some of them as they are; its KV cache is gone.
 
@@ -106,87 +117,153 @@ class WeightSync(ABC):
             SyncError: it does not.
         """
         if self.shares_gpu:
-            self._post("sleep?level=1&mode=wait")
+            for server in self._servers:
+                server.post("sleep?level=1&mode=wait")
 
-    def _introduce(self) -> None:
-        self._post("init_weight_transfer_engine", {"init_info": {}})
+    def _begin(self, server: "Server") -> None:
+        if self.shares_gpu:
+            server.post("wake_up?tags=weights")
+        if not server.introduced:
+            self._introduce(server)
+            server.introduced = True
+        server.post("pause?mode=wait")
+        server.post("start_weight_update")
+
+    def _end(self, server: "Server", version: str) -> None:
+        server.post("finish_weight_update", {"weight_version": version})
+        if self.shares_gpu:
+            server.post("wake_up?tags=kv_cache")
+        server.post("resume")
+        reported = server.version()
+        if reported != version:
+            raise SyncError(f"{server.name}: reports weight version {reported!r} after {version!r} was sent")
+
+    def _introduce(self, server: "Server") -> None:
+        server.post("init_weight_transfer_engine", {"init_info": {}})
 
     @abstractmethod
-    def _hand_over(self, weights: Weights, partial: bool) -> None:
-        """Send all, bucket by bucket."""
+    def _make_bucket(self, room: int) -> B:
+        """One that holds so many bytes."""
 
-    def _update(self, **info: Any) -> None:
-        self._post("update_weights", {"update_info": info})
+    @abstractmethod
+    def _describe(self, bucket: B) -> dict[str, Any]:
+        """Where the bytes of a full bucket are, as a server is told; it stays as it is until the next one is asked for."""
 
-    def _post(self, path: str, body: dict[str, Any] | None = None) -> None:
+    def _hand_over(self, server: "Server", bucket: B, info: dict[str, Any]) -> None:
+        """Let a server load a bucket."""
+        server.post("update_weights", {"update_info": info})
+
+
+class Server:
+    """One vLLM server, as the protocol sees it.
+
+    Attributes:
+        introduced: whether it knows this trainer.
+    """
+
+    def __init__(self, endpoint: Endpoint, timeout: float) -> None:
+        self.name = endpoint.name
+        # A connection for each step: the server closes those that idle for some seconds, and a step must not be sent twice.
+        limits = httpx.Limits(max_keepalive_connections=0)
+        self.client = httpx.Client(base_url=endpoint.url, headers=endpoint.headers, timeout=timeout, limits=limits)
+        self.introduced = False
+
+    def version(self) -> str | None:
+        """The version of the weights that it holds."""
+        version: str | None = self._call("GET", "weight_info").json()["weight_version"]
+        return version
+
+    def post(self, path: str, body: dict[str, Any] | None = None) -> None:
+        """A step of the protocol.
+
+        Raises:
+            SyncError: it does not answer, or refuses.
+        """
         self._call("POST", path, body)
 
     def _call(self, method: str, path: str, body: dict[str, Any] | None = None) -> httpx.Response:
         try:
-            answer = self._client.request(method, f"/{path}", json=body)
+            answer = self.client.request(method, f"/{path}", json=body)
         except httpx.HTTPError as error:
-            raise SyncError(f"{self._endpoint.name}: /{path}: {type(error).__name__}: {error}") from error
+            raise SyncError(f"{self.name}: /{path}: {type(error).__name__}: {error}") from error
         if answer.status_code != 200:
-            raise SyncError(f"{self._endpoint.name}: /{path}: status {answer.status_code}: {answer.text[:2000]}")
+            raise SyncError(f"{self.name}: /{path}: status {answer.status_code}: {answer.text[:2000]}")
         return answer
 
 
-class FileSync(WeightSync):
-    """By files in memory."""
+class FileSync(WeightSync[MemoryFile]):
+    """By files in memory, each for all servers."""
 
-    def _hand_over(self, weights: Weights, partial: bool) -> None:
-        for file in filled(weights, self._bucket_bytes, MemoryFile):
-            self._update(path=file.finish(), partial=partial)
+    def _make_bucket(self, room: int) -> MemoryFile:
+        return MemoryFile(room)
+
+    def _describe(self, bucket: MemoryFile) -> dict[str, Any]:
+        return {"path": bucket.finish()}
 
 
-class BroadcastSync(WeightSync):
-    """By a broadcast to all workers of the server, at the same time as the request that tells them what it holds.
+class BroadcastSync(WeightSync[DeviceBucket]):
+    """By a broadcast to all workers of a server, at the same time as the request that tells them what it holds.
+
+    Each server has a group of its own with the trainer, so that one that is lost breaks no other's.
 
     Args:
-        workers: GPUs of the server.
+        workers: GPUs of a server.
         device: where the weights are.
     """
 
     def __init__(
-        self, endpoint: Endpoint, timeout: float = 300.0, bucket_bytes: int = BUCKET_BYTES, *, workers: int, device: torch.device
+        self, endpoints: Sequence[Endpoint], timeout: float = 300.0, bucket_bytes: int = BUCKET_BYTES, *, workers: int, device: torch.device
     ) -> None:
-        super().__init__(endpoint, timeout, bucket_bytes)
+        super().__init__(endpoints, timeout, bucket_bytes)
         self._size, self._device = 1 + workers, device
+        self._groups: dict[Server, Any] = {}
 
-    def _introduce(self) -> None:
+    def _introduce(self, server: Server) -> None:
         with socket.create_server((HOST, 0)) as listening, ThreadPoolExecutor(1) as pool:
             port = listening.getsockname()[1]
             joining = pool.submit(join, port, 0, self._size, self._device, timeout=self._timeout, listening=listening.detach())
-            self._post("init_weight_transfer_engine", {"init_info": {"port": port, "size": self._size, "timeout": self._timeout}})
-            self._group = self._await(joining.result)
+            server.post("init_weight_transfer_engine", {"init_info": {"port": port, "size": self._size, "timeout": self._timeout}})
+            self._groups[server] = _await(server, joining.result)
 
-    def _hand_over(self, weights: Weights, partial: bool) -> None:
-        for bucket in filled(weights, self._bucket_bytes, lambda room: DeviceBucket(room, self._device)):
-            sending = broadcast(self._group, bucket.filled)
-            self._update(size=bucket.filled.numel(), table=bucket.table, partial=partial)
-            self._await(sending.wait)
+    def _make_bucket(self, room: int) -> DeviceBucket:
+        return DeviceBucket(room, self._device)
 
-    def _await(self, end: Callable[[], T]) -> T:
-        try:
-            return end()
-        except RuntimeError as error:
-            raise SyncError(f"{self._endpoint.name}: the group of trainer and engine: {error}") from error
+    def _describe(self, bucket: DeviceBucket) -> dict[str, Any]:
+        return {"size": bucket.filled.numel(), "table": bucket.table}
+
+    def _hand_over(self, server: Server, bucket: DeviceBucket, info: dict[str, Any]) -> None:
+        sending = broadcast(self._groups[server], bucket.filled)
+        super()._hand_over(server, bucket, info)
+        _await(server, sending.wait)
 
 
-class IpcSync(WeightSync):
+def _await(server: Server, end: Callable[[], T]) -> T:
+    """What comes of an operation of the group with a server."""
+    try:
+        return end()
+    except RuntimeError as error:
+        raise SyncError(f"{server.name}: the group of trainer and engine: {error}") from error
+
+
+class IpcSync(WeightSync[DeviceBucket]):
     """By handles of memory of the GPU that trainer and server share; the server sleeps while the trainer learns."""
 
     shares_gpu = True
 
-    def _hand_over(self, weights: Weights, partial: bool) -> None:
-        for bucket in filled(weights, self._bucket_bytes, lambda room: DeviceBucket(room, torch.device("cuda"))):
-            torch.cuda.current_stream().synchronize()
-            self._update(handle=handle_of(bucket.data), size=bucket.data.numel(), table=bucket.table, partial=partial)
-            torch.cuda.ipc_collect()
+    def _make_bucket(self, room: int) -> DeviceBucket:
+        return DeviceBucket(room, torch.device("cuda"))
+
+    def _describe(self, bucket: DeviceBucket) -> dict[str, Any]:
+        torch.cuda.current_stream().synchronize()
+        return {"handle": handle_of(bucket.data), "size": bucket.data.numel(), "table": bucket.table}
+
+    def _hand_over(self, server: Server, bucket: DeviceBucket, info: dict[str, Any]) -> None:
+        super()._hand_over(server, bucket, info)
+        torch.cuda.ipc_collect()
 
 
-def connect(student: Student, endpoint: Endpoint, device: torch.device) -> WeightSync:
-    """The link to the student's engine that its recipe asks for."""
+def connect(student: Student, endpoints: Sequence[Endpoint], device: torch.device) -> WeightSync[Any]:
+    """The link to the student's engines that its recipe asks for."""
     if student.sync == "broadcast":
-        return BroadcastSync(endpoint, workers=student.engine.tensor_parallel, device=device)
-    return IpcSync(endpoint) if student.sync == "ipc" else FileSync(endpoint)
+        return BroadcastSync(endpoints, workers=student.engine.tensor_parallel, device=device)
+    return IpcSync(endpoints) if student.sync == "ipc" else FileSync(endpoints)

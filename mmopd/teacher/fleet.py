@@ -16,7 +16,7 @@ import httpx
 from rich.console import Console
 from rich.table import Table
 
-from mmopd.config import Engine, Fleet
+from mmopd.config import Engine, Fleet, Student
 from mmopd.errors import UserError
 from mmopd.processes import Children
 from mmopd.progress import Stages
@@ -73,7 +73,7 @@ class Standing:
         self._children, self._logs, self._stages = children, logs, stages
         self._up = ExitStack()
         self._servers: Servers | None = None
-        self._of: tuple[Fleet, ServerSpec] | None = None  # what they serve
+        self._of: tuple[Fleet, list[ServerSpec]] | None = None  # what they serve
 
     def __enter__(self) -> "Standing":
         return self
@@ -86,18 +86,18 @@ class Standing:
         self._up.close()
 
     @contextmanager
-    def serve(self, fleet: Fleet, student: ServerSpec) -> Iterator[Servers]:
-        """Those of a fleet and a student, who holds whatever weights it was last given; they are left up if the block ends well.
+    def serve(self, fleet: Fleet, students: list[ServerSpec]) -> Iterator[Servers]:
+        """Those of a fleet and a student, with whatever weights it was last given; they are left up if the block ends well.
 
         Raises:
             UserError: as `serve_fleet`.
         """
         # Only weights that come by a file can be put back without a GPU, which belongs to the ranks.
-        if self._servers is None or (fleet, student) != self._of or student.sync != "file":
+        if self._servers is None or (fleet, students) != self._of or any(student.sync != "file" for student in students):
             self._stop()
             self._logs.mkdir(parents=True, exist_ok=True)
-            self._servers = self._up.enter_context(serve_fleet(fleet, self._children, self._logs, self._stages, also=[student]))
-            self._of = fleet, student
+            self._servers = self._up.enter_context(serve_fleet(fleet, self._children, self._logs, self._stages, also=students))
+            self._of = fleet, students
         self._servers.restarts.clear()
         try:
             yield self._servers
@@ -151,10 +151,22 @@ def to_specs(fleet: Fleet, elsewhere: Collection[str] = ()) -> list[ServerSpec]:
     for (model, engine, replicas, _), group in shared.items():
         adapters = {name: read_adapter(folder) for name, folder in group.items() if folder}
         for i in range(replicas):
-            numbered = engine.model_copy(update={"port": engine.port + i if engine.port else None})
             served = {f"{name}.{i}": adapter for name, adapter in adapters.items()}
-            specs.append(ServerSpec(f"{_joined(list(group))}.{i}", model, numbered, updatable=False, adapters=served))
+            specs.append(ServerSpec(f"{_joined(list(group))}.{i}", model, _numbered(engine, i), updatable=False, adapters=served))
     return specs
+
+
+def student_specs(student: Student) -> list[ServerSpec]:
+    """The student's engines: `student`, `student-2`, ..."""
+    return [
+        ServerSpec(f"student-{i + 1}" if i else "student", student.model, _numbered(student.engine, i), updatable=True, sync=student.sync)
+        for i in range(student.replicas)
+    ]
+
+
+def _numbered(engine: Engine, i: int) -> Engine:
+    """The settings of a replica: a port of its own."""
+    return engine.model_copy(update={"port": engine.port + i if engine.port else None})
 
 
 def from_files(fleet: Fleet, files: Sequence[Path]) -> list[Endpoint]:

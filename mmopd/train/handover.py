@@ -1,4 +1,4 @@
-"""Gives the engine the trainer's weights, proves by a probe that it has them, and starts over with an engine that was lost on the way.
+"""Gives the engines the trainer's weights, proves by a probe that they have them, and starts over where one was lost on the way.
 
 An engine that dies is started again by its supervisor, with the weights of its folder and no version. It is waited for, and gets everything
 once more. What it has sampled by then is told by its version, and refused (`rollout.collect`).
@@ -8,6 +8,7 @@ import asyncio
 import time
 from collections import Counter
 from collections.abc import Sequence
+from typing import Any
 
 from mmopd.rollout.engine import EngineError, StudentEngine
 from mmopd.rollout.sync import FRESH, SyncError, WeightSync
@@ -21,23 +22,25 @@ LOOK_EVERY = 0.5  # seconds between two looks whether it is back
 
 
 class Handover:
-    """The weights on their way from the trainer to the student's engine. All methods are collective.
+    """The weights on their way from the trainer to the student's engines. All methods are collective.
 
     Args:
-        link: to the engine; on one rank, None on the others.
-        probes: what trainer and engine both score after each handover.
+        link: to the engines; on one rank, None on the others.
+        probes: what trainer and engines both score after each handover.
         aside: where the trainer computes.
     """
 
-    def __init__(self, trainer: Trainer, engine: StudentEngine, link: WeightSync | None, probes: Sequence[Item], aside: Aside) -> None:
-        self._trainer, self._engine, self._link, self._probes, self._aside = trainer, engine, link, probes, aside
+    def __init__(
+        self, trainer: Trainer, engines: Sequence[StudentEngine], link: WeightSync[Any] | None, probes: Sequence[Item], aside: Aside
+    ) -> None:
+        self._trainer, self._engines, self._link, self._probes, self._aside = trainer, engines, link, probes, aside
         self._lost = Counter[str]()  # how often, on the way to a version
 
     async def publish(self, version: str, *, everything: bool = False) -> float:
-        """Give the engine the weights that updates change, or everything; the largest difference that the probe has found, in nats.
+        """Give the engines the weights that updates change, or everything; the largest difference that the probe has found, in nats.
 
         Raises:
-            EngineError: the engine does not take the weights, or was lost more than RECOVERIES times.
+            EngineError: an engine does not take the weights, or one was lost more than RECOVERIES times.
             ProbeError: engine and trainer disagree.
         """
         while True:
@@ -46,7 +49,7 @@ class Handover:
             if not self._anybody(error):
                 ours = await self._aside(self._trainer.logprobs, self._probes)
                 try:
-                    gap = await probe(ours, self._engine, self._probes, self._trainer.settings.probe_tolerance)
+                    gap = await probe(ours, self._engines, self._probes, self._trainer.settings.probe_tolerance)
                 except (EngineError, ProbeError) as fault:
                     error = fault
                 if not self._anybody(error):
@@ -55,7 +58,7 @@ class Handover:
             everything = True
 
     def rest(self) -> None:
-        """The engine is asked nothing until the next `publish`: one that shares a GPU with the trainer makes room.
+        """The engines are asked nothing until the next `publish`: one that shares a GPU with the trainer makes room.
 
         Raises:
             SyncError: it does not.
@@ -64,14 +67,14 @@ class Handover:
             self._link.rest()
 
     async def wait_for_engine(self, version: str, error: Exception | None) -> None:
-        """Go on once an engine that was lost has been started again; it has the weights of its folder then.
+        """Go on once an engine that was lost has been started again; it has the weights of its folder then, and all answer.
 
         Args:
             version: that it is to have.
             error: by which this rank has noticed; None if others have.
 
         Raises:
-            EngineError, ProbeError: it is the engine that we know, so that it has a fault; or it does not come back, or not for long.
+            EngineError, ProbeError: they are the engines that we know, so that one has a fault; or one does not come back, or not for long.
         """
         ranks, until = self._trainer.ranks, time.monotonic() + self._trainer.settings.timeout
         said = next(text for text in ranks.gather_objects(str(error) if error else "") if text)
@@ -91,18 +94,19 @@ class Handover:
             await asyncio.sleep(LOOK_EVERY)
 
     def _look(self) -> str:
-        """The version of the engine that answers now; none, or another rank's business: ""."""
+        """The version of the engines that answer now, FRESH where one of them is; if not all do, or it is another rank's business: ""."""
         try:
-            return (self._link.version() or "") if self._link else ""
+            versions = self._link.versions() if self._link else [""]
         except SyncError:
             return ""
+        return FRESH if FRESH in versions else versions[0] or ""
 
     def _anybody(self, error: Exception | None) -> bool:
         """Whether any rank has an error."""
         return any(self._trainer.ranks.all_max([error is not None]))
 
 
-def publish(trainer: Trainer, link: WeightSync | None, version: str, *, everything: bool = False) -> SyncError | None:
+def publish(trainer: Trainer, link: WeightSync[Any] | None, version: str, *, everything: bool = False) -> SyncError | None:
     """All ranks gather the weights, and the one with a link sends them; what went wrong, on that one."""
     partial, error = trainer.keeps_some and not everything, None
     weights = trainer.named_weights(trained=partial)

@@ -63,7 +63,7 @@ async def train(
     link = connect(recipe.student, run.read_endpoints()[0], ranks.device) if ranks.rank == 0 else None
     recorder = Recorder(run, recipe, encoder, done) if ranks.rank == 0 else None
     async with Rollouts(run, recipe, stream.sources, encoder, ranks) as rollouts:
-        handover = Handover(trainer, rollouts.engine, link, probe_items(list(stream.sources.values()), encoder), aside)
+        handover = Handover(trainer, rollouts.engines, link, probe_items(list(stream.sources.values()), encoder), aside)
         with link or nullcontext(), recorder or nullcontext(), watchdog, aside:
             watchdog.beat_with(asyncio.get_running_loop())
             await handover.publish(version_of(done), everything=True)

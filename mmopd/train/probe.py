@@ -1,7 +1,9 @@
 """The proof after every weight sync: trainer and engine score the same answers, and must agree."""
 
+import asyncio
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from mmopd.modality import Encoder
@@ -25,18 +27,22 @@ class ProbeError(RuntimeError):
     """Engine and trainer disagree: the engine must not be sampled from."""
 
 
-async def probe(ours: Sequence[Tensor], engine: StudentEngine, items: Sequence[Item], tolerance: float) -> float:
-    """Largest |log-prob of the trainer - log-prob of the engine| over the items' tokens.
+async def probe(ours: Sequence[Tensor], engines: Sequence[StudentEngine], items: Sequence[Item], tolerance: float) -> float:
+    """Largest |log-prob of the trainer - log-prob of an engine| over the items' tokens.
 
     Args:
         ours: log-probs [T] of each item, by the trainer.
 
     Raises:
-        EngineError: the engine does not answer.
-        ProbeError: it exceeds `tolerance`: the engine does not have the trainer's weights, or computes something else.
+        EngineError: an engine does not answer.
+        ProbeError: it exceeds `tolerance`: an engine does not have the trainer's weights, or computes something else.
     """
-    theirs = [await engine.logprobs(item.encoded, item.tokens) for item in items]
-    worst: float = max(abs(a - b) for mine, its in zip(ours, theirs, strict=True) for a, b in zip(mine.tolist(), its, strict=True))
+
+    async def ask(engine: StudentEngine) -> Tensor:
+        theirs = [await engine.logprobs(item.encoded, item.tokens) for item in items]
+        return torch.cat([mine - mine.new_tensor(its) for mine, its in zip(ours, theirs, strict=True)])
+
+    worst = float(torch.cat(await asyncio.gather(*map(ask, engines))).abs().max())  # NaN where one of them is
     if not worst <= tolerance:
         raise ProbeError(
             f"after the weight sync, engine and trainer differ by {worst:.2e} in the log-prob of a token, and train.probe_tolerance is "

@@ -48,8 +48,8 @@ def work(run: RunFolder, recipe: Recipe, changed: Sequence[str], stop: threading
     ranks = distributed.start(recipe.train.timeout)
     watchdog = Watchdog(ranks.rank, recipe.train.timeout)
     try:
-        student, _ = run.read_endpoints()
-        where = urlsplit(student.url).hostname or ""
+        students, _ = run.read_endpoints()
+        where = urlsplit(students[0].url).hostname or ""
         check_place(recipe.train.ranks, where, ranks.gather_objects((socket.gethostname(), is_here(where))))
         asyncio.run(train(run, recipe, ranks, changed=changed, stop=stop, watchdog=watchdog))
     except RuntimeError as error:

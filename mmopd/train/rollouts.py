@@ -32,7 +32,7 @@ class Rollouts:
     """The samples of all ranks, step by step. An async context manager; it lives in one event loop.
 
     Attributes:
-        engine: the student's.
+        engines: the student's; each has a share of the groups.
         kept: scores since the last checkpoint.
 
     Raises:
@@ -41,10 +41,10 @@ class Rollouts:
 
     def __init__(self, run: RunFolder, recipe: Recipe, sources: Mapping[str, Shards], encoder: Encoder, ranks: Ranks) -> None:
         self._recipe, self._ranks = recipe, ranks
-        student, teachers = run.read_endpoints()
+        students, teachers = run.read_endpoints()
         tasks: Mapping[str, Task] = catalog.load_tasks()
         fleet, objective = load_teachers(recipe), recipe.algorithm.objective
-        self.engine = StudentEngine(student, encoder)
+        self.engines = [StudentEngine(student, encoder) for student in students]
         self.kept = ScoreCache(run.scores, ranks.rank)
         self._library = Library(recipe, sources, encoder) if objective.kind == "sft" else None
         self._scorers: dict[str, Scorer] = {}
@@ -58,7 +58,8 @@ class Rollouts:
 
     async def __aenter__(self) -> Self:
         async with AsyncExitStack() as stack:
-            await stack.enter_async_context(self.engine)
+            for engine in self.engines:
+                await stack.enter_async_context(engine)
             for scorer in self._scorers.values():
                 await stack.enter_async_context(scorer)
             stack.enter_context(self.kept)
@@ -110,7 +111,7 @@ class Rollouts:
         if self._library is not None:
             samples = [sample for number, encoded in share for sample in self._library.samples(number, encoded, step)]
         else:
-            samples = await collect(share, recipe=self._recipe, step=step, engine=self.engine, verifiers=self._verifiers, **self._scorers)
+            samples = await collect(share, recipe=self._recipe, step=step, engines=self.engines, verifiers=self._verifiers, **self._scorers)
         return samples, time.perf_counter() - begin
 
 
