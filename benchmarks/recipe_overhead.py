@@ -91,7 +91,7 @@ def make_samples(size: Size) -> list[Sample]:
     for i, (T, outcome) in enumerate(zip(lengths, right.tolist(), strict=True)):
         student = torch.empty(T).exponential_(3.0, generator=random).neg()
         teacher = student + 0.3 * torch.randn(T, generator=random)
-        response = Response(tuple(range(T)), tuple(student.tolist()), "", "stop", "step-0")
+        response = Response(tuple(range(T)), tuple(student.tolist()), "", "stop", (("step-0", T),))
         samples.append(Sample(i // size.group, response, Outcome(outcome), Score(f"t{i // size.group % 2}", tuple(teacher.tolist()))))
     return samples
 

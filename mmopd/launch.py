@@ -319,6 +319,7 @@ def distil(job: Job, run: RunFolder, children: Children, servers: Servers, stage
     ranks, timeout = job.recipe.train.ranks, job.recipe.train.timeout
     with stages.stage("distil") as stage, asked_to_stop() as asked:
         what = ["mmopd.train.rank", str(run.root), *job.changed]
+        run.stop.unlink(missing_ok=True)
         running = start_ranks(what, ranks, run.logs, children, launcher=job.launcher, host=job.host)
         stage.total(job.recipe.train.steps)
         stage.note("starting the ranks")
@@ -326,12 +327,14 @@ def distil(job: Job, run: RunFolder, children: Children, servers: Servers, stage
         while alive:
             time.sleep(0.5)
             alive = any(rank.alive for rank in running)  # first, so that what they leave behind is seen
-            check_ranks(running, timeout, stopping=asked.is_set())
+            check_ranks(running, timeout, stopping=asked.is_set() and not job.launcher)
             servers.check()
             if asked.is_set() and until == math.inf:
                 until = time.monotonic() + timeout
                 stages.console.print("asked to stop: behind this step, with a checkpoint", highlight=False)
-                for rank in running:
+                if job.launcher:
+                    run.stop.touch()  # a launcher that is told to end may end its ranks at once (deepspeed's does)
+                for rank in running if not job.launcher else ():
                     rank.terminate()
             if time.monotonic() > until:
                 raise UserError(f"the ranks have not ended their step within train.timeout = {timeout} s; the last checkpoint is as it was")

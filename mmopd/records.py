@@ -46,7 +46,7 @@ class Response:
     logprobs: tuple[float, ...]
     text: str
     finish: str  # stop | length
-    version: str  # weight version that sampled it
+    versions: tuple[tuple[str, int], ...]  # of the weights that sampled it, in order, each with its number of tokens
 
 
 @dataclass(frozen=True, slots=True)

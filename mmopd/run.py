@@ -54,6 +54,7 @@ class RunFolder:
         self.timings = root / "stages.json"
         self.logs = root / "logs"
         self.endpoints = root / "endpoints.json"  # while the servers run
+        self.stop = root / "stop"  # asks the ranks to end behind their step, where a launcher is between
         self.preflight = root / "preflight.json"  # what was found of each replica of each teacher
 
     def create(self, recipe: Recipe) -> None:

@@ -200,6 +200,9 @@ def _choice(index: int, tokens: list[int], logprobs: list[float] | None, finish:
         one = {"token_id": token, "logprob": value, "rank": 1}
         return one | {"top_logprobs": [one]}
 
+    names = version.split("+")  # "a+b": the first token is by weights a, the others by b
+    borders = [*range(len(names)), len(tokens)]
+    spans = [{"version": name, "start": a, "end": b} for name, a, b in zip(names, borders, borders[1:], strict=False)]
     content = None if logprobs is None else {"content": [entry(t, v) for t, v in zip(tokens, logprobs, strict=True)]}
     return {
         "index": index,
@@ -208,7 +211,7 @@ def _choice(index: int, tokens: list[int], logprobs: list[float] | None, finish:
         "token_ids": tokens,
         "routed_experts": None,
         "sampling_mask": None,
-        "weight_versions": [{"version": version, "start": 0, "end": len(tokens)}],
+        "weight_versions": spans,
         "logprobs": content,
     }
 

@@ -41,7 +41,7 @@ def make_sample(draw: random.Random, group: int, i: int) -> Sample:
     T = draw.choice((0, 1, 2, 7))
     student = [-draw.expovariate(2.0) for _ in range(T)]
     rewards = [draw.choice((12.0, draw.gauss(0, 1), draw.gauss(0, 1))) for _ in range(T)]
-    response = Response(tuple(range(T)), tuple(student), f"{group}-{i}", "stop", "step-0")
+    response = Response(tuple(range(T)), tuple(student), f"{group}-{i}", "stop", (("step-0", T),))
     outcome = Outcome(draw.choice((0.0, 1.0, 1.0, 0.7, math.nan)))
     score = Score("t", tuple(s + r for s, r in zip(student, rewards, strict=True)), draw.choice((1.0, 0.3)))
     return Sample(group, response, outcome, draw.choice((score, score, score, Absent("t", "timeout"))))
@@ -50,7 +50,7 @@ def make_sample(draw: random.Random, group: int, i: int) -> Sample:
 def make_step(seed: int, groups: int, size: int) -> list[Sample]:
     """The responses of a step in order of their groups; one that can be scored among them."""
     draw = random.Random(seed)
-    first = Sample(0, Response((1,), (-1.0,), "first", "stop", "step-0"), Outcome(1.0), Score("t", (-1.5,)))
+    first = Sample(0, Response((1,), (-1.0,), "first", "stop", (("step-0", 1),)), Outcome(1.0), Score("t", (-1.5,)))
     return [first, *(make_sample(draw, group, i) for group in range(groups) for i in range(size))]
 
 

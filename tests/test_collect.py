@@ -10,7 +10,7 @@ from mmopd.config import Fleet, Recipe
 from mmopd.demo.world import additions, build_processor, digit_sums
 from mmopd.modality import Encoder
 from mmopd.records import Outcome, Prompt, Score
-from mmopd.rollout.collect import SHORT, collect, version_of
+from mmopd.rollout.collect import SHORT, collect, seed_of, version_of
 from mmopd.rollout.engine import EngineError, StudentEngine
 from mmopd.teacher.client import Scorer
 from mmopd.train.record import staleness
@@ -128,5 +128,47 @@ def test_rollouts_that_run_ahead_may_have_weights_that_are_one_update_older(enco
     samples = step(encoder, prompts, student=FakeVLLM(encoder), number=3, version="step-2", ahead=1)[0]
     assert staleness(samples, 3) == 1
     assert staleness(step(encoder, prompts, student=FakeVLLM(encoder), number=3, ahead=1)[0], 3) == 0
+    mixed = step(encoder, prompts, student=FakeVLLM(encoder), number=3, version="step-2+step-3", ahead=1)[
+        0
+    ]  # of a request that was preempted
+    assert staleness(mixed, 3) == len(mixed) / sum(len(sample.response.tokens) for sample in mixed)
+    with pytest.raises(EngineError, match="'step-2' in step 3"):
+        step(encoder, prompts, student=FakeVLLM(encoder), number=3, version="step-2+step-3")
     with pytest.raises(EngineError, match="'step-1' in step 3"):
         step(encoder, prompts, student=FakeVLLM(encoder), number=3, version="step-1", ahead=1)
+
+
+def test_each_of_several_engines_samples_the_same_share_of_the_groups_on_all_ranks(encoder, prompts):
+    recipe = Recipe.model_validate(
+        {
+            "student": {"model": "m", "replicas": 2},
+            "mixture": "m",
+            "rollout": {"prompts": len(prompts), "group": 4, "max_tokens": 8},
+            "algorithm": {"objective": {"kind": "grpo"}},
+        }
+    )
+
+    async def of_rank(rank, servers):
+        async with (
+            servers[0],
+            servers[1],
+            StudentEngine(servers[0].endpoint, encoder) as a,
+            StudentEngine(servers[1].endpoint, encoder) as b,
+        ):
+            share = list(enumerate(prompts))[rank::2]
+            await collect(share, recipe=recipe, step=0, engines=[a, b], verifiers=Verifiers())
+            return [sorted(request["sampling_params"]["seed"] for request in server.requests) for server in servers]
+
+    async def main():
+        found = []
+        for rank in range(2):
+            servers = FakeVLLM(encoder), FakeVLLM(encoder)
+            for server in servers:
+                server.version = version_of(0)
+            found.append(await of_rank(rank, servers))
+        return found
+
+    first, second = asyncio.run(asyncio.wait_for(main(), 60))
+    seeds = [seed_of(recipe.seed, 0, encoded.prompt.key) for encoded in prompts]
+    assert first == [sorted(seeds[0::2]), []]
+    assert second == [[], sorted(seeds[1::2])]

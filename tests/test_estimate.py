@@ -289,10 +289,15 @@ def test_more_ranks_never_need_more_and_longer_micro_batches_never_less(workspac
 def test_servers_are_placed_where_mmopd_train_puts_them(monkeypatch: pytest.MonkeyPatch) -> None:
     from mmopd.teacher import serve
 
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     for gpus, sizes in ((8, [4, 1, 1]), (4, [2, 1, 1, 2]), (1, [1, 1]), (8, [8, 2])):
         monkeypatch.setattr(torch.cuda, "device_count", lambda n=gpus: n)
         specs = [serve.ServerSpec(str(i), Path(), Engine(tensor_parallel=n), updatable=False) for i, n in enumerate(sizes)]
         assert list(serve._assign_gpus(specs).values()) == [",".join(map(str, one)) for one in serve.place(sizes, gpus)]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,6,GPU-5e,7")  # of a job that has half of a machine
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    two = [serve.ServerSpec(name, Path(), Engine(tensor_parallel=n), updatable=False) for name, n in (("a", 2), ("b", 1))]
+    assert serve._assign_gpus(two) == {"a": "7,GPU-5e", "b": "6"}
     assert serve.place([4, 1, 1], 8) == [[7, 6, 5, 4], [3], [2]]
     assert serve.place([1, 1, 2], 4, sharing=[0]) == [[0], [3], [2, 1]]
 

@@ -19,7 +19,7 @@ PLAIN = Algorithm(balance=None, margin=None, visual=None, ratio_cap=2.0)
 
 def sample(sampled: tuple[float, ...], teacher: tuple[float, ...]) -> Sample:
     tokens = tuple(range(len(sampled)))
-    return Sample(0, Response(tokens, sampled, "", "stop", "step-3"), Outcome(1.0), Score("t", teacher))
+    return Sample(0, Response(tokens, sampled, "", "stop", (("step-3", 2),)), Outcome(1.0), Score("t", teacher))
 
 
 def test_a_token_counts_as_often_as_it_is_likelier_now_up_to_the_cap() -> None:
@@ -44,7 +44,7 @@ def test_the_clipped_ratio_starts_from_the_recomputed_log_probs(tmp_path: Path) 
 
 
 def test_recomputed_log_probs_stay_with_their_samples_where_others_have_no_score() -> None:
-    scored, unscored = sample((-1.0,), (-0.2,)), Sample(0, Response((1, 2), (-1.0, -1.0), "", "stop", "step-3"), Outcome(0.0), None)
+    scored, unscored = sample((-1.0,), (-0.2,)), Sample(0, Response((1, 2), (-1.0, -1.0), "", "stop", (("step-3", 2),)), Outcome(0.0), None)
     batch = build_batch([unscored, scored], PLAIN, 0, [torch.tensor([-9.0, -9.0]), torch.tensor([-0.5])])
     assert batch.old.tolist() == [-0.5]
     assert batch.targets.advantage.tolist() == pytest.approx([0.3])

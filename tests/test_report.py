@@ -103,7 +103,7 @@ Line = Callable[[Algorithm, list[Sample]], dict[str, float]]
 
 def sample(group: int, outcome: float, student: list[float], reward: list[float], teacher: str = "t") -> Sample:
     """The teacher's log-probs are the student's and the reward."""
-    response = Response(tuple(range(len(student))), tuple(student), "", "stop", "step-0")
+    response = Response(tuple(range(len(student))), tuple(student), "", "stop", (("step-0", len(student)),))
     score = Score(teacher, tuple(s + r for s, r in zip(student, reward, strict=True)))
     return Sample(group, response, Outcome(outcome), score)
 
@@ -118,7 +118,7 @@ STEP = [
     sample(1, 0.0, [-0.5, -1.0], [-0.4, -12.0], "u"),
     sample(1, math.nan, [-0.5], [-0.2], "u"),
     sample(2, 1.0, [-1.5], [0.5], "t+u"),
-    Sample(2, Response((7,), (-2.0,), "", "stop", "step-0"), Outcome(1.0), Absent("t", "timeout")),
+    Sample(2, Response((7,), (-2.0,), "", "stop", (("step-0", 1),)), Outcome(1.0), Absent("t", "timeout")),
 ]
 
 
@@ -188,7 +188,7 @@ def test_an_objective_without_a_teacher_has_no_divergence_and_one_without_sample
 def test_a_row_says_what_was_sampled_scored_and_learned() -> None:
     parts = [{"type": "image"}, {"type": "text", "text": "What is their sum?"}]
     prompt = Prompt("digits/7", "digit_sum", "image", ({"role": "user", "content": parts},), (b"image",), "8")
-    response = Response((5, 6), (-0.1, -0.2), "=8", "stop", "step-3")
+    response = Response((5, 6), (-0.1, -0.2), "=8", "stop", (("step-2", 1), ("step-3", 1)))
     sample = Sample(0, response, Outcome(math.nan, "no key"), Score("image_teacher", (-0.3, -0.1)))
     made = token_row(3, prompt, sample, ["=", "8"], [0.25, 0.5], kept=False)
     assert made.images == [base64.b64encode(b"image").decode()]
@@ -209,7 +209,7 @@ def test_rows_survive_the_way_through_the_file_to_four_digits(tmp_path: Path) ->
 def test_what_the_image_does_is_part_of_a_row_where_it_was_asked_and_a_row_without_it_reads_as_before(tmp_path: Path) -> None:
     parts = [{"type": "image"}, {"type": "text", "text": "What is their sum?"}]
     prompt = Prompt("digits/7", "digit_sum", "image", ({"role": "user", "content": parts},), (b"image",), "8")
-    sample = Sample(0, Response((5, 6), (-0.1, -0.2), "=8", "stop", "s"), Outcome(1.0), Score("t", (-0.3, -0.1)))
+    sample = Sample(0, Response((5, 6), (-0.1, -0.2), "=8", "stop", (("s", 2),)), Outcome(1.0), Score("t", (-0.3, -0.1)))
     rows = [token_row(0, prompt, sample, ["=", "8"], [0.2, 0.1], kept=True, visual=visual) for visual in ([-0.123456, 2.0], None)]
     lines = JsonLines(tmp_path / "samples.jsonl", 0)
     for made in rows:

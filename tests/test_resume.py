@@ -157,6 +157,17 @@ def test_the_student_of_a_checkpoint_can_be_had_as_a_folder_also_by_another_numb
     assert "no checkpoint of step 2; there is 6, 8" in output
 
 
+def test_sigterm_reaches_the_ranks_of_a_launcher_that_would_end_them_at_once(workspace: Path) -> None:
+    run = RunFolder(workspace / "runs" / "launched")
+    command = train(workspace, "launched", "train.steps=1000", "student.replicas=1", "--launcher", "deepspeed --num_gpus 2 --module")
+    command.wait_for(lambda: len(read_lines(run.metrics)) >= 1)
+    command.process.send_signal(signal.SIGTERM)
+    output = whole(command)
+    done = len(steps(run))
+    assert f"stopped after {done} steps, as asked" in output
+    assert (run.checkpoints / f"step-{done:08d}" / "manifest.json").is_file()
+
+
 def test_a_run_ahead_learns_from_weights_that_are_one_update_older_and_survives_its_engine(workspace: Path) -> None:
     run, command = RunFolder(workspace / "runs" / "ahead"), train(workspace, "ahead", "rollout.async_steps=1", "student.replicas=1")
     command.wait_for(lambda: len(read_lines(run.metrics)) >= 4)

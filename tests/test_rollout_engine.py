@@ -36,7 +36,7 @@ def test_a_group_is_one_request_and_its_responses_carry_what_the_trainer_needs(e
     assert len(responses) == 8
     end = encoder.tokenizer.eos_token_id
     for response in responses:
-        assert response.version == "default"
+        assert response.versions == (("default", len(response.tokens)),)
         assert (response.finish == "stop") == (response.tokens[-1] == end)
         assert response.text == encoder.decode(response.tokens)
         start = len(encoded.expanded)

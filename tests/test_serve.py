@@ -242,11 +242,18 @@ def test_scoring_goes_on_after_a_teacher_was_killed_and_nothing_is_lost(running:
     assert not any(psutil.pid_exists(pid) for pid in old)
 
 
-def test_a_student_that_dies_is_started_again_with_the_weights_of_its_folder_and_says_so(running: Running) -> None:
+def test_a_student_that_dies_is_started_again_with_the_weights_of_its_folder_and_gets_all_once_more(
+    running: Running, models: tuple[Path, Path]
+) -> None:
     with FileSync([running.student]) as sync:
         assert sync.versions() != [FRESH]  # of a test above
         os.kill(min(processes_of(running.student, running.children)), signal.SIGKILL)
         assert version_of_the_next(running, sync) == FRESH
+        weights = list(load_model(models[0]).named_parameters())
+        with pytest.raises(SyncError, match="was started again, and has no weights that a partial set could add to"):
+            sync.send(weights[:4], "in part", partial=True)
+        sync.send(weights, "whole")
+        assert sync.versions() == ["whole"]
     assert running.servers.restarts["student"] == 1
 
 

@@ -149,6 +149,14 @@ def test_the_latest_checkpoint_is_the_newest_that_is_whole(tmp_path: Path) -> No
     assert Checkpoints(tmp_path, keep=1).latest() == tmp_path / "step-00000002"
 
 
+def test_what_cannot_be_pruned_harms_no_checkpoint(tmp_path: Path) -> None:
+    for step in range(1, 4):  # without a manifest or a score: as a prune leaves them that could not remove all
+        (tmp_path / f"step-{step:08d}").mkdir()
+    (tmp_path / "step-00000001" / "zero").write_text("")
+    Checkpoints(tmp_path, keep=1, best=1)._prune()
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000003"]
+
+
 def test_a_checkpoint_of_two_ranks_goes_on_with_one_and_then_with_two(two: dict[str, Any], resized: list[dict[str, Any]]) -> None:
     for straight, found in zip(two["stats"][2:], resized, strict=True):
         assert found["state"] == {"position": 17}

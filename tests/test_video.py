@@ -46,7 +46,7 @@ from mmopd.train.students import layout, load_student
 from mmopd.train.tree import Item
 
 TOKENS = (5, 6, 7, 8)
-RESPONSE = Response((5,), (-1.0,), "B", "stop", "0")
+RESPONSE = Response((5,), (-1.0,), "B", "stop", (("0", 1),))
 FLEET = {
     "teachers": {"films": {"endpoints": ["http://a"]}, "other": {"endpoints": ["http://b"]}},
     "routes": [{"modality": "video", "teacher": "films"}, {"teacher": "other"}],

@@ -98,7 +98,7 @@ def sample(group, seeing, blind=None, weight=1.0, student=None):
         return Absent("t", logprobs) if isinstance(logprobs, str) else Score("t", tuple(logprobs), weight)
 
     tokens = student or [-1.0] * (3 if isinstance(seeing, str) else len(seeing))
-    response = Response(tuple(range(len(tokens))), tuple(tokens), "text", "stop", "step-0")
+    response = Response(tuple(range(len(tokens))), tuple(tokens), "text", "stop", (("step-0", len(tokens)),))
     return Sample(group, response, Outcome(1.0), score(seeing), None if blind is None else score(blind))
 
 

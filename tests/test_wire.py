@@ -17,12 +17,13 @@ def reply(**changes):
 
 
 def choice(index=0, tokens=(5, 9), finish="stop", logprobs=(-0.5, -0.25), versions=("step-3",)):
+    borders = [*range(len(versions)), len(tokens)]
     return {
         "index": index,
         "finish_reason": finish,
         "token_ids": list(tokens),
         "logprobs": {"content": [{"token_id": t, "logprob": lp, "rank": 1} for t, lp in zip(tokens, logprobs, strict=True)]},
-        "weight_versions": [{"version": v, "start": 0, "end": 1} for v in versions],
+        "weight_versions": [{"version": v, "start": a, "end": b} for v, a, b in zip(versions, borders, borders[1:], strict=False)],
     }
 
 
@@ -87,10 +88,10 @@ def test_what_is_no_reply_at_all_is_malformed_and_worth_another_try(data):
 
 
 def test_sampled_responses_come_in_order_with_their_end_token_and_weight_version():
-    data = reply(choices=[choice(1, (5,), "length", (-1.0,), ("step-3", "step-4")), choice(0)])
+    data = reply(choices=[choice(1, (5, 6), "length", (-1.0, -2.0), ("step-3", "step-4")), choice(0)])
     first, second = wire.parse_samples(data, "r1", [1, 2, 2, 3], SAMPLING, 9)
-    assert first == wire.Choice((5, 9), (-0.5, -0.25), "stop", "step-3")
-    assert second == wire.Choice((5,), (-1.0,), "length", "step-3+step-4")
+    assert first == wire.Choice((5, 9), (-0.5, -0.25), "stop", (("step-3", 2),))
+    assert second == wire.Choice((5, 6), (-1.0, -2.0), "length", (("step-3", 1), ("step-4", 1)))
 
 
 @pytest.mark.parametrize(

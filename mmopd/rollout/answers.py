@@ -150,7 +150,10 @@ class Library:
         found, draw = self._answers[source][self._sources[source].row_of(key)], Random(seed_of(self._recipe.seed, step, key))
         return [
             Sample(
-                number, Response(tuple(tokens), tuple(logprobs), self._encoder.decode(tuple(tokens)), "stop", teacher), Outcome(1.0), score
+                number,
+                Response(tuple(tokens), tuple(logprobs), self._encoder.decode(tuple(tokens)), "stop", ((teacher, len(tokens)),)),
+                Outcome(1.0),
+                score,
             )
             for teacher, weight, tokens, logprobs in draw.sample(found, min(self._recipe.rollout.group, len(found)))
             for score in [Score(teacher, tuple(logprobs), weight)]

@@ -16,6 +16,7 @@ from mmopd.rollout.engine import EngineError, StudentEngine
 from mmopd.task.pool import VerifierPool
 from mmopd.teacher.client import Scorer
 
+UNNAMED = (("", 0),)  # weights of a response whose server does not say
 SHORT = 256  # tokens; up to this limit a group is one request
 T = TypeVar("T")
 
@@ -77,7 +78,7 @@ async def collect(
                 top_p=rollout.top_p,
                 top_k=rollout.top_k,
             )
-            if strange := {response.version for response in responses} - allowed:
+            if strange := {version for response in responses for version, _ in response.versions or UNNAMED} - allowed:
                 raise EngineError(f"the student's engine sampled from weights {strange.pop()!r} in step {step}: it was started again")
             return [spawn(judge(number, encoded, first + i, response)) for i, response in enumerate(responses)]
 

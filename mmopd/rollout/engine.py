@@ -14,7 +14,7 @@ from mmopd.teacher import wire
 from mmopd.teacher.endpoint import Endpoint
 from mmopd.teacher.pool import Pool, connect
 
-TIMEOUT = 3600.0  # seconds for a group of responses, retries included
+TIMEOUT = 3600.0  # seconds for a group of responses: one attempt may take it all, since others would wait behind the same queue
 PATIENCE = 30.0  # seconds for an engine in which nothing answers
 T = TypeVar("T")
 
@@ -36,7 +36,7 @@ class StudentEngine:
         self, endpoint: Endpoint, encoder: Encoder, *, concurrency: int = 4096, timeout: float = TIMEOUT, patience: float = PATIENCE
     ) -> None:
         self._endpoint, self._encoder = endpoint, encoder
-        self._limits = {"timeout": timeout, "patience": patience}
+        self._limits = {"timeout": timeout, "attempt": timeout, "patience": patience}
         self._concurrency = concurrency
         self._end = int(encoder.tokenizer.eos_token_id)
         # Special tokens never belong in an answer, and one that stands for an image would break the trainer. Added tokens that
@@ -72,7 +72,7 @@ class StudentEngine:
             return wire.parse_samples(reply, request_id, encoded.expanded, sampling, self._end)
 
         choices = await self._call("sample", encoded, build, parse)
-        return [Response(c.tokens, c.logprobs, self._encoder.decode(c.tokens), c.finish, c.version) for c in choices]
+        return [Response(c.tokens, c.logprobs, self._encoder.decode(c.tokens), c.finish, c.versions) for c in choices]
 
     async def logprobs(self, encoded: Encoded, tokens: Sequence[int]) -> list[float]:
         """Log-prob of each token of a response, computed in one pass over prompt and response.

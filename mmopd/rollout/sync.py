@@ -29,11 +29,12 @@ from mmopd.rollout.group import HOST, broadcast, handle_of, join
 from mmopd.teacher.endpoint import Endpoint
 
 BUCKET_BYTES = 256 << 20
+TIMEOUT, LOOK = 300.0, 30.0  # seconds for a step of the protocol, and for a look at the version
 FRESH = "default"  # what vLLM calls the weights of the folder that it was started with
 T = TypeVar("T")
 
 
-class SyncError(RuntimeError):
+class SyncError(Exception):
     """The engine did not take the weights; what it now holds is unknown, so it must not be sampled from."""
 
 
@@ -48,7 +49,7 @@ class WeightSync(ABC, Generic[B]):
 
     shares_gpu: ClassVar[bool] = False  # with the trainer
 
-    def __init__(self, endpoints: Sequence[Endpoint], timeout: float = 300.0, bucket_bytes: int = BUCKET_BYTES) -> None:
+    def __init__(self, endpoints: Sequence[Endpoint], timeout: float = TIMEOUT, bucket_bytes: int = BUCKET_BYTES) -> None:
         self._servers = [Server(endpoint, timeout) for endpoint in endpoints]
         self._timeout, self._bucket_bytes = timeout, bucket_bytes
         self._threads = ThreadPoolExecutor(len(endpoints))
@@ -87,7 +88,7 @@ class WeightSync(ABC, Generic[B]):
             if not sound:
                 raise faults[0]
 
-        each(self._begin)
+        each(functools.partial(self._begin, partial=partial))
         for bucket in filled(weights, self._bucket_bytes, self._make_bucket):
             info = self._describe(bucket) | {"partial": partial}
             each(functools.partial(self._hand_over, bucket=bucket, info=info))
@@ -120,7 +121,9 @@ class WeightSync(ABC, Generic[B]):
             for server in self._servers:
                 server.post("sleep?level=1&mode=wait")
 
-    def _begin(self, server: "Server") -> None:
+    def _begin(self, server: "Server", partial: bool) -> None:
+        if partial and server.version() == FRESH:  # it would refuse at the end, and then every later set
+            raise SyncError(f"{server.name}: it was started again, and has no weights that a partial set could add to")
         if self.shares_gpu:
             server.post("wake_up?tags=weights")
         if not server.introduced:
@@ -170,7 +173,7 @@ class Server:
 
     def version(self) -> str | None:
         """The version of the weights that it holds."""
-        version: str | None = self._call("GET", "weight_info").json()["weight_version"]
+        version: str | None = self._call("GET", "weight_info", timeout=LOOK).json()["weight_version"]
         return version
 
     def post(self, path: str, body: dict[str, Any] | None = None) -> None:
@@ -181,9 +184,9 @@ class Server:
         """
         self._call("POST", path, body)
 
-    def _call(self, method: str, path: str, body: dict[str, Any] | None = None) -> httpx.Response:
+    def _call(self, method: str, path: str, body: dict[str, Any] | None = None, **limits: Any) -> httpx.Response:
         try:
-            answer = self.client.request(method, f"/{path}", json=body)
+            answer = self.client.request(method, f"/{path}", json=body, **limits)
         except httpx.HTTPError as error:
             raise SyncError(f"{self.name}: /{path}: {type(error).__name__}: {error}") from error
         if answer.status_code != 200:
@@ -212,18 +215,28 @@ class BroadcastSync(WeightSync[DeviceBucket]):
     """
 
     def __init__(
-        self, endpoints: Sequence[Endpoint], timeout: float = 300.0, bucket_bytes: int = BUCKET_BYTES, *, workers: int, device: torch.device
+        self,
+        endpoints: Sequence[Endpoint],
+        timeout: float = TIMEOUT,
+        bucket_bytes: int = BUCKET_BYTES,
+        *,
+        workers: int,
+        device: torch.device,
     ) -> None:
         super().__init__(endpoints, timeout, bucket_bytes)
         self._size, self._device = 1 + workers, device
         self._groups: dict[Server, Any] = {}
 
     def _introduce(self, server: Server) -> None:
-        with socket.create_server((HOST, 0)) as listening, ThreadPoolExecutor(1) as pool:
+        joiner = ThreadPoolExecutor(1)
+        with socket.create_server((HOST, 0)) as listening:
             port = listening.getsockname()[1]
-            joining = pool.submit(join, port, 0, self._size, self._device, timeout=self._timeout, listening=listening.detach())
+            joining = joiner.submit(join, port, 0, self._size, self._device, timeout=self._timeout, listening=listening.detach())
+        try:
             server.post("init_weight_transfer_engine", {"init_info": {"port": port, "size": self._size, "timeout": self._timeout}})
             self._groups[server] = _await(server, joining.result)
+        finally:
+            joiner.shutdown(wait=False)  # where the server does not come, it waits for the timeout by itself
 
     def _make_bucket(self, room: int) -> DeviceBucket:
         return DeviceBucket(room, self._device)
@@ -262,8 +275,8 @@ class IpcSync(WeightSync[DeviceBucket]):
         torch.cuda.ipc_collect()
 
 
-def connect(student: Student, endpoints: Sequence[Endpoint], device: torch.device) -> WeightSync[Any]:
-    """The link to the student's engines that its recipe asks for."""
+def connect(student: Student, endpoints: Sequence[Endpoint], timeout: float, device: torch.device) -> WeightSync[Any]:
+    """The link to the student's engines that its recipe asks for; `timeout` is for a step of the protocol, in seconds."""
     if student.sync == "broadcast":
-        return BroadcastSync(endpoints, workers=student.engine.tensor_parallel, device=device)
-    return IpcSync(endpoints) if student.sync == "ipc" else FileSync(endpoints)
+        return BroadcastSync(endpoints, timeout, workers=student.engine.tensor_parallel, device=device)
+    return IpcSync(endpoints, timeout) if student.sync == "ipc" else FileSync(endpoints, timeout)

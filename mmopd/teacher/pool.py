@@ -93,7 +93,8 @@ class Pool:
     Args:
         endpoints: at least one.
         http: the client that holds the connections, from `connect`.
-        timeout: seconds after the first attempt in which another may begin; one attempt may take half of it.
+        timeout: seconds after the first attempt in which another may begin.
+        attempt: seconds that one may take; half of it if not given.
         patience: seconds for which a pool in which nothing answers is waited for.
         concurrency: requests in flight at once, per replica.
         counts: where attempts are counted: `requests`, of which `failed/<cause>` and `cancelled` (called off, or not needed any more);
@@ -106,12 +107,14 @@ class Pool:
         http: aiohttp.ClientSession,
         *,
         timeout: float,
+        attempt: float | None = None,
         patience: float,
         concurrency: int,
         counts: Counter[str],
     ) -> None:
         self.replicas = [Replica(endpoint) for endpoint in endpoints]
         self._http, self._timeout, self._patience, self._concurrency, self._counts = http, timeout, patience, concurrency, counts
+        self._attempt_timeout = timeout / 2 if attempt is None else attempt
         self._changed = asyncio.Condition()
         self._silent_since = math.inf  # time of the first of the failures since a replica last worked
         self._last_failure: tuple[float, ReplyError] | None = None
@@ -199,12 +202,12 @@ class Pool:
         headers = replica.headers | {REQUEST_ID: request_id}
         try:
             async with (
-                asyncio.timeout(self._timeout / 2),
+                asyncio.timeout(self._attempt_timeout),
                 self._http.post(replica.url, data=body, headers=headers, allow_redirects=False) as response,
             ):
                 status, pause, reply = response.status, response.headers.get("Retry-After", ""), await response.read()
         except TimeoutError:
-            raise ReplyError("timeout", f"{name}: no answer within {self._timeout / 2:g} s", transient=True) from None
+            raise ReplyError("timeout", f"{name}: no answer within {self._attempt_timeout:g} s", transient=True) from None
         except (aiohttp.ClientError, OSError) as error:
             raise ReplyError("connection", f"{name}: {type(error).__name__} {error}".rstrip(), transient=True) from None
         if status != HTTPStatus.OK:

@@ -334,10 +334,12 @@ def place(sizes: Sequence[int], gpus: int, sharing: Collection[int] = ()) -> lis
 
 
 def _assign_gpus(specs: Sequence[ServerSpec]) -> dict[str, str]:
-    """GPUs for each server: training ranks take theirs from the first one up. [not run]"""
+    """GPUs for each server, of those that this process may use: training ranks take theirs from the first one up. [not run]"""
     sharing = [i for i, spec in enumerate(specs) if spec.sync == "ipc"]
     places = place([spec.engine.tensor_parallel for spec in specs], torch.cuda.device_count(), sharing)
-    return {spec.name: ",".join(map(str, gpus)) for spec, gpus in zip(specs, places, strict=True)}
+    mine = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")  # numbers or UUIDs; a server's own variable counts from the machine's
+    names = mine if mine != [""] else [str(i) for i in range(torch.cuda.device_count())]
+    return {spec.name: ",".join(names[i] for i in gpus) for spec, gpus in zip(specs, places, strict=True)}
 
 
 def _ready(client: httpx.Client, endpoint: Endpoint) -> bool:

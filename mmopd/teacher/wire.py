@@ -60,7 +60,7 @@ class Choice:
     tokens: tuple[int, ...]
     logprobs: tuple[float, ...]  # of the unscaled, unbiased distribution
     finish: str  # stop | length
-    version: str  # weight version; "a+b" if the weights changed while it was sampled
+    versions: tuple[tuple[str, int], ...]  # weight versions, each with the number of tokens that it sampled, in order; () if unknown
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,6 +145,8 @@ class _Content(msgspec.Struct):
 
 class _Span(msgspec.Struct):
     version: str
+    start: int
+    end: int
 
 
 class _Choice(msgspec.Struct):
@@ -222,8 +224,8 @@ def _choice(choice: _Choice, banned: frozenset[int], end: int) -> Choice:
     content = choice.logprobs.content
     if [token.token_id for token in content] != tokens:
         raise ReplyError("malformed", "the log-probs are not those of the response's tokens")
-    versions = dict.fromkeys(span.version for span in choice.weight_versions or ())
-    return Choice(tuple(tokens), _finite([token.logprob for token in content]), choice.finish_reason, "+".join(versions))
+    versions = tuple((span.version, span.end - span.start) for span in choice.weight_versions or ())
+    return Choice(tuple(tokens), _finite([token.logprob for token in content]), choice.finish_reason, versions)
 
 
 def _likeliest(row: Mapping[int, _Token], k: int) -> Mapping[int, float]:

@@ -67,7 +67,6 @@ class Checkpoints:
             if ranks.rank == 0:
                 torn.rename(final)
                 _flush(self.folder)
-                self._prune()
         except (OSError, RuntimeError) as error:
             if isinstance(error, RuntimeError) and TORCH_CANNOT_WRITE not in str(error):
                 raise
@@ -80,6 +79,8 @@ class Checkpoints:
             raise UserError(
                 f"the checkpoint of step {step} was not written ({error}), and the one before it is as it was: {self._room(trainer)}"
             ) from error
+        if ranks.rank == 0:
+            self._prune()
         ranks.barrier()
         return final
 
@@ -106,10 +107,10 @@ class Checkpoints:
 
     def _prune(self) -> None:
         old = self._finished()[: -self.keep]
-        scores = {path: score for path in old if (score := _score(path)) is not None} if self.best else {}
+        scores = {path: score for path in old if not _problem(path) and (score := _score(path)) is not None} if self.best else {}
         best = sorted(scores, key=lambda path: scores[path])[-self.best :]
         for path in set(old) - set(best):
-            shutil.rmtree(path)
+            shutil.rmtree(path, ignore_errors=True)  # what cannot be removed now is tried again by the next save, and is no whole one
 
 
 def load(trainer: Trainer, path: Path) -> dict[str, Any]:
@@ -121,7 +122,7 @@ def load(trainer: Trainer, path: Path) -> dict[str, Any]:
     ranks = trainer.ranks
     problems = [p for p in ranks.gather_objects(_problem(path) or _changed(path, ranks)) if p]
     if problems:
-        raise UserError(f"{problems[0]}; resume from another checkpoint of {path.parent}")
+        raise UserError(f"{problems[0]}; remove {path}, and the checkpoint before it is the last one")
     state: dict[str, Any] = json.loads((path / STATE).read_text())
     if state["ranks"] == ranks.size:
         trainer.engine.load_checkpoint(str(path), tag=ZERO)
@@ -163,10 +164,11 @@ def _load_resized(trainer: Trainer, path: Path) -> None:
 
     Weights that are not trained are not in it; they are those of the student's folder still.
     """
-    engine, ranks, universal = trainer.engine, trainer.ranks, path.with_name(f".{path.name}.resized.partial")
+    engine, ranks, universal = trainer.engine, trainer.ranks, path.with_name(f".{path.name}.resized")
     converter = None
     if ranks.rank == 0:
-        shutil.rmtree(universal, ignore_errors=True)
+        for left in path.parent.glob(".step-*.resized"):  # by an end in the middle of this
+            shutil.rmtree(left, ignore_errors=True)
         universal.mkdir()
         command = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal"]
         folders = ["--input_folder", str(path / ZERO), "--output_folder", str(universal / ZERO)]

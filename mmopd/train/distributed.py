@@ -15,6 +15,8 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
+from mmopd.errors import UserError
+
 SRUN = {"RANK": "SLURM_PROCID", "WORLD_SIZE": "SLURM_STEP_NUM_TASKS", "LOCAL_RANK": "SLURM_LOCALID"}  # of a task of a step
 T = TypeVar("T")
 
@@ -45,6 +47,15 @@ class Ranks:
     def barrier(self) -> None:
         """Wait for all ranks."""
         dist.barrier(group=self.group)
+
+    def agree(self, fault: str) -> None:
+        """Go on if no rank has a fault; else raise the first one on all of them.
+
+        Raises:
+            UserError: a rank has one.
+        """
+        if found := next(filter(None, self.gather_objects(fault)), ""):
+            raise UserError(found)
 
     def _reduce(self, values: Sequence[float], how: Any) -> list[float]:
         tensor = torch.tensor(values, dtype=torch.float64)

@@ -3,6 +3,8 @@
 import shutil
 from pathlib import Path
 
+from safetensors import SafetensorError
+
 from mmopd.card import CARD
 from mmopd.train.engine import Trainer
 from mmopd.train.lora import save_adapter
@@ -14,21 +16,29 @@ WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.js
 def export(trainer: Trainer, target: Path, card: str = "") -> Path:
     """Write weights, configuration, processor, tokenizer and generation settings to `target`; collective.
 
-    Written under a temporary name and then renamed, so `target` is whole or what it was before.
+    Written under a temporary name and then renamed, so `target` is whole or not there.
     Everything but the weights and their configuration is the source folder's own, unchanged. If adapters were trained, the
     weights have them merged, and they are in `target/adapter` on their own, as a peft folder for the source folder's model.
 
     Args:
         card: the text of its README.md; the source's own is of another model.
+
+    Raises:
+        UserError: it cannot be written, on all ranks.
     """
     state = {name: weight.detach().to("cpu", copy=True) for name, weight in trainer.named_weights()}
     torn, writes = target.with_name(f".{target.name}.partial"), trainer.ranks.rank == 0
-    if writes:
-        shutil.rmtree(torn, ignore_errors=True)
-        trainer.student.save_pretrained(torn, state_dict=state, save_original_format=False)  # it is the checkpoint's format already
-        _complete(torn, trainer.source)
-        if card:
-            (torn / CARD).write_text(card)
+    fault = ""
+    try:
+        if writes:
+            shutil.rmtree(torn, ignore_errors=True)
+            trainer.student.save_pretrained(torn, state_dict=state, save_original_format=False)  # it is the checkpoint's format already
+            _complete(torn, trainer.source)
+            if card:
+                (torn / CARD).write_text(card)
+    except (OSError, SafetensorError) as error:
+        fault = f"{target}: the student was not written: {error}"
+    trainer.ranks.agree(fault)
     if trainer.settings.lora is not None:
         save_adapter(trainer.student, trainer.settings.lora, trainer.source, torn / ADAPTER, write=writes)
     if writes:

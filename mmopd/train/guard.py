@@ -4,8 +4,11 @@ Not settings: a run that skips more than a few updates does not need a higher li
 """
 
 import shutil
+import sys
 from collections import deque
 from collections.abc import Sequence
+
+from safetensors import SafetensorError
 
 from mmopd.errors import UserError
 from mmopd.replay import write_batch
@@ -61,11 +64,20 @@ class Guard:
             )
 
     def _keep(self, step: int, items: Sequence[Item], error: NotFiniteError) -> None:
-        """The batch and the weights that it met, in RUN/replay."""
-        folder = self._run.replay_of(step)
-        if self._trainer.ranks.rank == 0:
-            for old in [folder, *sorted(set(self._run.replay.glob("step-*")) - {folder})[: 1 - KEPT]]:
-                shutil.rmtree(old, ignore_errors=True)
-            folder.mkdir(parents=True)
-            write_batch(folder, items, step=step, reason=str(error))
-        export(self._trainer, folder / "model")
+        """The batch and the weights that it met, in RUN/replay; where there is no room for them, training goes on without."""
+        folder, fault = self._run.replay_of(step), ""
+        try:
+            if self._trainer.ranks.rank == 0:
+                for old in [folder, *sorted(set(self._run.replay.glob("step-*")) - {folder})[: 1 - KEPT]]:
+                    shutil.rmtree(old, ignore_errors=True)
+                folder.mkdir(parents=True)
+                write_batch(folder, items, step=step, reason=str(error))
+        except (OSError, SafetensorError) as lost:
+            fault = f"{folder}: {lost}"
+        try:
+            self._trainer.ranks.agree(fault)
+            export(self._trainer, folder / "model")
+        except UserError as lost:
+            print(f"warning: step {step} was skipped ({error}), and is not kept for `mmopd replay`: {lost}", file=sys.stderr)
+            if self._trainer.ranks.rank == 0:
+                shutil.rmtree(folder, ignore_errors=True)

@@ -8,6 +8,7 @@ import asyncio
 import time
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any
 
 from mmopd.rollout.engine import EngineError, StudentEngine
@@ -58,13 +59,10 @@ class Handover:
             everything = True
 
     def rest(self) -> None:
-        """The engines are asked nothing until the next `publish`: one that shares a GPU with the trainer makes room.
-
-        Raises:
-            SyncError: it does not.
-        """
+        """The engines are asked nothing until the next `publish`: one that shares a GPU with the trainer makes room, if it lives."""
         if self._link:
-            self._link.rest()
+            with suppress(SyncError):  # `publish` meets the same, and has a way out
+                self._link.rest()
 
     async def wait_for_engine(self, version: str, error: Exception | None) -> None:
         """Go on once an engine that was lost has been started again; it has the weights of its folder then, and all answer.

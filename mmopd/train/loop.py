@@ -43,7 +43,8 @@ async def train(
 
     Args:
         changed: sources that were added to the mixture or removed from it on purpose, since the checkpoint.
-        stop: once it is set on a rank, all end behind the step that they are in, with a checkpoint and without an export.
+        stop: once it is set on a rank, or the run has a file `stop`, all end behind the step that they are in, with a checkpoint and
+            without an export.
         watchdog: is told of all progress.
 
     Raises:
@@ -60,7 +61,7 @@ async def train(
     done = restore(checkpoints, trainer, stream, guard, changed)
     ahead = recipe.rollout.async_steps > 0
     aside = Aside(ranks, watchdog, ahead=ahead)
-    link = connect(recipe.student, run.read_endpoints()[0], ranks.device) if ranks.rank == 0 else None
+    link = connect(recipe.student, run.read_endpoints()[0], recipe.train.timeout, ranks.device) if ranks.rank == 0 else None
     recorder = Recorder(run, recipe, encoder, done) if ranks.rank == 0 else None
     async with Rollouts(run, recipe, stream.sources, encoder, ranks) as rollouts:
         handover = Handover(trainer, rollouts.engines, link, probe_items(list(stream.sources.values()), encoder), aside)
@@ -92,7 +93,7 @@ async def train(
                     more |= {"probe": gap, "rollout_seconds": seconds} | clock.metrics() | scoring(counts) | stream.metrics()
                     recorder.step(step, prompts, samples, batch, updates=updates, more=more)
                 clock = Clock(watchdog)  # a checkpoint counts in the step behind it: its own is on disk before it
-                stopping = any(ranks.all_max([stop.is_set()]))
+                stopping = any(ranks.all_max([stop.is_set() or run.stop.exists()]))
                 if (step + 1) % recipe.train.checkpoint_every == 0 or last or stopping:
                     with clock("checkpoint"):
                         score = share_right(since, recipe.algorithm)

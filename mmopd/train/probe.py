@@ -23,7 +23,7 @@ def probe_items(sources: Sequence[Shards], encoder: Encoder) -> list[Item]:
     return items
 
 
-class ProbeError(RuntimeError):
+class ProbeError(Exception):
     """Engine and trainer disagree: the engine must not be sampled from."""
 
 

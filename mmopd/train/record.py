@@ -127,7 +127,7 @@ def staleness(samples: Sequence[Sample], step: int) -> float:
     """Mean age of the tokens: by how many updates the weights that sampled them are older than those that learn from them."""
     ages = Counter[str]()
     for sample in samples:
-        ages[sample.response.version] += len(sample.response.tokens)
+        ages.update(dict(sample.response.versions))
     return sum(tokens * (step - step_of(version)) for version, tokens in ages.items()) / max(1, ages.total())
 
 

@@ -44,7 +44,7 @@ class Rollouts:
         students, teachers = run.read_endpoints()
         tasks: Mapping[str, Task] = catalog.load_tasks()
         fleet, objective = load_teachers(recipe), recipe.algorithm.objective
-        self.engines = [StudentEngine(student, encoder) for student in students]
+        self.engines = [StudentEngine(student, encoder, timeout=recipe.train.timeout) for student in students]
         self.kept = ScoreCache(run.scores, ranks.rank)
         self._library = Library(recipe, sources, encoder) if objective.kind == "sft" else None
         self._scorers: dict[str, Scorer] = {}
