@@ -10,7 +10,7 @@ from mmopd.errors import UserError
 from mmopd.estimate import GIB, Gpu, Load, Part, ceil_gib
 from mmopd.settings_file import suggest
 from mmopd.sizes import Model, read_model
-from mmopd.steptime import Served, Time, Work, step_times
+from mmopd.steptime import Served, Share, Time, Work, step_times
 from mmopd.task.base import Task
 from mmopd.teacher.fleet import student_specs, to_specs
 from mmopd.teacher.router import find_judges, load_teachers, references, routed
@@ -210,14 +210,16 @@ def _overfull(roles: Sequence[Role], machines: Machines) -> list[str]:
     return list(found)
 
 
-def _shares(fleet: Fleet, before: Fleet | None, mixture: Mixture, tasks: Mapping[str, Task]) -> dict[str, float]:
+def _shares(fleet: Fleet, before: Fleet | None, mixture: Mixture, tasks: Mapping[str, Task]) -> dict[str, Share]:
     """Teacher -> share of the responses that it scores."""
     total = sum(source.weight for source in mixture.sources.values()) or 1.0
-    shares = dict.fromkeys(fleet.teachers, 0.0)
+    shares = dict.fromkeys(fleet.teachers, Share(0.0, 0.0))
     for one in (fleet, before):
         if one is None or not one.routes:
             continue
         for source in mixture.sources.values():
-            for judge in find_judges(one, tasks, source.task, tasks[source.task].modality):
-                shares[judge.teacher] += source.weight / total
+            modality, share = tasks[source.task].modality, source.weight / total
+            for judge in find_judges(one, tasks, source.task, modality):
+                known, sees = shares[judge.teacher], modality != "text" and judge.view.images != "drop"
+                shares[judge.teacher] = Share(known.all + share, known.seen + share * sees)
     return shares

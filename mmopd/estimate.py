@@ -6,7 +6,7 @@ full log-probs of a teacher. What is assumed is a constant with a name, and `mmo
 
 import itertools
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -14,7 +14,7 @@ from mmopd.config import Dense, Engine, Recipe, Train
 from mmopd.errors import UserError
 from mmopd.settings_file import suggest
 from mmopd.sizes import Model
-from mmopd.train.logprob import ROWS, VOCABULARY_CHUNK
+from mmopd.train.logprob import GPU_CHUNK, ROWS
 from mmopd.train.tree import KEYS
 
 GIB = 1 << 30
@@ -114,6 +114,12 @@ def zero_state(model: Model, train: Train, ranks: int) -> dict[str, int]:
     }
 
 
+def offloaded(state: Mapping[str, int], train: Train) -> int:
+    """Host memory of a rank with train.offload: its state, and the gradients once more, in float32, for DeepSpeed's Adam on the CPU."""
+    whole = state["gradients"] * 4 // WIDTH[train.dtype]
+    return state["weights"] + state["gradients"] + whole + state["optimiser"]
+
+
 def trainer(model: Model, recipe: Recipe, ranks: int, load: Load) -> list[Part]:
     """Memory of one training rank. The last two parts are never there at the same time."""
     train, width = recipe.train, WIDTH[recipe.train.dtype]
@@ -128,6 +134,8 @@ def trainer(model: Model, recipe: Recipe, ranks: int, load: Load) -> list[Part]:
         if size and not (train.offload and name == "small weights")
     ]
     live = min(model.numbers, MAX_LIVE + largest)
+    if train.offload:
+        parts.append(Part("host memory", 0, f"{offloaded(state, train) / GIB:.1f} GiB at least of the machine's own, for each rank"))
     parts.append(Part("gathered weights", width * live, "DeepSpeed's limit of 1e9 live numbers and the largest weight"))
     parts.append(Part("gradients in flight", width * (REDUCE_BUCKET + largest), "reduce bucket of 5e8 numbers and the largest gradient"))
     parts.append(Part("CUDA, NCCL, fragments", TRAINER_OWN, "assumed"))
@@ -176,7 +184,7 @@ def head(model: Model, recipe: Recipe, tokens: int) -> float:
     tied = not model.embedding
     trained = any(weight.trained for weight in model.weights if weight.name.endswith("embed_tokens.weight" if tied else "lm_head.weight"))
     several = isinstance(recipe.algorithm.objective, Dense)
-    logits = 4 * ROWS * text.vocabulary * 4 if several else 4 * HEAD_ROWS * VOCABULARY_CHUNK * 4
+    logits = 4 * ROWS * text.vocabulary * 4 if several else 4 * HEAD_ROWS * GPU_CHUNK * 4
     return trained * (4 + width) * text.vocabulary * text.hidden + (4 + 2 * width) * tokens * text.hidden + logits
 
 

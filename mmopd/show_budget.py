@@ -8,7 +8,7 @@ from rich.table import Table
 
 from mmopd.budget import Budget, Role
 from mmopd.estimate import GIB
-from mmopd.steptime import DECODE, HOST, PREFILL, UPDATE
+from mmopd.steptime import ALL_REDUCE, DECODE, HOST, PEER, PREFILL, UPDATE
 
 WIDTH = 96  # of a table, so that it reads in a terminal of 100 columns
 
@@ -22,7 +22,8 @@ def show_budget(budget: Budget, console: Console) -> None:
     console.print(_step(budget))
     assumed = (
         f"Assumed: decoding reaches {DECODE:.0%} of {gpu.bandwidth:,g} GB/s, scoring {PREFILL:.0%} and the update {UPDATE:.0%} of "
-        f"{gpu.tflops:,g} TFLOP/s, weights travel at {HOST / 1e9:g} GB/s; prompts are half of the longest, and flash-attn is installed "
+        f"{gpu.tflops:,g} TFLOP/s; weights travel at {HOST / 1e9:g} GB/s to and from the machine's memory, at {PEER / 1e9:g} from GPU to "
+        f"GPU, and an all-reduce takes {1e6 * ALL_REDUCE:g} us; prompts are half of the longest, and flash-attn is installed "
         "(without it a row's mask of attention comes on top)."
     )
     console.print(f"[dim]Estimates by arithmetic: nothing here has been measured on a GPU. {assumed}[/]", width=WIDTH)

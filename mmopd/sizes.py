@@ -70,6 +70,15 @@ class Model:
         return sum(weight.numbers for weight in self.weights)
 
     @property
+    def sent(self) -> int:
+        """Numbers that the engine gets after an update: as `Trainer.named_weights` chooses them, adapters merged."""
+        from mmopd.train.students import unit
+
+        own = {weight.name: weight.numbers for weight in self.weights if ".lora_" not in weight.name}
+        units = {unit(_without_adapter(weight.name)) for weight in self.weights if weight.trained}
+        return sum(numbers for name, numbers in own.items() if unit(_without_adapter(name)) in units)
+
+    @property
     def tower(self) -> int:
         """Numbers of the vision tower and its projector."""
         return sum(weight.numbers for weight in self.weights if ".visual." in f".{weight.name}")
@@ -140,6 +149,12 @@ def _mark(built: Any, train: Train | None) -> None:
         from mmopd.train.lora import add_adapters
 
         add_adapters(built, train.lora)
+
+
+def _without_adapter(name: str) -> str:
+    """`q_proj.weight` for peft's `q_proj.base_layer.weight` and `q_proj.lora_A.default.weight`."""
+    layer, adapter, _ = name.partition(".lora_")
+    return f"{layer}.weight" if adapter else name.replace(".base_layer.", ".")
 
 
 def _text(config: Any) -> Text:

@@ -16,7 +16,9 @@ from mmopd.sizes import Model
 DECODE = 0.6  # of the memory bandwidth, by an engine that samples
 PREFILL = 0.4  # of the FLOP/s, by a teacher that scores
 UPDATE = 0.35  # of the FLOP/s, by the trainer under ZeRO-3
-HOST = 5e9  # B/s, of weights through the memory of the machine
+HOST = 5e9  # B/s, of weights between a GPU and the memory of the machine
+PEER = 20e9  # B/s, of weights from GPU to GPU; that of PCIe, NVLink has more
+ALL_REDUCE = 20e-6  # s, of which an engine on several GPUs needs two in each layer and pass
 
 
 class Served(NamedTuple):
@@ -34,6 +36,13 @@ class Served(NamedTuple):
     def scores(self) -> bool:
         """Whether it is a teacher's."""
         return bool(self.teachers)
+
+
+class Share(NamedTuple):
+    """Of the responses of a step, those that a teacher scores."""
+
+    all: float
+    seen: float  # those to prompts with images
 
 
 class Work(NamedTuple):
@@ -69,20 +78,19 @@ class Time(NamedTuple):
     how: str
 
 
-def step_times(recipe: Recipe, gpu: Gpu, servers: Sequence[Served], work: Work, shares: Mapping[str, float]) -> list[Time]:
+def step_times(recipe: Recipe, gpu: Gpu, servers: Sequence[Served], work: Work, shares: Mapping[str, Share]) -> list[Time]:
     """Rollout, scoring, update and weight sync.
 
     Args:
         servers: the student's engines first.
-        shares: teacher -> share of the responses that it scores.
+        shares: of each teacher.
     """
     student = servers[0].model
-    moved = student.numbers * estimate.WIDTH[recipe.train.dtype]
     return [
         _rollout(recipe, gpu, student, work),
         _scoring(gpu, servers[1:], work, shares),
         _update(recipe, gpu, student, work),
-        Time("weight sync", 2 * moved / HOST, f"{moved / GIB:.1f} GiB out of the trainer and into the engine"),
+        _sync(recipe, gpu, student),
     ]
 
 
@@ -90,6 +98,11 @@ def flops(model: Model, tokens: float, context: float, passes: int) -> float:
     """Of tokens that see half of `context` on average. A forward pass is 1, a backward pass 2, recomputing 1."""
     text = model.text
     return passes * tokens * (2 * model.active + 2 * text.caching * text.query * context)
+
+
+def tower(model: Model, tokens: float, passes: int) -> float:
+    """FLOP of the vision tower, if there is one, for so many visual tokens: each is made of some patches."""
+    return 2 * passes * model.tower * tokens * model.vision.merge if model.vision else 0.0
 
 
 def _rollout(recipe: Recipe, gpu: Gpu, student: Model, work: Work) -> Time:
@@ -106,26 +119,33 @@ def _rollout(recipe: Recipe, gpu: Gpu, student: Model, work: Work) -> Time:
     rate, split = gpu.bandwidth * 1e9 * DECODE, engine.tensor_parallel
     weights = student.read * estimate.WIDTH[engine.dtype] / split
     multiplied = 2 * student.active * at_once / (split * gpu.tflops * 1e12 * PREFILL)
-    each = max((weights + at_once * context * per_token) / rate, multiplied)
+    reduced = 2 * student.text.layers * ALL_REDUCE if split > 1 else 0.0
+    each = max((weights + at_once * context * per_token) / rate, multiplied) + reduced
     everywhere = replicas * at_once
-    seconds = max(work.responses * work.response / everywhere * each, work.load.response * weights / rate)
+    seconds = max(work.responses * work.response / everywhere * each, work.load.response * (weights / rate + reduced))
     how = f"{work.responses:,} x {work.response:,} tokens, {everywhere} at once: {everywhere / each:,.0f} tokens/s"
     return Time("rollout", seconds, how)
 
 
-def _scoring(gpu: Gpu, servers: Sequence[Served], work: Work, shares: Mapping[str, float]) -> Time:
-    """Prefill by the busiest teacher; teachers that share a server count as if each had it alone."""
+def _scoring(gpu: Gpu, servers: Sequence[Served], work: Work, shares: Mapping[str, Share]) -> Time:
+    """Prefill by the busiest teacher; teachers that share a server count as if each had it alone.
+
+    Images pass through its vision tower once for each response: that vLLM may still have them is not counted on.
+    """
     rates: dict[str, float] = defaultdict(float)
     models: dict[str, Model] = {}
     for server in servers:
         for name in server.teachers:
             rates[name] += server.engine.tensor_parallel * gpu.tflops * 1e12 * PREFILL
             models[name] = server.model
-    seconds = {name: flops(models[name], work.tokens * shares[name], work.context, 1) / rates[name] for name in models}
+    seconds = {}
+    for name, model in models.items():
+        looked = tower(model, work.responses * work.prompt * shares[name].seen, 1) if work.load.images else 0.0
+        seconds[name] = (flops(model, work.tokens * shares[name].all, work.context, 1) + looked) / rates[name]
     if not seconds:
         return Time("scoring", 0.0, "no teacher is served by mmopd")
     slowest = max(seconds, key=lambda name: seconds[name])
-    return Time("scoring", seconds[slowest], f"{slowest}: prefill of {shares[slowest]:.0%} of the responses, meanwhile")
+    return Time("scoring", seconds[slowest], f"{slowest}: prefill of {shares[slowest].all:.0%} of the responses, meanwhile")
 
 
 def _update(recipe: Recipe, gpu: Gpu, student: Model, work: Work) -> Time:
@@ -137,7 +157,26 @@ def _update(recipe: Recipe, gpu: Gpu, student: Model, work: Work) -> Time:
     prompts = work.prompts if student.text.caching == student.text.layers else work.responses
     asked, answered = prompts * work.prompt, work.responses * work.response
     total = flops(student, asked, work.prompt, passes) + flops(student, answered, 2 * work.prompt + work.response, passes)
-    if work.load.images and student.vision:
-        total += 2 * passes * student.tower * asked * student.vision.merge
+    if work.load.images:
+        total += tower(student, asked, passes)
     seconds = total / (recipe.train.ranks * gpu.tflops * 1e12 * UPDATE)
     return Time("update", seconds, f"{2 * passes} FLOP for each number and token, {(asked + answered) / 1e6:.1f} M tokens")
+
+
+def _sync(recipe: Recipe, gpu: Gpu, student: Model) -> Time:
+    """What an update has changed, gathered by rank 0 and handed to the engines.
+
+    One that sleeps takes all its weights to the host and back.
+    """
+    moved = student.sent * estimate.WIDTH[recipe.train.dtype]
+    gathered, size, sync = moved / PEER, f"{moved / GIB:.1f} GiB", recipe.student.sync
+    if sync == "file":
+        return Time("weight sync", gathered + 2 * moved / HOST, f"{size} through the memory of the machine")
+    if sync == "broadcast":
+        replicas = recipe.student.replicas
+        return Time(
+            "weight sync", gathered + replicas * moved / PEER, f"{size} from GPU to GPU" + f", to {replicas} engines" * (replicas > 1)
+        )
+    asleep = student.numbers * estimate.WIDTH[recipe.student.engine.dtype]
+    how = f"{size} within a GPU, and the sleeping engine's {asleep / GIB:.1f} GiB to the host and back"
+    return Time("weight sync", gathered + 2 * moved / (gpu.bandwidth * 1e9) + 2 * asleep / HOST, how)

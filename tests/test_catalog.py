@@ -8,6 +8,7 @@ import pytest
 import yaml
 
 from mmopd import catalog
+from mmopd.config import OPD, Balance, Difficulty, Margin
 from mmopd.errors import UserError
 from mmopd.prompts import Shards
 from mmopd.task import Task
@@ -59,6 +60,29 @@ def test_every_variant_of_a_shipped_comparison_is_a_recipe_that_loads(name: Path
         overrides = [f"{key}={json.dumps(value)}" for key, value in {**comparison.set, **variant.set}.items()]
         seen.add(catalog.load_recipe(comparison.recipe, tmp_path, overrides).model_dump_json())
     assert len(seen) == len(comparison.variants), "two variants are the same recipe"
+
+
+@pytest.mark.parametrize(
+    ("name", "direction"),
+    [("cross_modal_4b", "lift"), ("multi_teacher_2b", "lift"), ("multi_teacher_4b", "lift"), ("strong_to_weak_text", "spread")],
+)
+def test_a_recipe_of_the_paper_has_its_hyperparameters(name: str, direction: str, tmp_path: Path) -> None:
+    recipe = catalog.load_recipe(f"recipes/{name}.yaml", tmp_path)
+    rollout, algorithm, train = recipe.rollout, recipe.algorithm, recipe.train
+    # Section 5 of recipe.md, "Settings of the paper".
+    assert (rollout.prompts, rollout.group, rollout.prompts * rollout.group) == (64, 16, 1024)
+    assert (rollout.temperature, rollout.max_tokens) == (1.0, 16_384)
+    sources = catalog.load_mixture(recipe.mixture, tmp_path).sources
+    assert {source.max_prompt_tokens for key, source in sources.items() if key != "infovqa"} == {2048}  # infographics have twice as many
+    assert algorithm.balance == Balance(scope="group", ratio=1)
+    assert algorithm.margin == Margin(kind="shift", scope="group", mode="mean", direction=direction, delta=0.4)
+    assert algorithm.objective == OPD()
+    assert (train.lr, train.schedule, train.warmup) == (1e-6, "constant", 5)
+    assert (train.betas, train.weight_decay) == ((0.9, 0.98), 0.1)
+    assert train.micro_tokens == 16_384
+    # Section 2: the clipped ratio and the clip range of a token; section 4: difficulty.
+    assert (algorithm.clip_low, algorithm.clip_high, algorithm.log_ratio_clip) == (0.2, 0.28, 10.0)
+    assert algorithm.difficulty == Difficulty(attempts=8, temperature=1.0, top_p=0.95, top_k=50, cap=4)
 
 
 def test_every_shipped_task_loads_under_the_name_of_its_file(tmp_path: Path) -> None:

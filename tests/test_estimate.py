@@ -18,7 +18,7 @@ from rich.console import Console
 from student_worker import FAMILIES, build
 from typer.testing import CliRunner
 
-from mmopd import catalog, estimate
+from mmopd import catalog, estimate, steptime
 from mmopd.budget import Machines, budget, largest
 from mmopd.cli import app
 from mmopd.config import Algorithm, Engine, Lora, Recipe, Train
@@ -180,13 +180,14 @@ def measure(model: Path, out: Path) -> None:
             "gradients": optimizer.grad_partitions_flat_buffer.nbytes,
             "optimiser": sum(t.nbytes for t in masters if t.data_ptr() not in shared) + sum(t.nbytes for t in moments),
         }
+        found[name]["sent"] = sum(weight.numel() for _, weight in trainer.named_weights(trained=trainer.keeps_some))
         trainer.engine.destroy()
     if ranks.rank == 0:
         out.write_text(json.dumps(found))
     stop()
 
 
-def test_the_state_of_zero_3_is_what_deepspeed_holds_on_each_rank(tiny: Path, tmp_path: Path) -> None:
+def test_the_state_of_zero_3_is_what_deepspeed_holds_on_each_rank_and_the_engine_gets_what_is_counted(tiny: Path, tmp_path: Path) -> None:
     ranks = 2
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -205,7 +206,9 @@ def test_the_state_of_zero_3_is_what_deepspeed_holds_on_each_rank(tiny: Path, tm
     assert [process.returncode for process in running] == [0] * ranks, errors[0][-3000:]
     found = json.loads((tmp_path / "found.json").read_text())
     for name, train in TRAINS.items():
-        assert estimate.zero_state(read_model(tiny, train), train, ranks) == found[name], name
+        model, sent = read_model(tiny, train), found[name].pop("sent")
+        assert estimate.zero_state(model, train, ranks) == found[name], name
+        assert model.sent == sent, "what the engine gets after an update"
 
 
 # Activations and KV cache
@@ -286,6 +289,21 @@ def test_more_ranks_never_need_more_and_longer_micro_batches_never_less(workspac
     assert peak(4, offload=True) < peak(4)
 
 
+def test_a_plan_says_how_much_memory_of_the_host_an_offload_takes(workspace: Path) -> None:
+    parts = plan("cross_modal_4b", "train.offload=true").roles[0].parts
+    trained = read_model(workspace / "models/Qwen3-VL-4B-Instruct").numbers / 2  # of each of two ranks
+    told = next(part for part in parts if part.what == "host memory")
+    assert told.size == 0, "it is none of the GPU's"
+    assert float(told.how.split()[0]) == pytest.approx((2 + 2 + 4 + 12) * trained / GIB, rel=0.01)
+    assert not any(part.what == "host memory" for part in plan("cross_modal_4b").roles[0].parts)
+
+
+def test_a_plan_counts_the_tiles_of_a_gpu_wherever_it_is_made(workspace: Path) -> None:
+    recipe = catalog.load_recipe("recipes/cross_modal_4b.yaml", overrides=["train.freeze=[language]"])
+    model = read_model(recipe.student.model, recipe.train)
+    assert estimate.head(model, recipe, tokens=0) == 4 * 2048 * 4096 * 4
+
+
 def test_servers_are_placed_where_mmopd_train_puts_them(monkeypatch: pytest.MonkeyPatch) -> None:
     from mmopd.teacher import serve
 
@@ -314,7 +332,7 @@ def test_ranks_fill_the_other_nodes_first_and_rank_0_is_on_the_first() -> None:
 
 def test_an_engine_that_sleeps_while_the_trainer_learns_shares_the_gpu_of_rank_0(workspace: Path) -> None:
     apart = plan("multi_teacher_2b")
-    shared = ["student.sync=ipc", "student.engine.tensor_parallel=1", "student.engine.gpu_share=0.75"]
+    shared = ["student.sync=ipc", "student.replicas=1", "student.engine.gpu_share=0.75"]
     together = plan("multi_teacher_2b", *shared)
     assert together.roles[1].where == [(0, 0)]
     assert len({place for role in together.roles for place in role.where}) < len({place for role in apart.roles for place in role.where})
@@ -324,7 +342,7 @@ def test_an_engine_that_sleeps_while_the_trainer_learns_shares_the_gpu_of_rank_0
 
 
 def test_replicas_of_the_student_have_gpus_of_their_own_and_share_the_rollouts(workspace: Path) -> None:
-    one, four = (plan("cross_modal_4b", "student.engine.tensor_parallel=1", f"student.replicas={n}") for n in (1, 4))
+    one, four = (plan("cross_modal_4b", f"student.replicas={n}") for n in (1, 4))
     assert len(one.roles) == len(four.roles)
     assert one.roles[1].where == [(0, 7)]
     assert four.roles[1].where == [(0, 7), (0, 6), (0, 5), (0, 4)]
@@ -365,7 +383,7 @@ def test_the_largest_sample_of_a_shipped_recipe_fits_its_contexts(name: str, wor
         (["train.gradient_checkpointing=false"], Machines(H100), "set train.gradient_checkpointing=true"),
         (["train.micro_tokens=200000"], Machines(H100), "lower train.micro_tokens (now 200,000)"),
         (["rollout.max_tokens=20000"], Machines(H100), "student: a prompt of 2,048 and a response of 20,000 tokens need 22,048"),
-        (["student.engine.kv_cache_mib=100"], Machines(H100), "student: the KV cache is 0.6 GiB too small for one sequence"),
+        (["student.engine.kv_cache_mib=100"], Machines(H100), "student: the KV cache is 2.5 GiB too small for one sequence"),
         (["student.engine.tensor_parallel=3"], Machines(H100), "32 heads do not split over tensor_parallel=3 (student.engine)"),
         ([], Machines(H100, gpus=4), "or take more GPUs"),
     ],
@@ -414,7 +432,57 @@ def test_time_follows_the_rates_of_the_gpu_and_the_length_of_responses(workspace
     assert ahead.step < again.step
 
 
+def test_replicas_are_spared_the_all_reduces_of_an_engine_on_several_gpus(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def rolled(*overrides: str) -> float:
+        return next(time.seconds for time in plan("cross_modal_4b", *overrides).times if time.what == "rollout")
+
+    split, apart = ["student.replicas=1", "student.engine.tensor_parallel=4"], ["student.replicas=4"]
+    before = rolled(*split), rolled(*apart)
+    monkeypatch.setattr(steptime, "ALL_REDUCE", 2 * steptime.ALL_REDUCE)
+    assert rolled(*split) > before[0]
+    assert rolled(*apart) == before[1]
+
+
+def test_a_sync_takes_what_was_trained_over_its_own_link(workspace: Path) -> None:
+    def sync(*overrides: str) -> Any:
+        done = plan("cross_modal_4b", "student.replicas=1", *overrides)
+        return next(time for time in done.times if time.what == "weight sync")
+
+    bytes_of = 2 * read_model(workspace / "models/Qwen3-VL-4B-Instruct").numbers
+    gathered, through_host = bytes_of / steptime.PEER, 2 * bytes_of / steptime.HOST
+    assert sync().seconds == pytest.approx(gathered + through_host)
+    assert sync("student.replicas=4").seconds == sync().seconds, "the engines read the same bytes at the same time"
+    assert sync("student.sync=broadcast").seconds == pytest.approx(2 * gathered)
+    assert sync("student.sync=broadcast", "student.replicas=4").seconds == pytest.approx(5 * gathered)
+    assert sync("student.sync=ipc").seconds > through_host, "an engine that sleeps takes all its weights out of the GPU and back"
+    assert "7.5 GiB" in sync("train.freeze=[vision, projector]").how
+    assert "6.8 GiB" in sync("train.lora={rank: 8}").how, "adapters are merged: all layers of the language model, without its embedding"
+
+
+def test_a_teacher_that_sees_images_looks_at_them_and_one_of_text_does_not(workspace: Path) -> None:
+    def share(all: float, seen: float) -> float:
+        recipe = catalog.load_recipe("recipes/cross_modal_4b.yaml")
+        model, work = read_model(recipe.student.model), steptime.Work(64, 16, 1000, 8000, Load(2000, 16000, True, 8000))
+        served = Served("math", ("math",), "", model, Engine(), [0])
+        return steptime._scoring(H100, [served], work, {"math": steptime.Share(all, seen)}).seconds
+
+    blind, half, whole = share(1.0, 0.0), share(1.0, 0.5), share(1.0, 1.0)
+    assert blind < half < whole
+    model = read_model(workspace / "models/Qwen3-VL-4B-Instruct")
+    patches = 64 * 16 * 1000 * 4
+    assert whole - blind == pytest.approx(2 * model.tower * patches / (H100.tflops * 1e12 * steptime.PREFILL))
+    assert plan("cross_modal_4b").times[1].how.startswith("math: "), "the code teacher has as many prompts, and no images"
+
+
 # The command
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_show_and_plan_work_on_a_shipped_recipe(name: str, workspace: Path) -> None:
+    for command, told in (("show", "Who scores what"), ("plan", "Fits 1 x 8 H100-80G")):
+        done = CliRunner().invoke(app, [command, f"recipes/{name}.yaml"])
+        assert done.exit_code == 0, done.output
+        assert told in done.output
 
 
 def test_the_command_prints_tables_that_fit_and_ends_with_status_1_where_something_does_not(workspace: Path) -> None:
