@@ -3,6 +3,7 @@
 import os
 import random
 import signal
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -159,7 +160,8 @@ def test_the_student_of_a_checkpoint_can_be_had_as_a_folder_also_by_another_numb
 
 def test_sigterm_reaches_the_ranks_of_a_launcher_that_would_end_them_at_once(workspace: Path) -> None:
     run = RunFolder(workspace / "runs" / "launched")
-    command = train(workspace, "launched", "train.steps=1000", "student.replicas=1", "--launcher", "deepspeed --num_gpus 2 --module")
+    deepspeed = f"{sys.executable} -m deepspeed.launcher.runner --num_gpus 2 --module"  # what its script `deepspeed` runs
+    command = train(workspace, "launched", "train.steps=1000", "student.replicas=1", "--launcher", deepspeed)
     command.wait_for(lambda: len(read_lines(run.metrics)) >= 1)
     command.process.send_signal(signal.SIGTERM)
     output = whole(command)
