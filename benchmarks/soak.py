@@ -45,6 +45,7 @@ def main() -> None:
     parser.add_argument("--run", type=Path, default=Path("runs/soak"))
     given = parser.parse_args()
     what = ["recipes/demo.yaml", *SMALL, f"train.steps={given.steps}", "--run", str(given.run)]
+    given.run.parent.mkdir(parents=True, exist_ok=True)  # for the log: a run that is new makes its own
     begin, found = time.monotonic(), []
     with (given.run.parent / f"{given.run.name}.log").open("w") as log:
         process = subprocess.Popen([sys.executable, "-m", "mmopd", "train", *what], stdout=log, stderr=subprocess.STDOUT)

@@ -68,6 +68,13 @@ def main() -> None:
         max_steps=given.steps,
         max_completion_length=MAX_TOKENS,
         learning_rate=1e-4,
+        # As recipes/demo.yaml has it by default; neither decays biases and norms. (TRL's warm-up begins with a step at 0, ours at 1/6.)
+        adam_beta1=0.9,
+        adam_beta2=0.98,
+        weight_decay=0.1,
+        max_grad_norm=1.0,
+        lr_scheduler_type="constant_with_warmup",
+        warmup_steps=5,
         temperature=1.0,
         gradient_checkpointing=False,
         shuffle_dataset=False,
