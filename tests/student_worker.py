@@ -12,7 +12,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from safetensors.torch import load_file, save_file
 from train_worker import TRAIN, make_items
 from transformers import AutoConfig, GenerationConfig, Qwen2VLImageProcessor, Qwen2VLVideoProcessor
 
+from mmopd.algorithm.objective import clipped_loss
 from mmopd.config import Algorithm, Engine, Train
 from mmopd.demo.world import CHAT_TEMPLATE, VOCAB_SIZE, build_processor
 from mmopd.modality import Encoder
@@ -39,6 +40,8 @@ from mmopd.train.engine import Trainer
 from mmopd.train.export import export
 from mmopd.train.handover import publish
 from mmopd.train.probe import probe
+from mmopd.train.students import part_of
+from mmopd.train.tree import Item
 
 TEXT = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 32}
 # norm_topk_prob as published configurations have it; vLLM asks for it
@@ -216,17 +219,29 @@ def serving(model: Path, out: Path, engine: Engine | None) -> Iterator[None]:
 @torch.no_grad()
 def plain_logprobs(model: Any, encoder: Encoder) -> list[torch.Tensor]:
     """Of the worker's items, one after the other, without packing, by transformers alone."""
-    found = []
-    for item in make_items(encoder, "TiI", 7):
-        ids = torch.tensor([item.encoded.expanded + item.tokens])
-        pictures = {}
-        if item.encoded.grids:
-            pixels, grids = encoder.pixel_values(item.encoded)
-            pictures = {"pixel_values": pixels, "image_grid_thw": grids, "mm_token_type_ids": (ids == encoder.image_token).int()}
-        T = len(item.tokens)
-        logits = model(input_ids=ids, use_cache=False, **pictures).logits[0, -T - 1 : -1]
-        found.append(logits.log_softmax(-1).gather(1, ids[0, -T:, None])[:, 0])
-    return found
+    return [plain(model, encoder, item) for item in make_items(encoder, "TiI", 7)]
+
+
+def plain_update(model: Any, encoder: Encoder, items: Sequence[Item], parts: Collection[str]) -> dict[str, float]:
+    """Loss and gradient norm of an update as transformers alone has them, one item after the other; the gradient of `parts` counts."""
+    loss, clip = 0.0, {"clip_low": Algorithm().clip_low, "clip_high": Algorithm().clip_high}
+    for item in items:
+        one = clipped_loss(plain(model, encoder, item), item.old, item.advantage, item.weight, **clip)
+        one.backward()
+        loss += float(one.detach())
+    squares = [float(p.grad.double().square().sum()) for name, p in model.named_parameters() if part_of(name) in parts]
+    return {"loss": loss, "grad_norm": sum(squares) ** 0.5}
+
+
+def plain(model: Any, encoder: Encoder, item: Item) -> torch.Tensor:
+    ids = torch.tensor([item.encoded.expanded + item.tokens])
+    pictures = {}
+    if item.encoded.grids:
+        pixels, grids = encoder.pixel_values(item.encoded)
+        pictures = {"pixel_values": pixels, "image_grid_thw": grids, "mm_token_type_ids": (ids == encoder.image_token).int()}
+    T = len(item.tokens)
+    logits = model(input_ids=ids, use_cache=False, **pictures).logits[0, -T - 1 : -1]
+    return logits.log_softmax(-1).gather(1, ids[0, -T:, None])[:, 0]
 
 
 if __name__ == "__main__":

@@ -5,6 +5,8 @@ from typing import Any
 import pytest
 import torch
 from safetensors import safe_open
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from train_worker import make_items
 from transformers import Qwen2_5_VLConfig
 
@@ -150,12 +152,53 @@ def test_head_equals_plain_log_softmax_in_value_and_gradient() -> None:
     torch.testing.assert_close(head.weight.grad.double(), weight.grad, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("several", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_head_never_holds_the_logits(dtype: torch.dtype, several: bool) -> None:
+    torch.manual_seed(0)
+    T, H, V = 512, 8, 20_000
+    hidden, head = torch.randn(T, H, dtype=dtype, requires_grad=True), torch.nn.Linear(H, V, bias=False, dtype=dtype)
+    targets = torch.randint(0, V, (T, 3) if several else (T,))
+    with Largest() as naive:
+        head(hidden).float().log_softmax(-1).sum().backward()
+    head.__class__ = LogprobHead
+    with Largest() as ours:
+        head(hidden, targets).sum().backward()
+    assert naive.numel == T * V
+    assert H * V <= ours.numel <= T * V / 8
+
+
+def test_head_of_bfloat16_answers_in_float32_and_gives_gradients_in_bfloat16() -> None:
+    torch.manual_seed(0)
+    M, H, V = 64, 32, 3000
+    hidden, targets, head = torch.randn(M, H), torch.randint(0, V, (M,)), torch.nn.Linear(H, V, bias=False)
+    exact = (hidden.bfloat16().double() @ head.weight.bfloat16().double().T).log_softmax(-1).gather(1, targets[:, None])[:, 0]
+    head = head.bfloat16()
+    head.__class__ = LogprobHead
+    rows = hidden.bfloat16().requires_grad_()
+    ours = head(rows, targets)
+    ours.sum().backward()
+    assert (ours.dtype, rows.grad.dtype, head.weight.grad.dtype) == (torch.float32, torch.bfloat16, torch.bfloat16)
+    assert (ours - exact).abs().max() < 4e-3  # log-probs near -8 are 0.03 apart in bfloat16
+
+
 def test_head_without_targets_answers_with_logits() -> None:
     head = torch.nn.Linear(4, 6, bias=False)
     hidden = torch.randn(3, 4)
     plain = head(hidden)
     head.__class__ = LogprobHead
     assert torch.equal(head(hidden), plain)
+
+
+class Largest(TorchDispatchMode):
+    """Watches every operation for the number of elements of the largest tensor that one returns."""
+
+    numel = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        self.numel = max([self.numel, *(t.numel() for t in tree_leaves(out) if isinstance(t, torch.Tensor))])
+        return out
 
 
 def alone(student: Any, encoder: Encoder, item: Item) -> torch.Tensor:

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from student_worker import plain_logprobs
-from train_worker import launch
+from student_worker import plain_logprobs, plain_update
+from train_worker import BATCHES, TRAIN, launch, make_items
 from transformers import AutoProcessor, GenerationConfig, Qwen3VLForConditionalGeneration
 
 from mmopd.config import Train
@@ -20,6 +20,8 @@ from mmopd.train.checkpoint import Checkpoints
 from mmopd.train.engine import learning_rate_factor
 from mmopd.train.students import load_student
 from mmopd.train.watchdog import HUNG
+
+PARTS = ("vision", "projector", "language")
 
 
 def port() -> int:
@@ -76,6 +78,75 @@ def test_one_rank_and_two_ranks_agree_in_loss_and_gradient_norm(one: dict[str, A
     for a, b in zip(one["stats"], two["stats"], strict=True):
         for name in ("loss", "grad_norm", "mismatch", "clip_fraction", "tokens", "lr"):
             assert b[name] == pytest.approx(a[name], rel=1e-5, abs=1e-7), name
+
+
+def test_loss_and_gradient_norm_are_those_of_plain_transformers_however_samples_are_packed(
+    model: Path, one: dict[str, Any], two: dict[str, Any]
+) -> None:
+    encoder = Encoder(model)
+    expected = plain_update(Qwen3VLForConditionalGeneration.from_pretrained(model), encoder, make_items(encoder, BATCHES[0], 0), PARTS)
+    for ranks, found in ((1, one["others"]), (2, two["others"])):
+        assert found["one_row"]["stats"]["micro_steps"] == 1
+        assert found["apart"]["stats"]["micro_steps"] == -(-9 // ranks)
+        assert len(set(found["apart"]["ran"])) > 3
+        for name in ("plain", "one_row", "apart"):
+            assert {key: found[name]["stats"][key] for key in expected} == pytest.approx(expected, rel=1e-5), name
+            near(found[name], found["plain"])
+
+
+def test_the_gradient_is_clipped_to_the_norm_that_is_set_and_told_before_it(one: dict[str, Any], two: dict[str, Any]) -> None:
+    for found in (one["others"], two["others"]):
+        plain, clipped = found["plain"], found["clipped"]
+        assert plain["stats"]["grad_norm"] > 2
+        assert clipped["stats"]["grad_norm"] == plain["stats"]["grad_norm"]
+        assert float(plain["gradient"].norm()) == pytest.approx(TRAIN.grad_clip, rel=1e-3)
+        assert float(clipped["gradient"].norm()) == pytest.approx(1e-3, rel=1e-3)
+        torch.testing.assert_close(clipped["gradient"] * 1e3, plain["gradient"], rtol=1e-4, atol=1e-6)
+
+
+def test_gradient_checkpointing_computes_twice_and_changes_no_gradient(one: dict[str, Any], two: dict[str, Any]) -> None:
+    for found in (one["others"], two["others"]):
+        assert found["checkpointed"]["ran"] == [tokens for tokens in found["plain"]["ran"] for _ in range(2)]
+        near(found["checkpointed"], found["plain"])
+
+
+def test_a_step_recomputes_the_log_probs_and_each_minibatch_starts_from_them(one: dict[str, Any], two: dict[str, Any]) -> None:
+    for found in (one["learned"], two["learned"]):
+        batch, updates = found["batch"], found["updates"]
+        sampled = torch.tensor([x for sample in found["samples"] for x in sample.response.logprobs])
+        gaps = (torch.cat(found["truth"]) - sampled).abs()
+        assert gaps.max() > 0.5
+        assert found["seen"]["mismatch"] == pytest.approx(float(gaps.max()))
+        assert found["seen"]["mismatch_mean"] == pytest.approx(float(gaps.mean()))
+        torch.testing.assert_close(batch.old, torch.cat(found["truth"]))
+        assert [len(items) for items, _ in found["met"]] == [4, 4]
+        assert updates[0]["mismatch"] < 1e-5
+        assert updates[0]["clip_fraction"] == 0
+        assert updates[1]["mismatch"] > 0.1  # the first update has moved them
+        for (items, now), stats in zip(found["met"], updates, strict=True):
+            old, A, w = (torch.cat([getattr(item, name) for item in items]) for name in ("old", "advantage", "weight"))
+            rho, low, high = (torch.cat(now) - old).exp(), 0.8, 1.28
+            assert stats["loss"] == pytest.approx(-float((w * torch.minimum(rho * A, rho.clamp(low, high) * A)).sum()), rel=1e-5)
+            clipped = ((rho > high) & (A > 0)) | ((rho < low) & (A < 0))
+            assert stats["clip_fraction"] == pytest.approx(float(clipped.float().mean()))
+        assert 0 < updates[1]["clip_fraction"] < 1
+
+
+def test_updates_too_small_for_bfloat16_add_up_in_float32_masters(one: dict[str, Any], two: dict[str, Any]) -> None:
+    for found in (one["fine"], two["fine"]):
+        start, first, last, skipped = found["states"]
+        for masters, weights in found["states"]:
+            assert masters.dtype == torch.float32
+            assert torch.equal(masters.bfloat16(), weights)
+        large = start[0].abs() > 0.02  # 1e-5 is less than half a step of bfloat16 there
+        trained = large & (first[0] != start[0])
+        assert trained.sum() > 1000
+        assert (first[1] != start[1])[large].float().mean() < 1e-3 < 0.2 < (last[1] != start[1])[trained].float().mean()
+        assert (last[0] - start[0])[trained].abs().mean() > 4 * (first[0] - start[0])[trained].abs().mean()
+        assert found["losses"][-1] < found["losses"][0] - 0.1
+        assert found["skipped"].startswith("a gradient is not finite")
+        assert torch.equal(skipped[0], last[0])
+    assert one["fine"]["losses"] == pytest.approx(two["fine"]["losses"], rel=0.02)
 
 
 def test_log_probs_are_those_of_the_plain_model(model: Path, one: dict[str, Any], two: dict[str, Any]) -> None:
@@ -207,3 +278,8 @@ def test_a_folder_that_is_no_student_is_refused(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"}))
     with pytest.raises(UserError, match="no student class for model_type 'llama'; there is qwen3_vl"):
         load_student(tmp_path, torch.float32)
+
+
+def near(ours: dict[str, Any], theirs: dict[str, Any]) -> None:
+    """Their gradients are the same up to the order of sums."""
+    torch.testing.assert_close(ours["gradient"], theirs["gradient"], rtol=1e-4, atol=1e-6 * float(theirs["gradient"].abs().max()))

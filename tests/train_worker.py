@@ -9,7 +9,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from itertools import count
@@ -20,17 +20,19 @@ from typing import Any
 import deepspeed
 import torch
 
+from mmopd.catalog import load_recipe
 from mmopd.config import Algorithm, Train
 from mmopd.demo.world import additions, digit_sums
 from mmopd.errors import UserError
 from mmopd.modality import Encoder
-from mmopd.records import Prompt
+from mmopd.records import Outcome, Prompt, Response, Sample, Score
 from mmopd.run import RunFolder
 from mmopd.train.checkpoint import Checkpoints, load
 from mmopd.train.distributed import start, stop
 from mmopd.train.engine import NotFiniteError, Trainer
 from mmopd.train.export import export
 from mmopd.train.guard import Guard
+from mmopd.train.loop import learn
 from mmopd.train.tree import Item
 from mmopd.train.watchdog import Watchdog
 
@@ -82,7 +84,82 @@ def straight(trainer: Trainer, encoder: Encoder, out: Path) -> dict[str, Any]:
         stats.append(trainer.update(make_items(encoder, kinds, k)))
     export(trainer, out / "export")
     after = trainer.logprobs(make_items(encoder, "TiI", 7))
-    return {"stats": stats, "before": before, "names": names, "after": after}
+    found = {"stats": stats, "before": before, "names": names, "after": after}
+    return found | {"others": others(trainer, encoder), "learned": learned(trainer, encoder, out), "fine": fine(trainer, encoder)}
+
+
+OTHERS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "one_row": {"micro_tokens": 10_000, "micro_patches": 10_000},
+    "apart": {"micro_tokens": 36},  # as long as the longest item; the shortest two are 46
+    "clipped": {"grad_clip": 1e-3},
+    "checkpointed": {"gradient_checkpointing": True},
+}
+
+
+def others(trainer: Trainer, encoder: Encoder) -> dict[str, dict[str, Any]]:
+    """The first update once more, by trainers with other settings: its statistics, its gradient, and how often a layer ran for it."""
+    found = {}
+    for name, settings in OTHERS.items():
+        other = Trainer(trainer.source, encoder, TRAIN.model_copy(update=settings), Algorithm(), trainer.ranks)
+        ran: list[int] = []  # tokens of each call
+        other.student.model.language_model.layers[0].mlp.register_forward_pre_hook(lambda _, args, ran=ran: ran.append(args[0].shape[1]))
+        stats = other.update(make_items(encoder, BATCHES[0], 0))
+        found[name] = {"stats": stats, "gradient": gradient(other), "ran": ran}
+    return found
+
+
+def gradient(trainer: Trainer) -> torch.Tensor:
+    """What AdamW was given in its first step, this rank's and then the others' shards, in float32."""
+    moments = [s["exp_avg"].flatten() for s in trainer.engine.optimizer.optimizer.state.values()]
+    return torch.cat(trainer.ranks.gather_objects(torch.cat(moments))) / (1 - trainer.settings.betas[0])
+
+
+def learned(trainer: Trainer, encoder: Encoder, out: Path) -> dict[str, Any]:
+    """A step of the loop with recomputed log-probs and two minibatches; what the trainer says of each just before its update."""
+    overrides = ["train.old_logprobs=recompute", "train.minibatches=2", "train.warmup=0", "train.lr=0.003", "algorithm.balance=null"]
+    recipe = load_recipe("recipes/demo.yaml", overrides=overrides)
+    learner = Trainer(trainer.source, encoder, recipe.train, recipe.algorithm, trainer.ranks)
+    items = make_items(encoder, "TIIT", 5)
+    prompts = list({item.encoded.prompt.key: item.encoded for item in items}.values())
+    samples = [as_sample(item, prompts.index(item.encoded), k) for k, item in enumerate(items)]
+    truth, met = learner.logprobs(items), []
+    plain = learner.update
+
+    def update(items: Sequence[Item]) -> dict[str, float]:
+        met.append((items, learner.logprobs(items)))
+        return plain(items)
+
+    learner.update = update  # type: ignore[method-assign]
+    batch, updates, seen = learn(recipe, learner, Guard(RunFolder(out), learner), samples, prompts, step=3)
+    return {"samples": samples, "truth": truth, "batch": batch, "met": met, "updates": updates, "seen": seen}
+
+
+def as_sample(item: Item, group: int, k: int) -> Sample:
+    """The item as a rollout of an engine that is a little off, right every other time."""
+    old = item.old.tolist()
+    score = Score("t", tuple(x + a for x, a in zip(old, item.advantage.tolist(), strict=True)))
+    return Sample(group, Response(item.tokens, tuple(old), "", "stop", "step-3"), Outcome(float(k % 2)), score)
+
+
+def fine(trainer: Trainer, encoder: Encoder) -> dict[str, Any]:
+    """Eight updates in bfloat16 that are each too small for it, and one that is not finite."""
+    settings = TRAIN.model_copy(update={"dtype": "bfloat16", "lr": 1e-5, "warmup": 0, "weight_decay": 0.0})
+    other = Trainer(trainer.source, encoder, settings, Algorithm(), trainer.ranks)
+    optimizer, items = other.engine.optimizer, make_items(encoder, "t", 1)
+
+    def state() -> tuple[torch.Tensor, torch.Tensor]:
+        groups = (optimizer.fp32_partitioned_groups_flat, optimizer.fp16_partitioned_groups_flat)
+        masters, weights = (torch.cat([group.detach().flatten() for group in some]).clone() for some in groups)
+        return masters, weights
+
+    states, losses = [state()], []
+    for _ in range(8):
+        losses.append(other.update(items)["loss"])
+        states.append(state())
+    with infinite_gradient(other):
+        skipped = _refusal(lambda: other.update(items))
+    return {"states": [states[0], states[1], states[8], state()], "losses": losses, "skipped": skipped}
 
 
 def resumed(trainer: Trainer, encoder: Encoder, out: Path) -> dict[str, Any]:
