@@ -24,7 +24,7 @@ def a_batch() -> Batch:
         if k == 5:
             teacher = tuple(x - PLAIN.log_ratio_clip for x in student)
         score = Absent("t", "timeout") if k == 2 else Score("t", teacher, weight=1.0 + group)
-        samples.append(Sample(group, Response(tokens, student, "", "stop", "step-0"), Outcome(float(k % 2)), score))
+        samples.append(Sample(group, Response(tokens, student, "", "stop", (("step-0", len(tokens)),)), Outcome(float(k % 2)), score))
     return build_batch(samples, PLAIN, 0)
 
 

@@ -158,14 +158,17 @@ def test_the_student_of_a_checkpoint_can_be_had_as_a_folder_also_by_another_numb
     assert "no checkpoint of step 2; there is 6, 8" in output
 
 
-def test_sigterm_reaches_the_ranks_of_a_launcher_that_would_end_them_at_once(workspace: Path) -> None:
+def test_a_launchers_ranks_learn_the_same_and_end_behind_their_step_though_it_would_end_them_at_once(
+    workspace: Path, straight: RunFolder
+) -> None:
     run = RunFolder(workspace / "runs" / "launched")
     deepspeed = f"{sys.executable} -m deepspeed.launcher.runner --num_gpus 2 --module"  # what its script `deepspeed` runs
-    command = train(workspace, "launched", "train.steps=1000", "student.replicas=1", "--launcher", deepspeed)
+    command = train(workspace, "launched", "train.steps=1000", "--launcher", deepspeed)
     command.wait_for(lambda: len(read_lines(run.metrics)) >= 1)
     command.process.send_signal(signal.SIGTERM)
     output = whole(command)
     done = len(steps(run))
+    assert steps(run)[:8] == steps(straight)[:done]
     assert f"stopped after {done} steps, as asked" in output
     assert (run.checkpoints / f"step-{done:08d}" / "manifest.json").is_file()
 

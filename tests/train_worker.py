@@ -139,7 +139,7 @@ def as_sample(item: Item, group: int, k: int) -> Sample:
     """The item as a rollout of an engine that is a little off, right every other time."""
     old = item.old.tolist()
     score = Score("t", tuple(x + a for x, a in zip(old, item.advantage.tolist(), strict=True)))
-    return Sample(group, Response(item.tokens, tuple(old), "", "stop", "step-3"), Outcome(float(k % 2)), score)
+    return Sample(group, Response(item.tokens, tuple(old), "", "stop", (("step-3", len(item.tokens)),)), Outcome(float(k % 2)), score)
 
 
 def fine(trainer: Trainer, encoder: Encoder) -> dict[str, Any]:
