@@ -141,7 +141,8 @@ def test_updates_too_small_for_bfloat16_add_up_in_float32_masters(one: dict[str,
         large = start[0].abs() > 0.02  # 1e-5 is less than half a step of bfloat16 there
         trained = large & (first[0] != start[0])
         assert trained.sum() > 1000
-        assert (first[1] != start[1])[large].float().mean() < 1e-3 < 0.2 < (last[1] != start[1])[trained].float().mean()
+        assert (first[1] != start[1])[large].float().mean() < 1e-3
+        assert (last[1] != start[1])[trained].float().mean() > 0.2
         assert (last[0] - start[0])[trained].abs().mean() > 4 * (first[0] - start[0])[trained].abs().mean()
         assert found["losses"][-1] < found["losses"][0] - 0.1
         assert found["skipped"].startswith("a gradient is not finite")
