@@ -93,7 +93,7 @@ def visual_advantage(sample: Sample) -> list[float] | None:
 def minibatches(batch: Batch, encoded: Sequence[Encoded], n: int) -> list[list[Item]]:
     """What each of at most `n` optimiser steps is given: the kept samples, whole groups dealt in turn.
 
-    The token weights of a minibatch sum to what those of the whole batch sum to: each step is "mean over tokens, then mean over responses".
+    Each is scaled to a step of its own, "mean over tokens, then mean over its responses": however few they are, it is a whole step.
     """
     kept = [i for i, keep in enumerate(batch.targets.keep.tolist()) if keep]
     turn = {group: k % n for k, group in enumerate(dict.fromkeys(batch.samples[i].group for i in kept))}
