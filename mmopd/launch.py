@@ -334,8 +334,9 @@ def distil(job: Job, run: RunFolder, children: Children, servers: Servers, stage
                 stages.console.print("asked to stop: behind this step, with a checkpoint", highlight=False)
                 if job.launcher:
                     run.stop.touch()  # a launcher that is told to end may end its ranks at once (deepspeed's does)
-                for rank in running if not job.launcher else ():
-                    rank.terminate()
+                else:
+                    for rank in running:
+                        rank.terminate()
             if time.monotonic() > until:
                 raise UserError(f"the ranks have not ended their step within train.timeout = {timeout} s; the last checkpoint is as it was")
             if (latest := last_metrics(run.metrics)) is not None:

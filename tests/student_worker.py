@@ -234,6 +234,7 @@ def plain_update(model: Any, encoder: Encoder, items: Sequence[Item], parts: Col
 
 
 def plain(model: Any, encoder: Encoder, item: Item) -> torch.Tensor:
+    """Log-probs [T] of one item by the family's own forward, logits and all."""
     ids = torch.tensor([item.encoded.expanded + item.tokens])
     pictures = {}
     if item.encoded.grids:

@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors import safe_open
+from student_worker import plain
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from train_worker import make_items
@@ -111,7 +112,7 @@ def test_packed_log_probs_are_those_of_each_sample_alone(encoder: Encoder, stude
     with torch.no_grad():
         flat = student(**batch.inputs)
     for i, packed in zip(batch.order, flat.split([len(items[i].tokens) for i in batch.order]), strict=True):
-        torch.testing.assert_close(packed, alone(student, encoder, items[i]), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(packed, plain(student, encoder, items[i]).detach(), rtol=1e-5, atol=1e-5)
 
 
 def test_qwen2_5_vl_packs_too(encoder: Encoder, items: list[Item]) -> None:
@@ -122,7 +123,7 @@ def test_qwen2_5_vl_packs_too(encoder: Encoder, items: list[Item]) -> None:
     with torch.no_grad():
         flat = student(**batch.inputs)
     for i, packed in zip(batch.order, flat.split([len(items[i].tokens) for i in batch.order]), strict=True):
-        torch.testing.assert_close(packed, alone(student, encoder, items[i]), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(packed, plain(student, encoder, items[i]).detach(), rtol=1e-5, atol=1e-5)
 
 
 def test_qwen2_5_vl_loads_from_a_folder_with_its_older_weight_names(encoder: Encoder, tmp_path: Path) -> None:
@@ -199,19 +200,6 @@ class Largest(TorchDispatchMode):
         out = func(*args, **(kwargs or {}))
         self.numel = max([self.numel, *(t.numel() for t in tree_leaves(out) if isinstance(t, torch.Tensor))])
         return out
-
-
-def alone(student: Any, encoder: Encoder, item: Item) -> torch.Tensor:
-    """Log-probs by the family's own forward, one sample, logits and all."""
-    ids = torch.tensor([item.encoded.expanded + item.tokens])
-    pictures = {}
-    if item.encoded.grids:
-        pixels, grids = encoder.pixel_values(item.encoded)
-        pictures = {"pixel_values": pixels, "image_grid_thw": grids, "mm_token_type_ids": (ids == encoder.image_token).int()}
-    with torch.no_grad():
-        logits = student(input_ids=ids, use_cache=False, **pictures).logits[0].log_softmax(-1)
-    T = len(item.tokens)
-    return logits[-T - 1 : -1].gather(1, ids[0, -T:, None])[:, 0]
 
 
 def qwen2_5_vl(encoder: Encoder) -> Qwen2_5_VLConfig:

@@ -120,9 +120,8 @@ def load(trainer: Trainer, path: Path) -> dict[str, Any]:
         UserError: a file is missing, cut or changed (names it), or what another number of ranks has saved cannot be converted.
     """
     ranks = trainer.ranks
-    problems = [p for p in ranks.gather_objects(_problem(path) or _changed(path, ranks)) if p]
-    if problems:
-        raise UserError(f"{problems[0]}; remove {path}, and the checkpoint before it is the last one")
+    problem = _problem(path) or _changed(path, ranks)
+    ranks.agree(problem and f"{problem}; remove {path}, and the checkpoint before it is the last one")
     state: dict[str, Any] = json.loads((path / STATE).read_text())
     if state["ranks"] == ranks.size:
         trainer.engine.load_checkpoint(str(path), tag=ZERO)

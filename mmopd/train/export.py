@@ -32,6 +32,9 @@ def export(trainer: Trainer, target: Path, card: str = "") -> Path:
     try:
         if writes:
             shutil.rmtree(torn, ignore_errors=True)
+        if trainer.settings.lora is not None:  # gathered by all before rank 0 writes it
+            save_adapter(trainer.student, trainer.settings.lora, trainer.source, torn / ADAPTER, write=writes)
+        if writes:
             trainer.student.save_pretrained(torn, state_dict=state, save_original_format=False)  # it is the checkpoint's format already
             _complete(torn, trainer.source)
             if card:
@@ -39,8 +42,6 @@ def export(trainer: Trainer, target: Path, card: str = "") -> Path:
     except (OSError, SafetensorError) as error:
         fault = f"{target}: the student was not written: {error}"
     trainer.ranks.agree(fault)
-    if trainer.settings.lora is not None:
-        save_adapter(trainer.student, trainer.settings.lora, trainer.source, torn / ADAPTER, write=writes)
     if writes:
         shutil.rmtree(target, ignore_errors=True)
         torn.rename(target)
