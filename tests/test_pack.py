@@ -58,6 +58,11 @@ def test_assignment_balances_the_ranks_and_fills_the_budget_of_a_long_tail() -> 
     assert sum(s.tokens for s in sizes) >= 0.95 * 16384 * 4 * len(plan[0])
 
 
+def test_where_even_micro_batches_have_no_room_full_ones_save_a_micro_step() -> None:
+    sizes = [Size(n, n, 0) for n in (6, 5, 4, 3, 2)]  # 6 + 3 and 5 + 4 leave no room for 2
+    assert assign(sizes, 2, 10, 100) == [[[0, 2]], [[1, 3, 4]]]
+
+
 def test_an_item_larger_than_the_budget_has_a_micro_batch_to_itself() -> None:
     sizes = [Size(n, n, 0) for n in (10, 500, 10, 10)]
     plan = assign(sizes, 2, 100, 100)

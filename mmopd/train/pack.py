@@ -11,12 +11,12 @@ in one call.
 Letters: T tokens of a response, B rows, W width, M response tokens of a micro-batch, I images and clips.
 """
 
-import heapq
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any, Literal, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -87,12 +87,12 @@ def deal(
 def assign(sizes: Sequence[Size], ranks: int, max_tokens: int, max_patches: int) -> list[list[list[int]]]:
     """Numbers in `sizes` by [rank][micro-step], within the budgets and balanced by cost.
 
-    The smallest number of micro-steps for which "dearest first, onto the cheapest micro-batch that has room" (LPT)
-    succeeds; the same number on every rank, and costs that are alike within a micro-step. What is larger than a
-    budget gets a micro-batch to itself.
+    The smallest number of micro-steps in which either way of `_bins` finds room; the same number on every rank, and costs that are alike
+    within a micro-step. What is larger than a budget gets a micro-batch to itself.
     """
     steps = max(1, -(-sum(s.tokens for s in sizes) // (ranks * max_tokens)), -(-sum(s.patches for s in sizes) // (ranks * max_patches)))
-    while (bins := _bins(sizes, ranks * steps, max_tokens, max_patches)) is None:
+    budgets = max_tokens, max_patches
+    while (bins := _bins(sizes, ranks * steps, *budgets) or _bins(sizes, ranks * steps, *budgets, tight=True)) is None:
         steps += 1
     bins.sort(key=lambda b: -sum(sizes[i].cost for i in b))
     plan: list[list[list[int]]] = [[] for _ in range(ranks)]
@@ -104,25 +104,24 @@ def assign(sizes: Sequence[Size], ranks: int, max_tokens: int, max_patches: int)
     return plan
 
 
-def _bins(sizes: Sequence[Size], n: int, max_tokens: int, max_patches: int) -> list[list[int]] | None:
-    """`n` bins by LPT, or None where a piece finds no room."""
+def _bins(sizes: Sequence[Size], n: int, max_tokens: int, max_patches: int, *, tight: bool = False) -> list[list[int]] | None:
+    """`n` bins, or None where a piece finds no room.
+
+    Dearest first, onto the cheapest bin that has room (LPT), which makes them alike; `tight`: largest first, into the fullest that has room
+    (best fit), which may need fewer.
+    """
     bins: list[list[int]] = [[] for _ in range(n)]
-    tokens, patches = [0] * n, [0] * n
-    cheapest = [(0.0, b) for b in range(n)]
-    for i in sorted(range(len(sizes)), key=lambda i: (-sizes[i].cost, i)):
-        full = []
-        while cheapest:
-            cost, b = heapq.heappop(cheapest)
-            if not bins[b] or (tokens[b] + sizes[i].tokens <= max_tokens and patches[b] + sizes[i].patches <= max_patches):
-                break
-            full.append((cost, b))
-        else:
+    cost, tokens, patches = np.zeros(n), np.zeros(n), np.zeros(n)
+    large = [max(s.tokens / max_tokens, s.patches / max_patches) if tight else s.cost for s in sizes]
+    for i in sorted(range(len(sizes)), key=lambda i: (-large[i], i)):
+        room = (tokens == 0) | ((tokens + sizes[i].tokens <= max_tokens) & (patches + sizes[i].patches <= max_patches))
+        if not room.any():
             return None
+        b = int(np.where(room, -tokens if tight else cost, np.inf).argmin())
         bins[b].append(i)
+        cost[b] += sizes[i].cost
         tokens[b] += sizes[i].tokens
         patches[b] += sizes[i].patches
-        for entry in (*full, (cost + sizes[i].cost, b)):
-            heapq.heappush(cheapest, entry)
     return bins
 
 
