@@ -1,9 +1,11 @@
 """The trainer in processes of its own, as a run has it: one rank, two ranks, and two that resume."""
 
 import json
+import queue
 import shutil
 import socket
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,7 +19,8 @@ from mmopd.demo.world import build_student
 from mmopd.errors import UserError
 from mmopd.modality import Encoder
 from mmopd.train.checkpoint import Checkpoints
-from mmopd.train.engine import learning_rate_factor
+from mmopd.train.engine import Trainer, learning_rate_factor
+from mmopd.train.pack import MicroBatch
 from mmopd.train.students import load_student
 from mmopd.train.watchdog import HUNG
 
@@ -92,6 +95,27 @@ def test_loss_and_gradient_norm_are_those_of_plain_transformers_however_samples_
         for name in ("plain", "one_row", "apart"):
             assert {key: found[name]["stats"][key] for key in expected} == pytest.approx(expected, rel=1e-5), name
             near(found[name], found["plain"])
+
+
+def test_one_micro_batch_is_made_while_the_one_before_it_is_computed_and_no_more() -> None:
+    trainer, made = Trainer.__new__(Trainer), queue.Queue[int]()
+    trainer.ranks = SimpleNamespace(device=torch.device("cpu"))  # type: ignore[assignment]
+
+    def collate(items: list[Any], chosen: list[int]) -> MicroBatch:
+        made.put(chosen[0])
+        if chosen[0] == 4:
+            raise ValueError("an image is broken")
+        return MicroBatch({}, 0, *[torch.zeros(1)] * 3, chosen)
+
+    trainer._collate = collate  # type: ignore[assignment]
+    micros = trainer._micro_batches([], [[i] for i in range(5)])
+    assert made.empty()
+    for i in range(4):
+        assert next(micros).order == [i]
+        assert [made.get(timeout=9) for _ in range(2 - (i > 0))] == [i, i + 1][i > 0 :]
+        assert made.empty()
+    with pytest.raises(ValueError, match="an image is broken"):
+        next(micros)
 
 
 def test_the_gradient_is_clipped_to_the_norm_that_is_set_and_told_before_it(one: dict[str, Any], two: dict[str, Any]) -> None:

@@ -7,6 +7,7 @@ All methods are collective: every rank calls them with the same items. What diff
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -168,26 +169,20 @@ class Trainer:
         if not items:
             raise ValueError("an update needs at least one response")
         started = time.perf_counter()
-        loss_sum = tokens = clipped = mismatch = apart = used = computed = whole = 0.0
+        used = computed = whole = 0.0
+        measured: list[Tensor] = []
         share = self._share(items)
-        for step, chosen in enumerate(share):
-            micro = self._collate(items, chosen).to(self.ranks.device)
+        for step, micro in enumerate(self._micro_batches(items, share)):
             self.engine.set_gradient_accumulation_boundary(step == len(share) - 1)
             loss, logprob = loss_of(self.engine(**micro.inputs), micro, self.algorithm)
             self.engine.backward(loss * self.ranks.size)  # DeepSpeed averages over the ranks
-            trained = micro.weight > 0
-            ratio = (logprob.detach() - micro.old)[trained]
-            loss_sum += float(loss.detach())
-            tokens += ratio.numel()
-            clipped += int(self._is_clipped(ratio.exp(), micro.advantage[trained]).sum())
-            apart += float(ratio.abs().sum())
-            mismatch = max([mismatch, *ratio.abs().amax(0, keepdim=True).tolist()]) if ratio.numel() else mismatch
+            measured.append(self._measure(loss.detach(), logprob.detach(), micro))
             used += micro.used
             whole += sum(items[i].length for i in micro.order)
             computed += micro.inputs["input_ids"].numel()
-        sums = [loss_sum, tokens, clipped, apart, used, computed, whole]
-        loss_sum, tokens, clipped, apart, used, computed, whole = self.ranks.all_sum(sums)
-        (mismatch,) = self.ranks.all_max([mismatch])
+        *sums, largest = zip(*torch.stack(measured).tolist(), strict=True)
+        loss_sum, tokens, clipped, apart, used, computed, whole = self.ranks.all_sum([*map(sum, sums), used, computed, whole])
+        (mismatch,) = self.ranks.all_max([max(largest)])
         if not math.isfinite(loss_sum):
             self.engine.optimizer._overflow_clean_up(None)  # what `step` does where a gradient is not finite: drop them all
             raise NotFiniteError(f"the loss is {loss_sum}")
@@ -212,10 +207,9 @@ class Trainer:
     def logprobs(self, items: Sequence[Item]) -> list[Tensor]:
         """The student's log-probs [T] of each item's tokens, in float32 on the CPU, on every rank."""
         mine: dict[int, Tensor] = {}
-        for chosen in self._share(items):
-            micro = self._collate(items, chosen)
+        for micro in self._micro_batches(items, self._share(items)):
             with torch.no_grad():
-                flat = self.engine(**micro.to(self.ranks.device).inputs).cpu()
+                flat = self.engine(**micro.inputs).cpu()
             if micro.order:
                 mine |= zip(micro.order, flat.split([len(items[i].tokens) for i in micro.order]), strict=True)
         everyone = dict(chain.from_iterable(part.items() for part in self.ranks.gather_objects(mine)))
@@ -246,9 +240,22 @@ class Trainer:
         budgets, together = (self.settings.micro_tokens, self.settings.micro_patches), self._collate.layout != "alone"
         return deal(items, self.ranks.size, *budgets, self._cost, together=together)[self.ranks.rank]
 
-    def _is_clipped(self, ratio: Tensor, advantage: Tensor) -> Tensor:
-        high, low = ratio > 1 + self.algorithm.clip_high, ratio < 1 - self.algorithm.clip_low
-        return (high & (advantage > 0)) | (low & (advantage < 0))
+    def _micro_batches(self, items: Sequence[Item], share: Sequence[Sequence[int]]) -> Iterator[MicroBatch]:
+        """Those of this rank, each made while the one before it is computed: decoding images takes as long as a part of that."""
+        with ThreadPoolExecutor(1) as maker:
+            following = maker.submit(self._collate, items, share[0])
+            for step in range(1, len(share) + 1):
+                micro = following.result()
+                if step < len(share):
+                    following = maker.submit(self._collate, items, share[step])
+                yield micro.to(self.ranks.device)
+
+    def _measure(self, loss: Tensor, logprob: Tensor, micro: MicroBatch) -> Tensor:
+        """[5] loss, tokens, clipped tokens, sum and largest of |log pi - old|, of the trained tokens; the device is not waited for."""
+        trained, high, low = micro.weight > 0, 1 + self.algorithm.clip_high, 1 - self.algorithm.clip_low
+        apart = torch.where(trained, logprob - micro.old, 0.0)
+        clipped = torch.where(micro.advantage > 0, apart.exp() > high, (apart.exp() < low) & (micro.advantage < 0))
+        return torch.stack([x.double() for x in (loss, trained.sum(), clipped.sum(), apart.abs().double().sum(), apart.abs().max())])
 
 
 def _size(module: Any) -> int:
