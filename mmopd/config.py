@@ -276,7 +276,7 @@ class Train(Config):
     keep_best: int = Field(0, ge=0, description="and how many of those before: the ones after whose steps most responses were right")
     probe_tolerance: float = Field(0.1, gt=0, description="largest |log-prob difference| of engine and trainer after a sync; 1e-4 in fp32")
     max_absent: Fraction = Field(0.2, description="share of responses that may lack a score before the run stops")
-    timeout: Positive = Field(600, description="seconds that a rank waits for the others")
+    timeout: Positive = Field(600, description="seconds for an answer of an engine; ranks wait a tenth longer for each other")
 
     @model_validator(mode="after")
     def _something_trains(self) -> Self:

@@ -15,7 +15,7 @@ from mmopd.errors import UserError
 from mmopd.processes import Child, Children
 from mmopd.teacher.serve import HOST
 from mmopd.train.distributed import free_port
-from mmopd.train.watchdog import HUNG, LATER, WAITED
+from mmopd.train.watchdog import HUNG, LATER, TOGETHER, WAITED
 
 COUNTS = {"kept": "kept", "masked": "masked", "absent": "failed"}  # of responses, in the line of a step
 
@@ -36,7 +36,7 @@ def check_ranks(running: Sequence[Child], timeout: float, *, stopping: bool) -> 
     time.sleep(1.0)  # a rank that ends takes others with it, and they may be quicker
     failed = [rank for rank in running if rank.returncode not in fine]
     if {rank.returncode for rank in failed} == {WAITED}:
-        end = time.monotonic() + 2 * (LATER - 1) * timeout  # in which its own watchdog ends a rank that hangs
+        end = time.monotonic() + 2 * (LATER - TOGETHER) * timeout  # in which its own watchdog ends a rank that hangs
         while time.monotonic() < end and not any(rank.returncode == HUNG for rank in running):
             time.sleep(0.1)
         failed = [rank for rank in running if rank.returncode == HUNG or rank.alive] or failed

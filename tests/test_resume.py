@@ -5,6 +5,7 @@ import random
 import signal
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -13,8 +14,9 @@ import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
-from test_end_to_end import NO_SUITE, SMALL, Command
+from test_end_to_end import MARK, NO_SUITE, SMALL, Command
 
+from mmopd.catalog import shipped
 from mmopd.errors import UserError
 from mmopd.processes import Children
 from mmopd.ranks import check_ranks
@@ -22,12 +24,28 @@ from mmopd.report.metrics import read_lines
 from mmopd.run import RunFolder
 from mmopd.train.watchdog import HUNG, WAITED
 
-STEPS = ["train.steps=8", "train.checkpoint_every=2", "train.timeout=120", "algorithm.difficulty=null", "student.replicas=2", NO_SUITE]
+STEPS = ["train.steps=10", "train.checkpoint_every=2", "train.timeout=120", "algorithm.difficulty=null", "student.replicas=2", NO_SUITE]
+TEACHERS = "teachers.json"
+ELSEWHERE = ("--endpoints", TEACHERS)
 OF_THE_MACHINE = ("seconds", "rollout_seconds", "memory", "scoring")  # metrics that a repetition does not repeat
 
 
+@pytest.fixture(scope="module", autouse=True)
+def teachers(workspace: Path) -> Iterator[None]:
+    """Served for all runs at once, as on nodes of their own."""
+    serving = Command(workspace, "serve", str(shipped() / "teachers" / "demo.yaml"), "--out", TEACHERS)
+    serving.wait_for((workspace / TEACHERS).is_file)
+    yield
+    serving.process.send_signal(signal.SIGTERM)
+    whole(serving)
+
+
 def train(workspace: Path, name: str, *more: str) -> Command:
-    return Command(workspace, "train", "recipes/small.yaml", *SMALL, *STEPS, *more, "--run", f"runs/{name}")
+    return Command(workspace, "train", "recipes/small.yaml", *SMALL, *STEPS, *more, "--run", f"runs/{name}", *ELSEWHERE)
+
+
+def resume(workspace: Path, name: str) -> Command:
+    return Command(workspace, "train", "--resume", f"runs/{name}", *ELSEWHERE)
 
 
 def steps(run: RunFolder) -> list[dict[str, Any]]:
@@ -81,12 +99,12 @@ def straight(workspace: Path) -> RunFolder:
     return RunFolder(workspace / "runs" / "straight")
 
 
-def kill_engine(run: RunFolder) -> None:
-    """Kill the API server of the student's last engine."""
+def kill_engine(run: RunFolder, how: signal.Signals = signal.SIGKILL) -> None:
+    """Kill the API server of the student's last engine, or do to it what another signal does."""
     students, _ = run.read_endpoints()
     port = urlsplit(students[-1].url).port
     (pid,) = {c.pid for c in psutil.net_connections("tcp4") if c.status == psutil.CONN_LISTEN and c.laddr.port == port and c.pid}
-    os.kill(pid, signal.SIGKILL)
+    os.kill(pid, how)
 
 
 @pytest.fixture(scope="module")
@@ -106,7 +124,7 @@ def stopped(workspace: Path) -> tuple[RunFolder, str, float]:
 def test_sigterm_ends_the_run_behind_its_step_with_a_checkpoint_and_status_0(stopped: tuple[RunFolder, str, float]) -> None:
     run, output, seconds = stopped
     done = len(steps(run))
-    assert 3 <= done < 8
+    assert 3 <= done < 10
     assert seconds < 120  # train.timeout
     assert f"stopped after {done} steps, as asked; `mmopd train --resume runs/stopped` goes on from there" in output
     assert (run.checkpoints / f"step-{done:08d}" / "manifest.json").is_file()
@@ -114,19 +132,45 @@ def test_sigterm_ends_the_run_behind_its_step_with_a_checkpoint_and_status_0(sto
 
 
 @pytest.fixture(scope="module")
-def resumed(workspace: Path, stopped: tuple[RunFolder, str, float]) -> tuple[RunFolder, int]:
-    """The same run, resumed, killed at a random moment, and resumed to its end; and the step in which it was killed."""
+def crashed(stopped: tuple[RunFolder, str, float], workspace: Path) -> tuple[RunFolder, int, str]:
+    """The same run, resumed until its second rank is killed; after how many steps that was, and what it says."""
     run, _, _ = stopped
     done = len(steps(run))
-    command = Command(workspace, "train", "--resume", "runs/stopped")
+    command = resume(workspace, "stopped")
     command.wait_for(lambda: len(steps(run)) > done)
+    time.sleep(random.uniform(0, 1))
+    (rank,) = (p for p in psutil.process_iter(["cmdline", "environ"]) if is_rank(p, 1, command.mark))
+    rank.kill()
+    status, output = command.finish()
+    assert status == 2, output
+    command.assert_nothing_survives()
+    return run, len(steps(run)), output
+
+
+def is_rank(process: psutil.Process, rank: int, mark: str) -> bool:
+    """Whether it is that training rank of the run with this mark, and not what guards it."""
+    command, env = process.info["cmdline"] or [], process.info["environ"] or {}
+    return command[1:3] == ["-m", "mmopd.train.rank"] and (env.get("RANK"), env.get(MARK)) == (str(rank), mark)
+
+
+def test_a_rank_that_is_killed_ends_the_run_and_is_named(crashed: tuple[RunFolder, int, str]) -> None:
+    _, _, output = crashed
+    assert "rank1 ended with status 137" in output
+
+
+@pytest.fixture(scope="module")
+def resumed(workspace: Path, crashed: tuple[RunFolder, int, str]) -> tuple[RunFolder, int, int]:
+    """The same run, resumed, killed as a whole at a random moment, and resumed to its end; the steps in which rank and run were killed."""
+    run, died, _ = crashed
+    command = resume(workspace, "stopped")
+    command.wait_for(lambda: len(steps(run)) > died)
     time.sleep(random.uniform(0, 4))
     command.process.send_signal(signal.SIGKILL)
     command.process.wait()
     command.assert_nothing_survives()
     killed = len(steps(run))
-    whole(Command(workspace, "train", "--resume", "runs/stopped"))
-    return run, killed
+    whole(resume(workspace, "stopped"))
+    return run, died, killed
 
 
 def test_an_engine_that_dies_is_started_again(stopped: tuple[RunFolder, str, float]) -> None:
@@ -135,27 +179,27 @@ def test_an_engine_that_dies_is_started_again(stopped: tuple[RunFolder, str, flo
     assert (run.logs / "servers.log").read_text().count("server restarted: student") == 1
 
 
-def test_an_interrupted_run_repeats_the_uninterrupted_one(straight: RunFolder, resumed: tuple[RunFolder, int]) -> None:
-    run, killed = resumed
-    assert len(steps(straight)) == 8
-    assert 3 <= killed <= 8
+def test_an_interrupted_run_repeats_the_uninterrupted_one(straight: RunFolder, resumed: tuple[RunFolder, int, int]) -> None:
+    run, died, killed = resumed
+    assert len(steps(straight)) == 10
+    assert 3 <= died <= killed <= 10
     for step, (a, b) in enumerate(zip(steps(straight), steps(run), strict=True)):
-        assert a == b, f"step {step} of a run that was killed in step {killed}"
+        assert a == b, f"step {step} of a run that lost a rank in step {died} and was killed in step {killed}"
     ours, theirs = (load_file(folder.export / "model.safetensors") for folder in (straight, run))
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(w, theirs[name]) for name, w in ours.items())
 
 
 def test_the_student_of_a_checkpoint_can_be_had_as_a_folder_also_by_another_number_of_ranks(workspace: Path, straight: RunFolder) -> None:
-    whole(Command(workspace, "export", "runs/straight", "--ranks", "1", "--out", "eighth"))
-    exported = load_file(workspace / "eighth" / "model.safetensors")
+    whole(Command(workspace, "export", "runs/straight", "--ranks", "1", "--out", "tenth"))
+    exported = load_file(workspace / "tenth" / "model.safetensors")
     end = load_file(straight.export / "model.safetensors")
     assert exported.keys() == end.keys()
     assert all(torch.equal(w, exported[name]) for name, w in end.items())
-    assert "8 of 8 steps" in (workspace / "eighth" / "README.md").read_text()
+    assert "10 of 10 steps" in (workspace / "tenth" / "README.md").read_text()
     status, output = Command(workspace, "export", "runs/straight", "--step", "2").finish()
     assert status == 2
-    assert "no checkpoint of step 2; there is 6, 8" in output
+    assert "no checkpoint of step 2; there is 8, 10" in output
 
 
 def test_a_launchers_ranks_learn_the_same_and_end_behind_their_step_though_it_would_end_them_at_once(
@@ -168,7 +212,7 @@ def test_a_launchers_ranks_learn_the_same_and_end_behind_their_step_though_it_wo
     command.process.send_signal(signal.SIGTERM)
     output = whole(command)
     done = len(steps(run))
-    assert steps(run)[:8] == steps(straight)[:done]
+    assert steps(run)[:10] == steps(straight)[:done]
     assert f"stopped after {done} steps, as asked" in output
     assert (run.checkpoints / f"step-{done:08d}" / "manifest.json").is_file()
 
@@ -179,8 +223,20 @@ def test_a_run_ahead_learns_from_weights_that_are_one_update_older_and_survives_
     kill_engine(run)
     whole(command)
     ages = [row["staleness"] for row in steps(run)]
-    assert len(ages) == 8
+    assert len(ages) == 10
     assert ages[0] == 0
     assert all(0 <= age <= 1 for age in ages)
     assert max(ages) > 0.5
     assert max(row["mismatch_mean"] for row in steps(run)) > 1e-6 > steps(run)[0]["mismatch_mean"]  # what an update changes
+
+
+def test_an_engine_that_hangs_ends_the_run_within_its_timeout_and_is_named(workspace: Path) -> None:
+    run, command = RunFolder(workspace / "runs" / "hung"), train(workspace, "hung", "train.timeout=20")
+    command.wait_for(lambda: len(steps(run)) >= 3)
+    kill_engine(run, signal.SIGSTOP)
+    begin = time.monotonic()
+    status, output = command.finish()
+    assert status == 2, output
+    assert time.monotonic() - begin < 60
+    assert "student-2" in output
+    command.assert_nothing_survives()

@@ -94,4 +94,4 @@ class StudentEngine:
             return await self._pool.call(build, parse)
         except wire.ReplyError as fault:
             hint = f"; with clips it needs student.engine.videos={n}" if (n := len(encoded.prompt.videos)) else ""
-            raise EngineError(f"the student's engine could not {what} prompt {encoded.prompt.key}: {fault}; see its log{hint}") from fault
+            raise EngineError(f"the student's engine {self._endpoint.name} could not {what} prompt {encoded.prompt.key}: {fault}; see its log{hint}") from fault

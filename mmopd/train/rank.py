@@ -21,7 +21,7 @@ from mmopd.errors import UserError
 from mmopd.run import RunFolder
 from mmopd.train import distributed
 from mmopd.train.loop import train
-from mmopd.train.watchdog import WAITED, Watchdog, asked_to_stop
+from mmopd.train.watchdog import TOGETHER, WAITED, Watchdog, asked_to_stop
 
 
 def main() -> int:
@@ -45,7 +45,7 @@ def work(run: RunFolder, recipe: Recipe, changed: Sequence[str], stop: threading
     Raises:
         UserError: anything that a user can put right.
     """
-    ranks = distributed.start(recipe.train.timeout)
+    ranks = distributed.start(TOGETHER * recipe.train.timeout)
     watchdog = Watchdog(ranks.rank, recipe.train.timeout)
     try:
         students, _ = run.read_endpoints()
@@ -56,7 +56,7 @@ def work(run: RunFolder, recipe: Recipe, changed: Sequence[str], stop: threading
         if not distributed.waited_in_vain(error):
             raise
         traceback.print_exc()
-        limit = f"train.timeout = {recipe.train.timeout} s"
+        limit = f"{TOGETHER * recipe.train.timeout:.0f} s (train.timeout = {recipe.train.timeout})"
         print(f"error: rank {ranks.rank} has waited for another one for {limit}, at {watchdog.where}", file=sys.stderr)
         return WAITED
     finally:

@@ -1,8 +1,8 @@
 """How a rank ends before its time: asked by SIGTERM, after its step; or by its own watchdog, where it makes no progress any more.
 
-A rank that waits for another one is ended by the process group, after train.timeout. One that hangs by itself is not seen by anybody: its
-watchdog writes the stacks of all threads to the log, and ends the process. It waits a little longer, so that no rank that waits for a
-hanging one is taken for it.
+An engine is given train.timeout to answer. A rank that waits for another one is ended by the process group a little later, since the other
+may have waited for an engine, and knows why. One that hangs by itself is not seen by anybody: its watchdog writes the stacks of all threads to
+the log, and ends the process. It waits longest, so that no rank that waits for a hanging one is taken for it.
 """
 
 import asyncio
@@ -19,7 +19,7 @@ from typing import Self
 
 HUNG, WAITED = 124, 123  # exit statuses: no progress, as timeout(1) has it; and another rank did not come
 TRAINER = "trainer"  # name of the thread that computes while rollouts run ahead
-LATER = 1.1  # of train.timeout, for the watchdog
+TOGETHER, LATER = 1.1, 1.2  # of train.timeout: for a rank that waits for others, and for the watchdog
 
 
 class Watchdog:
