@@ -94,4 +94,5 @@ class StudentEngine:
             return await self._pool.call(build, parse)
         except wire.ReplyError as fault:
             hint = f"; with clips it needs student.engine.videos={n}" if (n := len(encoded.prompt.videos)) else ""
-            raise EngineError(f"the student's engine {self._endpoint.name} could not {what} prompt {encoded.prompt.key}: {fault}; see its log{hint}") from fault
+            failed = f"engine {self._endpoint.name} could not {what} prompt {encoded.prompt.key}: {fault}"
+            raise EngineError(f"the student's {failed}; see its log{hint}") from fault

@@ -1,8 +1,8 @@
 """How a rank ends before its time: asked by SIGTERM, after its step; or by its own watchdog, where it makes no progress any more.
 
 An engine is given train.timeout to answer. A rank that waits for another one is ended by the process group a little later, since the other
-may have waited for an engine, and knows why. One that hangs by itself is not seen by anybody: its watchdog writes the stacks of all threads to
-the log, and ends the process. It waits longest, so that no rank that waits for a hanging one is taken for it.
+may have waited for an engine, and knows why. One that hangs by itself is not seen by anybody: its watchdog writes the stacks of all
+threads to the log, and ends the process. It waits longest, so that no rank that waits for a hanging one is taken for it.
 """
 
 import asyncio
