@@ -1,7 +1,5 @@
 """A run folder: everything needed to understand and repeat a run, in one place."""
 
-import errno
-import fcntl
 import importlib.metadata
 import json
 import os
@@ -14,6 +12,7 @@ from pathlib import Path
 from mmopd import __version__, settings_file
 from mmopd.config import Recipe
 from mmopd.errors import UserError
+from mmopd.locks import claim
 from mmopd.teacher import endpoint
 from mmopd.teacher.endpoint import Endpoint
 
@@ -30,8 +29,6 @@ PACKAGES = [
     "qwen-vl-utils",
     "numpy",
 ]
-
-NO_LOCKS = {errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP}  # of file systems
 
 
 class RunFolder:
@@ -104,20 +101,14 @@ class RunFolder:
 
 @contextmanager
 def alone_in(folder: Path) -> Iterator[None]:
-    """While the block lasts, nobody else comes in here this way; a killed process does not stay. On a file system without locks all may.
+    """While the block lasts, nobody else comes in here this way.
 
     Raises:
         UserError: somebody is in.
     """
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / ".lock").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"{folder}: another mmopd is at work in this folder; wait for it, or stop it") from None
-        except OSError as error:
-            if error.errno not in NO_LOCKS:
-                raise
+        claim(file, folder, "mmopd is at work in this folder")
         yield
 
 

@@ -1,5 +1,7 @@
 """The command line: what each command prints, and that help teaches."""
 
+import errno
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -64,6 +66,18 @@ def test_a_folder_in_which_another_process_is_at_work_is_left_alone(tmp_path: Pa
         ):
             run(app, [*command, str(folder)], catch_exceptions=False)
     with alone_in(tmp_path / "run"):
+        pass
+
+
+@pytest.mark.parametrize(("number", "goes_on"), [(errno.ENOLCK, True), (errno.EIO, False)])
+def test_where_a_file_system_has_no_locks_nobody_is_kept_out(
+    number: int, goes_on: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def flock(file: object, how: int) -> None:
+        raise OSError(number, "flock")
+
+    monkeypatch.setattr("mmopd.locks.fcntl.flock", flock)
+    with nullcontext() if goes_on else pytest.raises(OSError, match="flock"), alone_in(tmp_path):
         pass
 
 

@@ -4,7 +4,6 @@ The name stands for what the findings are made from, so that every mixture, reci
 words, and the file is refused for anything else. A line more is a row more.
 """
 
-import fcntl
 import hashlib
 import json
 from collections.abc import Mapping
@@ -13,6 +12,7 @@ from pathlib import Path
 from typing import Any, Self, TextIO
 
 from mmopd.errors import UserError
+from mmopd.locks import claim
 from mmopd.prompts.shards import Shards
 
 VERSION = 2
@@ -78,10 +78,7 @@ class Ledger:
         path.parent.mkdir(parents=True, exist_ok=True)
         with ExitStack() as undo:
             file = undo.enter_context(path.open("a+"))
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise UserError(f"{path}: another run is measuring this source now; wait for it, or stop it") from None
+            claim(file, path, "run is measuring this source now")
             if path.stat().st_size:
                 self._found, length = self._parse(path, made_from)
                 file.truncate(length)  # without a line that a kill cut short

@@ -13,7 +13,6 @@ Shards are cut by rows and bytes alone, and what was read up to the end of each 
 same bytes as one that was not interrupted, with any number of workers.
 """
 
-import fcntl
 import json
 import os
 import shutil
@@ -30,6 +29,7 @@ from typing import Any
 from mmopd import catalog, settings_file
 from mmopd.errors import UserError
 from mmopd.fingerprint import hash_file
+from mmopd.locks import claim
 from mmopd.progress import Stage
 from mmopd.prompts import index
 from mmopd.prompts.convert import SourceSettings
@@ -206,10 +206,8 @@ def _opened(partial: Path, made_from: dict[str, Any]) -> Iterator[tuple[Path, Co
     partial.mkdir(parents=True, exist_ok=True)
     lock = os.open(partial, os.O_RDONLY)
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        claim(lock, partial, "call is writing this source now")
         yield partial, _resume(partial, made_from)
-    except BlockingIOError:
-        raise UserError(f"{partial}: another call is writing this source now; wait for it, or stop it") from None
     finally:
         os.close(lock)
 
