@@ -85,6 +85,7 @@ def budget(recipe: Recipe, machines: Machines, *, response: int | None = None, e
     shares = _shares(fleet, before, mixture, tasks)
     work = Work(recipe.rollout.prompts, recipe.rollout.group, max(1, load.prompt // 2), response or max(1, load.response // 2), load)
     times = step_times(recipe, machines.gpu, servers, work, shares)
+    refusals += _too_slow(recipe, times)
     away = [name for name, teacher in teachers.items() if elsewhere or teacher.model is None]
     return Budget(machines, roles, times, recipe.train.steps, recipe.rollout.async_steps > 0, away, refusals)
 
@@ -191,6 +192,13 @@ def _too_small(servers: Sequence[Served], gpu: Gpu) -> list[str]:
                 f"raise tensor_parallel (now {engine.tensor_parallel}), or lower max_model_len ({server.key})"
             )
     return found
+
+
+def _too_slow(recipe: Recipe, times: Sequence[Time]) -> list[str]:
+    """Rollouts for which an engine is not given the time."""
+    rollout = next(time.seconds for time in times if time.what == "rollout")
+    limit = f"train.timeout = {recipe.train.timeout:,} s is all that an engine has for its answers: raise it, or student.replicas"
+    return [f"rollouts take {rollout:,.0f} s by this estimate, and {limit}"] * (rollout > recipe.train.timeout)
 
 
 def _overfull(roles: Sequence[Role], machines: Machines) -> list[str]:

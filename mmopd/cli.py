@@ -94,7 +94,9 @@ def train(
     from mmopd import catalog
     from mmopd.run import RunFolder
 
-    if (recipe is None) == (resume is None):
+    if recipe is not None and resume is not None:
+        raise UserError(f"--resume takes no recipe and no key=value: its settings are in {resume}/recipe.yaml, to be changed there")
+    if recipe is None and resume is None:
         raise UserError("give a recipe (mmopd train recipes/demo.yaml), or --resume with a run folder")
     command = shlex.split(launcher or "")
     if command and shutil.which(command[0]) is None:

@@ -69,7 +69,7 @@ class Student(Config):
 
 
 class Rollout(Config):
-    """How the student is sampled: P prompts a step, G responses each (recipe.md section 5)."""
+    """How the student is sampled: P prompts a step, G responses each (defaults of the paper's Table B.1)."""
 
     prompts: Positive = 64
     group: Positive = 16
@@ -219,7 +219,7 @@ class Algorithm(Config):
     balance: Balance | None = Balance()
     margin: Margin | None = Margin()
     visual: Visual | None = Visual()
-    clip_low: float = Field(0.2, ge=0, lt=1)
+    clip_low: float = Field(0.2, ge=0, lt=1, description="pi / pi_old is clipped at 1 - this, and at 1 + clip_high")
     clip_high: float = Field(0.28, ge=0)
     ratio_cap: float = Field(
         2.0, ge=1, description="largest weight that a token gets for being likelier now than when it was sampled, with recomputed log-probs"
@@ -245,22 +245,26 @@ class Lora(Config):
     rank: Annotated[int, Field(ge=1, le=512)] = 16
     alpha: float = Field(32.0, gt=0)
     parts: Annotated[tuple[Part, ...], Field(min_length=1)] = Field(("language",), description="vision, projector, language")
-    targets: tuple[str, ...] = Field((), description="last names of linear layers, such as q_proj; all that the parts have if not set")
+    targets: tuple[str, ...] = Field(
+        (), description="last names of linear layers, such as q_proj; all of the parts if not set, without the output head and experts"
+    )
 
 
 class Train(Config):
-    """The optimiser and the micro-batches (recipe.md section 5)."""
+    """The optimiser and the micro-batches (defaults of the paper's Table B.1)."""
 
     steps: Positive = 100
-    ranks: Positive = Field(1, description="training processes on this machine")
+    ranks: Positive = Field(1, description="training processes, over all machines")
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     lr: float = Field(1e-6, gt=0)
     schedule: Literal["constant", "linear", "cosine"] = "constant"
-    warmup: int = Field(5, ge=0)
+    warmup: int = Field(5, ge=0, description="optimiser steps in which `lr` rises to its full value")
     betas: tuple[float, float] = (0.9, 0.98)
     weight_decay: float = Field(0.1, ge=0)
-    grad_clip: float = Field(1.0, gt=0)
-    minibatches: Positive = Field(1, description="optimiser steps per rollout batch")
+    grad_clip: float = Field(1.0, gt=0, description="largest norm of a gradient")
+    minibatches: Positive = Field(
+        1, description="optimiser steps per rollout batch, each on whole groups, and a mean over its own responses"
+    )
     old_logprobs: Literal["engine", "recompute"] | None = Field(
         None,
         description="the student's log-probs to learn from: the engine's, or by one more pass of the trainer; recompute with async_steps",
@@ -276,7 +280,10 @@ class Train(Config):
     keep_best: int = Field(0, ge=0, description="and how many of those before: the ones after whose steps most responses were right")
     probe_tolerance: float = Field(0.1, gt=0, description="largest |log-prob difference| of engine and trainer after a sync; 1e-4 in fp32")
     max_absent: Fraction = Field(0.2, description="share of responses that may lack a score before the run stops")
-    timeout: Positive = Field(600, description="seconds for an answer of an engine; ranks wait a tenth longer for each other")
+    timeout: Positive = Field(
+        7200,
+        description="seconds for an answer of an engine, its queue included: more than a rollout; ranks wait a tenth longer for each other",
+    )
 
     @model_validator(mode="after")
     def _something_trains(self) -> Self:

@@ -17,7 +17,7 @@ from mmopd.teacher.serve import HOST
 from mmopd.train.distributed import free_port
 from mmopd.train.watchdog import HUNG, LATER, TOGETHER, WAITED
 
-COUNTS = {"kept": "kept", "masked": "masked", "absent": "failed"}  # of responses, in the line of a step
+COUNTS = {"kept": "kept", "masked": "masked", "absent": "failed", "unknown": "unknown"}  # of responses, in the line of a step
 
 
 def check_ranks(running: Sequence[Child], timeout: float, *, stopping: bool) -> None:

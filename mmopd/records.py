@@ -1,6 +1,7 @@
 """The records that travel through a step: prompt, response, outcome, score, sample (design words, one class each)."""
 
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -54,12 +55,17 @@ class Outcome:
     """What a verifier says: 1 right, 0 wrong, between for soft scores; NaN with a reason for unknown."""
 
     value: float
-    reason: str = ""
+    reason: str = ""  # begins with what can be counted, up to a colon or a quotation mark
 
     @property
     def known(self) -> bool:
         """Whether there is a value."""
         return not math.isnan(self.value)
+
+    @property
+    def cause(self) -> str:
+        """The countable part of the reason: timeout, ValueError, the_answer_key, ..."""
+        return re.split("[:'\"]", self.reason)[0].strip().replace(" ", "_") or "no_reason"
 
 
 UNKNOWN = math.nan

@@ -49,6 +49,8 @@ def test_show_prints_every_default_and_what_it_would_start() -> None:
 def test_train_wants_a_recipe_or_a_run_and_resume_wants_a_run_folder(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="give a recipe"):
         run(app, ["train"], catch_exceptions=False)
+    with pytest.raises(UserError, match="--resume takes no recipe and no key=value"):
+        run(app, ["train", "train.steps=9", "--resume", str(tmp_path)], catch_exceptions=False)
     with pytest.raises(UserError, match="not a run folder"):
         run(app, ["train", "--resume", str(tmp_path)], catch_exceptions=False)
 

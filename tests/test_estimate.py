@@ -341,6 +341,12 @@ def test_an_engine_that_sleeps_while_the_trainer_learns_shares_the_gpu_of_rank_0
     assert any("Trainer" in refusal and "Engine" in refusal for refusal in plan("multi_teacher_2b", *shared[:2]).refusals)
 
 
+def test_rollouts_for_which_an_engine_has_no_time_are_refused(workspace: Path) -> None:
+    rolled = next(time.seconds for time in plan("cross_modal_4b").times if time.what == "rollout")
+    [refusal] = plan("cross_modal_4b", f"train.timeout={int(rolled) - 1}").refusals
+    assert refusal.startswith(f"rollouts take {rolled:,.0f} s by this estimate, and train.timeout = {int(rolled) - 1:,} s")
+
+
 def test_replicas_of_the_student_have_gpus_of_their_own_and_share_the_rollouts(workspace: Path) -> None:
     one, four = (plan("cross_modal_4b", f"student.replicas={n}") for n in (1, 4))
     assert len(one.roles) == len(four.roles)

@@ -6,6 +6,7 @@ import json
 import math
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -172,6 +173,23 @@ def test_a_step_tells_entropy_outcomes_order_margins_shift_and_where_responses_w
     assert masked["margin/after"] == pytest.approx(0.1)
 
 
+@pytest.mark.parametrize(
+    ("reason", "cause"),
+    [
+        ("timeout", "timeout"),
+        ("ValueError: too: long", "ValueError"),
+        ("the answer key 'B' is not a number", "the_answer_key"),
+        ('the answer key "it\'s" is empty', "the_answer_key"),
+        ("", "no_reason"),
+    ],
+)
+def test_unknown_outcomes_are_counted_by_cause(reason: str, cause: str, recorded: Line) -> None:
+    unknown = [replace(s, outcome=Outcome(math.nan, reason)) for s in STEP[:2]]
+    line = recorded(Algorithm(), [*unknown, *STEP[2:]])
+    assert line[f"unknown/{cause}"] == 2 + (reason == "")  # one of the others has none either
+    assert line["unknown"] == sum(n for name, n in line.items() if name.startswith("unknown/"))
+
+
 def test_an_objective_without_a_teacher_has_no_divergence_and_one_without_samples_of_its_own_no_entropy(recorded: Line) -> None:
     grpo = Algorithm.model_validate({"objective": {"kind": "grpo"}})
     line = recorded(grpo, [Sample(s.group, s.response, s.outcome, None) for s in STEP])
@@ -192,7 +210,7 @@ def test_a_row_says_what_was_sampled_scored_and_learned() -> None:
     sample = Sample(0, response, Outcome(math.nan, "no key"), Score("image_teacher", (-0.3, -0.1)))
     made = token_row(3, prompt, sample, ["=", "8"], [0.25, 0.5], kept=False)
     assert made.images == [base64.b64encode(b"image").decode()]
-    assert (made.prompt, made.outcome, made.verdict, made.kept) == ("What is their sum?", None, "unknown", False)
+    assert (made.prompt, made.outcome, made.verdict, made.reason, made.kept) == ("What is their sum?", None, "unknown", "no key", False)
     assert made.reward == pytest.approx((-0.2 + 0.1) / 2)
     with pytest.raises(ValueError, match="digits/7 has no score"):
         token_row(3, prompt, Sample(0, response, Outcome(1.0), Absent("t", "timeout")), ["=", "8"], [0.0, 0.0], kept=False)

@@ -265,8 +265,9 @@ def test_without_namespaces_only_if_asked_there_are_the_limits_and_the_filter(ou
     before = processes()
     with Sandbox(QUICK, namespaces=False) as sandbox:
         assert sandbox.run("print(int(input()) ** 2)", "3").output == b"9\n"
-        for name in ("fork bomb", "kill everyone", "tcp to this machine", "socket in the file system", "os.system", "thread at the end"):
-            assert sandbox.run(files.aim(attacks().get(name) or HONEST[name]), "3").failure == "" if name in HONEST else "not None"
+        assert sandbox.run(HONEST["thread at the end"], "3").output == b"9\n"
+        for name in ("fork bomb", "kill everyone", "tcp to this machine", "socket in the file system", "os.system"):
+            assert sandbox.run(files.aim(attacks()[name]), "3").output not in {b"9", b"9\n"}
             assert touched(files, servers) == []
         assert sandbox.run("import os; os.kill(os.getppid(), 9)").status == 1
         assert sandbox.run("import os; open('x', 'w'); print(os.listdir('.'))").output == b"['x']\n"

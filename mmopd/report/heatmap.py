@@ -40,6 +40,7 @@ class TokenRow:
     teacher_name: str
     kept: bool  # whether it was in the loss
     visual: list[float] | None = None  # [T] log-prob by the teacher with minus without the image; None where that was not asked
+    reason: str = ""  # why the outcome is unknown, or what else its verifier says of it
 
     @property
     def reward(self) -> float:
@@ -91,6 +92,7 @@ def token_row(
         teacher_name=sample.score.teacher,
         kept=kept,
         visual=None if visual is None else list(visual),
+        reason=sample.outcome.reason,
     )
 
 

@@ -93,13 +93,15 @@ class Recorder:
 
 
 def sampled(samples: Sequence[Sample]) -> dict[str, float]:
-    """What was sampled, how much of it could not be judged, and why scores are absent."""
+    """What was sampled, and why outcomes are unknown and scores absent."""
+    unknown = Counter(s.outcome.cause for s in samples if not s.outcome.known)
     absent = Counter(s.score.cause for s in samples if isinstance(s.score, Absent))
     return {
         "responses": float(len(samples)),
         "response_length": fmean(len(s.response.tokens) for s in samples),
         "truncated": fmean(s.response.finish == "length" for s in samples),
-        "unknown": float(sum(not s.outcome.known for s in samples)),
+        "unknown": float(unknown.total()),
+        **{f"unknown/{cause}": float(n) for cause, n in unknown.items()},
         "absent": float(absent.total()),
         **{f"absent/{cause}": float(n) for cause, n in absent.items()},
     }
