@@ -6,7 +6,7 @@ from pathlib import Path
 from mmopd.errors import UserError
 from mmopd.processes import Children
 from mmopd.progress import Stages
-from mmopd.ranks import check_ranks, start_ranks
+from mmopd.ranks import Pulses, check_ranks, start_ranks
 from mmopd.run import RunFolder, step_of
 from mmopd.train.checkpoint import Checkpoints
 
@@ -35,10 +35,11 @@ def export_checkpoint(run: RunFolder, step: int | None, out: Path | None, stages
     with stages.stage("export") as stage, Children() as children:
         what = ["mmopd.train.export_rank", str(run.root), str(chosen), str(out)]
         running = start_ranks(what, ranks or recipe.train.ranks, run.logs, children, name="export")
-        alive = True
+        pulses, alive = Pulses(running, recipe.train.timeout), True
         while alive:
             time.sleep(0.1)
             alive = any(rank.alive for rank in running)
             check_ranks(running, recipe.train.timeout, stopping=False)
+            pulses.check()
         stage.outcome = f"{chosen.name} as {out}"
     return out

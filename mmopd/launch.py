@@ -29,7 +29,7 @@ from mmopd.progress import Stages
 from mmopd.prompts import difficulty
 from mmopd.prompts.shards import Shards, open_mixture
 from mmopd.prompts.tokens import hash_processor
-from mmopd.ranks import check_ranks, last_metrics, one_line, start_ranks
+from mmopd.ranks import Pulses, check_ranks, last_metrics, one_line, start_ranks
 from mmopd.report.html import write_report
 from mmopd.rollout.answers import run_answers
 from mmopd.rollout.difficulty import run_pass
@@ -241,7 +241,7 @@ def measure_difficulty(job: Job, servers: Servers, run: RunFolder, stages: Stage
             run_pass(job.recipe, job.sources, run.read_endpoints()[0], run.difficulty, stage)
         except EngineError as error:
             servers.check()
-            raise UserError(f"{error} ({servers.log('student')})") from error
+            raise UserError(f"{error}; the logs are in {run.logs}") from error
 
 
 def sample_answers(job: Job, servers: Servers, run: RunFolder, stages: Stages) -> None:
@@ -278,7 +278,7 @@ def difficulty_alone(recipe: Recipe, out: Path, console: Console) -> None:
                 measured = run_pass(recipe, job.sources, list(servers.values()), out, stage)
             except EngineError as error:
                 servers.check()
-                raise UserError(f"{error} ({logs / 'student.log'})") from error
+                raise UserError(f"{error}; the logs are in {logs}") from error
     console.print(difficulty.table(measured))
     console.print(f"Before and after: {out / difficulty.PICTURE}", highlight=False, markup=False)
 
@@ -324,10 +324,12 @@ def distil(job: Job, run: RunFolder, children: Children, servers: Servers, stage
         stage.total(job.recipe.train.steps)
         stage.note("starting the ranks")
         until, done, alive = math.inf, 0, True
+        pulses = Pulses([] if job.launcher else running, timeout)
         while alive:
             time.sleep(0.5)
             alive = any(rank.alive for rank in running)  # first, so that what they leave behind is seen
             check_ranks(running, timeout, stopping=asked.is_set() and not job.launcher)
+            pulses.check()
             servers.check()
             if asked.is_set() and until == math.inf:
                 until = time.monotonic() + timeout

@@ -80,12 +80,17 @@ class Child:
         if self.alive:
             self._guard.terminate()
 
-    def stop(self, grace: float = 10.0) -> None:
-        """End the command, by force after `grace` seconds; nothing of it runs any more on return."""
-        self.terminate()
-        if self.wait(grace) is None:
-            self.terminate()
-            self.wait()
+
+def stop(children: Sequence[Child], grace: float = 10.0) -> None:
+    """End them at the same time, by force after `grace` seconds; nothing of them runs any more on return."""
+    deadline = time.monotonic() + grace
+    for child in children:
+        child.terminate()
+    for child in children:
+        if child.wait(max(0.0, deadline - time.monotonic())) is None:
+            child.terminate()
+    for child in children:
+        child.wait()
 
 
 class Children:
@@ -122,14 +127,7 @@ class Children:
         """Stop all at the same time, and start no more."""
         with self._starting:
             self._stopped = True
-        deadline = time.monotonic() + grace
-        for child in self._children:
-            child.terminate()
-        for child in self._children:
-            if child.wait(max(0.0, deadline - time.monotonic())) is None:
-                child.terminate()
-        for child in self._children:
-            child.wait()
+        stop(self._children, grace)
 
 
 def _guard(parent: int, start: Callable[[], None]) -> int:

@@ -15,9 +15,11 @@ from mmopd.errors import UserError
 from mmopd.processes import Child, Children
 from mmopd.teacher.serve import HOST
 from mmopd.train.distributed import free_port
-from mmopd.train.watchdog import HUNG, LATER, TOGETHER, WAITED
+from mmopd.train.watchdog import HUNG, LAST, LATER, LEFT, TOGETHER, WAITED, pulse_of
 
 COUNTS = {"kept": "kept", "masked": "masked", "absent": "failed", "unknown": "unknown"}  # of responses, in the line of a step
+DYING = 5.0  # seconds
+NCCL_SAYS = b"Watchdog caught collective operation timeout"
 
 
 def check_ranks(running: Sequence[Child], timeout: float, *, stopping: bool) -> None:
@@ -34,15 +36,55 @@ def check_ranks(running: Sequence[Child], timeout: float, *, stopping: bool) -> 
     if all(rank.returncode in fine for rank in running):
         return
     time.sleep(1.0)  # a rank that ends takes others with it, and they may be quicker
-    failed = [rank for rank in running if rank.returncode not in fine]
-    if {rank.returncode for rank in failed} == {WAITED}:
-        end = time.monotonic() + 2 * (LATER - TOGETHER) * timeout  # in which its own watchdog ends a rank that hangs
-        while time.monotonic() < end and not any(rank.returncode == HUNG for rank in running):
-            time.sleep(0.1)
-        failed = [rank for rank in running if rank.returncode == HUNG or rank.alive] or failed
-    blamed = max(failed, key=lambda rank: (rank.returncode in {2, HUNG}, rank.returncode or 0))  # it knows why; or a signal ended it
+    begin = time.monotonic()
+    while True:
+        failed = [rank for rank in running if rank.returncode not in fine]
+        causes = [rank for rank in failed if rank.returncode != LEFT and not _waited(rank)]
+        # Its own watchdog ends a rank that hangs; one that the others say has ended is about to.
+        patience = 2 * (LATER - TOGETHER) * timeout if any(map(_waited, failed)) else DYING
+        if causes or time.monotonic() > begin + patience:
+            break
+        time.sleep(0.1)
+    causes = causes or [rank for rank in running if rank.alive] or failed
+    # One that knows why it ended, or else one that a signal ended.
+    blamed = max(causes, key=lambda rank: (rank.returncode in {2, HUNG}, rank.returncode or 0))
     ended = f"ended with status {blamed.returncode}" if not blamed.alive else f"has not answered for train.timeout = {timeout:.0f} s"
     raise UserError(f"{blamed.name} {ended}; the last lines of {blamed.log}:\n{blamed.tail()}")
+
+
+class Pulses:
+    """Signs of life of ranks on this machine: one that is stopped, or hangs in the kernel, does not end itself, and no other may miss it.
+
+    Args:
+        running: as `start_ranks` gave them, without a launcher.
+        timeout: of the recipe.
+    """
+
+    def __init__(self, running: Sequence[Child], timeout: float) -> None:
+        self._timeout = timeout
+        self._seen: dict[Child, tuple[int, float]] = dict.fromkeys(running, (0, math.inf))  # rank -> its last sign, and when we saw it
+
+    def check(self) -> None:
+        """All that have given a sign still do.
+
+        Raises:
+            UserError: one does not; with the last lines of its log.
+        """
+        now = time.monotonic()
+        for rank, (sign, since) in self._seen.items():
+            pulse = pulse_of(rank.log)
+            latest = pulse.stat().st_mtime_ns if pulse.exists() else 0
+            if latest != sign:
+                self._seen[rank] = latest, now
+            elif rank.alive and now - since > LAST * self._timeout:
+                silent = f"has given no sign of life for {now - since:.0f} s (train.timeout = {self._timeout:g})"
+                raise UserError(f"{rank.name} {silent}; the last lines of {rank.log}:\n{rank.tail()}")
+
+
+def _waited(rank: Child) -> bool:
+    """Whether it has ended since another one did not come: it says so, or NCCL has ended it. [not run]"""
+    aborted = rank.returncode == 128 + signal.SIGABRT
+    return rank.returncode == WAITED or (aborted and NCCL_SAYS in rank.log.read_bytes())
 
 
 def start_ranks(
@@ -62,6 +104,8 @@ def start_ranks(
         env["MASTER_ADDR"] = HOST if host == HOST else socket.gethostname()  # srun passes it on; others set their own
         return [children.start("launcher", [*launcher, *what], logs / "ranks.log", env)]
     env |= {"MASTER_ADDR": HOST, "WORLD_SIZE": str(ranks)}
+    for n in range(ranks):
+        pulse_of(logs / f"{name}{n}.log").unlink(missing_ok=True)
     return [
         children.start(f"{name}{n}", [sys.executable, "-m", *what], logs / f"{name}{n}.log", env | {"RANK": str(n), "LOCAL_RANK": str(n)})
         for n in range(ranks)

@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import Iterator
 from contextlib import AsyncExitStack
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -66,7 +67,7 @@ async def hand_over(encoder: Encoder, link: Link, *, off: float = 0.0) -> float:
 
             trainer: Any = Trainer()
             trainer.ranks = ranks
-            handover = Handover(trainer, engines, link, [item], Aside(ranks, Watchdog(0, 60), ahead=False))  # type: ignore[arg-type]
+            handover = Handover(trainer, engines, link, [item], Aside(ranks, Watchdog(0, 60, Path()), ahead=False))  # type: ignore[arg-type]
             return await handover.publish("step-7")
     finally:
         distributed.stop()

@@ -2,6 +2,7 @@
 
 import math
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,8 +12,9 @@ from mmopd.config import Algorithm
 from mmopd.demo.world import build_processor
 from mmopd.errors import UserError
 from mmopd.modality import Encoder
-from mmopd.records import Outcome, Prompt, Response, Sample, Score
+from mmopd.records import Encoded, Outcome, Prompt, Response, Sample, Score
 from mmopd.train.batch import build_batch, minibatches
+from mmopd.train.recompute import recompute
 
 PLAIN = Algorithm(balance=None, margin=None, visual=None, ratio_cap=2.0)
 
@@ -48,6 +50,16 @@ def test_recomputed_log_probs_stay_with_their_samples_where_others_have_no_score
     batch = build_batch([unscored, scored], PLAIN, 0, [torch.tensor([-9.0, -9.0]), torch.tensor([-0.5])])
     assert batch.old.tolist() == [-0.5]
     assert batch.targets.advantage.tolist() == pytest.approx([0.3])
+
+
+@pytest.mark.parametrize("broken", [math.nan, math.inf])
+def test_where_one_of_the_recomputed_is_not_finite_the_update_meets_it_and_not_the_statistics(broken: float) -> None:
+    prompt, samples = Encoded(Prompt("s/0", "t", "text", (), (), ""), (1,), (1,), ()), [sample((-1.0, -1.0), (-0.2, -0.2))] * 2
+    for last in (-3.0, broken):
+        now = [torch.tensor([-0.5, -2.0]), torch.tensor([-0.5, last])]
+        old, seen = recompute(SimpleNamespace(logprobs=lambda items, now=now: now), samples, [prompt])  # type: ignore[arg-type]
+        assert old == (now if math.isfinite(last) else None)
+        assert seen["mismatch"] == pytest.approx(2.0 if math.isfinite(last) else math.nan if math.isnan(last) else math.inf, nan_ok=True)
 
 
 @pytest.mark.parametrize(

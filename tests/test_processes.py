@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from mmopd.processes import Child, Children
+from mmopd.processes import Child, Children, stop
 
 # A command with a grandchild that does what it can to survive: it ignores SIGTERM and has a session of its own.
 STUBBORN = """
@@ -99,7 +99,7 @@ def test_stop_ends_a_tree_that_ignores_the_signal(tmp_path: Path) -> None:
     ignores = "import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN)\n" + STUBBORN
     child = Child("x", [sys.executable, "-c", ignores, str(tmp_path / "pid")], {}, tmp_path / "log")
     pid = await_file(tmp_path / "pid")
-    child.stop(grace=0.5)
+    stop([child], grace=0.5)
     assert not child.alive
     assert child.returncode == 128 + signal.SIGKILL
     assert gone(pid, 0.5)

@@ -2,6 +2,7 @@
 
 import os
 import random
+import re
 import signal
 import sys
 import time
@@ -17,12 +18,8 @@ from safetensors.torch import load_file
 from test_end_to_end import MARK, NO_SUITE, SMALL, Command
 
 from mmopd.catalog import shipped
-from mmopd.errors import UserError
-from mmopd.processes import Children
-from mmopd.ranks import check_ranks
 from mmopd.report.metrics import read_lines
 from mmopd.run import RunFolder
-from mmopd.train.watchdog import HUNG, WAITED
 
 STEPS = ["train.steps=10", "train.checkpoint_every=2", "train.timeout=120", "algorithm.difficulty=null", "student.replicas=2", NO_SUITE]
 TEACHERS = "teachers.json"
@@ -57,40 +54,6 @@ def whole(command: Command) -> str:
     assert status == 0, output
     command.assert_nothing_survives()
     return output
-
-
-def blamed(tmp_path: Path, *ends: str, stopping: bool = False) -> str:
-    """Whom the launcher blames when its ranks end like these shell commands."""
-    with Children() as children:
-        ranks = [children.start(f"rank{n}", ["sh", "-c", end], tmp_path / f"{n}.log") for n, end in enumerate(ends)]
-        ranks[0].wait(30)
-        try:
-            check_ranks(ranks, timeout=20, stopping=stopping)
-        except UserError as error:
-            return str(error)
-    return ""
-
-
-def test_of_ranks_that_take_each_other_along_the_one_that_knows_why_is_named(tmp_path: Path) -> None:
-    said = blamed(tmp_path, "exit 1", "echo error: no space; sleep 0.3; exit 2", "exit 1")
-    assert said.startswith("rank1 ended with status 2; ")
-    assert said.endswith("error: no space")
-    assert blamed(tmp_path, "exit 1", "kill -9 $$").startswith("rank1 ended with status 137")
-
-
-def test_a_rank_that_hangs_is_named_and_not_the_one_that_has_waited_for_it(tmp_path: Path) -> None:
-    said = blamed(tmp_path, f"exit {WAITED}", f"sleep 2; echo at step 7, update; exit {HUNG}")
-    assert said.startswith(f"rank1 ended with status {HUNG}; ")
-    assert said.endswith("at step 7, update")
-
-
-def test_a_rank_that_does_not_even_end_itself_is_named(tmp_path: Path) -> None:
-    assert blamed(tmp_path, f"exit {WAITED}", "kill -STOP $$").startswith("rank1 has not answered for train.timeout = 20 s")
-
-
-def test_a_rank_that_was_asked_to_stop_before_it_could_listen_has_not_failed(tmp_path: Path) -> None:
-    assert blamed(tmp_path, "kill $$", stopping=True) == ""
-    assert blamed(tmp_path, "kill $$").startswith("rank0 ended with status 143")
 
 
 @pytest.fixture(scope="module")
@@ -238,5 +201,5 @@ def test_an_engine_that_hangs_ends_the_run_within_its_timeout_and_is_named(works
     status, output = command.finish()
     assert status == 2, output
     assert time.monotonic() - begin < 60
-    assert "student-2" in output
+    assert re.search(r"Error: student-2: /|engine student-2 could not", output), output
     command.assert_nothing_survives()

@@ -68,7 +68,7 @@ async def roll(
                 handover = kind(engine)
                 rolling = rollouts.begin(STEP, prompts)
                 if ahead:
-                    assert await rolling.failure()
+                    assert (await rolling.end(ranks)).failed
                     await handover.publish(version_of(STEP))
                 samples, _ = await rollouts.finish(rolling, handover)
                 return samples, handover, engine

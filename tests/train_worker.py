@@ -240,7 +240,7 @@ def full(trainer: Trainer, encoder: Encoder, out: Path) -> dict[str, Any]:
 
 def hanging(trainer: Trainer, encoder: Encoder, out: Path) -> dict[str, Any]:
     """Rank 1 hangs in the second micro-batch of an update."""
-    watchdog = Watchdog(trainer.ranks.rank, 20)
+    watchdog = Watchdog(trainer.ranks.rank, 20, out / f"rank{trainer.ranks.rank}.pulse")
     items = make_items(encoder, "TitIIt", 0)
     trainer.update(items)
     if trainer.ranks.rank == 1:

@@ -100,7 +100,8 @@ async def _ask(
     fleet, tasks = load_teachers(recipe), catalog.load_tasks()
     async with AsyncExitStack() as stack:
         engines = {
-            name: [await stack.enter_async_context(StudentEngine(one, encoder)) for one in replicas] for name, replicas in teachers.items()
+            name: [await stack.enter_async_context(StudentEngine(one, encoder, timeout=recipe.train.timeout)) for one in replicas]
+            for name, replicas in teachers.items()
         }
         verifiers = stack.enter_context(VerifierPool())
 

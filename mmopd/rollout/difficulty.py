@@ -58,7 +58,7 @@ async def _answer(
     """
     settings, encoder = _settings(recipe), Encoder(recipe.student.model)
     async with AsyncExitStack() as stack:
-        engines = [await stack.enter_async_context(StudentEngine(student, encoder)) for student in students]
+        engines = [await stack.enter_async_context(StudentEngine(student, encoder, timeout=recipe.train.timeout)) for student in students]
         verifiers, turns = stack.enter_context(VerifierPool()), itertools.cycle(engines)
 
         async def right_of(encoded: Encoded) -> tuple[int, int]:

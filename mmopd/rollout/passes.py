@@ -4,10 +4,10 @@ import asyncio
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-from mmopd.errors import UserError
 from mmopd.modality import Encoder
 from mmopd.progress import Stage
 from mmopd.prompts.ledger import Ledger
+from mmopd.prompts.rows import RowError
 from mmopd.prompts.shards import Shards
 from mmopd.records import Encoded
 
@@ -40,7 +40,7 @@ async def each_row(
         for name, row in todo:  # the iterator is shared: a row is read when somebody is free to ask about it
             try:
                 encoded = encoder.encode(sources[name][row])
-            except (UserError, ValueError) as error:
+            except (RowError, ValueError) as error:  # the row is bad; a source that cannot be read ends the pass
                 unreadable += 1
                 stage.note(f"{name}/{row} cannot be read: {error}")
                 ledgers[name].add(row, *nothing)

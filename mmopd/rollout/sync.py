@@ -168,12 +168,13 @@ class Server:
         self.name = endpoint.name
         # A connection for each step: the server closes those that idle for some seconds, and a step must not be sent twice.
         limits = httpx.Limits(max_keepalive_connections=0)
+        self._look = min(LOOK, timeout / 10)
         self.client = httpx.Client(base_url=endpoint.url, headers=endpoint.headers, timeout=timeout, limits=limits)
         self.introduced = False
 
     def version(self) -> str | None:
         """The version of the weights that it holds."""
-        version: str | None = self._call("GET", "weight_info", timeout=LOOK).json()["weight_version"]
+        version: str | None = self._call("GET", "weight_info", timeout=self._look).json()["weight_version"]
         return version
 
     def post(self, path: str, body: dict[str, Any] | None = None) -> None:

@@ -27,6 +27,7 @@ from mmopd.teacher.probes import Kind, Questions, questions
 
 RESPONSES = 2  # of the student, to each prompt that is shown
 RESPONSE_TOKENS = 64  # of them, at most: enough to tell an image from a blank
+RESPONSE_SECONDS = 600.0  # for all of them: an engine that is so late hangs
 
 
 async def preflight(
@@ -129,7 +130,7 @@ async def answers(student: Endpoint, encoder: Encoder, kinds: Sequence[Kind], *,
     async def some(engine: StudentEngine, prompt: Prompt) -> list[Response]:
         return await engine.sample(encoder.encode(prompt), RESPONSES, 0, max_tokens=min(max_tokens, RESPONSE_TOKENS))
 
-    async with StudentEngine(student, encoder) as engine:
+    async with StudentEngine(student, encoder, timeout=RESPONSE_SECONDS) as engine:
         sampled = await asyncio.gather(*(some(engine, prompt) for prompt in prompts))
     return {prompt.key: [response.tokens for response in some] for prompt, some in zip(prompts, sampled, strict=True)}
 

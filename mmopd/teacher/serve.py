@@ -26,7 +26,7 @@ import torch
 from mmopd.config import Engine, Sync
 from mmopd.errors import UserError
 from mmopd.modality.video import MEDIA_SETTINGS
-from mmopd.processes import Children
+from mmopd.processes import Children, stop
 from mmopd.teacher.adapter import Adapter, lora_flags
 from mmopd.teacher.endpoint import Endpoint
 from mmopd.teacher.vllm_main import KEY_VARIABLE, READY, RequireKey, Server
@@ -138,10 +138,7 @@ class Servers(dict[str, Endpoint]):
     def stop(self) -> None:
         """End all servers, at the same time; nothing of them runs any more on return."""
         self._http.close()
-        for supervisor in self._supervisors:
-            supervisor.child.terminate()
-        for supervisor in self._supervisors:
-            supervisor.child.stop()
+        stop([supervisor.child for supervisor in self._supervisors])
 
     def log(self, server: str) -> Path:
         """The log file of a server."""

@@ -8,7 +8,7 @@ import datetime
 import os
 import socket
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -29,9 +29,11 @@ class Ranks:
     size: int
     device: torch.device
     group: Any  # gloo process group for objects and statistics
+    beat: Callable[[], None] = lambda: None  # called before this rank waits for others: it is not the one that hangs
 
     def gather_objects(self, value: T) -> list[T]:
         """`value` of every rank, in order of rank, on every rank."""
+        self.beat()
         values: list[Any] = [None] * self.size
         dist.all_gather_object(values, value, group=self.group)
         return values
@@ -46,6 +48,7 @@ class Ranks:
 
     def barrier(self) -> None:
         """Wait for all ranks."""
+        self.beat()
         dist.barrier(group=self.group)
 
     def agree(self, fault: str) -> None:
@@ -58,6 +61,7 @@ class Ranks:
             raise UserError(found)
 
     def _reduce(self, values: Sequence[float], how: Any) -> list[float]:
+        self.beat()
         tensor = torch.tensor(values, dtype=torch.float64)
         dist.all_reduce(tensor, op=how, group=self.group)
         reduced: list[float] = tensor.tolist()
@@ -102,8 +106,12 @@ def place(env: Mapping[str, str]) -> dict[str, str]:
 
 def waited_in_vain(error: RuntimeError) -> bool:
     """Whether it is the one of a collective that another rank has not joined in time."""
-    said = str(error).lower()
-    return any(words in said for words in ("timed out", "timeout"))
+    return any(words in str(error).lower() for words in ("timed out", "timeout"))
+
+
+def was_left(error: RuntimeError) -> bool:
+    """Whether it is the one of a collective in which another rank has ended."""
+    return any(words in str(error).lower() for words in ("connection closed by peer", "connection reset by peer"))
 
 
 def stop() -> None:

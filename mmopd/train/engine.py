@@ -231,6 +231,7 @@ class Trainer:
             units = {unit(weight.name) for weight in chosen if weight.trained}
             chosen = [weight for weight in chosen if unit(weight.name) in units]
         for bucket in _buckets(chosen, bucket_bytes):
+            self.ranks.beat()
             with deepspeed.zero.GatheredParameters([p for weight in bucket for p in weight.parameters]):
                 if self.ranks.rank == 0:
                     yield from as_checkpoint(self.student, {weight.name: weight.value() for weight in bucket}).items()

@@ -1,5 +1,6 @@
 """One rank of `mmopd export`: `python -m mmopd.train.export_rank RUN CHECKPOINT OUT`, in the environment of a training rank."""
 
+import dataclasses
 import sys
 from pathlib import Path
 
@@ -11,6 +12,8 @@ from mmopd.train import distributed
 from mmopd.train.checkpoint import load
 from mmopd.train.engine import Trainer
 from mmopd.train.export import export
+from mmopd.train.rank import telling
+from mmopd.train.watchdog import TOGETHER, Watchdog, pulse_of
 
 
 def main() -> int:
@@ -18,16 +21,18 @@ def main() -> int:
     folder, checkpoint, out = map(Path, sys.argv[1:])
     run = RunFolder(folder)
     recipe = run.recipe()
-    ranks = distributed.start(recipe.train.timeout)
+    timeout = recipe.train.timeout
+    ranks = distributed.start(TOGETHER * timeout)
+    watchdog = Watchdog(ranks.rank, timeout, pulse_of(run.logs / f"export{ranks.rank}.log"))
+    ranks = dataclasses.replace(ranks, beat=watchdog.beat)
     try:
-        trainer = Trainer(recipe.student.model, Encoder(recipe.student.model), recipe.train, recipe.algorithm, ranks)
-        load(trainer, checkpoint)
-        export(trainer, out, model_card(run, recipe, step_of(checkpoint.name)))
+        with telling(ranks, watchdog, timeout), watchdog:
+            trainer = Trainer(recipe.student.model, Encoder(recipe.student.model), recipe.train, recipe.algorithm, ranks)
+            load(trainer, checkpoint)
+            export(trainer, out, model_card(run, recipe, step_of(checkpoint.name)))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    finally:
-        distributed.stop()
     return 0
 
 

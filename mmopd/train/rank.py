@@ -6,11 +6,13 @@ a resume.
 """
 
 import asyncio
+import dataclasses
 import socket
 import sys
 import threading
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -20,8 +22,9 @@ from mmopd.config import Recipe
 from mmopd.errors import UserError
 from mmopd.run import RunFolder
 from mmopd.train import distributed
+from mmopd.train.distributed import Ranks
 from mmopd.train.loop import train
-from mmopd.train.watchdog import TOGETHER, WAITED, Watchdog, asked_to_stop
+from mmopd.train.watchdog import LEFT, TOGETHER, WAITED, Watchdog, asked_to_stop, pulse_of
 
 
 def main() -> int:
@@ -46,22 +49,35 @@ def work(run: RunFolder, recipe: Recipe, changed: Sequence[str], stop: threading
         UserError: anything that a user can put right.
     """
     ranks = distributed.start(TOGETHER * recipe.train.timeout)
-    watchdog = Watchdog(ranks.rank, recipe.train.timeout)
-    try:
+    watchdog = Watchdog(ranks.rank, recipe.train.timeout, pulse_of(run.logs / f"rank{ranks.rank}.log"))
+    ranks = dataclasses.replace(ranks, beat=watchdog.beat)
+    with telling(ranks, watchdog, recipe.train.timeout):
         students, _ = run.read_endpoints()
         where = urlsplit(students[0].url).hostname or ""
         check_place(recipe.train.ranks, where, ranks.gather_objects((socket.gethostname(), is_here(where))))
         asyncio.run(train(run, recipe, ranks, changed=changed, stop=stop, watchdog=watchdog))
+    return 0
+
+
+@contextmanager
+def telling(ranks: Ranks, watchdog: Watchdog, timeout: float) -> Iterator[None]:
+    """Leave the other ranks behind the block; if one of them is why it ends, the exit status says so (`mmopd.ranks.check_ranks`).
+
+    Raises:
+        SystemExit: another rank did not come to a collective in time, or has ended in one.
+    """
+    try:
+        yield
     except RuntimeError as error:
-        if not distributed.waited_in_vain(error):
+        waited = distributed.waited_in_vain(error)
+        if not (waited or distributed.was_left(error)):
             raise
         traceback.print_exc()
-        limit = f"{TOGETHER * recipe.train.timeout:.0f} s (train.timeout = {recipe.train.timeout})"
-        print(f"error: rank {ranks.rank} has waited for another one for {limit}, at {watchdog.where}", file=sys.stderr)
-        return WAITED
+        what = f"did not come within {TOGETHER * timeout:.0f} s (train.timeout = {timeout:g})" if waited else "has ended"
+        print(f"error: rank {ranks.rank}, at {watchdog.where}: another one {what}", file=sys.stderr)
+        raise SystemExit(WAITED if waited else LEFT) from None
     finally:
         distributed.stop()
-    return 0
 
 
 def check_place(wanted: int, engine: str, places: Sequence[tuple[str, bool]]) -> None:

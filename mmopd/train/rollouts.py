@@ -8,7 +8,7 @@ from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from itertools import chain
 from types import TracebackType
-from typing import Self
+from typing import NamedTuple, Self
 
 from mmopd import catalog
 from mmopd.config import Dense, Recipe
@@ -26,6 +26,8 @@ from mmopd.teacher.client import Scorer
 from mmopd.teacher.router import load_teachers, references
 from mmopd.train.distributed import Ranks
 from mmopd.train.handover import Handover
+
+LOOK_EVERY = 1.0  # seconds
 
 
 class Rollouts:
@@ -88,10 +90,10 @@ class Rollouts:
             EngineError: the engine is gone for good, or does not answer as it should.
         """
         version, excused = version_of(rolling.step), self._recipe.rollout.async_steps > 0
-        while any(self._ranks.all_max([(error := await rolling.failure()) is not None])):
+        while (ended := await rolling.end(self._ranks)).failed:
             await rolling.cancel()
             if not excused:
-                await handover.wait_for_engine(version, error)
+                await handover.wait_for_engine(version, ended.error)
                 await handover.publish(version, everything=True)
             excused = False
             rolling = self.begin(rolling.step, rolling.prompts)
@@ -115,6 +117,13 @@ class Rollouts:
         return samples, time.perf_counter() - begin
 
 
+class End(NamedTuple):
+    """How the rollouts of a step have ended."""
+
+    failed: bool  # on any rank, for an engine's sake
+    error: EngineError | None  # of this one
+
+
 @dataclass(frozen=True, slots=True)
 class Rolling:
     """The rollouts of a step, on their way."""
@@ -123,13 +132,19 @@ class Rolling:
     prompts: Sequence[Encoded]  # by group
     task: asyncio.Task[tuple[list[Sample], float]]
 
-    async def failure(self) -> EngineError | None:
-        """Wait for the end; the error, if the engine is the reason."""
-        try:
-            await self.task
-        except EngineError as error:
-            return error
-        return None
+    async def end(self, ranks: Ranks) -> "End":
+        """Wait until it has ended on all ranks, or an engine has failed on one. Collective.
+
+        Ranks look at each other every second, so that none waits for another for longer, however unlike their shares are.
+        """
+        while True:
+            await asyncio.wait({self.task}, timeout=LOOK_EVERY)
+            error = self.task.exception() if self.task.done() else None
+            if error is not None and not isinstance(error, EngineError):
+                raise error
+            failed, going_on = ranks.all_max([error is not None, not self.task.done()])
+            if failed or not going_on:
+                return End(bool(failed), error)
 
     async def cancel(self) -> None:
         """End it, and whatever it has asked for."""

@@ -13,20 +13,26 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Self
 
-HUNG, WAITED = 124, 123  # exit statuses: no progress, as timeout(1) has it; and another rank did not come
+HUNG, WAITED, LEFT = 124, 123, 122  # exit statuses: no progress, as timeout(1) has it; another rank did not come; or has ended
 TRAINER = "trainer"  # name of the thread that computes while rollouts run ahead
-TOGETHER, LATER = 1.1, 1.2  # of train.timeout: for a rank that waits for others, and for the watchdog
+# Of train.timeout: for a rank that waits for others, for the watchdog, and for the launcher where a watchdog has stopped, too.
+TOGETHER, LATER, LAST = 1.1, 1.2, 1.5
 
 
 class Watchdog:
-    """Ends this process when nothing calls `beat` for LATER times `timeout` seconds; from a thread, while the `with` block lasts."""
+    """Ends this process when nothing calls `beat` for LATER times `timeout` seconds; from a thread, while the `with` block lasts.
 
-    def __init__(self, rank: int, timeout: float) -> None:
-        self._rank, self._limit = rank, LATER * timeout
+    Args:
+        pulse: a file that the thread touches as long as it runs.
+    """
+
+    def __init__(self, rank: int, timeout: float, pulse: Path) -> None:
+        self._rank, self._limit, self._pulse = rank, LATER * timeout, pulse
         self._last = time.monotonic()
         self._over = threading.Event()
         self._loop_counts = True
@@ -67,6 +73,8 @@ class Watchdog:
 
     def _watch(self) -> None:
         while not self._over.wait(self._limit / 20):
+            with suppress(OSError):
+                self._pulse.touch()
             silent = time.monotonic() - self._last
             if silent > self._limit:
                 faulthandler.dump_traceback(sys.stderr, all_threads=True)
@@ -75,6 +83,11 @@ class Watchdog:
                 busy = (aside or [threading.main_thread()])[0]
                 print("".join(_stack(sys._current_frames()[busy.ident or 0])), file=sys.stderr, flush=True)
                 os._exit(HUNG)
+
+
+def pulse_of(log: Path) -> Path:
+    """Where the watchdog of the rank with this log gives signs of life."""
+    return log.with_suffix(".pulse")
 
 
 def _stack(frame: FrameType) -> list[str]:

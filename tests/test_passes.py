@@ -1,0 +1,54 @@
+"""A pass over all rows before training: what is kept of a row that is bad, and of one that could not be fetched."""
+
+import asyncio
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from mmopd.errors import UserError
+from mmopd.prompts.rows import RowError
+from mmopd.rollout.passes import each_row
+
+
+class Rows:
+    """Three rows, the second of which cannot be had."""
+
+    def __init__(self, error: Exception) -> None:
+        self.error = error
+
+    def __len__(self) -> int:
+        return 3
+
+    def __getitem__(self, row: int) -> str:
+        if row == 1:
+            raise self.error
+        return f"row {row}"
+
+
+class Kept(dict[int, tuple[Any, ...]]):
+    def add(self, row: int, *found: Any) -> None:
+        self[row] = found
+
+
+def run(error: Exception, kept: Kept) -> int:
+    async def find(encoded: str) -> tuple[str]:
+        return (encoded,)
+
+    encoder, stage = SimpleNamespace(encode=lambda row: row), SimpleNamespace(note=lambda text: None, advance=lambda: None)
+    passing = each_row({"s": Rows(error)}, {"s": kept}, encoder, find, (None,), at_once=1, stage=stage)  # type: ignore
+    return asyncio.run(passing)
+
+
+@pytest.mark.parametrize("error", [RowError("unreadable", "row 1 is no prompt"), ValueError("too large")])
+def test_a_bad_row_is_kept_as_one_about_which_nothing_was_found(error: Exception) -> None:
+    kept = Kept()
+    assert run(error, kept) == 1
+    assert kept == {0: ("row 0",), 1: (None,), 2: ("row 2",)}
+
+
+def test_a_source_that_cannot_be_read_any_more_ends_the_pass_and_is_no_finding() -> None:
+    kept = Kept()
+    with pytest.raises(UserError, match="the shard cannot be read any more"):
+        run(UserError("s.tar: the shard cannot be read any more"), kept)
+    assert kept == {0: ("row 0",)}
