@@ -3,8 +3,8 @@
 The same student and teacher, 16 prompts with an image each x 16 responses a step of at most 24 tokens, float32, learning rate with
 its warm-up, and AdamW's betas, weight decay and gradient clipping. (Prompts with and without images in one batch, as the demo has them, are
 not for TRL 1.16: it hands its processor `None` for the image of those without.) TRL generates with transformers and holds student and
-teacher in one process with two threads; mmopd has its two ranks and two vLLM servers, one thread each, on the same two cores. TRL's loss is
-over the whole vocabulary, mmopd's on the sampled token. Tokens that were trained on, per second, over the steps behind the first two.
+teacher in one process with two threads; mmopd has its ranks and vLLM servers, one thread each, on the same two cores. TRL's loss is over the
+whole vocabulary, mmopd's on the sampled token. Tokens that were trained on, per second, over the steps behind the first two.
 
 TRL is no dependency: `pip install --no-deps --target .mmopd/trl trl==1.16.0` in the workspace, which has the data of `mmopd demo`.
 """
@@ -28,10 +28,9 @@ DEMO, TRL = Path(".mmopd/demo"), Path(".mmopd/trl")
 TEACHER, WARM, GOAL = "image_teacher", 2, 2.0
 SHARDS = [DEMO / "shards" / "digit_sum"]
 WAYS = {
-    "mmopd": [],
-    "mmopd, two engines": ["student.replicas=2"],
-    "mmopd, rollouts ahead": ["rollout.async_steps=1"],
-    "mmopd, two engines, rollouts ahead": ["student.replicas=2", "rollout.async_steps=1"],
+    "mmopd, two ranks and an engine, as the demo is": [],
+    "mmopd, two ranks and two engines": ["student.replicas=2"],
+    "mmopd, a rank and an engine, rollouts ahead": ["train.ranks=1", "student.engine.max_num_seqs=256", "rollout.async_steps=1"],
 }
 PLAIN = [
     "mixture=data/demo_image.yaml",

@@ -53,7 +53,7 @@ def check_ranks(running: Sequence[Child], timeout: float, *, stopping: bool) -> 
 
 
 class Pulses:
-    """Signs of life of ranks on this machine: one that is stopped, or hangs in the kernel, does not end itself, and no other may miss it.
+    """Signs of life of ranks on this machine: what is stopped, or hangs in the kernel, cannot end itself, and nobody misses a single rank.
 
     Args:
         running: as `start_ranks` gave them, without a launcher.
