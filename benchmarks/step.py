@@ -3,8 +3,8 @@
 The same student and teacher, 16 prompts with an image each x 16 responses a step of at most 24 tokens, float32, learning rate with
 its warm-up, and AdamW's betas, weight decay and gradient clipping. (Prompts with and without images in one batch, as the demo has them, are
 not for TRL 1.16: it hands its processor `None` for the image of those without.) TRL generates with transformers and holds student and
-teacher in one process with two threads; mmopd has its ranks and vLLM servers, one thread each, on the same two cores. TRL's loss is over the
-whole vocabulary, mmopd's on the sampled token. Tokens that were trained on, per second, over the steps behind the first two.
+teacher in one process with two threads; mmopd has its ranks and vLLM servers, one thread each, on the same two cores. TRL's loss is over
+the whole vocabulary, mmopd's on the sampled token. Tokens that were trained on, per second, over the steps behind the first two.
 
 TRL is no dependency: `pip install --no-deps --target .mmopd/trl trl==1.16.0` in the workspace, which has the data of `mmopd demo`.
 """
