@@ -69,7 +69,7 @@ def test_every_variant_of_a_shipped_comparison_is_a_recipe_that_loads(name: Path
 def test_a_recipe_of_the_paper_has_its_hyperparameters(name: str, direction: str, tmp_path: Path) -> None:
     recipe = catalog.load_recipe(f"recipes/{name}.yaml", tmp_path)
     rollout, algorithm, train = recipe.rollout, recipe.algorithm, recipe.train
-    # Section 5 of recipe.md, "Settings of the paper".
+    # Settings of the paper (its Table B.1).
     assert (rollout.prompts, rollout.group, rollout.prompts * rollout.group) == (64, 16, 1024)
     assert (rollout.temperature, rollout.max_tokens) == (1.0, 16_384)
     sources = catalog.load_mixture(recipe.mixture, tmp_path).sources
