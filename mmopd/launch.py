@@ -34,6 +34,7 @@ from mmopd.report.html import write_report
 from mmopd.rollout.answers import run_answers
 from mmopd.rollout.difficulty import run_pass
 from mmopd.rollout.engine import EngineError
+from mmopd.rollout.passes import answering
 from mmopd.rollout.sync import FRESH, FileSync, SyncError
 from mmopd.run import RunFolder, alone_in
 from mmopd.teacher.endpoint import Endpoint
@@ -236,12 +237,8 @@ def measure_difficulty(job: Job, servers: Servers, run: RunFolder, stages: Stage
         return
     if (run.difficulty / difficulty.FILE).is_file() and difficulty.load(run.difficulty / difficulty.FILE).keys() == job.sources.keys():
         return
-    with stages.stage("difficulty") as stage:
-        try:
-            run_pass(job.recipe, job.sources, run.read_endpoints()[0], run.difficulty, stage)
-        except EngineError as error:
-            servers.check()
-            raise UserError(f"{error}; the logs are in {run.logs}") from error
+    with stages.stage("difficulty") as stage, answering(servers, run.logs):
+        run_pass(job.recipe, job.sources, run.read_endpoints()[0], run.difficulty, stage)
 
 
 def sample_answers(job: Job, servers: Servers, run: RunFolder, stages: Stages) -> None:
@@ -253,12 +250,8 @@ def sample_answers(job: Job, servers: Servers, run: RunFolder, stages: Stages) -
     if not isinstance(job.recipe.algorithm.objective, SFT):
         return
     _, teachers = run.read_endpoints()
-    with stages.stage("answers") as stage:
-        try:
-            run_answers(job.recipe, job.sources, teachers, stage)
-        except EngineError as error:
-            servers.check()
-            raise UserError(f"a teacher did not answer: {error}; the logs are in {servers.log('student').parent}") from error
+    with stages.stage("answers") as stage, answering(servers, run.logs, "a teacher did not answer: "):
+        run_answers(job.recipe, job.sources, teachers, stage)
 
 
 def difficulty_alone(recipe: Recipe, out: Path, console: Console) -> None:
@@ -273,12 +266,8 @@ def difficulty_alone(recipe: Recipe, out: Path, console: Console) -> None:
         prepare(recipe, stages)
         job = check(recipe)
         specs = [dataclasses.replace(spec, updatable=False, sync="file") for spec in student_specs(recipe.student)]
-        with serve_in_stage(specs, children, logs, stages) as servers, stages.stage("difficulty") as stage:
-            try:
-                measured = run_pass(recipe, job.sources, list(servers.values()), out, stage)
-            except EngineError as error:
-                servers.check()
-                raise UserError(f"{error}; the logs are in {logs}") from error
+        with serve_in_stage(specs, children, logs, stages) as servers, stages.stage("difficulty") as stage, answering(servers, logs):
+            measured = run_pass(recipe, job.sources, list(servers.values()), out, stage)
     console.print(difficulty.table(measured))
     console.print(f"Before and after: {out / difficulty.PICTURE}", highlight=False, markup=False)
 
@@ -324,7 +313,7 @@ def distil(job: Job, run: RunFolder, children: Children, servers: Servers, stage
         stage.total(job.recipe.train.steps)
         stage.note("starting the ranks")
         until, done, alive = math.inf, 0, True
-        pulses = Pulses([] if job.launcher else running, timeout)
+        pulses = Pulses(running, timeout)
         while alive:
             time.sleep(0.5)
             alive = any(rank.alive for rank in running)  # first, so that what they leave behind is seen

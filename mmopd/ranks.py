@@ -56,7 +56,7 @@ class Pulses:
     """Signs of life of ranks on this machine: what is stopped, or hangs in the kernel, cannot end itself, and nobody misses a single rank.
 
     Args:
-        running: as `start_ranks` gave them, without a launcher.
+        running: as `start_ranks` gave them; a launcher, whose ranks may be elsewhere, gives no sign and is not missed.
         timeout: of the recipe.
     """
 

@@ -1,6 +1,8 @@
 """A pass over all rows before training: what is kept of a row that is bad, and of one that could not be fetched."""
 
 import asyncio
+from collections.abc import Callable
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -8,7 +10,8 @@ import pytest
 
 from mmopd.errors import UserError
 from mmopd.prompts.rows import RowError
-from mmopd.rollout.passes import each_row
+from mmopd.rollout.engine import EngineError
+from mmopd.rollout.passes import answering, each_row
 
 
 class Rows:
@@ -52,3 +55,17 @@ def test_a_source_that_cannot_be_read_any_more_ends_the_pass_and_is_no_finding()
     with pytest.raises(UserError, match="the shard cannot be read any more"):
         run(UserError("s.tar: the shard cannot be read any more"), kept)
     assert kept == {0: ("row 0",)}
+
+
+def test_an_engine_that_does_not_answer_ends_the_pass_and_a_server_that_has_ended_is_named_before_it() -> None:
+    def ended() -> None:
+        raise UserError("server 'student' ended")
+
+    def passing(check: Callable[[], None]) -> None:
+        with answering(SimpleNamespace(check=check), Path("logs"), "a teacher did not answer: "):  # type: ignore[arg-type]
+            raise EngineError("no connection")
+
+    with pytest.raises(UserError, match=r"^a teacher did not answer: no connection; the logs are in logs$"):
+        passing(lambda: None)
+    with pytest.raises(UserError, match=r"^server 'student' ended$"):
+        passing(ended)

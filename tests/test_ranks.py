@@ -37,9 +37,8 @@ def test_a_rank_that_hangs_is_named_and_not_the_one_that_has_waited_for_it(tmp_p
 
 
 def test_ranks_that_were_left_are_never_blamed_before_the_one_that_left(tmp_path: Path) -> None:
-    assert blamed(tmp_path, f"exit {LEFT}", "echo RuntimeError: CUDA out of memory; sleep 2; exit 1").startswith(
-        "rank1 ended with status 1"
-    )
+    crash = "echo RuntimeError: CUDA out of memory; sleep 2; exit 1"
+    assert blamed(tmp_path, f"exit {LEFT}", crash).startswith("rank1 ended with status 1")
     ring = (f"exit {LEFT}", f"sleep 2; exit {HUNG}", f"exit {WAITED}")  # the last one gave up, and took the first along
     assert blamed(tmp_path, *ring).startswith(f"rank1 ended with status {HUNG}")
 

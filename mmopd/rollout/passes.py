@@ -2,14 +2,19 @@
 
 import asyncio
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
+from mmopd.errors import UserError
 from mmopd.modality import Encoder
 from mmopd.progress import Stage
 from mmopd.prompts.ledger import Ledger
 from mmopd.prompts.rows import RowError
 from mmopd.prompts.shards import Shards
 from mmopd.records import Encoded
+from mmopd.rollout.engine import EngineError
+from mmopd.teacher.serve import Servers
 
 Find = Callable[[Encoded], Awaitable[Sequence[Any]]]
 
@@ -50,3 +55,17 @@ async def each_row(
 
     await asyncio.gather(*(next_one_by_one() for _ in range(at_once)))
     return unreadable
+
+
+@contextmanager
+def answering(servers: Servers, logs: Path, what: str = "") -> Iterator[None]:
+    """A pass over all rows, which ends where an engine does not answer.
+
+    Raises:
+        UserError: one does not; a server that has ended for good is named before what the pass says.
+    """
+    try:
+        yield
+    except EngineError as error:
+        servers.check()
+        raise UserError(f"{what}{error}; the logs are in {logs}") from error

@@ -1,6 +1,5 @@
 """One rank of `mmopd export`: `python -m mmopd.train.export_rank RUN CHECKPOINT OUT`, in the environment of a training rank."""
 
-import dataclasses
 import sys
 from pathlib import Path
 
@@ -8,12 +7,10 @@ from mmopd.card import model_card
 from mmopd.errors import UserError
 from mmopd.modality import Encoder
 from mmopd.run import RunFolder, step_of
-from mmopd.train import distributed
 from mmopd.train.checkpoint import load
 from mmopd.train.engine import Trainer
 from mmopd.train.export import export
-from mmopd.train.rank import telling
-from mmopd.train.watchdog import TOGETHER, Watchdog, pulse_of
+from mmopd.train.rank import joined
 
 
 def main() -> int:
@@ -21,12 +18,8 @@ def main() -> int:
     folder, checkpoint, out = map(Path, sys.argv[1:])
     run = RunFolder(folder)
     recipe = run.recipe()
-    timeout = recipe.train.timeout
-    ranks = distributed.start(TOGETHER * timeout)
-    watchdog = Watchdog(ranks.rank, timeout, pulse_of(run.logs / f"export{ranks.rank}.log"))
-    ranks = dataclasses.replace(ranks, beat=watchdog.beat)
     try:
-        with telling(ranks, watchdog, timeout), watchdog:
+        with joined(run, "export", recipe.train.timeout) as (ranks, watchdog), watchdog:
             trainer = Trainer(recipe.student.model, Encoder(recipe.student.model), recipe.train, recipe.algorithm, ranks)
             load(trainer, checkpoint)
             export(trainer, out, model_card(run, recipe, step_of(checkpoint.name)))

@@ -48,10 +48,7 @@ def work(run: RunFolder, recipe: Recipe, changed: Sequence[str], stop: threading
     Raises:
         UserError: anything that a user can put right.
     """
-    ranks = distributed.start(TOGETHER * recipe.train.timeout)
-    watchdog = Watchdog(ranks.rank, recipe.train.timeout, pulse_of(run.logs / f"rank{ranks.rank}.log"))
-    ranks = dataclasses.replace(ranks, beat=watchdog.beat)
-    with telling(ranks, watchdog, recipe.train.timeout):
+    with joined(run, "rank", recipe.train.timeout) as (ranks, watchdog):
         students, _ = run.read_endpoints()
         where = urlsplit(students[0].url).hostname or ""
         check_place(recipe.train.ranks, where, ranks.gather_objects((socket.gethostname(), is_here(where))))
@@ -60,14 +57,20 @@ def work(run: RunFolder, recipe: Recipe, changed: Sequence[str], stop: threading
 
 
 @contextmanager
-def telling(ranks: Ranks, watchdog: Watchdog, timeout: float) -> Iterator[None]:
-    """Leave the other ranks behind the block; if one of them is why it ends, the exit status says so (`mmopd.ranks.check_ranks`).
+def joined(run: RunFolder, name: str, timeout: float) -> Iterator[tuple[Ranks, Watchdog]]:
+    """Be one of the ranks while the block lasts; if another one is why it ends, the exit status says so (`mmopd.ranks.check_ranks`).
+
+    Args:
+        name: of these processes and their logs, before the number.
+        timeout: of the recipe.
 
     Raises:
         SystemExit: another rank did not come to a collective in time, or has ended in one.
     """
+    ranks = distributed.start(TOGETHER * timeout)
+    watchdog = Watchdog(ranks.rank, timeout, pulse_of(run.logs / f"{name}{ranks.rank}.log"))
     try:
-        yield
+        yield dataclasses.replace(ranks, beat=watchdog.beat), watchdog
     except RuntimeError as error:
         waited = distributed.waited_in_vain(error)
         if not (waited or distributed.was_left(error)):
