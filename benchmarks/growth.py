@@ -27,9 +27,9 @@ from mmopd.demo.world import additions, build_student
 from mmopd.modality import Encoder
 from mmopd.records import Prompt
 from mmopd.train import distributed
-from mmopd.train.engine import Trainer
+from mmopd.train.trainer import Trainer
 from mmopd.train.logprob import LogprobHead
-from mmopd.train.tree import Item
+from mmopd.train.prefix_tree import Item
 
 TOKENS = [1024, 2048, 4096, 8192, 16384]
 LENGTHS = [512, 1024, 2048, 4096]

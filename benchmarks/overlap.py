@@ -25,7 +25,7 @@ from rich.console import Console
 from rich.table import Table
 
 from mmopd.report.metrics import read_lines
-from mmopd.teacher import endpoint
+from mmopd.serving import endpoint
 
 LATE, WARM, LAST = 1.5, 3, 5
 FORWARDED = {"content-type", "authorization", "x-request-id"}

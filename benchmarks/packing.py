@@ -33,9 +33,9 @@ from mmopd.demo.world import additions, build_student, digit_sums
 from mmopd.modality import Encoder
 from mmopd.records import Encoded, Prompt
 from mmopd.train import distributed
-from mmopd.train.engine import Trainer
+from mmopd.train.trainer import Trainer
 from mmopd.train.pack import Cost, Layout, deal
-from mmopd.train.tree import Item, grow
+from mmopd.train.prefix_tree import Item, grow
 
 BUDGETS, LIMIT, RESPONSES, GROUP = (16_384, 32_768), 16_384, 1_024, 16  # a budget is of tokens, and of patches
 PROMPT, IMAGE = 200, 1_200  # tokens, patches

@@ -38,7 +38,7 @@ from mmopd.config import Algorithm, Recipe
 from mmopd.records import Encoded, Outcome, Prompt, Response, Sample, Score
 from mmopd.report.metrics import read_lines
 from mmopd.train.batch import build_batch
-from mmopd.train.record import divergence, entropy
+from mmopd.train.recorder import divergence, entropy
 
 GOAL = 0.005
 PLAIN, FULL = Algorithm(difficulty=None, balance=None, margin=None, visual=None), Algorithm(visual=None)

@@ -39,14 +39,14 @@ from transformers import AutoConfig, Qwen3VLForConditionalGeneration
 from mmopd.config import Engine, Fleet, Recipe
 from mmopd.demo.world import additions, build_student, digit_sums
 from mmopd.modality import Encoder
-from mmopd.processes import Children
+from mmopd.runtime.processes import Children
 from mmopd.records import Encoded, Outcome, Prompt, Score
 from mmopd.rollout.collect import collect, seed_of
-from mmopd.rollout.engine import StudentEngine
-from mmopd.teacher import wire
-from mmopd.teacher.client import Scorer
-from mmopd.teacher.endpoint import Endpoint
-from mmopd.teacher.serve import CPU_ENV, ENV, ServerSpec, serve
+from mmopd.rollout.student_client import StudentEngine
+from mmopd.serving import wire
+from mmopd.teacher.scorer import Scorer
+from mmopd.serving.endpoint import Endpoint
+from mmopd.serving.servers import CPU_ENV, ENV, ServerSpec, serve
 
 GROUP = 16
 ENGINE = Engine(dtype="float32", max_model_len=1024, max_num_seqs=64, kv_cache_mib=256, enforce_eager=True)

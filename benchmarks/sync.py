@@ -29,7 +29,7 @@ from mmopd.modality import Encoder
 from mmopd.rollout.buckets import MemoryFile, filled
 from mmopd.rollout.sync import BUCKET_BYTES
 from mmopd.train import distributed
-from mmopd.train.engine import Trainer
+from mmopd.train.trainer import Trainer
 
 SCALE, TIMES, RANKS = 9, 5, 2
 TRAIN = Train(steps=1, ranks=RANKS, dtype="bfloat16", gradient_checkpointing=False)

@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.table import Table
 
 from mmopd.task import code, documents, verify
-from mmopd.task.pool import VerifierPool
+from mmopd.task.verifier_pool import VerifierPool
 
 SECONDS = 3.0
 CASES = Path(__file__).parents[1] / "tests" / "verifier_cases.yaml"

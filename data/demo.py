@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 from transformers.utils import logging
 
 from mmopd.demo import pretrain, world
-from mmopd.progress import Stage
+from mmopd.runtime.progress import Stage
 from mmopd.prompts import TokenCounter, write_shards
 from mmopd.prompts.index import VERSION
 from mmopd.records import Prompt

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from mmopd import catalog
 from mmopd.demo import pretrain, world
-from mmopd.progress import Stage
+from mmopd.runtime.progress import Stage
 from mmopd.prompts.index import VERSION
 
 demo = catalog.load_module(Path(__file__).with_name("demo.py"))

@@ -92,7 +92,7 @@ def train(
     import shutil
 
     from mmopd import catalog
-    from mmopd.run import RunFolder
+    from mmopd.runtime.run_folder import RunFolder
 
     if recipe is not None and resume is not None:
         raise UserError(f"--resume takes no recipe and no key=value: its settings are in {resume}/recipe.yaml, to be changed there")
@@ -108,7 +108,7 @@ def train(
     elif resume is not None:
         folder = RunFolder(resume)
         resolved = folder.recipe()
-    from mmopd.launch import launch
+    from mmopd.commands.train import launch
 
     try:
         launch(folder, resolved, console, endpoints=endpoints or (), changed=changed or (), launcher=command, host=host)
@@ -150,7 +150,8 @@ def measure_difficulty(
 
     The counts are kept beside the shards, so that a stopped pass goes on where it was, and `mmopd train` needs none of its own.
     """
-    from mmopd import catalog, launch
+    from mmopd import catalog
+    from mmopd.commands import train as launch
 
     resolved = catalog.load_recipe(recipe, overrides=overrides or ())
     launch.difficulty_alone(resolved, out or Path("difficulty") / recipe.stem, console)
@@ -180,8 +181,8 @@ def compare(
     Servers stay up from one run to the next, as long as the next one needs the same models with the same settings.
     """
     from mmopd import catalog
-    from mmopd.compare import compare as run_grid
-    from mmopd.progress import Stages
+    from mmopd.commands.compare import compare as run_grid
+    from mmopd.runtime.progress import Stages
 
     try:
         with Stages(console) as stages:
@@ -203,9 +204,9 @@ def merge(
     alpha: Annotated[float, typer.Option(help="How far to go: 1 is the mean of the teachers, more goes past it (ExPO).")] = 1.25,
 ) -> None:
     """Merge TEACHERS and extrapolate from BASE, without training (ExPO, a baseline); one tensor in memory at a time."""
-    from mmopd.merge import merge as extrapolate
-    from mmopd.merge import parse_teacher
-    from mmopd.progress import Stages
+    from mmopd.commands.merge import merge as extrapolate
+    from mmopd.commands.merge import parse_teacher
+    from mmopd.runtime.progress import Stages
 
     with Stages(console) as stages, stages.stage("merge") as stage:
         extrapolate(base, dict(map(parse_teacher, teachers)), alpha, out, stage)
@@ -233,9 +234,9 @@ def prepare(
     import os
 
     from mmopd import catalog
-    from mmopd.progress import Stages
+    from mmopd.runtime.progress import Stages
     from mmopd.prompts.prepare import prepare as write
-    from mmopd.prompts.tree import prepared
+    from mmopd.prompts.mixture_view import prepared
 
     cores = workers or len(os.sched_getaffinity(0))
     try:
@@ -258,7 +259,7 @@ def index(
     ] = None,
 ) -> None:
     """Write the index of every tar of FOLDER anew: for tars that another tool wrote, or to count tokens for another student."""
-    from mmopd.progress import Stages
+    from mmopd.runtime.progress import Stages
     from mmopd.prompts import TokenCounter, index_tar
 
     tars = sorted(folder.glob("*.tar"))
@@ -288,9 +289,9 @@ def export(
     ranks: Annotated[int | None, typer.Option(min=1, help="Processes; as many as have trained if not given.", show_default=False)] = None,
 ) -> None:
     """Write the student of a checkpoint of RUN as a HF folder that transformers and vLLM load; RUN/export has that of the end."""
-    from mmopd.export import export_checkpoint
-    from mmopd.progress import Stages
-    from mmopd.run import RunFolder
+    from mmopd.commands.export import export_checkpoint
+    from mmopd.runtime.progress import Stages
+    from mmopd.runtime.run_folder import RunFolder
 
     with Stages(console) as stages:
         export_checkpoint(RunFolder(run), step, out, stages, ranks)
@@ -302,8 +303,8 @@ def replay(
     step: Annotated[int, typer.Argument(min=0, help="A step of which an update was skipped.", show_default=False)],
 ) -> None:
     """Compute a skipped update of RUN once more, response by response, and show what is not finite."""
-    from mmopd.replay import replay as compute
-    from mmopd.run import RunFolder
+    from mmopd.commands.replay import replay as compute
+    from mmopd.runtime.run_folder import RunFolder
 
     compute(RunFolder(run), step, console)
 
@@ -318,8 +319,8 @@ def show(
 ) -> None:
     """Print the resolved RECIPE, with every default, and what it would start; or what is in a mixture."""
     from mmopd import catalog
-    from mmopd.prompts.tree import is_mixture, mixture_tree
-    from mmopd.show import show as print_recipe
+    from mmopd.prompts.mixture_view import is_mixture, mixture_tree
+    from mmopd.commands.show import show as print_recipe
 
     if is_mixture(catalog.find(recipe)):
         console.print(mixture_tree(catalog.load_mixture(recipe), str(recipe), prompts))
@@ -349,9 +350,9 @@ def plan(
     **nothing of it has been measured on a GPU.**
     """
     from mmopd import catalog
-    from mmopd.budget import Machines, budget
-    from mmopd.estimate import find_gpu
-    from mmopd.show_budget import show_budget
+    from mmopd.capacity.budget import Machines, budget
+    from mmopd.capacity.memory import find_gpu
+    from mmopd.capacity.show import show_budget
 
     machines = Machines(find_gpu(gpu, gpu_memory, tflops, bandwidth), gpus, nodes)
     found = budget(catalog.load_recipe(recipe, overrides=overrides or ()), machines, response=response, elsewhere=elsewhere)
@@ -375,14 +376,14 @@ def doctor(
     student's vocabulary, room for the longest response, scores that repeat, and sees the images that it is sent.
     """
     from mmopd import catalog
-    from mmopd.doctor import machine_report, render
+    from mmopd.commands.doctor import machine_report, render
 
     resolved = catalog.load_recipe(recipe, overrides=overrides or ()) if recipe is not None else None
     checks = machine_report()
     render(checks, console)
     if recipe is not None and resolved is not None:
-        from mmopd import launch
-        from mmopd.teacher.preflight import show
+        from mmopd.commands import train as launch
+        from mmopd.preflight.run import show
 
         found = launch.prove_alone(resolved, out or Path("doctor") / recipe.stem, console, endpoints or ())
         show(found, console)

@@ -10,7 +10,7 @@ from rich.console import Console
 from mmopd import catalog
 from mmopd.demo.world import build_student
 from mmopd.modality import Encoder
-from mmopd.progress import Stages
+from mmopd.runtime.progress import Stages
 
 # Before any test starts a process: the machine's few cores are shared by servers, ranks and the tests themselves.
 os.environ.setdefault("OMP_NUM_THREADS", "1")

@@ -15,7 +15,7 @@ from typing import Any, Self
 
 from mmopd.modality import Encoder
 from mmopd.modality.encode import open_image
-from mmopd.teacher.endpoint import Endpoint
+from mmopd.serving.endpoint import Endpoint
 
 Fault = str | None
 FAULTS = {  # name: the cause that a client must name

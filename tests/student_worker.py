@@ -28,20 +28,20 @@ from mmopd.algorithm.objective import clipped_loss
 from mmopd.config import Algorithm, Engine, Train
 from mmopd.demo.world import CHAT_TEMPLATE, VOCAB_SIZE, build_processor
 from mmopd.modality import Encoder
-from mmopd.processes import Children
-from mmopd.rollout.engine import StudentEngine
+from mmopd.runtime.processes import Children
+from mmopd.rollout.student_client import StudentEngine
 from mmopd.rollout.sync import FileSync
-from mmopd.run import RunFolder
-from mmopd.teacher.endpoint import Endpoint
-from mmopd.teacher.serve import ServerSpec, serve
+from mmopd.runtime.run_folder import RunFolder
+from mmopd.serving.endpoint import Endpoint
+from mmopd.serving.servers import ServerSpec, serve
 from mmopd.train.checkpoint import Checkpoints, load
 from mmopd.train.distributed import Ranks, free_port, start, stop
-from mmopd.train.engine import Trainer
+from mmopd.train.trainer import Trainer
 from mmopd.train.export import export
-from mmopd.train.handover import publish
-from mmopd.train.probe import probe
+from mmopd.train.weight_publisher import publish
+from mmopd.train.weight_probe import probe
 from mmopd.train.students import part_of
-from mmopd.train.tree import Item
+from mmopd.train.prefix_tree import Item
 
 TEXT = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 32}
 # norm_topk_prob as published configurations have it; vLLM asks for it

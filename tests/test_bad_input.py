@@ -16,8 +16,8 @@ from rich.console import Console
 from mmopd import catalog
 from mmopd.config import Recipe
 from mmopd.errors import UserError
-from mmopd.launch import check, launch
-from mmopd.run import RunFolder
+from mmopd.commands.train import check, launch
+from mmopd.runtime.run_folder import RunFolder
 
 DEMO = Path(".mmopd") / "demo"
 

@@ -11,7 +11,7 @@ from mmopd import __version__
 from mmopd.cli import app
 from mmopd.config import Recipe, Student
 from mmopd.errors import UserError
-from mmopd.run import RunFolder, alone_in
+from mmopd.runtime.run_folder import RunFolder, alone_in
 
 run = CliRunner().invoke
 
@@ -78,7 +78,7 @@ def test_where_a_file_system_has_no_locks_nobody_is_kept_out(
     def flock(file: object, how: int) -> None:
         raise OSError(number, "flock")
 
-    monkeypatch.setattr("mmopd.locks.fcntl.flock", flock)
+    monkeypatch.setattr("mmopd.runtime.locks.fcntl.flock", flock)
     with nullcontext() if goes_on else pytest.raises(OSError, match="flock"), alone_in(tmp_path):
         pass
 

@@ -11,9 +11,9 @@ from mmopd.demo.world import additions, build_processor, digit_sums
 from mmopd.modality import Encoder
 from mmopd.records import Outcome, Prompt, Score
 from mmopd.rollout.collect import SHORT, collect, seed_of, version_of
-from mmopd.rollout.engine import EngineError, StudentEngine
-from mmopd.teacher.client import Scorer
-from mmopd.train.record import staleness
+from mmopd.rollout.student_client import EngineError, StudentEngine
+from mmopd.teacher.scorer import Scorer
+from mmopd.train.recorder import staleness
 
 
 @pytest.fixture(scope="module")

@@ -7,12 +7,13 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from mmopd import catalog, compare, settings_file
+from mmopd import catalog, settings_file
+from mmopd.commands import compare
 from mmopd.config import Comparison
 from mmopd.errors import UserError
 from mmopd.evaluate.lmms import Record
 from mmopd.evaluate.table import Results, Row
-from mmopd.progress import Stages
+from mmopd.runtime.progress import Stages
 from mmopd.teacher.router import check_routes
 
 GRID = {

@@ -10,7 +10,7 @@ from rich.console import Console
 
 from mmopd import config
 from mmopd.errors import UserError
-from mmopd.prompts import Plan, Rows, Shards, difficulty, write_shards
+from mmopd.prompts import Plan, Rows, Shards, difficulty_counts, write_shards
 from mmopd.records import Prompt
 from mmopd.task.base import user_turn
 
@@ -29,65 +29,65 @@ def u_shaped(tmp_path: Path) -> tuple[dict[str, Shards], list[int]]:
 
 
 def count(path: Path, correct: list[int], made_from: dict[str, object]) -> None:
-    with difficulty.Counts(path, made_from) as counts:
+    with difficulty_counts.Counts(path, made_from) as counts:
         for row, c in enumerate(correct):
             counts.add(row, c, 8)
 
 
 def test_counts_go_on_where_they_were_stopped(tmp_path: Path) -> None:
     path = tmp_path / "pass/counts.jsonl"
-    with difficulty.Counts(path, {"student": "x"}) as counts:
+    with difficulty_counts.Counts(path, {"student": "x"}) as counts:
         counts.add(0, 3, 8)
         counts.add(1, 0, 0)
     with path.open("a") as file:
         file.write("[2, 5,")  # killed while writing
-    with difficulty.Counts(path, {"student": "x"}) as counts:
+    with difficulty_counts.Counts(path, {"student": "x"}) as counts:
         assert len(counts) == 2
         assert 1 in counts
         assert 2 not in counts
         counts.add(2, 8, 8)
-    with difficulty.Counts(path, {"student": "x"}) as counts:
+    with difficulty_counts.Counts(path, {"student": "x"}) as counts:
         assert counts.of(3) == ([3, 0, 8], [8, 0, 8])
 
 
 def test_two_runs_do_not_write_the_same_counts_at_once(tmp_path: Path) -> None:
     path = tmp_path / "counts.jsonl"
-    with difficulty.Counts(path, {}) as counts:
+    with difficulty_counts.Counts(path, {}) as counts:
         counts.add(0, 1, 8)
         with pytest.raises(UserError, match=r"counts\.jsonl: another run is measuring"):
-            difficulty.Counts(path, {})
-    with difficulty.Counts(path, {}) as counts:
+            difficulty_counts.Counts(path, {})
+    with difficulty_counts.Counts(path, {}) as counts:
         assert 0 in counts
 
 
 def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=r"file/counts\.jsonl: the counts of the difficulty pass cannot be kept here"):
-        difficulty.Counts(tmp_path / "file" / "counts.jsonl", {})
+        difficulty_counts.Counts(tmp_path / "file" / "counts.jsonl", {})
 
 
 def test_counts_are_refused_for_anything_else(tmp_path: Path) -> None:
     made_from: dict[str, object] = {"student": "x", "sampling": {"attempts": 8}}
     count(tmp_path / "counts.jsonl", [1, 2], made_from)
     with pytest.raises(UserError, match=r"counts\.jsonl: made from another student; delete it"):
-        difficulty.Counts(tmp_path / "counts.jsonl", {**made_from, "student": "y"})
+        difficulty_counts.Counts(tmp_path / "counts.jsonl", {**made_from, "student": "y"})
     for content in ("{}", "[]\n", "not json"):
         (tmp_path / "difficulty.json").write_text(content)
         (tmp_path / "counts.jsonl").write_text(content)
         with pytest.raises(UserError, match=r"difficulty\.json: not the result"):
-            difficulty.load(tmp_path / "difficulty.json")
+            difficulty_counts.load(tmp_path / "difficulty.json")
         with pytest.raises(UserError, match=r"counts\.jsonl: not the counts"):
-            difficulty.Counts(tmp_path / "counts.jsonl", made_from)
+            difficulty_counts.Counts(tmp_path / "counts.jsonl", made_from)
     with pytest.raises(UserError, match="run the difficulty pass first"):
-        difficulty.load(tmp_path / "nowhere.json")
+        difficulty_counts.load(tmp_path / "nowhere.json")
 
 
 def test_counts_lie_beside_the_shards_and_depend_on_data_student_and_sampling_but_not_on_policy(
     tmp_path: Path, u_shaped: tuple[dict[str, Shards], list[int]]
 ) -> None:
     def file(shards: Shards = u_shaped[0]["sums"], student: str = "s", max_tokens: int = 9, **settings: object) -> Path:
-        return difficulty.counts_file(
-            shards, difficulty.origin(shards, student, config.Difficulty.model_validate(settings), max_tokens=max_tokens, threshold=0.5)
+        return difficulty_counts.counts_file(
+            shards, difficulty_counts.origin(shards, student, config.Difficulty.model_validate(settings), max_tokens=max_tokens, threshold=0.5)
         )
 
     assert file().parent.parent == u_shaped[0]["sums"].folder
@@ -98,10 +98,10 @@ def test_counts_lie_beside_the_shards_and_depend_on_data_student_and_sampling_bu
 
 @pytest.mark.parametrize(("policy", "weights"), [("drop_easy", [1, 1, 1, 0, 1]), ("frontier", [0, 0.4375, 1, 0, 0.359375])])
 def test_the_policies_of_others_can_be_chosen(tmp_path: Path, policy: str, weights: list[float]) -> None:
-    with difficulty.Counts(tmp_path / "counts.jsonl", {}) as counts:
+    with difficulty_counts.Counts(tmp_path / "counts.jsonl", {}) as counts:
         for row, (correct, attempts) in enumerate([(0, 8), (1, 8), (4, 8), (8, 8), (0, 0)]):
             counts.add(row, correct, attempts)
-        measured = difficulty.measure(counts, 5, config.Difficulty.model_validate({"policy": policy}))
+        measured = difficulty_counts.measure(counts, 5, config.Difficulty.model_validate({"policy": policy}))
         assert measured.weights == pytest.approx(weights)
         plan = Plan({"sums": Rows(5, "f", measured.weights)}, {"sums": 1}, 0)
         drawn = np.bincount([row for _, row in plan.draw(1000)], minlength=5)
@@ -109,17 +109,17 @@ def test_the_policies_of_others_can_be_chosen(tmp_path: Path, policy: str, weigh
 
 
 def test_a_policy_that_leaves_nothing_is_an_error(tmp_path: Path) -> None:
-    with difficulty.Counts(tmp_path / "counts.jsonl", {}) as counts:
+    with difficulty_counts.Counts(tmp_path / "counts.jsonl", {}) as counts:
         counts.add(0, 8, 8)
         for policy in ("drop_easy", "frontier"):
             with pytest.raises(UserError, match=f"{policy} leaves no prompt"):
-                difficulty.measure(counts, 1, config.Difficulty.model_validate({"policy": policy}))
+                difficulty_counts.measure(counts, 1, config.Difficulty.model_validate({"policy": policy}))
 
 
 def test_the_table_says_how_many_rows_are_never_and_always_right(tmp_path: Path) -> None:
-    measured = difficulty.Measured((0, 8, 3, 0), (8, 8, 8, 0), "mirrored_j", (1.0, 1.0, 4.0, 1.0))
+    measured = difficulty_counts.Measured((0, 8, 3, 0), (8, 8, 8, 0), "mirrored_j", (1.0, 1.0, 4.0, 1.0))
     console = Console(width=120, file=io.StringIO(), record=True)
-    console.print(difficulty.table({"sums": measured}))
+    console.print(difficulty_counts.table({"sums": measured}))
     line = next(line for line in console.export_text().splitlines() if "sums" in line)
     assert line.replace("│", " ").split() == ["sums", "4", "1", "1", "1", "1", "mirrored", "j", "1.00", "to", "4.00"]
 
@@ -127,15 +127,15 @@ def test_the_table_says_how_many_rows_are_never_and_always_right(tmp_path: Path)
 def test_a_u_shaped_source_gets_weights_that_the_plan_follows(tmp_path: Path, u_shaped: tuple[dict[str, Shards], list[int]]) -> None:
     sources, correct = u_shaped
     count(tmp_path / "counts.jsonl", correct, {})
-    with difficulty.Counts(tmp_path / "counts.jsonl", {}) as counts:
-        measured = {"sums": difficulty.measure(counts, 100, SETTINGS)}
+    with difficulty_counts.Counts(tmp_path / "counts.jsonl", {}) as counts:
+        measured = {"sums": difficulty_counts.measure(counts, 100, SETTINGS)}
     assert measured["sums"].shape == "u"
     assert min(measured["sums"].weights) > 0
     assert max(measured["sums"].weights) <= SETTINGS.cap
-    difficulty.save(tmp_path / "difficulty.json", measured, {"sums": sources["sums"].fingerprint})
-    assert difficulty.load(tmp_path / "difficulty.json") == measured
+    difficulty_counts.save(tmp_path / "difficulty.json", measured, {"sums": sources["sums"].fingerprint})
+    assert difficulty_counts.load(tmp_path / "difficulty.json") == measured
 
-    before, after = difficulty.histogram(measured["sums"])
+    before, after = difficulty_counts.histogram(measured["sums"])
     assert before.tolist() == [40, 2, 2, 2, 8, 2, 2, 2, 40]
     assert after.sum() == pytest.approx(100)
     assert after[1:8].sum() > 1.8 * before[1:8].sum()
@@ -147,23 +147,23 @@ def test_a_u_shaped_source_gets_weights_that_the_plan_follows(tmp_path: Path, u_
 
 def test_an_incomplete_pass_gives_no_weights(tmp_path: Path, u_shaped: tuple[dict[str, Shards], list[int]]) -> None:
     count(tmp_path / "counts.jsonl", u_shaped[1][:-1], {})
-    with difficulty.Counts(tmp_path / "counts.jsonl", {}) as counts, pytest.raises(KeyError, match="99"):
-        difficulty.measure(counts, 100, SETTINGS)
+    with difficulty_counts.Counts(tmp_path / "counts.jsonl", {}) as counts, pytest.raises(KeyError, match="99"):
+        difficulty_counts.measure(counts, 100, SETTINGS)
 
 
 def test_rows_that_could_not_be_judged_are_drawn_and_not_shown() -> None:
-    measured = difficulty.Measured((0, 0, 3, 1), (8, 0, 3, 2), "flat", (1.0, 1.0, 1.0, 1.0))
-    before, after = difficulty.histogram(measured)
+    measured = difficulty_counts.Measured((0, 0, 3, 1), (8, 0, 3, 2), "flat", (1.0, 1.0, 1.0, 1.0))
+    before, after = difficulty_counts.histogram(measured)
     assert before.tolist() == after.tolist() == [1, 0, 0, 0, 1, 0, 0, 0, 1]
 
 
 def test_the_picture_is_a_png_for_one_source_or_several_or_unjudged_ones(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     correct = tuple(int(c) for c in rng.choice(9, 400, p=np.array([30, 3, 3, 3, 3, 3, 3, 4, 48]) / 100))
-    one = difficulty.Measured(correct, (8,) * 400, "u", tuple(1.0 if c in (0, 8) else 4.0 for c in correct))
-    unjudged = difficulty.Measured((0, 0), (0, 0), "flat", (1.0, 1.0))
+    one = difficulty_counts.Measured(correct, (8,) * 400, "u", tuple(1.0 if c in (0, 8) else 4.0 for c in correct))
+    unjudged = difficulty_counts.Measured((0, 0), (0, 0), "flat", (1.0, 1.0))
     for number, sources in enumerate(({"a": one}, {"a": one, "b": one, "c": unjudged}, {"c": unjudged})):
         path = tmp_path / f"{number}.png"
-        difficulty.draw(path, sources)
+        difficulty_counts.draw(path, sources)
         with Image.open(io.BytesIO(path.read_bytes())) as image:
             assert image.format == "PNG"

@@ -4,8 +4,9 @@ import socket
 import pytest
 from rich.console import Console
 
-from mmopd import cli, doctor
-from mmopd.doctor import Check
+from mmopd import cli
+from mmopd.commands import doctor
+from mmopd.commands.doctor import Check
 from mmopd.errors import UserError
 
 

@@ -15,9 +15,9 @@ from transformers import AutoProcessor, Qwen3VLForConditionalGeneration
 
 from mmopd.config import Recipe
 from mmopd.evaluate import Results
-from mmopd.fingerprint import hash_model
+from mmopd.runtime.fingerprint import hash_model
 from mmopd.report.metrics import read_lines
-from mmopd.run import RunFolder
+from mmopd.runtime.run_folder import RunFolder
 from mmopd.settings_file import read
 
 SMALL = ["train.steps=4", "train.checkpoint_every=2", "rollout.prompts=6", "rollout.group=4", "algorithm.difficulty.attempts=2"]

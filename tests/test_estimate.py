@@ -18,15 +18,16 @@ from rich.console import Console
 from student_worker import FAMILIES, build
 from typer.testing import CliRunner
 
-from mmopd import catalog, estimate, steptime
-from mmopd.budget import Machines, budget, largest
+from mmopd import catalog
+from mmopd.capacity import memory, step_time
+from mmopd.capacity.budget import Machines, budget, largest
 from mmopd.cli import app
 from mmopd.config import Algorithm, Engine, Lora, Recipe, Train
 from mmopd.errors import UserError
-from mmopd.estimate import GIB, GPUS, Load
-from mmopd.show_budget import show_budget
-from mmopd.sizes import read_model
-from mmopd.steptime import Served
+from mmopd.capacity.memory import GIB, GPUS, Load
+from mmopd.capacity.show import show_budget
+from mmopd.capacity.model_size import read_model
+from mmopd.capacity.step_time import Served
 
 RECIPES = ["cross_modal_4b", "multi_teacher_2b", "multi_teacher_4b", "strong_to_weak_text"]
 H100 = GPUS["H100-80G"]
@@ -161,7 +162,7 @@ def measure(model: Path, out: Path) -> None:
     """One rank: what DeepSpeed holds after `Trainer` has been made, by the settings of TRAINS."""
     from mmopd.modality import Encoder
     from mmopd.train.distributed import start, stop
-    from mmopd.train.engine import Trainer
+    from mmopd.train.trainer import Trainer
 
     ranks = start(240)
     found = {}
@@ -207,7 +208,7 @@ def test_the_state_of_zero_3_is_what_deepspeed_holds_on_each_rank_and_the_engine
     found = json.loads((tmp_path / "found.json").read_text())
     for name, train in TRAINS.items():
         model, sent = read_model(tiny, train), found[name].pop("sent")
-        assert estimate.zero_state(model, train, ranks) == found[name], name
+        assert memory.zero_state(model, train, ranks) == found[name], name
         assert model.sent == sent, "what the engine gets after an update"
 
 
@@ -219,7 +220,7 @@ def test_what_autograd_keeps_of_a_layer_is_at_most_the_estimate_and_not_much_les
     write_config(tmp_path / "m", "Qwen3-VL-2B-Instruct")
     config = transformers.AutoConfig.from_pretrained(tmp_path / "m", attn_implementation="sdpa")
     width = dtype.itemsize
-    token, patch = estimate.layer(read_model(tmp_path / "m"), width)
+    token, patch = memory.layer(read_model(tmp_path / "m"), width)
     from transformers.models.qwen3_vl import modeling_qwen3_vl as theirs
 
     T, text, vision = 256, config.text_config, config.vision_config
@@ -265,7 +266,7 @@ def test_a_token_of_kv_cache_is_what_vllm_counts(workspace: Path) -> None:
         model = read_model(workspace / "models" / name)
         heads = max(1, model.text.kv_heads // split)  # as vLLM's ModelConfig.get_num_kv_heads
         page = FullAttentionSpec(block_size=16, num_kv_heads=heads, head_size=128, dtype=torch.bfloat16).page_size_bytes
-        assert estimate.kv_bytes(model, Engine(dtype="bfloat16", tensor_parallel=split)) * 16 == page * model.text.layers
+        assert memory.kv_bytes(model, Engine(dtype="bfloat16", tensor_parallel=split)) * 16 == page * model.text.layers
 
 
 # What grows with what
@@ -277,7 +278,7 @@ def test_more_ranks_never_need_more_and_longer_micro_batches_never_less(workspac
 
     def peak(ranks: int, **changes: Any) -> float:
         changed = recipe.model_copy(update={"train": recipe.train.model_copy(update=changes)})
-        return estimate.peak(estimate.trainer(model, changed, ranks, load), estimate.step_memory(model, changed.train, ranks))
+        return memory.peak(memory.trainer(model, changed, ranks, load), memory.step_memory(model, changed.train, ranks))
 
     by_ranks = [peak(n) for n in range(1, 65)]
     assert by_ranks == sorted(by_ranks, reverse=True)
@@ -301,30 +302,30 @@ def test_a_plan_says_how_much_memory_of_the_host_an_offload_takes(workspace: Pat
 def test_a_plan_counts_the_tiles_of_a_gpu_wherever_it_is_made(workspace: Path) -> None:
     recipe = catalog.load_recipe("recipes/cross_modal_4b.yaml", overrides=["train.freeze=[language]"])
     model = read_model(recipe.student.model, recipe.train)
-    assert estimate.head(model, recipe, tokens=0) == 4 * 2048 * 4096 * 4
+    assert memory.head(model, recipe, tokens=0) == 4 * 2048 * 4096 * 4
 
 
 def test_servers_are_placed_where_mmopd_train_puts_them(monkeypatch: pytest.MonkeyPatch) -> None:
-    from mmopd.teacher import serve
+    from mmopd.serving import servers
 
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     for gpus, sizes in ((8, [4, 1, 1]), (4, [2, 1, 1, 2]), (1, [1, 1]), (8, [8, 2])):
         monkeypatch.setattr(torch.cuda, "device_count", lambda n=gpus: n)
-        specs = [serve.ServerSpec(str(i), Path(), Engine(tensor_parallel=n), updatable=False) for i, n in enumerate(sizes)]
-        assert list(serve._assign_gpus(specs).values()) == [",".join(map(str, one)) for one in serve.place(sizes, gpus)]
+        specs = [servers.ServerSpec(str(i), Path(), Engine(tensor_parallel=n), updatable=False) for i, n in enumerate(sizes)]
+        assert list(servers._assign_gpus(specs).values()) == [",".join(map(str, one)) for one in servers.place(sizes, gpus)]
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,6,GPU-5e,7")  # of a job that has half of a machine
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
-    two = [serve.ServerSpec(name, Path(), Engine(tensor_parallel=n), updatable=False) for name, n in (("a", 2), ("b", 1))]
-    assert serve._assign_gpus(two) == {"a": "7,GPU-5e", "b": "6"}
-    assert serve.place([4, 1, 1], 8) == [[7, 6, 5, 4], [3], [2]]
-    assert serve.place([1, 1, 2], 4, sharing=[0]) == [[0], [3], [2, 1]]
+    two = [servers.ServerSpec(name, Path(), Engine(tensor_parallel=n), updatable=False) for name, n in (("a", 2), ("b", 1))]
+    assert servers._assign_gpus(two) == {"a": "7,GPU-5e", "b": "6"}
+    assert servers.place([4, 1, 1], 8) == [[7, 6, 5, 4], [3], [2]]
+    assert servers.place([1, 1, 2], 4, sharing=[0]) == [[0], [3], [2, 1]]
 
 
 def test_ranks_fill_the_other_nodes_first_and_rank_0_is_on_the_first() -> None:
-    assert estimate.ranks_by_node(3, 8, 1) == [3]
-    assert estimate.ranks_by_node(11, 8, 2) == [3, 8]
-    assert estimate.ranks_by_node(3, 8, 2) == [1, 2]
-    assert estimate.ranks_by_node(12, 8, 3) == [1, 8, 3]
+    assert memory.ranks_by_node(3, 8, 1) == [3]
+    assert memory.ranks_by_node(11, 8, 2) == [3, 8]
+    assert memory.ranks_by_node(3, 8, 2) == [1, 2]
+    assert memory.ranks_by_node(12, 8, 3) == [1, 8, 3]
 
 
 # Whole recipes
@@ -364,7 +365,7 @@ def test_a_shipped_recipe_fits_the_machine_that_it_names_and_no_small_one(name: 
     assert done.refusals == []
     used = [place for role in done.roles for place in role.where]
     assert sorted(used) == [(0, gpu) for gpu in range(8)], "each of 8 GPUs has one thing on it"
-    small = plan(name, machines=Machines(estimate.Gpu("small", 24, 150, 1000)))
+    small = plan(name, machines=Machines(memory.Gpu("small", 24, 150, 1000)))
     assert any("GiB more than 24 GiB" in refusal for refusal in small.refusals)
 
 
@@ -419,7 +420,7 @@ def test_teachers_elsewhere_take_no_gpu_here(workspace: Path) -> None:
 
 def test_time_follows_the_rates_of_the_gpu_and_the_length_of_responses(workspace: Path) -> None:
     def times(**changes: Any) -> dict[str, float]:
-        machines = Machines(estimate.Gpu("GPU", **({"memory": 80.0, "tflops": 1000.0, "bandwidth": 3000.0} | changes)))
+        machines = Machines(memory.Gpu("GPU", **({"memory": 80.0, "tflops": 1000.0, "bandwidth": 3000.0} | changes)))
         return {time.what: time.seconds for time in plan("cross_modal_4b", machines=machines).times}
 
     plain, computes, reads = times(), times(tflops=2000.0), times(bandwidth=6000.0)
@@ -444,7 +445,7 @@ def test_replicas_are_spared_the_all_reduces_of_an_engine_on_several_gpus(worksp
 
     split, apart = ["student.replicas=1", "student.engine.tensor_parallel=4"], ["student.replicas=4"]
     before = rolled(*split), rolled(*apart)
-    monkeypatch.setattr(steptime, "ALL_REDUCE", 2 * steptime.ALL_REDUCE)
+    monkeypatch.setattr(step_time, "ALL_REDUCE", 2 * step_time.ALL_REDUCE)
     assert rolled(*split) > before[0]
     assert rolled(*apart) == before[1]
 
@@ -455,7 +456,7 @@ def test_a_sync_takes_what_was_trained_over_its_own_link(workspace: Path) -> Non
         return next(time for time in done.times if time.what == "weight sync")
 
     bytes_of = 2 * read_model(workspace / "models/Qwen3-VL-4B-Instruct").numbers
-    gathered, through_host = bytes_of / steptime.PEER, 2 * bytes_of / steptime.HOST
+    gathered, through_host = bytes_of / step_time.PEER, 2 * bytes_of / step_time.HOST
     assert sync().seconds == pytest.approx(gathered + through_host)
     assert sync("student.replicas=4").seconds == sync().seconds, "the engines read the same bytes at the same time"
     assert sync("student.sync=broadcast").seconds == pytest.approx(2 * gathered)
@@ -468,15 +469,15 @@ def test_a_sync_takes_what_was_trained_over_its_own_link(workspace: Path) -> Non
 def test_a_teacher_that_sees_images_looks_at_them_and_one_of_text_does_not(workspace: Path) -> None:
     def share(all: float, seen: float) -> float:
         recipe = catalog.load_recipe("recipes/cross_modal_4b.yaml")
-        model, work = read_model(recipe.student.model), steptime.Work(64, 16, 1000, 8000, Load(2000, 16000, True, 8000))
+        model, work = read_model(recipe.student.model), step_time.Work(64, 16, 1000, 8000, Load(2000, 16000, True, 8000))
         served = Served("math", ("math",), "", model, Engine(), [0])
-        return steptime._scoring(H100, [served], work, {"math": steptime.Share(all, seen)}).seconds
+        return step_time._scoring(H100, [served], work, {"math": step_time.Share(all, seen)}).seconds
 
     blind, half, whole = share(1.0, 0.0), share(1.0, 0.5), share(1.0, 1.0)
     assert blind < half < whole
     model = read_model(workspace / "models/Qwen3-VL-4B-Instruct")
     patches = 64 * 16 * 1000 * 4
-    assert whole - blind == pytest.approx(2 * model.tower * patches / (H100.tflops * 1e12 * steptime.PREFILL))
+    assert whole - blind == pytest.approx(2 * model.tower * patches / (H100.tflops * 1e12 * step_time.PREFILL))
     assert plan("cross_modal_4b").times[1].how.startswith("math: "), "the code teacher has as many prompts, and no images"
 
 

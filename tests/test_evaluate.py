@@ -28,8 +28,8 @@ from mmopd.errors import UserError
 from mmopd.evaluate import Record, Results, Row, evaluate, read_suite
 from mmopd.evaluate.tasks import builtin, prepare, read_task
 from mmopd.evaluate.validate import InvalidRunError, validate
-from mmopd.fingerprint import hash_model
-from mmopd.teacher.endpoint import Endpoint
+from mmopd.runtime.fingerprint import hash_model
+from mmopd.serving.endpoint import Endpoint
 
 TASKS = shipped() / "eval" / "tasks"
 ADDITIONS, DIGIT_SUM = str(TASKS / "demo_additions.yaml"), str(TASKS / "demo_digit_sum.yaml")

@@ -21,10 +21,10 @@ from mmopd.errors import UserError
 from mmopd.modality import Encoder
 from mmopd.records import Absent, Prompt, Score
 from mmopd.task import Task
-from mmopd.teacher import pool
-from mmopd.teacher.client import Scorer
-from mmopd.teacher.preflight import preflight
-from mmopd.teacher.probes import look
+from mmopd.serving import replicas
+from mmopd.teacher.scorer import Scorer
+from mmopd.preflight.run import preflight
+from mmopd.preflight.questions import look
 from mmopd.teacher.view import BUILT_IN, blinded, encode_view
 
 TOKENS = (5, 6, 7, 8)
@@ -196,17 +196,17 @@ def test_a_replica_that_is_much_busier_than_the_others_does_not_get_all_of_a_lar
 
     run(work, fleet([{"teacher": "a"}], a={"concurrency": 64}), {"a": servers}, encoder)
     most = sorted(s.most_in_flight for s in servers)
-    assert most[2] - most[0] <= pool.SLACK + 1
+    assert most[2] - most[0] <= replicas.SLACK + 1
     assert most[0] >= 10
 
 
 def test_a_late_answer_is_asked_for_elsewhere_and_counts_once(encoder, text, monkeypatch):
-    monkeypatch.setattr(pool, "LATE_AT_LEAST", 0.1)
+    monkeypatch.setattr(replicas, "LATE_AT_LEAST", 0.1)
     slow = {"on": False}
     servers = [FakeVLLM(encoder, lambda n: "slow" if slow["on"] else None), FakeVLLM(encoder)]
 
     async def work(scorer):
-        await asyncio.gather(*(scorer.score(text, (i, 1)) for i in range(pool.LATE_AFTER + 10)))
+        await asyncio.gather(*(scorer.score(text, (i, 1)) for i in range(replicas.LATE_AFTER + 10)))
         slow["on"] = True
         began = time.monotonic()
         late = await asyncio.gather(*(scorer.score(text, (i, 2)) for i in range(10)))
@@ -216,28 +216,28 @@ def test_a_late_answer_is_asked_for_elsewhere_and_counts_once(encoder, text, mon
     assert [r.logprobs for r in late] == [right(encoder, text, (i, 2)) for i in range(10)]
     assert seconds < SLOW
     assert 1 <= counts["hedged"] == counts["cancelled"]
-    assert balances(counts, pool.LATE_AFTER + 20)
+    assert balances(counts, replicas.LATE_AFTER + 20)
 
 
 def test_a_replica_that_is_always_late_is_left_alone(encoder, text, monkeypatch):
-    monkeypatch.setattr(pool, "LATE_AT_LEAST", 0.05)
+    monkeypatch.setattr(replicas, "LATE_AT_LEAST", 0.05)
     slow = {"on": False}
     servers = [FakeVLLM(encoder, lambda n: "hang" if slow["on"] else None), FakeVLLM(encoder)]
 
     async def work(scorer):
-        await asyncio.gather(*(scorer.score(text, (i, 1)) for i in range(pool.LATE_AFTER)))
+        await asyncio.gather(*(scorer.score(text, (i, 1)) for i in range(replicas.LATE_AFTER)))
         slow["on"], before = True, len(servers[0].requests)
         for i in range(40):
             assert isinstance(await scorer.score(text, (i, 2)), Score)
         return len(servers[0].requests) - before
 
     hung, counts = run(work, fleet([{"teacher": "a"}], a={"timeout": 30}), {"a": servers}, encoder)
-    assert hung <= pool.BREAK_AFTER + 3
-    assert balances(counts, pool.LATE_AFTER + 40)
+    assert hung <= replicas.BREAK_AFTER + 3
+    assert balances(counts, replicas.LATE_AFTER + 40)
 
 
 def test_one_replica_alone_is_not_hedged(encoder, text, monkeypatch):
-    monkeypatch.setattr(pool, "LATE_AT_LEAST", 0.01)
+    monkeypatch.setattr(replicas, "LATE_AT_LEAST", 0.01)
     server = FakeVLLM(encoder, lambda n: "slow" if n == 30 else None)
 
     async def work(scorer):
@@ -266,7 +266,7 @@ def test_what_no_reply_shows_is_caught_by_the_preflight(encoder, images, fault):
 
 
 def test_a_replica_that_is_killed_loses_no_score_and_is_used_again_when_it_is_back(encoder, text, monkeypatch):
-    monkeypatch.setattr(pool, "COOLDOWN", (0.05, 0.2))
+    monkeypatch.setattr(replicas, "COOLDOWN", (0.05, 0.2))
 
     async def main():
         async with AsyncExitStack() as stack:
@@ -292,7 +292,7 @@ def test_a_replica_that_is_killed_loses_no_score_and_is_used_again_when_it_is_ba
 
 
 def test_a_replica_that_failed_once_gets_its_share_again(encoder, text, monkeypatch):
-    monkeypatch.setattr(pool, "COOLDOWN", (0.05, 1.0))
+    monkeypatch.setattr(replicas, "COOLDOWN", (0.05, 1.0))
     servers = [FakeVLLM(encoder, lambda n: "500" if n == 0 else None), FakeVLLM(encoder)]
 
     async def work(scorer):
@@ -307,8 +307,8 @@ def test_a_replica_that_failed_once_gets_its_share_again(encoder, text, monkeypa
 
 
 def test_who_waits_for_a_server_that_hangs_does_not_look_all_the_time_whether_it_is_his_turn(encoder, text, monkeypatch):
-    looks, is_free = Counter(), pool.Replica.is_free
-    monkeypatch.setattr(pool.Replica, "is_free", lambda *args: looks.update(n=1) or is_free(*args))
+    looks, is_free = Counter(), replicas.Replica.is_free
+    monkeypatch.setattr(replicas.Replica, "is_free", lambda *args: looks.update(n=1) or is_free(*args))
     server = FakeVLLM(encoder, lambda n: "hang")
 
     async def work(scorer):
@@ -364,8 +364,8 @@ def test_a_caller_that_is_cancelled_while_it_waits_for_a_view_takes_nothing_from
 
 
 def test_two_thousand_requests_with_overlap_views_hedges_and_random_faults_balance_exactly(encoder, images, text, monkeypatch):
-    monkeypatch.setattr(pool, "COOLDOWN", (0.02, 0.2))
-    monkeypatch.setattr(pool, "LATE_AT_LEAST", 0.2)
+    monkeypatch.setattr(replicas, "COOLDOWN", (0.02, 0.2))
+    monkeypatch.setattr(replicas, "LATE_AT_LEAST", 0.2)
     rng = random.Random(0)
     a, b = (
         [FakeVLLM(encoder, lambda n: rng.choice(list(FAULTS)) if rng.random() < 0.1 else None, pause=0) for _ in range(n)] for n in (3, 2)

@@ -14,14 +14,14 @@ from torch import Tensor
 
 from mmopd.modality import Encoder
 from mmopd.records import Prompt
-from mmopd.rollout.engine import EngineError, StudentEngine
+from mmopd.rollout.student_client import EngineError, StudentEngine
 from mmopd.rollout.sync import FRESH, SyncError
 from mmopd.train import distributed
-from mmopd.train.aside import Aside
-from mmopd.train.handover import RECOVERIES, Handover
-from mmopd.train.probe import ProbeError
-from mmopd.train.tree import Item
-from mmopd.train.watchdog import Watchdog
+from mmopd.train.background import Aside
+from mmopd.train.weight_publisher import RECOVERIES, Handover
+from mmopd.train.weight_probe import ProbeError
+from mmopd.train.prefix_tree import Item
+from mmopd.runtime.watchdog import Watchdog
 
 
 class Link:

@@ -9,8 +9,8 @@ from typer.testing import CliRunner
 
 from mmopd.cli import app
 from mmopd.errors import UserError
-from mmopd.processes import Children
-from mmopd.ranks import start_ranks
+from mmopd.runtime.processes import Children
+from mmopd.runtime.rank_processes import start_ranks
 from mmopd.train.distributed import place
 from mmopd.train.rank import check_place, is_here
 

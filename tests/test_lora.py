@@ -14,7 +14,7 @@ from transformers import AutoModelForImageTextToText
 from mmopd.config import Engine, Lora
 from mmopd.errors import UserError
 from mmopd.modality import Encoder
-from mmopd.teacher.adapter import read_adapter
+from mmopd.serving.lora import read_adapter
 from mmopd.train.lora import add_adapters, weights
 from mmopd.train.students import load_student
 

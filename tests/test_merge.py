@@ -12,8 +12,8 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from mmopd.demo.world import build_student
 from mmopd.errors import UserError
-from mmopd.merge import merge, parse_teacher
-from mmopd.progress import Stages
+from mmopd.commands.merge import merge, parse_teacher
+from mmopd.runtime.progress import Stages
 
 
 def model(folder, *files, **config):

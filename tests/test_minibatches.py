@@ -7,7 +7,7 @@ from mmopd.config import Algorithm
 from mmopd.modality import Encoder
 from mmopd.records import Absent, Encoded, Outcome, Prompt, Response, Sample, Score
 from mmopd.train.batch import Batch, build_batch, minibatches
-from mmopd.train.tree import Item
+from mmopd.train.prefix_tree import Item
 
 SIZES = (3, 1, 4, 2, 2)  # responses of each prompt
 PLAIN = Algorithm(balance=None, margin=None, visual=None)

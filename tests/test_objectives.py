@@ -13,10 +13,10 @@ from rich.console import Console
 from mmopd.algorithm import forward_kl, grpo, jsd, likelihood_loss, opd, sft
 from mmopd.algorithm.loss import token_loss
 from mmopd.catalog import load_fleet, load_recipe
-from mmopd.compare import Run, run_all
+from mmopd.commands.compare import Run, run_all
 from mmopd.config import Algorithm, Comparison, ExOPD, Fleet, Recipe, Route, Teacher
 from mmopd.errors import UserError
-from mmopd.progress import Stages
+from mmopd.runtime.progress import Stages
 from mmopd.settings_file import build
 from mmopd.teacher.router import references
 from mmopd.train.logprob import LogprobHead

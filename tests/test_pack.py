@@ -15,7 +15,7 @@ from mmopd.modality import Encoder
 from mmopd.train.logprob import LogprobHead
 from mmopd.train.pack import Collator, Layout, Size, assign, fill_rows
 from mmopd.train.students import STUDENTS, load_student
-from mmopd.train.tree import Item
+from mmopd.train.prefix_tree import Item
 
 
 @pytest.fixture(scope="module")

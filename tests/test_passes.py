@@ -10,8 +10,8 @@ import pytest
 
 from mmopd.errors import UserError
 from mmopd.prompts.rows import RowError
-from mmopd.rollout.engine import EngineError
-from mmopd.rollout.passes import answering, each_row
+from mmopd.rollout.student_client import EngineError
+from mmopd.passes.each_row import answering, each_row
 
 
 class Rows:

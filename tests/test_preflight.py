@@ -18,13 +18,13 @@ from mmopd.demo.world import additions, build_processor, build_student, digit_su
 from mmopd.errors import UserError
 from mmopd.modality import Encoder
 from mmopd.modality.encode import open_image
-from mmopd.processes import Children
+from mmopd.runtime.processes import Children
 from mmopd.prompts import Shards, TokenCounter, write_shards
 from mmopd.records import Prompt
-from mmopd.teacher.examine import CHUNK
-from mmopd.teacher.preflight import answers, insist, preflight, save, summary
-from mmopd.teacher.probes import LONGEST, in_float32, look, shuffled
-from mmopd.teacher.serve import ServerSpec, serve
+from mmopd.preflight.examination import CHUNK
+from mmopd.preflight.run import answers, insist, preflight, save, summary
+from mmopd.preflight.questions import LONGEST, in_float32, look, shuffled
+from mmopd.serving.servers import ServerSpec, serve
 
 MAX_TOKENS = 24
 TEXT = ["reachable", "vocabulary", "scores", "context", "top-k", "same score twice"]

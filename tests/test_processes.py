@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from mmopd.processes import Child, Children, stop
+from mmopd.runtime.processes import Child, Children, stop
 
 # A command with a grandchild that does what it can to survive: it ignores SIGTERM and has a session of its own.
 STUBBORN = """
@@ -24,7 +24,7 @@ time.sleep(600)
 PARENT = """
 import sys, time
 from pathlib import Path
-from mmopd.processes import Children
+from mmopd.runtime.processes import Children
 with Children() as children:
     children.start("stubborn", [sys.executable, "-c", sys.argv[2], sys.argv[1] + "/pid"], Path(sys.argv[1], "log"))
     print("started", flush=True)

@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 
 from mmopd.errors import UserError
-from mmopd.processes import Children
-from mmopd.ranks import Pulses, check_ranks
-from mmopd.train.watchdog import HUNG, LAST, LEFT, WAITED, Watchdog, pulse_of
+from mmopd.runtime.processes import Children
+from mmopd.runtime.rank_processes import Pulses, check_ranks
+from mmopd.runtime.watchdog import HUNG, LAST, LEFT, WAITED, Watchdog, pulse_of
 
 
 def blamed(tmp_path: Path, *ends: str, stopping: bool = False) -> str:

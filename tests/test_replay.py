@@ -13,9 +13,9 @@ from train_worker import TRAIN, launch, make_items
 from mmopd.config import Recipe, Rollout, Student
 from mmopd.errors import UserError
 from mmopd.modality import Encoder
-from mmopd.replay import read_batch, replay, write_batch
-from mmopd.run import RunFolder
-from mmopd.train.tree import Item
+from mmopd.commands.replay import read_batch, replay, write_batch
+from mmopd.runtime.run_folder import RunFolder
+from mmopd.train.prefix_tree import Item
 
 
 @pytest.fixture(scope="module")

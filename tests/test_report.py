@@ -21,9 +21,9 @@ from mmopd.records import Absent, Encoded, Outcome, Prompt, Response, Sample, Sc
 from mmopd.report.heatmap import TokenRow, as_json, cells, choose, picture, read_rows, token_row
 from mmopd.report.html import curves, script_json, write_report
 from mmopd.report.metrics import JsonLines, MetricsWriter, documented, read_lines
-from mmopd.run import RunFolder
+from mmopd.runtime.run_folder import RunFolder
 from mmopd.train.batch import build_batch
-from mmopd.train.record import Recorder
+from mmopd.train.recorder import Recorder
 
 
 def png(width: int, height: int) -> str:

@@ -19,7 +19,7 @@ from test_end_to_end import MARK, NO_SUITE, SMALL, Command
 
 from mmopd.catalog import shipped
 from mmopd.report.metrics import read_lines
-from mmopd.run import RunFolder
+from mmopd.runtime.run_folder import RunFolder
 
 STEPS = ["train.steps=10", "train.checkpoint_every=2", "train.timeout=120", "algorithm.difficulty=null", "student.replicas=2", NO_SUITE]
 TEACHERS = "teachers.json"

@@ -6,7 +6,7 @@ from fake_vllm import FakeVLLM, logprob
 from mmopd.demo.world import build_processor, digit_sums
 from mmopd.modality import Encoder
 from mmopd.records import Prompt
-from mmopd.rollout.engine import EngineError, StudentEngine
+from mmopd.rollout.student_client import EngineError, StudentEngine
 
 
 @pytest.fixture(scope="module")

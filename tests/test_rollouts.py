@@ -12,11 +12,11 @@ from mmopd.config import Recipe
 from mmopd.modality import Encoder
 from mmopd.records import Encoded, Prompt, Sample
 from mmopd.rollout.collect import version_of
-from mmopd.rollout.engine import EngineError
+from mmopd.rollout.student_client import EngineError
 from mmopd.rollout.sync import FRESH
-from mmopd.run import RunFolder
+from mmopd.runtime.run_folder import RunFolder
 from mmopd.train import distributed
-from mmopd.train.handover import Handover
+from mmopd.train.weight_publisher import Handover
 from mmopd.train.rollouts import Rollouts
 
 STEP = 5

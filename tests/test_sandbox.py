@@ -20,7 +20,7 @@ import pytest
 from mmopd.errors import UserError
 from mmopd.records import Outcome
 from mmopd.task import code, jail
-from mmopd.task.pool import VerifierPool
+from mmopd.task.verifier_pool import VerifierPool
 from mmopd.task.sandbox import Limits, Sandbox
 
 HOSTILE = Path(__file__).parent / "hostile"

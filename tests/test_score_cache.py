@@ -10,15 +10,15 @@ from mmopd.config import Fleet
 from mmopd.demo.world import additions, build_processor
 from mmopd.modality import Encoder
 from mmopd.records import Prompt, Score
-from mmopd.teacher import cache
-from mmopd.teacher.cache import ScoreCache
-from mmopd.teacher.client import Scorer
+from mmopd.teacher import score_cache
+from mmopd.teacher.score_cache import ScoreCache
+from mmopd.teacher.scorer import Scorer
 
 FLEET = Fleet.model_validate({"teachers": {"t": {"endpoints": ["http://t"]}}, "routes": [{"teacher": "t"}]})
 
 
 def key(i):
-    return i.to_bytes(cache.KEY, "little")
+    return i.to_bytes(score_cache.KEY, "little")
 
 
 def test_what_was_kept_is_there_again_for_any_number_of_ranks(tmp_path):
@@ -62,7 +62,7 @@ def test_a_checkpoint_empties_it(tmp_path):
 
 
 def test_it_is_bounded(tmp_path, monkeypatch):
-    monkeypatch.setattr(cache, "MAX_BYTES", 1000)
+    monkeypatch.setattr(score_cache, "MAX_BYTES", 1000)
     with ScoreCache(tmp_path, 0) as kept:
         for i in range(100):
             kept.add(key(i), (-1.0,) * 20)

@@ -15,13 +15,13 @@ from mmopd.config import Engine, Fleet
 from mmopd.demo.world import additions, build_processor, build_student, digit_sums
 from mmopd.errors import UserError
 from mmopd.modality import Encoder
-from mmopd.processes import Children
+from mmopd.runtime.processes import Children
 from mmopd.records import Absent, Prompt, Score
-from mmopd.rollout.engine import StudentEngine
-from mmopd.teacher import pool
-from mmopd.teacher import serve as serve_module
-from mmopd.teacher.client import Scorer
-from mmopd.teacher.serve import ServerSpec, serve
+from mmopd.rollout.student_client import StudentEngine
+from mmopd.serving import replicas
+from mmopd.serving import servers as serve_module
+from mmopd.teacher.scorer import Scorer
+from mmopd.serving.servers import ServerSpec, serve
 
 TOKENS = (5, 6, 7, 8)
 
@@ -222,7 +222,7 @@ def test_a_caller_that_is_cancelled_takes_nothing_from_the_others(encoder, image
 
 
 def test_two_thousand_requests_under_random_faults_balance_exactly(encoder, image, text, monkeypatch):
-    monkeypatch.setattr(pool, "COOLDOWN", (0.02, 0.2))
+    monkeypatch.setattr(replicas, "COOLDOWN", (0.02, 0.2))
     rng = random.Random(0)
     faults = [f for f in FAULTS if f != "hang"]
     servers = [FakeVLLM(encoder, lambda n: rng.choice(faults) if rng.random() < 0.2 else None, pause=0) for _ in range(3)]
@@ -349,7 +349,7 @@ def test_the_fake_server_speaks_the_wire_format_of_the_real_one(real, encoder, i
         """The model, the text of some ids; keys of the replies to a scoring and a sampling request, and of what is in them."""
         seen = []
         settings = {"n": 2, "seed": 1, "max_tokens": 4, "logprobs": 0, "detokenize": False, "logit_bias": {}}
-        async with pool.connect() as http:
+        async with replicas.connect() as http:
             for sampling in ({"max_tokens": 1, "prompt_logprobs": 0, "detokenize": False}, settings):
                 parts = [{"type": "image_url", "url": "data:image/*;base64," + base64.b64encode(image.prompt.images[0]).decode()}]
                 body = {"model": endpoint.model, "token_ids": image.ids, "content_parts": parts, "sampling_params": sampling}

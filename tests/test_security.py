@@ -19,8 +19,8 @@ import pytest
 from PIL import Image
 
 from mmopd.demo.world import build_student
-from mmopd.teacher import endpoint, wire
-from mmopd.teacher.endpoint import Endpoint
+from mmopd.serving import endpoint, wire
+from mmopd.serving.endpoint import Endpoint
 
 pytest.importorskip("vllm")
 KEY = "key-of-this-test-4f1d9a"

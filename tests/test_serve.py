@@ -21,12 +21,12 @@ from PIL import Image
 from mmopd.config import Engine
 from mmopd.demo.world import build_student, digit_sums
 from mmopd.errors import UserError
-from mmopd.processes import Children
+from mmopd.runtime.processes import Children
 from mmopd.rollout.sync import BUCKET_BYTES, FRESH, BroadcastSync, FileSync, SyncError, WeightSync
-from mmopd.teacher import endpoint, wire
-from mmopd.teacher.adapter import read_adapter
-from mmopd.teacher.endpoint import Endpoint
-from mmopd.teacher.serve import Servers, ServerSpec, serve
+from mmopd.serving import endpoint, wire
+from mmopd.serving.lora import read_adapter
+from mmopd.serving.endpoint import Endpoint
+from mmopd.serving.servers import Servers, ServerSpec, serve
 
 pytest.importorskip("vllm")
 ENGINE = Engine(dtype="float32", max_model_len=256, max_num_seqs=8, kv_cache_mib=32)
@@ -67,7 +67,7 @@ def running(models: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory)
         ServerSpec("teacher", models[1], ENGINE, updatable=False, adapters={k: read_adapter(path) for k, path in adapters.items()}),
     ]
     with Children() as children, pytest.MonkeyPatch.context() as patch:
-        patch.setattr("mmopd.teacher.serve.BATCHED_TOKENS", ENGINE.max_model_len)  # one long prompt fills a pass: the next must wait, whole
+        patch.setattr("mmopd.serving.servers.BATCHED_TOKENS", ENGINE.max_model_len)  # one long prompt fills a pass: the next must wait, whole
         with serve(specs, children, logs, lambda *event: events.append(event)) as servers:
             yield Running(servers, adapters, children, logs, events)
         assert not any(child.alive for child in children)

@@ -23,11 +23,11 @@ from typer.testing import CliRunner
 from mmopd.cli import app
 from mmopd.config import Engine, Fleet, Teacher
 from mmopd.errors import UserError
-from mmopd.processes import Children
-from mmopd.progress import Stages
-from mmopd.teacher import endpoint
-from mmopd.teacher.adapter import lora_flags, read_adapter
-from mmopd.teacher.endpoint import Endpoint
+from mmopd.runtime.processes import Children
+from mmopd.runtime.progress import Stages
+from mmopd.serving import endpoint
+from mmopd.serving.lora import lora_flags, read_adapter
+from mmopd.serving.endpoint import Endpoint
 from mmopd.teacher.fleet import from_files, running_elsewhere, serve_fleet, to_specs
 
 FLEET = """

@@ -5,7 +5,7 @@ from rich.console import Console
 
 from mmopd.config import Fleet, Mixture
 from mmopd.errors import UserError
-from mmopd.show import judges_table
+from mmopd.commands.show import judges_table
 
 TEACHERS = {"general": {"endpoints": ["http://t"], "weight": 2}, "careful": {"endpoints": ["http://t"], "view": "described"}}
 VIEWS = {"described": {"images": "drop", "instead": "[image: {caption}] "}}

@@ -14,9 +14,9 @@ from fake_package import fake_model, install
 
 from mmopd.config import Engine
 from mmopd.errors import UserError
-from mmopd.processes import Children
-from mmopd.teacher.endpoint import Endpoint
-from mmopd.teacher.serve import Servers, ServerSpec, serve
+from mmopd.runtime.processes import Children
+from mmopd.serving.endpoint import Endpoint
+from mmopd.serving.servers import Servers, ServerSpec, serve
 
 Event = tuple[str, str]
 

@@ -12,7 +12,7 @@ from torch.multiprocessing.reductions import rebuild_cuda_tensor
 
 from mmopd.rollout.buckets import HEADER, DeviceBucket, MemoryFile, filled, unpack
 from mmopd.rollout.sync import FileSync, IpcSync, SyncError
-from mmopd.teacher.endpoint import Endpoint
+from mmopd.serving.endpoint import Endpoint
 
 WEIGHTS = {
     "bf16": torch.randn(3, 5).bfloat16(),

@@ -20,7 +20,7 @@ from mmopd.demo import world
 from mmopd.errors import UserError
 from mmopd.records import Outcome
 from mmopd.task import verify
-from mmopd.task.pool import VerifierPool
+from mmopd.task.verifier_pool import VerifierPool
 
 Verify = Callable[[str, str], Outcome]
 
@@ -240,7 +240,7 @@ def test_workers_end_with_their_parent(tmp_path: Path) -> None:
     body = "def verify(response, answer):\n    open(answer, 'w').write(str(os.getpid())); time.sleep(600)\n\n"
     (tmp_path / "modalities/hangs.py").write_text(f"{HEAD}{body}task = Task(name='hangs', modality='text', verify=verify)\n")
     code = (
-        "from mmopd.task.pool import VerifierPool; from pathlib import Path; import os, time\n"
+        "from mmopd.task.verifier_pool import VerifierPool; from pathlib import Path; import os, time\n"
         f"pool = VerifierPool(Path({str(tmp_path)!r}), workers=1, timeout=3.0)\n"
         f"pool.submit('hangs', '', {str(tmp_path / 'pid')!r})\n"
         f"while not os.path.exists({str(tmp_path / 'pid')!r}): time.sleep(0.05)\n"

@@ -9,15 +9,15 @@ from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3ForCausalLM
 from mmopd.config import Engine, Fleet
 from mmopd.demo.world import additions, build_processor, digit_sums
 from mmopd.modality import Encoder
-from mmopd.processes import Children
+from mmopd.runtime.processes import Children
 from mmopd.prompts import Shards, write_shards
 from mmopd.records import Prompt, Score
 from mmopd.task import Task
-from mmopd.teacher.client import Scorer
-from mmopd.teacher.preflight import preflight
-from mmopd.teacher.probes import look
+from mmopd.teacher.scorer import Scorer
+from mmopd.preflight.run import preflight
+from mmopd.preflight.questions import look
 from mmopd.teacher.router import check_tokenizers
-from mmopd.teacher.serve import ServerSpec, serve
+from mmopd.serving.servers import ServerSpec, serve
 from mmopd.teacher.view import BUILT_IN, encode_view
 
 FLEET = Fleet.model_validate({"teachers": {"text": {"endpoints": ["http://t"], "view": "text"}}, "routes": [{"teacher": "text"}]})

@@ -19,10 +19,10 @@ from mmopd.demo.world import build_student
 from mmopd.errors import UserError
 from mmopd.modality import Encoder
 from mmopd.train.checkpoint import Checkpoints
-from mmopd.train.engine import Trainer, learning_rate_factor
+from mmopd.train.trainer import Trainer, learning_rate_factor
 from mmopd.train.pack import MicroBatch
 from mmopd.train.students import load_student
-from mmopd.train.watchdog import HUNG
+from mmopd.runtime.watchdog import HUNG
 
 PARTS = ("vision", "projector", "language")
 

@@ -16,7 +16,7 @@ from transformers import AttentionInterface
 from mmopd.modality import Encoder
 from mmopd.train.pack import Collator, Cost, Layout, deal
 from mmopd.train.students import STUDENTS
-from mmopd.train.tree import KEYS, Item, Tree, grow, mask, with_key_index
+from mmopd.train.prefix_tree import KEYS, Item, Tree, grow, mask, with_key_index
 
 VARIABLE = "variable_length"  # flash attention's interface, in plain torch
 

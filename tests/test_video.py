@@ -26,24 +26,24 @@ from mmopd.demo.world import build_processor
 from mmopd.errors import UserError
 from mmopd.modality import Encoder, video
 from mmopd.modality.video import FPS, MAX_FRAMES
-from mmopd.processes import Children
+from mmopd.runtime.processes import Children
 from mmopd.prompts import Plan, Rows, Shards, TokenCounter, write_shards
 from mmopd.prompts.index import index_tar
 from mmopd.prompts.prepare import prepare
 from mmopd.prompts.rows import RowError, pack
 from mmopd.records import Encoded, Prompt, Response, Sample, Score
 from mmopd.report.heatmap import token_row
-from mmopd.rollout.engine import EngineError, StudentEngine
+from mmopd.rollout.student_client import EngineError, StudentEngine
 from mmopd.task import verify
-from mmopd.teacher.client import Scorer
-from mmopd.teacher.endpoint import Endpoint
-from mmopd.teacher.preflight import answers, preflight
-from mmopd.teacher.probes import look, reordered
-from mmopd.teacher.serve import ServerSpec, serve
+from mmopd.teacher.scorer import Scorer
+from mmopd.serving.endpoint import Endpoint
+from mmopd.preflight.run import answers, preflight
+from mmopd.preflight.questions import look, reordered
+from mmopd.serving.servers import ServerSpec, serve
 from mmopd.teacher.view import BUILT_IN, ViewError, encode_view
 from mmopd.train.pack import Collator, Layout
 from mmopd.train.students import layout, load_student
-from mmopd.train.tree import Item
+from mmopd.train.prefix_tree import Item
 
 TOKENS = (5, 6, 7, 8)
 RESPONSE = Response((5,), (-1.0,), "B", "stop", (("0", 1),))

@@ -16,10 +16,10 @@ from mmopd.config import Engine, View
 from mmopd.demo.world import build_processor, build_student
 from mmopd.modality import Encoder
 from mmopd.modality.encode import open_image, size_of, to_rgb
-from mmopd.processes import Children
+from mmopd.runtime.processes import Children
 from mmopd.records import Prompt
-from mmopd.teacher import wire
-from mmopd.teacher.serve import ServerSpec, serve
+from mmopd.serving import wire
+from mmopd.serving.servers import ServerSpec, serve
 from mmopd.teacher.view import BUILT_IN, ViewError, blinded, check_view, encode_view, sees_image
 
 TOKENS = (5, 6, 7, 8)

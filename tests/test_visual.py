@@ -16,9 +16,9 @@ from mmopd.modality import Encoder
 from mmopd.records import Absent, Encoded, Outcome, Prompt, Response, Sample, Score
 from mmopd.report.heatmap import read_rows
 from mmopd.report.metrics import documented, read_lines
-from mmopd.run import RunFolder
+from mmopd.runtime.run_folder import RunFolder
 from mmopd.train.batch import build_batch, minibatches, visual_advantage
-from mmopd.train.record import Recorder, visual
+from mmopd.train.recorder import Recorder, visual
 
 NAN = math.nan
 PLAIN = Algorithm(balance=None, margin=None)

@@ -3,7 +3,7 @@ import json
 
 import pytest
 
-from mmopd.teacher import wire
+from mmopd.serving import wire
 
 
 def reply(**changes):

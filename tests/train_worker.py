@@ -26,15 +26,15 @@ from mmopd.demo.world import additions, digit_sums
 from mmopd.errors import UserError
 from mmopd.modality import Encoder
 from mmopd.records import Outcome, Prompt, Response, Sample, Score
-from mmopd.run import RunFolder
+from mmopd.runtime.run_folder import RunFolder
 from mmopd.train.checkpoint import Checkpoints, load
 from mmopd.train.distributed import start, stop
-from mmopd.train.engine import NotFiniteError, Trainer
+from mmopd.train.trainer import NotFiniteError, Trainer
 from mmopd.train.export import export
-from mmopd.train.guard import Guard
+from mmopd.train.skipped import Guard
 from mmopd.train.loop import learn
-from mmopd.train.tree import Item
-from mmopd.train.watchdog import Watchdog
+from mmopd.train.prefix_tree import Item
+from mmopd.runtime.watchdog import Watchdog
 
 TRAIN = Train(
     steps=8, dtype="float32", lr=1e-3, warmup=1, micro_tokens=80, micro_patches=64, gradient_checkpointing=False, checkpoint_every=2

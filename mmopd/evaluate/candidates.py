@@ -13,12 +13,12 @@ from mmopd.errors import UserError
 from mmopd.evaluate.calls import warm_up
 from mmopd.evaluate.lmms import Record, evaluate, read_suite
 from mmopd.evaluate.table import Kind, Results, Row
-from mmopd.fingerprint import hash_model
-from mmopd.processes import Children
-from mmopd.progress import Stages
-from mmopd.teacher.endpoint import Endpoint
+from mmopd.runtime.fingerprint import hash_model
+from mmopd.runtime.processes import Children
+from mmopd.runtime.progress import Stages
+from mmopd.serving.endpoint import Endpoint
 from mmopd.teacher.fleet import serve_in_stage
-from mmopd.teacher.serve import ServerSpec
+from mmopd.serving.servers import ServerSpec
 
 CACHE = Path(".mmopd") / "eval"  # of the workspace: what several runs share
 

@@ -25,7 +25,7 @@ from mmopd.errors import UserError
 from mmopd.evaluate.calls import Calls
 from mmopd.evaluate.tasks import Task, prepare
 from mmopd.evaluate.validate import InvalidRunError, Measured, last_words, validate
-from mmopd.teacher.endpoint import Endpoint
+from mmopd.serving.endpoint import Endpoint
 
 SIDE_BY_SIDE = 2  # calls at once: one waits for the server while the other judges
 PACKAGES = ("lmms-eval", "math-verify", "latex2sympy2_extended", "transformers", "datasets", "openai")  # what can move a score

@@ -12,7 +12,7 @@ import yaml
 import mmopd
 from mmopd.config import Benchmark
 from mmopd.errors import UserError
-from mmopd.fingerprint import hash_files
+from mmopd.runtime.fingerprint import hash_files
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,7 +22,7 @@ from safetensors.numpy import load, save
 from webdataset.tariterators import base_plus_ext
 
 from mmopd.errors import UserError
-from mmopd.fingerprint import hash_file
+from mmopd.runtime.fingerprint import hash_file
 from mmopd.modality.video import clip_size
 from mmopd.prompts.rows import RowError, check_image, unpack
 from mmopd.prompts.tokens import Counter

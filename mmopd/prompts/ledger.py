@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Self, TextIO
 
 from mmopd.errors import UserError
-from mmopd.locks import claim
+from mmopd.runtime.locks import claim
 from mmopd.prompts.shards import Shards
 
 VERSION = 2

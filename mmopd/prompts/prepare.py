@@ -28,9 +28,9 @@ from typing import Any
 
 from mmopd import catalog, settings_file
 from mmopd.errors import UserError
-from mmopd.fingerprint import hash_file
-from mmopd.locks import claim
-from mmopd.progress import Stage
+from mmopd.runtime.fingerprint import hash_file
+from mmopd.runtime.locks import claim
+from mmopd.runtime.progress import Stage
 from mmopd.prompts import index
 from mmopd.prompts.convert import SourceSettings
 from mmopd.prompts.index import Index, index_tar

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Protocol
 
-from mmopd.fingerprint import hash_files
+from mmopd.runtime.fingerprint import hash_files
 from mmopd.modality import Encoder
 from mmopd.records import Prompt
 

@@ -114,7 +114,7 @@ def difficulty(path: Path) -> list[dict[str, Any]]:
     """The histogram of each source before and after balancing, as shares of its prompts."""
     if not path.is_file():
         return []
-    from mmopd.prompts.difficulty import histogram, load  # loads torch, which a page without it does not need
+    from mmopd.prompts.difficulty_counts import histogram, load  # loads torch, which a page without it does not need
 
     shown = []
     for name, measured in load(path).items():

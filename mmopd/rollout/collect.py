@@ -12,9 +12,9 @@ from typing import Any, TypeVar
 
 from mmopd.config import Recipe
 from mmopd.records import Absent, Encoded, Response, Sample, Score
-from mmopd.rollout.engine import EngineError, StudentEngine
-from mmopd.task.pool import VerifierPool
-from mmopd.teacher.client import Scorer
+from mmopd.rollout.student_client import EngineError, StudentEngine
+from mmopd.task.verifier_pool import VerifierPool
+from mmopd.teacher.scorer import Scorer
 
 UNNAMED = (("", 0),)  # weights of a response whose server does not say
 SHORT = 256  # tokens; up to this limit a group is one request

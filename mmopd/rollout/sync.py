@@ -25,8 +25,8 @@ import torch
 
 from mmopd.config import Student
 from mmopd.rollout.buckets import B, DeviceBucket, MemoryFile, Weights, filled
-from mmopd.rollout.group import HOST, broadcast, handle_of, join
-from mmopd.teacher.endpoint import Endpoint
+from mmopd.rollout.transport import HOST, broadcast, handle_of, join
+from mmopd.serving.endpoint import Endpoint
 
 BUCKET_BYTES = 256 << 20
 TIMEOUT, LOOK = 300.0, 30.0  # seconds for a step of the protocol, and for a look at the version

@@ -17,7 +17,7 @@ from vllm.distributed.weight_transfer.base import WeightTransferEngine, WeightTr
 from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 
 from mmopd.rollout.buckets import Place, unpack
-from mmopd.rollout.group import broadcast, join, open_handle
+from mmopd.rollout.transport import broadcast, join, open_handle
 
 PREFIX = "mmopd_"  # of the backends' names; a `sync` of `mmopd.config.Student` follows
 

@@ -26,7 +26,7 @@ class Task:
     """What makes prompts of one kind and judges their answers.
 
     A task acts at two times: converters call `prompt` when shards are written; a run calls `verify` on what the student
-    answers, in another process, so that it may be slow, crash or hang (`mmopd.task.pool`).
+    answers, in another process, so that it may be slow, crash or hang (`mmopd.task.verifier_pool`).
     """
 
     name: str  # as rows, routes and mixtures call it

@@ -18,12 +18,12 @@ from rich.table import Table
 
 from mmopd.config import Engine, Fleet, Student
 from mmopd.errors import UserError
-from mmopd.processes import Children
-from mmopd.progress import Stages
+from mmopd.runtime.processes import Children
+from mmopd.runtime.progress import Stages
 from mmopd.settings_file import suggest
-from mmopd.teacher.adapter import read_adapter
-from mmopd.teacher.endpoint import Endpoint, load, save
-from mmopd.teacher.serve import ANY_HOST, HOST, Servers, ServerSpec, serve
+from mmopd.serving.lora import read_adapter
+from mmopd.serving.endpoint import Endpoint, load, save
+from mmopd.serving.servers import ANY_HOST, HOST, Servers, ServerSpec, serve
 
 WATCH_EVERY = 0.5  # seconds
 LONGEST_NAME = 80  # of a server that several teachers share: it is the name of its log

@@ -13,7 +13,7 @@ from torch import Tensor
 from mmopd.algorithm import Targets, grpo, opd, sft, visual_weights
 from mmopd.config import Algorithm, ExOPD
 from mmopd.records import Encoded, Sample, Score
-from mmopd.train.tree import Item
+from mmopd.train.prefix_tree import Item
 
 
 @dataclass(frozen=True, slots=True)

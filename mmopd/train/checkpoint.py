@@ -22,7 +22,7 @@ import torch
 
 from mmopd.errors import UserError
 from mmopd.train.distributed import Ranks
-from mmopd.train.engine import Trainer
+from mmopd.train.trainer import Trainer
 
 MANIFEST = "manifest.json"
 STATE = "state.json"

@@ -5,8 +5,8 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from mmopd.card import CARD
-from mmopd.train.engine import Trainer
+from mmopd.report.model_card import CARD
+from mmopd.train.trainer import Trainer
 from mmopd.train.lora import save_adapter
 
 ADAPTER = "adapter"

@@ -3,12 +3,12 @@
 import sys
 from pathlib import Path
 
-from mmopd.card import model_card
+from mmopd.report.model_card import model_card
 from mmopd.errors import UserError
 from mmopd.modality import Encoder
-from mmopd.run import RunFolder, step_of
+from mmopd.runtime.run_folder import RunFolder, step_of
 from mmopd.train.checkpoint import load
-from mmopd.train.engine import Trainer
+from mmopd.train.trainer import Trainer
 from mmopd.train.export import export
 from mmopd.train.rank import joined
 

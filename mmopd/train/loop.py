@@ -12,28 +12,28 @@ from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from statistics import fmean
 
-from mmopd.card import model_card
+from mmopd.report.model_card import model_card
 from mmopd.config import Algorithm, Recipe
 from mmopd.errors import UserError
 from mmopd.modality import Encoder
 from mmopd.records import Absent, Encoded, Outcome, Sample
 from mmopd.rollout.collect import seed_of, version_of
 from mmopd.rollout.sync import connect
-from mmopd.run import RunFolder
-from mmopd.train.aside import Aside
+from mmopd.runtime.run_folder import RunFolder
+from mmopd.train.background import Aside
 from mmopd.train.batch import Batch, build_batch, minibatches
 from mmopd.train.checkpoint import Checkpoints, load
 from mmopd.train.distributed import Ranks
-from mmopd.train.engine import Trainer
+from mmopd.train.trainer import Trainer
 from mmopd.train.export import export
-from mmopd.train.guard import Guard
-from mmopd.train.handover import Handover
-from mmopd.train.probe import probe_items
+from mmopd.train.skipped import Guard
+from mmopd.train.weight_publisher import Handover
+from mmopd.train.weight_probe import probe_items
 from mmopd.train.recompute import recompute
-from mmopd.train.record import Recorder
+from mmopd.train.recorder import Recorder
 from mmopd.train.rollouts import Rollouts
 from mmopd.train.stream import Stream
-from mmopd.train.watchdog import Watchdog
+from mmopd.runtime.watchdog import Watchdog
 
 
 async def train(

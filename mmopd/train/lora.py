@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from mmopd.config import Lora
 from mmopd.errors import UserError
-from mmopd.teacher.adapter import WEIGHTS
+from mmopd.serving.lora import WEIGHTS
 from mmopd.train.students import part_of
 
 NAME = "default"  # peft's for the one adapter of a model

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from mmopd.modality import Encoder
 from mmopd.records import Encoded
-from mmopd.train.tree import Item, Tree, grow, mask, sequences
+from mmopd.train.prefix_tree import Item, Tree, grow, mask, sequences
 
 # Of torch's attention, whose mask is W x W: tokens of a row, unless three of the longest sample are more.
 ROW = 256

@@ -20,11 +20,11 @@ import torch
 
 from mmopd.config import Recipe
 from mmopd.errors import UserError
-from mmopd.run import RunFolder
+from mmopd.runtime.run_folder import RunFolder
 from mmopd.train import distributed
 from mmopd.train.distributed import Ranks
 from mmopd.train.loop import train
-from mmopd.train.watchdog import LEFT, TOGETHER, WAITED, Watchdog, asked_to_stop, pulse_of
+from mmopd.runtime.watchdog import LEFT, TOGETHER, WAITED, Watchdog, asked_to_stop, pulse_of
 
 
 def main() -> int:
@@ -58,7 +58,7 @@ def work(run: RunFolder, recipe: Recipe, changed: Sequence[str], stop: threading
 
 @contextmanager
 def joined(run: RunFolder, name: str, timeout: float) -> Iterator[tuple[Ranks, Watchdog]]:
-    """Be one of the ranks while the block lasts; if another one is why it ends, the exit status says so (`mmopd.ranks.check_ranks`).
+    """Be one of the ranks while the block lasts; if another one is why it ends, the exit status says so (`mmopd.runtime.rank_processes.check_ranks`).
 
     Args:
         name: of these processes and their logs, before the number.

@@ -5,8 +5,8 @@ from collections.abc import Sequence
 import torch
 
 from mmopd.records import Encoded, Sample
-from mmopd.train.engine import Trainer
-from mmopd.train.tree import Item
+from mmopd.train.trainer import Trainer
+from mmopd.train.prefix_tree import Item
 
 
 def recompute(

@@ -15,17 +15,17 @@ from mmopd.config import Dense, Recipe
 from mmopd.modality import Encoder
 from mmopd.prompts.shards import Shards
 from mmopd.records import Encoded, Sample
-from mmopd.rollout.answers import Library
+from mmopd.passes.answers import Library
 from mmopd.rollout.collect import collect, version_of
-from mmopd.rollout.engine import EngineError, StudentEngine
-from mmopd.run import RunFolder
+from mmopd.rollout.student_client import EngineError, StudentEngine
+from mmopd.runtime.run_folder import RunFolder
 from mmopd.task.base import Task
-from mmopd.task.pool import VerifierPool
-from mmopd.teacher.cache import ScoreCache
-from mmopd.teacher.client import Scorer
+from mmopd.task.verifier_pool import VerifierPool
+from mmopd.teacher.score_cache import ScoreCache
+from mmopd.teacher.scorer import Scorer
 from mmopd.teacher.router import load_teachers, references
 from mmopd.train.distributed import Ranks
-from mmopd.train.handover import Handover
+from mmopd.train.weight_publisher import Handover
 
 LOOK_EVERY = 1.0  # seconds
 

@@ -9,13 +9,13 @@ from mmopd import catalog
 from mmopd.config import Recipe
 from mmopd.errors import UserError
 from mmopd.modality import Encoder
-from mmopd.prompts import difficulty
+from mmopd.prompts import difficulty_counts
 from mmopd.prompts.plan import Plan, Rows
 from mmopd.prompts.schedule import Schedule
 from mmopd.prompts.shards import Shards, open_mixture
 from mmopd.prompts.tokens import hash_processor
 from mmopd.records import Encoded, Sample
-from mmopd.run import RunFolder
+from mmopd.runtime.run_folder import RunFolder
 from mmopd.train.distributed import Ranks
 
 
@@ -33,7 +33,7 @@ class Stream:
         mixture = catalog.load_mixture(recipe.mixture)
         self._n, self._encoder = recipe.rollout.prompts, encoder
         self.sources: Mapping[str, Shards] = open_mixture(mixture, catalog.load_tasks(), Path.cwd(), hash_processor(recipe.student.model))
-        measured = difficulty.load(run.difficulty / difficulty.FILE) if recipe.algorithm.difficulty else {}
+        measured = difficulty_counts.load(run.difficulty / difficulty_counts.FILE) if recipe.algorithm.difficulty else {}
         rows = {
             name: Rows(len(shards), shards.fingerprint, measured[name].weights if measured else None)
             for name, shards in self.sources.items()

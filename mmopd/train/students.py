@@ -21,7 +21,7 @@ from mmopd.config import Part
 from mmopd.errors import UserError
 from mmopd.train.logprob import Student
 from mmopd.train.pack import Layout
-from mmopd.train.tree import with_key_index
+from mmopd.train.prefix_tree import with_key_index
 
 FAMILIES = {  # model_type -> name of the family, class in transformers
     "qwen3_vl": ("Qwen3-VL", "Qwen3VLForConditionalGeneration"),

@@ -1,0 +1,182 @@
+"""How long a step takes, from published rates of a GPU and assumed shares of them. Nothing in here has been measured on a GPU.
+
+Decoding is bound by memory bandwidth, scoring and the update by FLOP/s. Teachers score while the student samples.
+"""
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+from mmopd.capacity import memory
+from mmopd.config import Engine, Recipe
+from mmopd.capacity.memory import GIB, Gpu, Load
+from mmopd.capacity.model_size import Model
+
+# Assumed: shares of the published rates that are reached.
+DECODE = 0.6  # of the memory bandwidth, by an engine that samples
+PREFILL = 0.4  # of the FLOP/s, by a teacher that scores
+UPDATE = 0.35  # of the FLOP/s, by the trainer under ZeRO-3
+HOST = 5e9  # B/s, of weights between a GPU and the memory of the machine
+PEER = 20e9  # B/s, of weights from GPU to GPU; that of PCIe, NVLink has more
+ALL_REDUCE = 20e-6  # s, of which an engine on several GPUs needs two in each layer and pass
+
+
+class Served(NamedTuple):
+    """A vLLM server, or the student's several."""
+
+    name: str
+    teachers: tuple[str, ...]  # several with adapters may share one; none: it is the student's
+    key: str  # of its engine's settings
+    model: Model
+    engine: Engine
+    gpus: list[int]  # of the first node; none: it runs elsewhere, on GPUs of its own
+    replicas: int = 1  # of the student's
+
+    @property
+    def scores(self) -> bool:
+        """Whether it is a teacher's."""
+        return bool(self.teachers)
+
+
+class Share(NamedTuple):
+    """Of the responses of a step, those that a teacher scores."""
+
+    all: float
+    seen: float  # those to prompts with images
+
+
+class Work(NamedTuple):
+    """The tokens of a step."""
+
+    prompts: int
+    group: int  # responses of a prompt
+    prompt: int  # mean tokens of a prompt
+    response: int  # mean tokens of a response
+    load: Load  # the longest
+
+    @property
+    def responses(self) -> int:
+        """Of all prompts."""
+        return self.prompts * self.group
+
+    @property
+    def tokens(self) -> int:
+        """Of all samples, prompts included."""
+        return self.responses * self.context
+
+    @property
+    def context(self) -> int:
+        """Mean tokens of a sample."""
+        return self.prompt + self.response
+
+
+class Time(NamedTuple):
+    """A part of a step."""
+
+    what: str
+    seconds: float
+    how: str
+
+
+def step_times(recipe: Recipe, gpu: Gpu, servers: Sequence[Served], work: Work, shares: Mapping[str, Share]) -> list[Time]:
+    """Rollout, scoring, update and weight sync.
+
+    Args:
+        servers: the student's engines first.
+        shares: of each teacher.
+    """
+    student = servers[0].model
+    return [
+        _rollout(recipe, gpu, student, work),
+        _scoring(gpu, servers[1:], work, shares),
+        _update(recipe, gpu, student, work),
+        _sync(recipe, gpu, student),
+    ]
+
+
+def flops(model: Model, tokens: float, context: float, passes: int) -> float:
+    """Of tokens that see half of `context` on average. A forward pass is 1, a backward pass 2, recomputing 1."""
+    text = model.text
+    return passes * tokens * (2 * model.active + 2 * text.caching * text.query * context)
+
+
+def tower(model: Model, tokens: float, passes: int) -> float:
+    """FLOP of the vision tower, if there is one, for so many visual tokens: each is made of some patches."""
+    return 2 * passes * model.tower * tokens * model.vision.merge if model.vision else 0.0
+
+
+def _rollout(recipe: Recipe, gpu: Gpu, student: Model, work: Work) -> Time:
+    """Each token reads the weights and the cache of an engine's sequences; the longest response alone is a bound of its own."""
+    if recipe.algorithm.objective.kind == "sft":
+        return Time("rollout", 0.0, "none: the teachers' answers are sampled before training")
+    engine, rollout = recipe.student.engine, recipe.rollout
+    per_token = memory.kv_bytes(student, engine)
+    room = memory.kv_tokens(memory.server(student, engine, gpu, scores=False), per_token)
+    context = work.prompt + work.response // 2
+    replicas = recipe.student.replicas
+    asked = min(work.responses, rollout.concurrency * recipe.train.ranks * rollout.group)
+    at_once = max(1, min(asked // replicas, engine.max_num_seqs, room // context))
+    rate, split = gpu.bandwidth * 1e9 * DECODE, engine.tensor_parallel
+    weights = student.read * memory.WIDTH[engine.dtype] / split
+    multiplied = 2 * student.active * at_once / (split * gpu.tflops * 1e12 * PREFILL)
+    reduced = 2 * student.text.layers * ALL_REDUCE if split > 1 else 0.0
+    each = max((weights + at_once * context * per_token) / rate, multiplied) + reduced
+    everywhere = replicas * at_once
+    seconds = max(work.responses * work.response / everywhere * each, work.load.response * (weights / rate + reduced))
+    how = f"{work.responses:,} x {work.response:,} tokens, {everywhere} at once: {everywhere / each:,.0f} tokens/s"
+    return Time("rollout", seconds, how)
+
+
+def _scoring(gpu: Gpu, servers: Sequence[Served], work: Work, shares: Mapping[str, Share]) -> Time:
+    """Prefill by the busiest teacher; teachers that share a server count as if each had it alone.
+
+    Images pass through its vision tower once for each response: that vLLM may still have them is not counted on.
+    """
+    rates: dict[str, float] = defaultdict(float)
+    models: dict[str, Model] = {}
+    for server in servers:
+        for name in server.teachers:
+            rates[name] += server.engine.tensor_parallel * gpu.tflops * 1e12 * PREFILL
+            models[name] = server.model
+    seconds = {}
+    for name, model in models.items():
+        looked = tower(model, work.responses * work.prompt * shares[name].seen, 1) if work.load.images else 0.0
+        seconds[name] = (flops(model, work.tokens * shares[name].all, work.context, 1) + looked) / rates[name]
+    if not seconds:
+        return Time("scoring", 0.0, "no teacher is served by mmopd")
+    slowest = max(seconds, key=lambda name: seconds[name])
+    return Time("scoring", seconds[slowest], f"{slowest}: prefill of {shares[slowest].all:.0%} of the responses, meanwhile")
+
+
+def _update(recipe: Recipe, gpu: Gpu, student: Model, work: Work) -> Time:
+    """Forward, backward and, with checkpointing, forward again, over all responses; and once more before it for recomputed log-probs.
+
+    A prompt is computed once for its group, unless layers have a state along the row (linear attention).
+    """
+    passes = 3 + recipe.train.gradient_checkpointing + recipe.recomputes
+    prompts = work.prompts if student.text.caching == student.text.layers else work.responses
+    asked, answered = prompts * work.prompt, work.responses * work.response
+    total = flops(student, asked, work.prompt, passes) + flops(student, answered, 2 * work.prompt + work.response, passes)
+    if work.load.images:
+        total += tower(student, asked, passes)
+    seconds = total / (recipe.train.ranks * gpu.tflops * 1e12 * UPDATE)
+    return Time("update", seconds, f"{2 * passes} FLOP for each number and token, {(asked + answered) / 1e6:.1f} M tokens")
+
+
+def _sync(recipe: Recipe, gpu: Gpu, student: Model) -> Time:
+    """What an update has changed, gathered by rank 0 and handed to the engines.
+
+    One that sleeps takes all its weights to the host and back.
+    """
+    moved = student.sent * memory.WIDTH[recipe.train.dtype]
+    gathered, size, sync = moved / PEER, f"{moved / GIB:.1f} GiB", recipe.student.sync
+    if sync == "file":
+        return Time("weight sync", gathered + 2 * moved / HOST, f"{size} through the memory of the machine")
+    if sync == "broadcast":
+        replicas = recipe.student.replicas
+        return Time(
+            "weight sync", gathered + replicas * moved / PEER, f"{size} from GPU to GPU" + f", to {replicas} engines" * (replicas > 1)
+        )
+    asleep = student.numbers * memory.WIDTH[recipe.student.engine.dtype]
+    how = f"{size} within a GPU, and the sleeping engine's {asleep / GIB:.1f} GiB to the host and back"
+    return Time("weight sync", gathered + 2 * moved / (gpu.bandwidth * 1e9) + 2 * asleep / HOST, how)

@@ -1,0 +1,190 @@
+"""`mmopd replay RUN STEP`: an update that was skipped, once more, response by response.
+
+A batch is kept as `batch.json`, with its tensors and images in `batch.safetensors`, beside the student as it was then. Here every response
+is computed by itself, forwards and backwards: packed into one row with others, one that is not finite spoils them all.
+"""
+
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields, is_dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import TypeAdapter
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from mmopd.config import Algorithm, Recipe
+from mmopd.errors import UserError
+from mmopd.modality import Encoder
+from mmopd.records import Encoded
+from mmopd.runtime.run_folder import RunFolder, step_of
+from mmopd.train.trainer import collator, loss_of
+from mmopd.train.pack import Collator
+from mmopd.train.students import load_student
+from mmopd.train.prefix_tree import Item
+
+TEXT, TENSORS, MODEL = "batch.json", "batch.safetensors", "model"
+TENSOR, BYTES = "$tensor", "$bytes"  # keys of what stands in the other file
+SHOWN = 20  # responses in the table
+ENCODED = TypeAdapter(Encoded)
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """What a response of T tokens is to the update."""
+
+    item: Item
+    logprob: Tensor  # [T] by the student as it was
+    loss: float  # its share
+    gradient: float  # norm of its share
+
+    @property
+    def ratio(self) -> Tensor:
+        """[T] log-prob by the student minus the one that it was sampled with."""
+        return self.logprob - self.item.old
+
+    @property
+    def wrong(self) -> dict[str, list[int]]:
+        """Positions of tokens whose numbers are not finite, by the number."""
+        item = self.item
+        numbers = {"log-prob": self.logprob, "sampled log-prob": item.old, "advantage": item.advantage, "weight": item.weight}
+        if item.likeliest is not None:
+            numbers["teacher's likeliest"] = item.likeliest[1].sum(1)
+        return {name: at for name, x in numbers.items() if (at := (~x.isfinite()).nonzero().flatten().tolist())}
+
+    @property
+    def finite(self) -> bool:
+        """Whether the update could be made with it."""
+        return math.isfinite(self.loss) and math.isfinite(self.gradient)
+
+
+def write_batch(folder: Path, items: Sequence[Item], **about: str | int) -> None:
+    """Keep what an update was given; a prompt that several responses share is there once."""
+    tensors: dict[str, Tensor] = {}
+    prompts = {id(item.encoded): item.encoded for item in items}
+    number = {one: i for i, one in enumerate(prompts)}
+    rows = [{f.name: _plain(getattr(item, f.name), tensors) for f in fields(item) if f.name != "encoded"} for item in items]
+    batch = [row | {"encoded": number[id(item.encoded)]} for row, item in zip(rows, items, strict=True)]
+    text = {**about, "prompts": [_plain(encoded, tensors) for encoded in prompts.values()], "items": batch}
+    (folder / TEXT).write_text(json.dumps(text, ensure_ascii=False))
+    save_file(tensors, folder / TENSORS)
+
+
+def read_batch(folder: Path) -> tuple[list[Item], dict[str, Any]]:
+    """What `write_batch` kept: the items, and what was said about them.
+
+    Raises:
+        UserError: there is no batch, or not a whole one.
+    """
+    try:
+        text = json.loads((folder / TEXT).read_text())
+        tensors = load_file(folder / TENSORS)
+    except (OSError, ValueError, SafetensorError) as error:
+        raise UserError(f"{folder}: no skipped update in this folder can be read: {error}") from error
+    prompts = [ENCODED.validate_python(_whole(prompt, tensors)) for prompt in text.pop("prompts")]
+    items = []
+    for row in text.pop("items"):
+        values = {name: tuple(value) if isinstance(value, list) else value for name, value in _whole(row, tensors).items()}
+        items.append(Item(**values | {"encoded": prompts[row["encoded"]]}))
+    return items, text
+
+
+def replay(run: RunFolder, step: int, console: Console) -> list[Found]:
+    """Compute the batch of a skipped update again and print what came of each response, the worst ones first.
+
+    Raises:
+        UserError: no batch of this step was kept (says of which there are), or the student does not load.
+    """
+    folder, recipe = run.replay_of(step), run.recipe()
+    if not folder.is_dir():
+        there = ", ".join(str(step_of(path.name)) for path in sorted(run.replay.glob("step-*")))
+        raise UserError(f"{run.root}: no update of step {step} was skipped, or it is not kept any more; there is {there or 'none'}")
+    items, about = read_batch(folder)
+    console.print(f"step {step}: {about['reason']}. {len(items)} responses, with the weights of {folder / MODEL}")
+    encoder, student = Encoder(folder / MODEL), _load(folder / MODEL, recipe)
+    if broken := [name for name, weight in student.named_parameters() if not weight.isfinite().all()]:
+        console.print(f"[red]{len(broken)} weights of the student are not finite[/], such as {broken[0]}")
+    compute = _computer(student, collator(student, encoder), recipe.algorithm)
+    found = sorted((compute(item) for item in items), key=lambda one: (one.finite, -_largest(one.ratio)[0]))
+    console.print(table(found[:SHOWN], lambda token: repr(encoder.tokenizer.decode([token]))))
+    wrong = sum(not one.finite for one in found)
+    console.print(f"{wrong} of {len(found)} responses are not finite" + (f"; {SHOWN} are shown" if len(found) > SHOWN else ""))
+    return found
+
+
+def table(found: Sequence[Found], text: Callable[[int], str]) -> Table:
+    """A line for each response.
+
+    Args:
+        text: of a token.
+    """
+    head = Table(title="Responses of the skipped update; ratio is pi / pi that sampled", title_justify="left")
+    for column in ("prompt", "tokens", "loss", "gradient norm", "largest ratio", "not finite"):
+        head.add_column(column, justify="right" if column in {"tokens", "loss", "gradient norm"} else "left")
+    for one in found:
+        tokens = one.item.tokens
+        ratio, at = _largest(one.ratio)
+        largest = f"{math.exp(min(ratio, 700.0)):.4g} at {at} {text(tokens[at])}" if at is not None else "none is finite"
+        wrong = "; ".join(f"{name} of {len(at)}, the first at {at[0]} {text(tokens[at[0]])}" for name, at in one.wrong.items())
+        numbers = (str(len(tokens)), f"{one.loss:.4g}", f"{one.gradient:.4g}", largest, wrong or ("" if one.finite else "its gradient"))
+        head.add_row(escape(one.item.encoded.prompt.key), *map(escape, numbers), style="" if one.finite else "red")
+    return head
+
+
+def _load(folder: Path, recipe: Recipe) -> Any:
+    student = load_student(folder, getattr(torch, recipe.train.dtype)).to("cuda" if torch.cuda.is_available() else "cpu")
+    if recipe.train.gradient_checkpointing:
+        student.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    return student.train()
+
+
+def _computer(student: Any, collate: Collator, algorithm: Algorithm) -> Callable[[Item], Found]:
+    """Computes one response with no others beside it."""
+
+    def compute(item: Item) -> Found:
+        micro = collate([item], [0]).to(student.device)
+        loss, logprob = loss_of(student(**micro.inputs), micro, algorithm)
+        student.zero_grad()
+        loss.backward()
+        norm = torch.stack([p.grad.double().norm() for p in student.parameters() if p.grad is not None]).norm()
+        return Found(item, logprob.detach().cpu(), loss.item(), norm.item())
+
+    return compute
+
+
+def _largest(ratio: Tensor) -> tuple[float, int | None]:
+    """The log ratio that is farthest from 0, and where it is, of those that are finite; (0, None) if none is."""
+    size = ratio.abs().masked_fill(~ratio.isfinite(), -1.0)
+    at = int(size.argmax())
+    return (float(ratio[at]), at) if size[at] >= 0 else (0.0, None)
+
+
+def _plain(value: Any, tensors: dict[str, Tensor]) -> Any:
+    """`value` as JSON has it; tensors and bytes go to `tensors`."""
+    if isinstance(value, (Tensor, bytes)):
+        key = str(len(tensors))
+        tensors[key] = value.detach().cpu().clone() if isinstance(value, Tensor) else torch.frombuffer(bytearray(value), dtype=torch.uint8)
+        return {TENSOR if isinstance(value, Tensor) else BYTES: key}
+    if is_dataclass(value):
+        return {field.name: _plain(getattr(value, field.name), tensors) for field in fields(value)}
+    if isinstance(value, Mapping):
+        return {key: _plain(one, tensors) for key, one in value.items()}
+    return [_plain(one, tensors) for one in value] if isinstance(value, (tuple, list)) else value
+
+
+def _whole(value: Any, tensors: Mapping[str, Tensor]) -> Any:
+    """The reverse, with a list for each tuple."""
+    if isinstance(value, dict):
+        if value.keys() == {TENSOR}:
+            return tensors[value[TENSOR]]
+        if value.keys() == {BYTES}:
+            return tensors[value[BYTES]].numpy().tobytes()
+        return {key: _whole(one, tensors) for key, one in value.items()}
+    return [_whole(one, tensors) for one in value] if isinstance(value, list) else value

@@ -1,0 +1,168 @@
+"""The teachers' own answers (for SFT): each prompt is answered by the teachers that it is routed to, and what is right is kept.
+
+Once, before training, in a file beside the shards that says what it is made from; every seed and mixture shares it. Ids are kept, not
+text, with the teacher's own log-probs.
+"""
+
+import asyncio
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from contextlib import AsyncExitStack, ExitStack
+from pathlib import Path
+from random import Random
+from typing import Any
+
+from mmopd import catalog
+from mmopd.config import SFT, Fleet, Recipe
+from mmopd.errors import UserError
+from mmopd.runtime.fingerprint import hash_model
+from mmopd.modality import Encoder
+from mmopd.runtime.progress import Stage
+from mmopd.prompts.ledger import Ledger, Origin, ledger_file
+from mmopd.prompts.shards import Shards
+from mmopd.records import Encoded, Outcome, Response, Sample, Score
+from mmopd.rollout.collect import seed_of
+from mmopd.rollout.student_client import StudentEngine
+from mmopd.passes.each_row import each_row
+from mmopd.task.verifier_pool import VerifierPool
+from mmopd.serving.endpoint import Endpoint
+from mmopd.teacher.router import find_judges, load_teachers
+from mmopd.teacher.view import encode_view
+
+
+class Answers(Ledger):
+    """Of each row the right answers, each as [teacher, weight, ids, log-probs]."""
+
+    what = "the teachers' answers"
+
+
+def settings_of(recipe: Recipe) -> SFT:
+    """Of the objective.
+
+    Raises:
+        UserError: it is another one.
+    """
+    if not isinstance(recipe.algorithm.objective, SFT):
+        raise UserError(f"algorithm.objective.kind is {recipe.algorithm.objective.kind}: only sft learns from the teachers' own answers")
+    return recipe.algorithm.objective
+
+
+def find_answers(recipe: Recipe, sources: Mapping[str, Shards]) -> dict[str, tuple[Path, Origin]]:
+    """Where the answers to each source are kept, and what they are made from.
+
+    Raises:
+        UserError: a prompt has no teacher.
+    """
+    rollout, fleet, tasks = recipe.rollout, load_teachers(recipe), catalog.load_tasks()
+    found: dict[str, tuple[Path, Origin]] = {}
+    sampling = {"attempts": settings_of(recipe).attempts} | rollout.model_dump(include={"temperature", "top_p", "top_k", "max_tokens"})
+    for name, shards in sources.items():
+        judges = {f"{task}/{modality}": find_judges(fleet, tasks, task, modality) for task, modality in sorted(shards.kinds)}
+        asked = {
+            kind: [[_weights(fleet, j.teacher), j.share, j.weight, j.view.model_dump()] for j in some] for kind, some in judges.items()
+        }
+        made_from = {"data": shards.fingerprint, "teachers": asked, "sampling": sampling, "threshold": recipe.algorithm.outcome_threshold}
+        found[name] = ledger_file(shards, "answers", made_from), made_from
+    return found
+
+
+def run_answers(recipe: Recipe, sources: Mapping[str, Shards], teachers: Mapping[str, Sequence[Endpoint]], stage: Stage) -> None:
+    """Let the teachers answer what they have not answered yet.
+
+    Raises:
+        EngineError: a teacher does not answer; what was kept stays.
+        UserError: a file cannot be used, or no answer to a source is right.
+    """
+    with ExitStack() as stack:
+        files = find_answers(recipe, sources)
+        answers = {name: stack.enter_context(Answers(*where)) for name, where in files.items()}
+        total, done = sum(map(len, sources.values())), sum(map(len, answers.values()))
+        stage.total(total, done=done)
+        if done < total:
+            asyncio.run(_ask(recipe, sources, answers, teachers, stage))
+        right = {name: sum(len(one[row]) for row in range(len(sources[name]))) for name, one in answers.items()}
+        if none := [name for name, n in right.items() if not n]:
+            raise UserError(
+                f"source {none[0]}: no answer of its teachers is right, so that there is nothing to learn from; see its verifier"
+            )
+        empty = sum(not one[row] for name, one in answers.items() for row in range(len(sources[name])))
+    stage.outcome = f"{sum(right.values()):,} right answers of {total * settings_of(recipe).attempts:,}, {empty:,} prompts without one"
+
+
+async def _ask(
+    recipe: Recipe,
+    sources: Mapping[str, Shards],
+    answers: Mapping[str, Answers],
+    teachers: Mapping[str, Sequence[Endpoint]],
+    stage: Stage,
+) -> None:
+    rollout, encoder, n = recipe.rollout, Encoder(recipe.student.model), settings_of(recipe).attempts
+    fleet, tasks = load_teachers(recipe), catalog.load_tasks()
+    async with AsyncExitStack() as stack:
+        engines = {
+            name: [await stack.enter_async_context(StudentEngine(one, encoder, timeout=recipe.train.timeout)) for one in replicas]
+            for name, replicas in teachers.items()
+        }
+        verifiers = stack.enter_context(VerifierPool())
+
+        async def right_of(encoded: Encoded) -> list[Any]:
+            prompt, draw = encoded.prompt, Random(seed_of("answers", encoded.prompt.key))
+            judges = find_judges(fleet, tasks, prompt.task, prompt.modality)
+            kept: list[Any] = []
+            # Several teachers share the attempts as they would share the target.
+            for i, times in Counter(draw.choices(range(len(judges)), [j.share for j in judges], k=n)).items():
+                judge = judges[i]
+                shown = await asyncio.to_thread(encode_view, encoder, encoded, judge.view)
+                responses = await draw.choice(engines[judge.teacher]).sample(
+                    shown,
+                    times,
+                    seed_of("answers", prompt.key, judge.teacher),
+                    max_tokens=rollout.max_tokens,
+                    temperature=rollout.temperature,
+                    top_p=rollout.top_p,
+                    top_k=rollout.top_k,
+                )
+                outcomes = await asyncio.gather(*(verifiers.verify(prompt.task, r.text, prompt.answer) for r in responses))
+                kept += [
+                    [judge.teacher, judge.weight, r.tokens, [round(x, 6) for x in r.logprobs]]
+                    for r, outcome in zip(responses, outcomes, strict=True)
+                    if outcome.known and outcome.value >= recipe.algorithm.outcome_threshold
+                ]
+            return kept
+
+        await each_row(sources, answers, encoder, right_of, (), at_once=rollout.concurrency, stage=stage)
+
+
+class Library:
+    """The answers as samples of a step.
+
+    Raises:
+        UserError: an answer file is missing or cannot be used.
+    """
+
+    def __init__(self, recipe: Recipe, sources: Mapping[str, Shards], encoder: Encoder) -> None:
+        self._recipe, self._sources, self._encoder = recipe, sources, encoder
+        self._answers = {name: Answers.read(*where) for name, where in find_answers(recipe, sources).items()}
+
+    def samples(self, number: int, encoded: Encoded, step: int) -> list[Sample]:
+        """Up to G right answers to a prompt, drawn without replacement; none where its teachers had none."""
+        key = encoded.prompt.key
+        source = key.rpartition("/")[0]
+        found, draw = self._answers[source][self._sources[source].row_of(key)], Random(seed_of(self._recipe.seed, step, key))
+        return [
+            Sample(
+                number,
+                Response(tuple(tokens), tuple(logprobs), self._encoder.decode(tuple(tokens)), "stop", ((teacher, len(tokens)),)),
+                Outcome(1.0),
+                score,
+            )
+            for teacher, weight, tokens, logprobs in draw.sample(found, min(self._recipe.rollout.group, len(found)))
+            for score in [Score(teacher, tuple(logprobs), weight)]
+        ]
+
+
+def _weights(fleet: Fleet, name: str) -> str:
+    """What tells a teacher from another."""
+    teacher = fleet.teachers[name]
+    adapter = f" + {hash_model(teacher.adapter)}" if teacher.adapter else ""
+    return f"{name} {hash_model(teacher.model) if teacher.model else ' '.join(teacher.endpoints)}{adapter}"

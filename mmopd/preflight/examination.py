@@ -1,0 +1,368 @@
+"""What one replica of a teacher shows of itself, one check after the other; `mmopd.preflight.run` looks at all of them.
+
+The replica is asked directly, one request at a time, without the retries of a pool: what fails once would fail in the
+run. A replica that lets a request go by, or loses the connection, is asked nothing more, so that the time is bounded.
+
+What follows from a failure is not told as another one: a server that counts the tokens of an image otherwise is asked
+nothing more with images, and where scores do not repeat, nothing is concluded from how they differ.
+"""
+
+import asyncio
+import json
+import random
+import uuid
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import replace
+from time import monotonic
+
+import aiohttp
+import msgspec
+
+from mmopd.commands.doctor import Check
+from mmopd.modality import Encoder
+from mmopd.modality.video import MEDIA_SETTINGS
+from mmopd.records import Encoded
+from mmopd.serving import wire
+from mmopd.serving.endpoint import Endpoint
+from mmopd.preflight.questions import Questions
+from mmopd.serving.wire import ReplyError
+
+CHUNK = 1000  # ids of the vocabulary that are compared by one request
+TOP_K = 20  # asked for where the run needs none; vLLM's own limit, unless --max-logprobs says otherwise
+ALIVE = 4.0  # times the noise of a repeat: what an image must change at least, beside the floor of `Questions.alive`
+REFUSED = frozenset({401, 403})
+AWAY = frozenset({"timeout", "connection"})
+WAY_OUT = {
+    "timeout": "see the server's log; if it is only slow, raise the teacher's `timeout`",
+    "connection": "start the server, or correct its address in `endpoints`",
+    "status": "see the server's log; it needs vLLM 0.32 or later, started with --enable-scale-out",
+    "malformed": "a gateway on the way changes replies, or the server is no vLLM 0.32 or later: ask the server itself",
+    "ids": "the server or a gateway on the way changes the ids that it is sent: ask vLLM 0.32 or later itself",
+    "non_finite": "the model computes no numbers: see its weights and its `engine.dtype`",
+}
+
+
+class Vocabulary:
+    """The student's ids in chunks, each with the text that its tokenizer makes of them; and ids that may stand in a response."""
+
+    def __init__(self, encoder: Encoder) -> None:
+        self.tokenizer = encoder.tokenizer
+        self.ids = sorted(encoder.tokenizer.get_vocab().values())
+        self.chunks = [(chunk, self.decode(chunk)) for chunk in (self.ids[i : i + CHUNK] for i in range(0, len(self.ids), CHUNK))]
+        special = {i for i, token in encoder.tokenizer.added_tokens_decoder.items() if token.special}
+        self.legal = sorted(set(self.ids) - special - set(encoder.banned))
+        self.image, self.end = encoder.image_token, int(encoder.tokenizer.eos_token_id)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """As vLLM's `/detokenize` does it: special tokens included."""
+        text: str = self.tokenizer.decode(list(ids))
+        return text
+
+
+class Examination:
+    """One server under examination; `checks` holds what was found.
+
+    Attributes:
+        scores: number of a probe -> log-probs of its response; empty unless they repeat, and depend on the images.
+    """
+
+    def __init__(
+        self,
+        endpoint: Endpoint,
+        asked: Questions,
+        http: aiohttp.ClientSession,
+        vocabulary: Vocabulary,
+        *,
+        timeout: float,
+        key: str,
+        max_tokens: int,
+        top_k: int,
+    ) -> None:
+        self.endpoint, self.tolerance = endpoint, asked.tolerance
+        self.checks: list[Check] = []
+        self.scores: dict[int, tuple[float, ...]] = {}
+        self._asked, self._http, self._vocabulary = asked, http, vocabulary
+        self._timeout, self._key, self._max_tokens, self._top_k = timeout, key, max_tokens, top_k
+        self._length: int | None = None  # max_model_len
+        self._images_agree = False
+        self._noise = 0.0
+
+    async def prove(self, done: Callable[[Endpoint], None]) -> None:
+        """Fill `checks`."""
+        steps: list[tuple[str, Callable[[], Awaitable[Check | None]]]] = [
+            ("reachable", self._reachable),
+            ("vocabulary", self._same_vocabulary),
+            ("scores", self._scores_text),
+            ("image tokens", self._image_tokens),
+            ("context", self._context),
+            ("top-k", self._top),
+            ("same score twice", self._same_twice),
+            ("image canary", self._canary),
+        ]
+        for name, step in steps:
+            away = False
+            try:
+                found = await step()
+            except ReplyError as fault:
+                found, away = fail(str(fault), WAY_OUT[fault.cause]), fault.cause in AWAY
+            if found is not None:
+                self.checks.append(replace(found, name=name, of=self.endpoint.name))
+                if away or (found.state == "fail" and name in ("reachable", "scores")):
+                    break
+        done(self.endpoint)
+
+    async def _reachable(self) -> Check:
+        """It answers, takes the key, and lists its model."""
+        begin = monotonic()
+        status, reply = await self._send("GET", "/v1/models")
+        seconds = monotonic() - begin
+        if status in REFUSED:
+            env = (
+                f"the variable {self._key} holds no key that the server takes; it may have expired"
+                if self._key
+                else "the server wants a key"
+            )
+            return fail(f"{self.endpoint.url} refuses the key ({status})", env + ": `api_key_env` names the variable that holds it")
+        if status != 200:
+            raise ReplyError("status", f"{status}: {_message(reply)}")
+        try:
+            models = {card["id"]: card for card in json.loads(reply)["data"]}
+        except (ValueError, LookupError, TypeError):
+            raise ReplyError("malformed", f"no list of models: {reply[:80]!r}") from None
+        if self.endpoint.model not in models:
+            listed = ", ".join(map(repr, models)) or "no model"
+            return fail(
+                f"it serves {listed}, and not {self.endpoint.model!r}",
+                "start it with --served-model-name, or correct the name of the model",
+            )
+        card = models[self.endpoint.model]
+        card = models.get(card.get("parent"), card)  # an adapter has the length of the model under it
+        self._length = card.get("max_model_len")
+        return ok(f"{self.endpoint.url} serves {self.endpoint.model!r}", seconds=seconds)
+
+    async def _same_vocabulary(self) -> Check:
+        """Each of the student's ids is the same text for the server. Tokens that are part of a character all look alike by themselves."""
+        ids = self._vocabulary.ids
+        for chunk, text in self._vocabulary.chunks:
+            found = await self._detokenize(chunk)
+            if found is None:
+                way_out = "let the gateway pass POST /detokenize on: without it nobody sees that ids mean something else to the server"
+                return Check("", "warn", "not compared: the server has no /detokenize", way_out)
+            if found != text:
+                first = await self._first_that_differs(chunk)
+                ours, theirs = self._vocabulary.decode([first]), await self._detokenize([first])
+                return fail(
+                    f"id {first} is {ours!r} for the student and {theirs!r} for the server",
+                    "scoring is by ids: take a teacher of the student's model family, with the same tokenizer",
+                    first=first,
+                )
+        return ok(f"{len(ids):,} ids are the student's", ids=len(ids))
+
+    async def _first_that_differs(self, chunk: Sequence[int]) -> int:
+        low, high = 0, len(chunk)  # the first `low` agree, the first `high` do not
+        while high - low > 1:
+            middle = (low + high) // 2
+            agree = await self._detokenize(chunk[:middle]) == self._vocabulary.decode(chunk[:middle])
+            low, high = (middle, high) if agree else (low, middle)
+        return chunk[low]
+
+    async def _scores_text(self) -> Check:
+        """It gives a log-prob for each token of a short answer to a short question."""
+        begin = monotonic()
+        scores = await self._score(self._asked.plain.encoded, self._asked.plain.tokens)
+        seconds = monotonic() - begin
+        return ok(f"{len(scores)} tokens in {seconds:.2f} s", seconds=seconds, logprob=sum(scores))
+
+    async def _image_tokens(self) -> Check | None:
+        """An image or a clip of each awkward size becomes the tokens that it is here."""
+        if not self._asked.sizes:
+            return None
+        fit = [one for one in self._asked.sizes if self._length is None or len(one.encoded.expanded) + 2 <= self._length]
+        left_out = "".join(f"; {one.name} ({one.size}) not asked: {one.tokens:,} tokens" for one in self._asked.sizes if one not in fit)
+        for one in fit:
+            got, expected = _prompt_ids(await self._generate(self._body(one.encoded, (self._vocabulary.end,)))), one.encoded.expanded
+            if got != [*expected, self._vocabulary.end]:
+                theirs = got.count(one.token)
+                way_out = (
+                    "give the server the student's image settings (preprocessor_config.json, --mm-processor-kwargs); "
+                    "if every size differs, something on the way expands placeholders a second time"
+                )
+                found = f"{one.name} ({one.size}): {theirs:,} image tokens on the server, {one.tokens:,} here"
+                if one.token != self._vocabulary.image:
+                    way_out = f"start it with --media-io-kwargs '{json.dumps(MEDIA_SETTINGS)}', and with the student's settings for video"
+                    found += ", at other times" * (theirs == one.tokens)
+                return fail(found, way_out, server=theirs, here=one.tokens)
+        self._images_agree = bool(fit)
+        if not fit:
+            return Check("", "warn", "no size was asked" + left_out, "raise `engine.max_model_len` (--max-model-len)")
+        fewest, most = (pick(fit, key=lambda one: one.tokens) for pick in (min, max))
+        span = f"{fewest.tokens:,} ({fewest.size}) to {most.tokens:,} ({most.size})"
+        return ok(f"{len(fit)} sizes as counted here, {span}{left_out}", sizes=len(fit))
+
+    async def _context(self) -> Check | None:
+        """Prompt, response and one spare token fit: a scoring request has to ask for one token more."""
+        longest = self._asked.longest
+        if longest is None:
+            return None
+        prompt, less = len(longest.expanded), self._max_tokens
+        need = prompt + self._max_tokens + 1
+        what = f"prompt {prompt:,} + response {self._max_tokens:,} + 1 spare = {need:,} tokens"
+        what += f", {self._length:,} allowed" if self._length else ""
+        numbers = {"needed": need, "prompt": prompt, "max_tokens": self._max_tokens} | ({"allowed": self._length} if self._length else {})
+        way_out = f"raise `engine.max_model_len` (--max-model-len) to {need:,}"
+        if self._length is not None and self._length < need:
+            less -= need - self._length
+            return fail(f"{what}; {self._asked.looked}", way_out + f", or lower rollout.max_tokens to {less:,}" * (less > 0), **numbers)
+        tried = "not tried with its images, which fail"
+        if self._images_agree or not longest.prompt.is_visual:
+            tokens = random.Random(0).choices(self._vocabulary.legal, k=self._max_tokens)
+            try:
+                await self._score(longest, tokens)
+            except ReplyError as fault:
+                if fault.cause in AWAY:
+                    raise
+                return fail(f"{what}, and refused: {fault}", way_out + "; if it is short of memory, lower `engine.gpu_share`", **numbers)
+            tried = "tried"
+        return ok(f"{what}, {tried}; {self._asked.looked}", **numbers)
+
+    async def _top(self) -> Check:
+        """How many log-probs a position may have."""
+        k = self._top_k or TOP_K
+        plain = self._asked.plain
+        try:
+            await self._score(plain.encoded, plain.tokens, k)
+        except ReplyError as fault:
+            if fault.cause in AWAY:
+                raise
+            if self._top_k:
+                return fail(f"{k} needed, refused ({fault})", f"serve it with --max-logprobs {k} (`engine.extra_args`)", needed=k)
+            return ok(f"{k} refused, none needed", needed=0)
+        return ok(f"{k} given, {self._top_k or 'none'} needed", needed=self._top_k, given=k)
+
+    async def _same_twice(self) -> Check:
+        """The same requests again give the same numbers."""
+        probes = {i: probe for i, probe in enumerate(self._asked.probes) if self._images_agree or not probe.encoded.prompt.is_visual}
+        first, again = [{i: await self._score(probe.encoded, probe.tokens) for i, probe in probes.items()} for _ in range(2)]
+        mean, self._noise = apart(first, again)
+        found = f"{len(probes)} responses: {difference(mean, self._noise)}"
+        numbers = {"mean": mean, "largest": self._noise, "tolerance": self.tolerance}
+        if mean > self.tolerance:
+            way_out = "one address must be one server: name each replica behind a balancer in `endpoints`; otherwise see its hardware"
+            return fail(f"{found}, {self.tolerance:g} allowed", way_out, **numbers)
+        self.scores = first
+        return ok(found, **numbers)
+
+    async def _canary(self) -> Check | None:
+        """Without the real image the response must have another score; the largest change over the prompts counts."""
+        seeing = [i for i in self.scores if self._asked.probes[i].others]
+        if not seeing:
+            return None
+        change = dict.fromkeys(self._asked.probes[seeing[0]].others, 0.0)
+        for i in seeing:
+            probe = self._asked.probes[i]
+            for name, other in probe.others.items():
+                scores = await self._score(other, probe.tokens)
+                change[name] = max(change[name], apart({0: scores}, {0: self.scores[i]})[1])
+        needed = max(self._asked.alive, ALIVE * self._noise)
+        found = f"a blank image moves a log-prob by {change['blank']:.2g}, a shuffled one by {change['shuffled']:.2g}; {needed:.2g} needed"
+        found += f", over {len(seeing)} responses"
+        numbers = change | {"needed": needed, "noise": self._noise}
+        if min(change.values()) > needed:
+            return ok(found, **numbers)
+        self.scores = {}  # no others are compared with what is known to be wrong
+        if change["blank"] <= needed:
+            way_out = (
+                "the server ignores the image: let no gateway drop `content_parts`, and serve the model with its vision part; "
+                "if it is meant to be blind, give it the view `text`"
+            )
+        else:
+            way_out = "the server sees that there is an image, and not what is in it: compare its image settings with the student's"
+        return fail(found, way_out, **numbers)
+
+    async def _detokenize(self, ids: Sequence[int]) -> str | None:
+        """The server's text of some ids; None if it has no such route."""
+        body = msgspec.json.encode({"model": self.endpoint.model, "tokens": list(ids)})
+        status, reply = await self._send("POST", "/detokenize", body)
+        if status in (404, 405):
+            return None
+        if status != 200:
+            return f"{status}: {_message(reply)}"  # such as an id that it does not know
+        try:
+            text: str = msgspec.json.decode(reply, type=dict[str, str])["prompt"]
+        except (msgspec.DecodeError, KeyError):
+            raise ReplyError("malformed", f"no text of ids: {reply[:80]!r}") from None
+        return text
+
+    async def _score(self, encoded: Encoded, tokens: Sequence[int], top_k: int = 0) -> tuple[float, ...]:
+        request_id = uuid.uuid4().hex
+        reply = await self._generate(self._body(encoded, tokens, top_k), request_id)
+        return wire.parse_scored(reply, request_id, encoded.expanded, tokens, top_k).logprobs
+
+    def _body(self, encoded: Encoded, tokens: Sequence[int], top_k: int = 0) -> bytes:
+        prompt = encoded.prompt
+        return wire.scoring_body(self.endpoint.model, encoded.ids, prompt.images, tokens, top_k, videos=prompt.videos)
+
+    async def _generate(self, body: bytes, request_id: str = "preflight") -> bytes:
+        status, reply = await self._send("POST", wire.PATH, body, {wire.REQUEST_ID: request_id})
+        if status != 200:
+            raise ReplyError("status", f"{status}: {_message(reply)}")
+        return reply
+
+    async def _send(self, method: str, path: str, body: bytes | None = None, headers: Mapping[str, str] | None = None) -> tuple[int, bytes]:
+        headers = {"Content-Type": "application/json", **self.endpoint.headers, **(headers or {})}
+        url = self.endpoint.url.rstrip("/") + path
+        try:
+            async with (
+                asyncio.timeout(self._timeout),
+                self._http.request(method, url, data=body, headers=headers, allow_redirects=False) as response,
+            ):
+                return response.status, await response.read()
+        except TimeoutError:
+            raise ReplyError("timeout", f"{url}: no answer within {self._timeout:g} s") from None
+        except (aiohttp.ClientError, OSError) as error:
+            raise ReplyError("connection", f"{url}: {type(error).__name__} {error}".rstrip()) from None
+
+
+def ok(found: str, **numbers: float) -> Check:
+    """A check that has been passed; its name and whom it is about are filled in later, as in `fail`."""
+    return Check("", "ok", found, numbers=numbers)
+
+
+def fail(found: str, way_out: str, **numbers: float) -> Check:
+    """A check that has not."""
+    return Check("", "fail", found, way_out, numbers=numbers)
+
+
+def apart(a: Mapping[int, Sequence[float]], b: Mapping[int, Sequence[float]]) -> tuple[float, float]:
+    """How far scores of the same responses differ: (mean over the tokens of the worst response, largest of all).
+
+    The mean is what is judged: a bf16 logit between 16 and 32 has steps of 0.125, so that one token may move by more than a
+    response ever should, on two GPUs of different kinds or in two batches of different size.
+    """
+    differences = [[abs(x - y) for x, y in zip(a[i], b[i], strict=True)] for i in a]
+    return max(sum(d) / len(d) for d in differences), max(max(d) for d in differences)
+
+
+def difference(mean: float, largest: float) -> str:
+    """`apart` in words."""
+    return f"log-probs differ by {mean:.2g} in the mean, {largest:.2g} at most" if largest else "no log-prob differs"
+
+
+def _message(reply: bytes) -> str:
+    """What a server says in an error, without the JSON around it."""
+    try:
+        text = json.loads(reply)["error"]["message"]
+    except (ValueError, LookupError, TypeError):
+        text = reply.decode(errors="replace")
+    return str(text)[:300]
+
+
+class _Ids(msgspec.Struct):
+    prompt_token_ids: list[int]
+
+
+def _prompt_ids(reply: bytes) -> list[int]:
+    try:
+        return msgspec.json.decode(reply, type=_Ids).prompt_token_ids
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise ReplyError("malformed", f"{error}; the reply begins {reply[:80]!r}") from None

@@ -1,0 +1,98 @@
+"""The student's engine, over HTTP: samples groups of responses, and gives log-probs for the probe after a weight sync.
+
+Unlike a teacher's, an error here is an exception: without its own samples a run has nothing to learn from.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from types import TracebackType
+from typing import Self, TypeVar
+
+from mmopd.modality import Encoder
+from mmopd.records import Encoded, Response
+from mmopd.serving import wire
+from mmopd.serving.endpoint import Endpoint
+from mmopd.serving.replicas import Pool, connect
+
+TIMEOUT = 3600.0  # seconds for a group of responses: one attempt may take it all, since others would wait behind the same queue
+PATIENCE = 30.0  # seconds for an engine in which nothing answers
+T = TypeVar("T")
+
+
+class EngineError(Exception):
+    """The student's engine does not answer, or not with what was asked for."""
+
+
+class StudentEngine:
+    """One vLLM server that holds the student's weights. An async context manager; it lives in one event loop.
+
+    Args:
+        endpoint: the server.
+        encoder: the student's.
+        concurrency: requests in flight at once.
+    """
+
+    def __init__(
+        self, endpoint: Endpoint, encoder: Encoder, *, concurrency: int = 4096, timeout: float = TIMEOUT, patience: float = PATIENCE
+    ) -> None:
+        self._endpoint, self._encoder = endpoint, encoder
+        self._limits = {"timeout": timeout, "attempt": timeout, "patience": patience}
+        self._concurrency = concurrency
+        self._end = int(encoder.tokenizer.eos_token_id)
+        # Special tokens never belong in an answer, and one that stands for an image would break the trainer. Added tokens that
+        # are not special (`</think>`, `<tool_call>`) stay: models that reason write them.
+        special = {i for i, token in encoder.tokenizer.added_tokens_decoder.items() if token.special}
+        self.banned = tuple(sorted((special | set(encoder.banned)) - {self._end}))
+
+    async def __aenter__(self) -> Self:
+        self._http = connect()
+        self._pool = Pool([self._endpoint], self._http, **self._limits, concurrency=self._concurrency, counts=Counter())
+        return self
+
+    async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        await self._http.close()
+
+    async def sample(
+        self, encoded: Encoded, n: int, seed: int, *, max_tokens: int, temperature: float = 1.0, top_p: float = 1.0, top_k: int = 0
+    ) -> list[Response]:
+        """n responses to a prompt, in one request; the same (weights, prompt, seed) gives the same responses.
+
+        Args:
+            seed: response i is drawn with `seed + i`, so that seeds of different prompts should be far apart.
+
+        Raises:
+            EngineError: the engine is gone, refuses, or answers with something else.
+        """
+        sampling = wire.Sampling(n, seed, temperature, top_p, top_k, max_tokens, self.banned)
+
+        def build(model: str) -> bytes:
+            return wire.sampling_body(model, encoded.ids, encoded.prompt.images, sampling, videos=encoded.prompt.videos)
+
+        def parse(reply: bytes, request_id: str) -> list[wire.Choice]:
+            return wire.parse_samples(reply, request_id, encoded.expanded, sampling, self._end)
+
+        choices = await self._call("sample", encoded, build, parse)
+        return [Response(c.tokens, c.logprobs, self._encoder.decode(c.tokens), c.finish, c.versions) for c in choices]
+
+    async def logprobs(self, encoded: Encoded, tokens: Sequence[int]) -> list[float]:
+        """Log-prob of each token of a response, computed in one pass over prompt and response.
+
+        Raises:
+            EngineError: the engine is gone, refuses, or answers with something else.
+        """
+
+        def build(model: str) -> bytes:
+            return wire.scoring_body(model, encoded.ids, encoded.prompt.images, tokens, videos=encoded.prompt.videos)
+
+        def parse(reply: bytes, request_id: str) -> tuple[float, ...]:
+            return wire.parse_scores(reply, request_id, encoded.expanded, tokens)
+
+        return list(await self._call("score", encoded, build, parse))
+
+    async def _call(self, what: str, encoded: Encoded, build: Callable[[str], bytes], parse: Callable[[bytes, str], T]) -> T:
+        try:
+            return await self._pool.call(build, parse)
+        except wire.ReplyError as fault:
+            hint = f"; with clips it needs student.engine.videos={n}" if (n := len(encoded.prompt.videos)) else ""
+            failed = f"engine {self._endpoint.name} could not {what} prompt {encoded.prompt.key}: {fault}"
+            raise EngineError(f"the student's {failed}; see its log{hint}") from fault

@@ -1,0 +1,358 @@
+"""vLLM servers for teachers and student: started together, watched, stopped together.
+
+On the loopback interface unless told otherwise, on free ports, with an API key that is passed by environment. They run
+under supervisors (`vllm_main`), which start a dead teacher again: on CPU one for all servers, which has imported vLLM once;
+on GPU one for each. GPU flags are read from vLLM 0.32, not run.
+"""
+
+import itertools
+import json
+import os
+import re
+import secrets
+import socket
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import httpx
+import psutil
+import torch
+
+from mmopd.config import Engine, Sync
+from mmopd.errors import UserError
+from mmopd.modality.video import MEDIA_SETTINGS
+from mmopd.runtime.processes import Children, stop
+from mmopd.serving.lora import Adapter, lora_flags
+from mmopd.serving.endpoint import Endpoint
+from mmopd.serving.supervisor import KEY_VARIABLE, READY, RequireKey, Server
+
+HOST, ANY_HOST = "127.0.0.1", "0.0.0.0"
+TIMEOUT = 1800.0  # seconds until all servers are ready; large checkpoints take minutes
+KV_CACHE_MIB = 256  # on CPU, if the engine does not say
+BATCHED_TOKENS = 4096  # on CPU, in one pass
+SHARED_MIB = 700  # measured: the process that has imported vLLM ...
+SERVER_MIB = 600  # ... and what a server under load adds to it, weights and KV cache apart
+LAST_LINES = 12
+NO_DOMAIN = "no domain"  # a blank is in no URL: whatever a prompt names, nothing is fetched
+_PID = re.compile(r"supervisor: (\d+)")
+_SAID = re.compile(r"server (?P<what>restarted|ended): (?P<name>.+) \(status (?P<status>-?\d+)\)")
+_LOG_PREFIX = re.compile(r"^\(\S+ pid=\d+\) (?:[A-Z]+ \S+ \S+ \[[^\]]*\] )?")
+DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+
+CPU_ENV = {
+    "OMP_NUM_THREADS": "1",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # bound, all servers would share core 0
+    "TORCHDYNAMO_DISABLE": "1",  # no C++ compiler at run time, no stall at the first request
+}
+ENV = {
+    "HF_HUB_OFFLINE": "1",
+    "VLLM_NO_USAGE_STATS": "1",
+    "VLLM_HOST_IP": "127.0.0.1",  # what the processes of one server say to each other stays on this machine
+    "GLOO_SOCKET_IFNAME": "lo",
+    "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "0",
+}
+OnEvent = Callable[[str, str], None]  # server's name, what happened
+
+
+@dataclass(frozen=True, slots=True)
+class ServerSpec:
+    """A model to serve; `updatable` opens the routes that change its weights, which are those of the folder again where it dies."""
+
+    name: str
+    model: Path
+    engine: Engine
+    updatable: bool
+    adapters: Mapping[str, Adapter] = field(default_factory=dict)  # by the names of their endpoints; the model itself has none then
+    sync: Sync = "file"  # how new weights come, if it is updatable
+
+    @property
+    def served(self) -> Sequence[str]:
+        """The names of its endpoints.
+
+        With adapters the model itself is not among them: on CPU vLLM 0.32 scores it with the last adapter when both are in one batch.
+        """
+        return list(self.adapters) or [self.name]
+
+
+class Servers(dict[str, Endpoint]):
+    """Endpoints by name, and the processes behind them.
+
+    Attributes:
+        restarts: how often each server was started again, by its name.
+        gpus: of each endpoint, by its name, such as `3,2`; empty on CPU.
+    """
+
+    def __init__(self, endpoints: Mapping[str, Sequence[Endpoint]], gpus: Mapping[str, str], logs: Path, on_event: OnEvent) -> None:
+        super().__init__({endpoint.name: endpoint for group in endpoints.values() for endpoint in group})
+        self.restarts: Counter[str] = Counter()
+        self.gpus = gpus
+        self._endpoints, self._logs, self._on_event = endpoints, logs, on_event
+        self._supervisors: list[_Supervisor] = []
+        self._away: dict[str, float] = {}  # servers that do not answer yet: name -> since when
+        self._http = httpx.Client(timeout=5.0)
+
+    def start(self, groups: Sequence[list[Server]], children: Children, key: str, preload: bool) -> None:
+        """Start a supervisor for each group of servers."""
+        self._supervisors += [_Supervisor(group, children, self._logs, key, preload) for group in groups]
+
+    def await_ready(self, deadline: float) -> None:
+        """Wait until every server answers; from then on one that dies is started again.
+
+        Raises:
+            UserError: one has ended, or does not answer in time; with the last lines of its log.
+        """
+        self._away = dict.fromkeys(self._endpoints, time.monotonic())
+        for name in self._away:
+            self._on_event(name, "starting")
+        while True:
+            self.check()
+            if not self._away:
+                break
+            if time.monotonic() > deadline:
+                name = next(iter(self._away))
+                raise UserError(f"server {name!r} is not ready in time; the last lines of its log:\n{_last_words(self.log(name))}")
+            time.sleep(0.1)
+        for supervisor in self._supervisors:
+            supervisor.all_ready()
+
+    def check(self) -> None:
+        """Hear what has happened since the last call; every server runs, or is being started again.
+
+        Raises:
+            UserError: one has ended for good; with the last lines of its log.
+        """
+        for supervisor in self._supervisors:
+            status = supervisor.child.returncode  # first, so that its last words are all there
+            for said in supervisor.hear():
+                self._heed(said["what"], said["name"], said["status"])
+            if status is not None:
+                raise self._lost(supervisor.child.name, status, supervisor.child.log)
+        for name in [name for name in self._away if all(_ready(self._http, endpoint) for endpoint in self._endpoints[name])]:
+            self._on_event(name, f"ready after {time.monotonic() - self._away.pop(name):.1f} s")
+
+    def stop(self) -> None:
+        """End all servers, at the same time; nothing of them runs any more on return."""
+        self._http.close()
+        stop([supervisor.child for supervisor in self._supervisors])
+
+    def log(self, server: str) -> Path:
+        """The log file of a server."""
+        return log_of(self._logs, server)
+
+    def _heed(self, what: str, name: str, status: str) -> None:
+        if what == "ended":
+            raise self._lost(name, int(status), self.log(name))
+        self.restarts[name] += 1
+        self._away[name] = time.monotonic()
+        self._on_event(name, f"ended with status {status}, started again")
+
+    def _lost(self, name: str, status: int, log: Path) -> UserError:
+        again = f", after {self.restarts[name]} restarts" if self.restarts[name] else ""
+        return UserError(f"server {name!r} ended with status {status}{again}; the last lines of {log}:\n{_last_words(log)}")
+
+
+class _Supervisor:
+    """The process above one server or several, and what it says in its log."""
+
+    def __init__(self, group: list[Server], children: Children, logs: Path, key: str, preload: bool) -> None:
+        name = "servers" if preload else f"{group[0]['name']}.supervisor"
+        command = [sys.executable, "-m", "mmopd.serving.supervisor", *["--preload"] * preload, json.dumps(group)]
+        log = log_of(logs, name)
+        self._heard = log.stat().st_size if log.is_file() else 0  # bytes; what an earlier run said is not for us
+        self._pid: int | None = None
+        self.child = children.start(name, command, log, {**ENV, **(CPU_ENV if preload else {}), KEY_VARIABLE: key})
+
+    def hear(self) -> list[re.Match[str]]:
+        """What it has said of its servers since the last call."""
+        with self.child.log.open("rb") as file:
+            file.seek(self._heard)
+            whole, newline, _ = file.read().rpartition(b"\n")
+        self._heard += len(whole + newline)
+        lines = whole.decode(errors="replace").splitlines()
+        self._pid = next((int(found[1]) for line in lines if (found := _PID.fullmatch(line))), self._pid)
+        return [found for line in lines if (found := _SAID.fullmatch(line))]
+
+    def all_ready(self) -> None:
+        """Tell it that a death is no failed start from now on."""
+        if self._pid is None:
+            raise RuntimeError(f"{self.child.log}: no line with the supervisor's process id")
+        os.kill(self._pid, READY)
+
+
+def log_of(logs: Path, name: str) -> Path:
+    """The log file of a server."""
+    return logs / f"{name}.log"
+
+
+@contextmanager
+def serve(
+    specs: Sequence[ServerSpec],
+    children: Children,
+    logs: Path,
+    on_event: OnEvent,
+    timeout: float = TIMEOUT,
+    *,
+    host: str = HOST,
+    key: str | None = None,
+) -> Iterator[Servers]:
+    """Start all servers at once and yield their endpoints when all are ready; stop them at the end.
+
+    Args:
+        specs: with different names, also of their endpoints.
+        children: where the processes are kept.
+        logs: folder for one log per server, and one per supervisor.
+        on_event: told what happens to a server, for a display; after the start by `Servers.check`.
+        timeout: seconds until all must be ready.
+        host: the address that they listen on.
+        key: the API key; a new one if not given.
+
+    Raises:
+        UserError: a model folder is missing, a port is taken, memory is short, a server ended or was not ready in time.
+    """
+    cpu = not torch.cuda.is_available()
+    for spec in specs:
+        if not (spec.model / "config.json").is_file():
+            raise UserError(f"{spec.model}: no model to serve as {spec.name!r}: there is no config.json")
+        if cpu and spec.sync == "ipc":
+            raise UserError("student.sync: ipc shares a GPU, and there is none here; leave it out")
+    if cpu:
+        check_memory(specs)
+    key = key or secrets.token_urlsafe(32)
+    gpus = dict.fromkeys((spec.name for spec in specs), "") if cpu else _assign_gpus(specs)
+    with ExitStack() as ports:
+        reserved = {spec.name: ports.enter_context(_reserve(spec, host)) for spec in specs}
+        to_run = [_server(spec, (host, reserved[spec.name]), logs, gpus[spec.name]) for spec in specs]
+        endpoints = {
+            spec.name: [
+                Endpoint(name, f"http://{local(host)}:{reserved[spec.name]}", name, key, "student" if spec.updatable else "teacher")
+                for name in spec.served
+            ]
+            for spec in specs
+        }
+        servers = Servers(endpoints, {name: gpus[spec.name] for spec in specs for name in spec.served}, logs, on_event)
+        try:
+            servers.start([to_run] if cpu else [[server] for server in to_run], children, key, preload=cpu)
+            servers.await_ready(time.monotonic() + timeout)
+            yield servers
+        finally:
+            servers.stop()
+
+
+def local(host: str) -> str:
+    """Where this machine reaches a server that listens on `host`."""
+    return HOST if host == ANY_HOST else host
+
+
+def check_memory(specs: Sequence[ServerSpec]) -> None:
+    """There is memory for the servers: vLLM's own, weights, KV caches.
+
+    Raises:
+        UserError: there is not; says how much of what is needed.
+    """
+    weights = sum(_weights_mib(spec) for spec in specs)
+    cache = sum(spec.engine.kv_cache_mib or KV_CACHE_MIB for spec in specs)
+    own = SHARED_MIB + SERVER_MIB * len(specs)
+    free = psutil.virtual_memory().available >> 20
+    if own + weights + cache > free:
+        raise UserError(
+            f"{len(specs)} vLLM servers need about {own + weights + cache:,} MiB of memory (vLLM {own:,}, weights {weights:,}, "
+            f"KV cache {cache:,}) and {free:,} MiB are free: lower engine.kv_cache_mib, or end other programs"
+        )
+
+
+def _weights_mib(spec: ServerSpec) -> int:
+    files = sum(file.stat().st_size for file in spec.model.glob("*.safetensors"))
+    config = json.loads((spec.model / "config.json").read_text())
+    stored = str(config.get("dtype") or config.get("torch_dtype") or "bfloat16")
+    served = stored if spec.engine.dtype == "auto" else spec.engine.dtype
+    return files * DTYPE_BYTES.get(served, 2) // DTYPE_BYTES.get(stored, 2) >> 20
+
+
+@contextmanager
+def _reserve(spec: ServerSpec, host: str) -> Iterator[int]:
+    """A port that nobody else is given: bound but not listening, so that the server (SO_REUSEADDR too) can still take it, also again."""
+    with socket.socket() as held:
+        held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            held.bind((host, spec.engine.port or 0))
+        except socket.gaierror as error:
+            raise UserError(f"--host {host}: no address of this machine ({error.strerror})") from None
+        except OSError as error:
+            port = f"port {spec.engine.port}" if spec.engine.port else "a port"
+            raise UserError(
+                f"{port} on {host} for server {spec.name!r} cannot be used ({error.strerror}): "
+                "set engine.port to another, or leave it out for a free one"
+            ) from None
+        yield int(held.getsockname()[1])
+
+
+def _server(spec: ServerSpec, address: tuple[str, int], logs: Path, gpus: str) -> Server:
+    """vLLM's arguments for a spec (without GPUs: on CPU); the engine's own extra arguments come last, and win."""
+    engine = spec.engine
+    argv = ["--model", str(spec.model), "--served-model-name", spec.name, "--host", address[0], "--port", str(address[1])]
+    argv += ["--dtype", engine.dtype, "--max-model-len", str(engine.max_model_len), "--max-num-seqs", str(engine.max_num_seqs)]
+    argv += ["--limit-mm-per-prompt", json.dumps({"video": engine.videos}), "--enable-scale-out"]
+    argv += ["--media-io-kwargs", json.dumps(MEDIA_SETTINGS)] if engine.videos else []
+    argv += ["--disable-uvicorn-access-log", "--disable-log-stats"]
+    argv += ["--middleware", f"{RequireKey.__module__}.{RequireKey.__qualname__}", "--allowed-media-domains", NO_DOMAIN]
+    if not gpus:
+        # The class by its path: under the name "uni" vLLM would replace it, on CPU, by one more process.
+        argv += ["--distributed-executor-backend", "vllm.v1.executor.uniproc_executor.UniProcExecutor"]
+        argv += ["--enforce-eager", "--kv-cache-memory-bytes", str((engine.kv_cache_mib or KV_CACHE_MIB) << 20)]
+        # A prompt whose prefill is cut in two, and whose request has a seed, ends vLLM 0.32 on CPU ("CPU Generator does not use offset").
+        argv += ["--no-enable-chunked-prefill", "--max-num-batched-tokens", str(max(BATCHED_TOKENS, engine.max_model_len))]
+    else:
+        argv += ["--tensor-parallel-size", str(engine.tensor_parallel), "--gpu-memory-utilization", str(engine.gpu_share)]
+        argv += ["--enforce-eager"] * engine.enforce_eager
+        argv += ["--kv-cache-memory-bytes", str(engine.kv_cache_mib << 20)] if engine.kv_cache_mib else []
+    if spec.updatable:
+        argv += ["--weight-transfer-config", json.dumps({"backend": f"mmopd_{spec.sync}"})]
+        argv += ["--enable-sleep-mode"] * (spec.sync == "ipc")
+    argv += lora_flags(spec.adapters) if spec.adapters else []
+    env = {"VLLM_SERVER_DEV_MODE": "1" if spec.updatable else "0"} | ({"CUDA_VISIBLE_DEVICES": gpus} if gpus else {})
+    log = str(log_of(logs, spec.name))
+    return Server(name=spec.name, model=str(spec.model), argv=[*argv, *engine.extra_args], log=log, env=env)
+
+
+def place(sizes: Sequence[int], gpus: int, sharing: Collection[int] = ()) -> list[list[int]]:
+    """GPUs of each server by its number of them, as `mmopd train` gives them: from the last one down, and around.
+
+    Args:
+        sharing: servers that share the GPU of rank 0, which is the first.
+    """
+    ends = itertools.accumulate((0 if i in sharing else size for i, size in enumerate(sizes)), initial=0)
+    own = [[(gpus - 1 - begin - i) % gpus for i in range(size)] for begin, size in zip(ends, sizes, strict=False)]
+    return [[0] if i in sharing else places for i, places in enumerate(own)]
+
+
+def _assign_gpus(specs: Sequence[ServerSpec]) -> dict[str, str]:
+    """GPUs for each server, of those that this process may use: training ranks take theirs from the first one up. [not run]"""
+    sharing = [i for i, spec in enumerate(specs) if spec.sync == "ipc"]
+    places = place([spec.engine.tensor_parallel for spec in specs], torch.cuda.device_count(), sharing)
+    mine = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")  # numbers or UUIDs; a server's own variable counts from the machine's
+    names = mine if mine != [""] else [str(i) for i in range(torch.cuda.device_count())]
+    return {spec.name: ",".join(names[i] for i in gpus) for spec, gpus in zip(specs, places, strict=True)}
+
+
+def _ready(client: httpx.Client, endpoint: Endpoint) -> bool:
+    try:
+        if client.get(f"{endpoint.url}/health", headers=endpoint.headers).status_code != 200:
+            return False
+        models = client.get(f"{endpoint.url}/v1/models", headers=endpoint.headers).json()
+        return endpoint.model in [model["id"] for model in models["data"]]
+    except (httpx.HTTPError, KeyError, ValueError):
+        return False
+
+
+def _last_words(log: Path) -> str:
+    """The last lines of a log without the frames of tracebacks: vLLM prints dozens after the one that says the cause."""
+    if not log.is_file():
+        return "(there is no log)"
+    lines = [_LOG_PREFIX.sub("", line) for line in log.read_text(errors="replace").splitlines()]
+    said = [line for line in lines if line.strip() and not line.startswith((" ", "Traceback"))]
+    return "\n".join(list(dict.fromkeys(said))[-LAST_LINES:])

@@ -1,0 +1,148 @@
+"""Verifiers in processes of their own, beside the rollout.
+
+A verifier judges text that a model wrote: it may loop, exhaust memory or kill its process. Each worker is one process
+that is killed when its time is up and started anew when it is next needed; a failed verifier gives an unknown outcome
+with a reason, never a wrong one.
+"""
+
+import asyncio
+import json
+import math
+import queue
+import select
+import subprocess
+import sys
+from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Self
+
+from mmopd.catalog import load_tasks
+from mmopd.errors import UserError
+from mmopd.records import UNKNOWN, Outcome
+from mmopd.settings_file import suggest
+from mmopd.task.base import Task
+
+START = 120.0  # seconds for a worker to load the tasks
+
+
+class VerifierPool:
+    """Judges answers by task name, `workers` at once.
+
+    Args:
+        workspace: where the tasks are looked for, before the shipped ones.
+        workers: processes.
+        timeout: seconds for one answer, of tasks that do not name their own.
+
+    Raises:
+        UserError: a file of modalities/ does not load.
+    """
+
+    def __init__(self, workspace: Path | None = None, *, workers: int = 2, timeout: float = 10.0) -> None:
+        self.tasks: Mapping[str, Task] = load_tasks(workspace)
+        self._timeout = timeout
+        self._threads = ThreadPoolExecutor(workers, thread_name_prefix="verifier")
+        self._all = [_Worker(workspace) for _ in range(workers)]
+        self._idle: queue.SimpleQueue[_Worker] = queue.SimpleQueue()
+        for worker in self._all:
+            self._idle.put(worker)
+
+    def submit(self, task: str, response: str, answer: str) -> Future[Outcome]:
+        """Queue one answer.
+
+        Raises:
+            UserError: no such task.
+        """
+        if task not in self.tasks:
+            raise UserError(f"no task {task!r} in modalities/{suggest(task, self.tasks)}")
+        return self._threads.submit(self._ask, task, response, answer)
+
+    async def verify(self, task: str, response: str, answer: str) -> Outcome:
+        """Judge one answer; others go on meanwhile."""
+        return await asyncio.wrap_future(self.submit(task, response, answer))
+
+    def close(self) -> None:
+        """Drop what is queued, and end the processes."""
+        for worker in self._all:
+            worker.stop()
+        self._threads.shutdown(cancel_futures=True)
+        for worker in self._all:
+            worker.kill()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _ask(self, task: str, response: str, answer: str) -> Outcome:
+        worker = self._idle.get()
+        try:
+            return worker.ask(task, response, answer, self.tasks[task].timeout or self._timeout)
+        finally:
+            self._idle.put(worker)
+
+
+class _Worker:
+    """One process of `mmopd.task.verifier_worker`, which is asked and answers in lines of json."""
+
+    def __init__(self, workspace: Path | None) -> None:
+        self._command = [sys.executable, "-m", "mmopd.task.verifier_worker", *([str(workspace)] if workspace else [])]
+        self._process: subprocess.Popen[bytes] | None = None
+        self._closing = False
+
+    def ask(self, task: str, response: str, answer: str, timeout: float) -> Outcome:
+        if self._process is None:
+            self._start()
+        line = json.dumps([task, response, answer, timeout]).encode() + b"\n"
+        try:
+            reply = self._exchange(line, timeout)
+        except TimeoutError:
+            self.kill()
+            return Outcome(UNKNOWN, "timeout")
+        except EOFError:
+            self.kill()
+            return Outcome(UNKNOWN, "verifier process died")
+        value, reason = json.loads(reply)
+        return Outcome(math.nan if value is None else value, reason)
+
+    def stop(self) -> None:
+        """Cut short what is under way, from another thread."""
+        self._closing = True
+        if (process := self._process) is not None:
+            process.kill()
+
+    def kill(self) -> None:
+        """End the process; the next question starts another."""
+        process, self._process = self._process, None
+        if process is not None:
+            process.kill()
+            process.communicate()
+
+    def _start(self) -> None:
+        if self._closing:
+            raise RuntimeError("the pool is closed")
+        self._process = subprocess.Popen(self._command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        try:
+            self._exchange(b"", START)
+        except (TimeoutError, EOFError):
+            self.kill()
+            raise RuntimeError(f"a verifier process did not start: {' '.join(self._command)}") from None
+
+    def _exchange(self, line: bytes, timeout: float) -> bytes:
+        """Send a line and wait for one; EOFError where the process is gone."""
+        process = self._process
+        assert process is not None
+        assert process.stdin is not None
+        assert process.stdout is not None
+        try:
+            process.stdin.write(line)
+            process.stdin.flush()
+        except OSError as error:
+            raise EOFError from error
+        if not select.select([process.stdout], [], [], timeout)[0]:
+            raise TimeoutError
+        reply = process.stdout.readline()
+        if not reply.endswith(b"\n"):
+            raise EOFError
+        return reply

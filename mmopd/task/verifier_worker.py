@@ -1,0 +1,49 @@
+"""The process behind `mmopd.task.verifier_pool`: reads questions as lines of json, writes outcomes. Ends with its input."""
+
+import json
+import os
+import resource
+import signal
+import sys
+from pathlib import Path
+
+import psutil
+
+from mmopd.catalog import load_tasks
+from mmopd.records import UNKNOWN, Outcome
+from mmopd.task.base import Task
+
+LONGEST = 200  # characters of a reason
+MEMORY = 4 << 30  # bytes of address space beyond what loading took: `9**9**9` must not take the machine
+
+
+def main(workspace: Path | None) -> None:
+    """Serve until standard input ends."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's business
+    replies = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what a verifier prints is no reply
+    tasks = load_tasks(workspace)
+    limit = psutil.Process().memory_info().vms + MEMORY
+    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+    print("ready", file=replies, flush=True)
+    for line in sys.stdin:
+        task, response, answer, timeout = json.loads(line)
+        signal.setitimer(signal.ITIMER_REAL, timeout + 1)  # the parent kills before; this is for when the parent is gone
+        outcome = judge(tasks[task], response, answer)
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        print(json.dumps([outcome.value if outcome.known else None, outcome.reason[:LONGEST]]), file=replies, flush=True)
+
+
+def judge(task: Task, response: str, answer: str) -> Outcome:
+    """The task's verdict; unknown, with the reason, where its verifier raises or answers nonsense."""
+    try:
+        outcome = task.verify(response, answer)
+        if not isinstance(outcome, Outcome) or (outcome.known and not 0 <= outcome.value <= 1):
+            raise TypeError(f"the verifier of {task.name!r} gave {outcome!r}, not an Outcome from 0 to 1")
+    except Exception as error:
+        return Outcome(UNKNOWN, f"{type(error).__name__}: {error}")
+    return outcome
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]) if len(sys.argv) > 1 else None)

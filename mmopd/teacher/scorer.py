@@ -1,0 +1,201 @@
+"""Scoring: the log-prob that a teacher gives to each token of a response, or an `Absent` that says why there is none.
+
+Token-exact, by ids and image bytes (see `wire`); over replicas that may fail (see `pool`). A score depends on nothing but
+(teacher, what it is shown, response), so that what is asked twice is computed once: short answers repeat a lot in a group.
+"""
+
+import asyncio
+import hashlib
+from array import array
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
+from operator import mul
+from types import TracebackType
+from typing import Self
+
+from cachetools import LRUCache
+
+from mmopd.config import Fleet, View
+from mmopd.errors import UserError
+from mmopd.modality import Encoder
+from mmopd.records import Absent, Encoded, Score
+from mmopd.task.base import Task
+from mmopd.serving import wire
+from mmopd.teacher.score_cache import ScoreCache
+from mmopd.serving.endpoint import Endpoint
+from mmopd.serving.replicas import Pool, connect
+from mmopd.teacher.router import Judge, find_judges
+from mmopd.teacher.view import BUILT_IN, ViewError, blinded, encode_view, sees_image
+
+CACHE_TOKENS = 1_000_000  # log-probs that are remembered; about 32 MB
+CACHE_VIEWS = 256  # prompts that are kept as teachers are shown them
+
+
+class Scorer:
+    """Scores responses with the teachers of a fleet. An async context manager; it lives in one event loop.
+
+    Attributes:
+        counts: `asked` = `scored` + sum of `absent/<cause>`, one for each call of `score`. `answers` of single teachers stand behind
+            them, of which `reused` cost no request. `requests` were sent, of which `failed/<cause>` failed and `cancelled` were called
+            off: `answers` - `reused` = `requests` - the failed - the cancelled ones. `hedged` requests went out since one was late.
+
+    Args:
+        fleet: teachers and routes.
+        tasks: by name; they may have views of their own.
+        endpoints: the replicas of each teacher, by its name in the fleet.
+        encoder: the student's, which says what ids a teacher must have seen.
+        top_k: how many of the likeliest ids to ask for at each position (`Score.top`).
+        kept: scores of an earlier life of the run; new ones are added to it (not with `top_k`).
+
+    Raises:
+        UserError: a teacher that a route leads to has no endpoint; or `top_k` with a route to several teachers, whose likeliest
+            ids differ, so that no mean of them could be known.
+    """
+
+    def __init__(
+        self,
+        fleet: Fleet,
+        tasks: Mapping[str, Task],
+        endpoints: Mapping[str, Sequence[Endpoint]],
+        encoder: Encoder,
+        *,
+        top_k: int = 0,
+        kept: ScoreCache | None = None,
+    ) -> None:
+        if top_k and (shared := next((route for route in fleet.routes if len(route.teachers) > 1), None)):
+            names = ", ".join(shared.teachers)
+            raise UserError(f"the {top_k} likeliest tokens of {names} cannot be mixed: each knows its own only; route to one teacher")
+        self._used = sorted({name for route in fleet.routes for name in route.teachers})
+        for name in self._used:
+            if not endpoints.get(name):
+                raise UserError(f"teacher {name!r} has no endpoint; it must be served before the run, or name its `endpoints`")
+        self.counts: Counter[str] = Counter()
+        self._fleet, self._tasks, self._endpoints, self._encoder, self._top_k = fleet, tasks, endpoints, encoder, top_k
+        self._kept = None if top_k else kept
+        self._judges: dict[tuple[str, str], tuple[Judge, ...]] = {}  # by task and modality
+        self._shown: LRUCache[tuple[int, View], tuple[Encoded, asyncio.Task[Encoded]]] = LRUCache(CACHE_VIEWS)
+        self._known: LRUCache[bytes, wire.Scored] = LRUCache(CACHE_TOKENS, getsizeof=_size)
+        self._running: dict[bytes, asyncio.Task[wire.Scored | Absent]] = {}
+        self._pools: dict[str, Pool] = {}
+
+    async def __aenter__(self) -> Self:
+        self._http = connect()
+        for name in self._used:
+            teacher = self._fleet.teachers[name]
+            limits = {"timeout": teacher.timeout, "patience": teacher.timeout}
+            self._pools[name] = Pool(self._endpoints[name], self._http, **limits, concurrency=teacher.concurrency, counts=self.counts)
+        return self
+
+    async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        for task in self._running.values():
+            task.cancel()
+        await asyncio.gather(*self._running.values(), *(view for _, view in self._shown.values()), return_exceptions=True)
+        await self._http.close()
+
+    def sees_image(self, encoded: Encoded) -> bool:
+        """Whether the prompt has images or clips, and every teacher of it is shown them."""
+        return encoded.prompt.is_visual and all(sees_image(judge.view) for judge in self._judges_of(encoded))
+
+    async def score(self, encoded: Encoded, tokens: tuple[int, ...], *, blind: bool = False) -> Score | Absent:
+        """The score of a response (its ids, end token included) by the teachers that its prompt is routed to.
+
+        Of several, it is the mean of their log-probs by their shares; if one of them gives none there is none, since the target
+        must not change from response to response. Never raises for what a teacher does or fails to do.
+
+        Args:
+            blind: with blank images in place of the prompt's.
+        """
+        judges = self._judges_of(encoded)
+        name = "+".join(judge.teacher for judge in judges)
+        self.counts["asked"] += 1
+        parts = await asyncio.gather(*(self._score_by(judge, encoded, tokens, blind=blind) for judge in judges))
+        answers = [part for part in parts if not isinstance(part, Absent)]
+        self.counts["answers"] += len(answers)
+        if len(answers) < len(parts):
+            failed = next(part for part in parts if isinstance(part, Absent))
+            self.counts[f"absent/{failed.cause}"] += 1
+            return failed
+        self.counts["scored"] += 1
+        if len(judges) == 1:
+            return Score(name, answers[0].logprobs, judges[0].weight, answers[0].top)
+        shares = [judge.share for judge in judges]
+        mixed = (sum(map(mul, shares, at)) for at in zip(*(answer.logprobs for answer in answers), strict=True))
+        return Score(name, tuple(mixed), sum(judge.share * judge.weight for judge in judges))
+
+    def _judges_of(self, encoded: Encoded) -> tuple[Judge, ...]:
+        kind = encoded.prompt.task, encoded.prompt.modality
+        if kind not in self._judges:
+            self._judges[kind] = find_judges(self._fleet, self._tasks, *kind)
+        return self._judges[kind]
+
+    async def _score_by(self, judge: Judge, encoded: Encoded, tokens: tuple[int, ...], *, blind: bool) -> wire.Scored | Absent:
+        try:
+            shown = await self._show(encoded, blinded(judge.view) if blind else judge.view)
+        except ViewError as fault:
+            return Absent(judge.teacher, "view", str(fault))
+        images = _digest([*shown.prompt.images, *map(_digest, shown.prompt.videos)])
+        key = _digest([judge.teacher.encode(), images, array("q", shown.ids).tobytes(), array("q", tokens).tobytes()])
+        result: wire.Scored | Absent
+        if known := self._known.get(key) or self._remember(key):
+            self.counts["reused"] += 1
+            result = known
+        elif running := self._running.get(key):
+            result = await asyncio.shield(running)
+            self.counts["reused"] += not isinstance(result, Absent)
+        else:
+            task = self._running[key] = asyncio.create_task(self._ask(judge.teacher, shown, tokens, images))
+            task.add_done_callback(partial(self._finish, key))
+            result = await asyncio.shield(task)  # a caller that is cancelled takes nothing from the others
+        return result
+
+    async def _show(self, encoded: Encoded, view: View) -> Encoded:
+        """The prompt under a view, made once for all responses of its group; images are redrawn in a thread."""
+        if view == BUILT_IN["full"]:
+            return encoded
+        key = (id(encoded), view)
+        if (found := self._shown.get(key)) is None:  # what is kept holds the prompt too, so that its id is not given to another
+            found = self._shown[key] = encoded, asyncio.create_task(asyncio.to_thread(encode_view, self._encoder, encoded, view))
+        return await asyncio.shield(found[1])
+
+    async def _ask(self, teacher: str, shown: Encoded, tokens: tuple[int, ...], images: bytes) -> wire.Scored | Absent:
+        def build(model: str) -> bytes:
+            return wire.scoring_body(model, shown.ids, shown.prompt.images, tokens, self._top_k, videos=shown.prompt.videos)
+
+        def parse(reply: bytes, request_id: str) -> wire.Scored:
+            return wire.parse_scored(reply, request_id, shown.expanded, tokens, self._top_k)
+
+        try:
+            return await self._pools[teacher].call(build, parse, affinity=images if shown.prompt.is_visual else b"")
+        except wire.ReplyError as fault:
+            return Absent(teacher, fault.cause, fault.detail)
+
+    def _finish(self, key: bytes, task: "asyncio.Task[wire.Scored | Absent]") -> None:
+        del self._running[key]
+        if task.cancelled() or task.exception():
+            return
+        result = task.result()
+        if not isinstance(result, Absent):
+            if self._kept is not None:
+                self._kept.add(key, result.logprobs)
+            if _size(result) < CACHE_TOKENS:
+                self._known[key] = result
+
+    def _remember(self, key: bytes) -> wire.Scored | None:
+        """A score of an earlier life of the run."""
+        found = self._kept.get(key) if self._kept is not None else None
+        return None if found is None else wire.Scored(found)
+
+
+def _digest(parts: Iterable[bytes]) -> bytes:
+    """Of several parts; each is preceded by its length."""
+    digest = hashlib.blake2b(digest_size=16)
+    for part in parts:
+        digest.update(len(part).to_bytes(8, "little"))
+        digest.update(part)
+    return digest.digest()
+
+
+def _size(scored: wire.Scored) -> int:
+    """Numbers in it, at least one."""
+    return max(1, len(scored.logprobs) + sum(map(len, scored.top or ())))

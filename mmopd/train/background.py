@@ -1,0 +1,49 @@
+"""Where the trainer computes: here, or, while rollouts run ahead of it, in a thread of its own."""
+
+import asyncio
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from types import TracebackType
+from typing import Any, ParamSpec, Self, TypeVar
+
+import torch
+
+from mmopd.train.distributed import Ranks
+from mmopd.runtime.watchdog import TRAINER, Watchdog
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+class Aside:
+    """`await aside(work, *arguments)` is the result of `work`. With `ahead` the event loop turns meanwhile, so that requests go on.
+
+    A context manager. Collectives stay in order, since each `work` is awaited before anything else of this rank begins.
+    """
+
+    def __init__(self, ranks: Ranks, watchdog: Watchdog, *, ahead: bool) -> None:
+        self._watchdog = watchdog
+        self._thread = ThreadPoolExecutor(1, TRAINER, initializer=_enter, initargs=(ranks.device,)) if ahead else None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if self._thread is not None:
+            self._thread.shutdown(cancel_futures=True)
+
+    async def __call__(self, work: Callable[P, T], *arguments: P.args, **named: P.kwargs) -> T:
+        """Work, and wait for it."""
+        if self._thread is None:
+            return work(*arguments, **named)
+        with self._watchdog.without_loop():
+            return await asyncio.get_running_loop().run_in_executor(self._thread, partial(work, *arguments, **named))
+
+
+def _enter(device: Any) -> None:
+    """What is set by thread is set as it is in the main one."""
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    else:
+        torch.set_num_threads(1)

@@ -1,0 +1,183 @@
+"""What is kept of a step: its numbers (metrics.jsonl, TensorBoard) and, now and then, a few responses token by token."""
+
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
+from statistics import fmean
+from types import TracebackType
+from typing import Self
+
+import psutil
+
+from mmopd.config import Recipe
+from mmopd.modality import Encoder
+from mmopd.records import Absent, Encoded, Sample, Score
+from mmopd.report.heatmap import as_json, token_row
+from mmopd.report.metrics import JsonLines, MetricsWriter
+from mmopd.runtime.run_folder import RunFolder, step_of
+from mmopd.train.batch import Batch, visual_advantage
+
+WHERE = ("kept", "balanced_away", "masked", "absent", "unknown")  # a response may have gone
+SHOWN = 6  # responses of each task that are kept token by token ...
+SHOWN_TIMES = 4  # ... so often in a run, first and last step included
+
+
+class Recorder:
+    """Writes the metrics and the samples of a run; one rank has one.
+
+    Args:
+        done: steps of the checkpoint that the run goes on from; what was written for later steps is removed.
+    """
+
+    def __init__(self, run: RunFolder, recipe: Recipe, encoder: Encoder, done: int) -> None:
+        self._metrics = MetricsWriter(run.root, done)
+        self._samples = JsonLines(run.samples, done)
+        self._encoder = encoder
+        last = recipe.train.steps - 1
+        self._shown_at = {round(i * last / (SHOWN_TIMES - 1)) for i in range(SHOWN_TIMES)}
+        self._threshold = recipe.algorithm.outcome_threshold
+        self._on_policy = recipe.algorithm.objective.kind != "sft"
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._metrics.close()
+        self._samples.close()
+
+    def step(
+        self,
+        step: int,
+        prompts: Sequence[Encoded],
+        samples: Sequence[Sample],
+        batch: Batch,
+        *,
+        updates: Sequence[Mapping[str, float]],
+        more: Mapping[str, float],
+    ) -> None:
+        """Keep the numbers of a step.
+
+        Args:
+            prompts: by group.
+            updates: what the trainer returned for each optimiser step.
+            more: times, the probe, and what else is named in `mmopd.report.metrics`.
+        """
+        metrics = sampled(samples)
+        if self._on_policy:
+            metrics |= accuracy(prompts, samples, self._threshold) | entropy(samples) | {"staleness": staleness(samples, step)}
+        metrics |= visual(prompts, samples) | divergence(prompts, batch) | calibration(batch.targets.diagnostics)
+        metrics |= {f"share/{name}": metrics[name] / len(samples) for name in WHERE if name in metrics}
+        if updates:
+            names = ("loss", "grad_norm", "lr", "clip_fraction", "packing", "sharing")
+            metrics |= {name: fmean(u[name] for u in updates) for name in names}
+            metrics |= {name: updates[0][name] for name in ("mismatch", "mismatch_mean")}
+            metrics["trained_tokens"] = sum(u["tokens"] for u in updates)
+        metrics |= more
+        metrics["memory/rank0"] = psutil.Process().memory_info().rss / 2**30
+        self._metrics.write(step, metrics)
+        if step in self._shown_at and batch.targets.log_ratio is not None:
+            self._show(step, prompts, batch)
+
+    def _show(self, step: int, prompts: Sequence[Encoded], batch: Batch) -> None:
+        """A few responses of each task, each of another prompt; those first that were scored without the image too."""
+        groups: dict[str, set[int]] = defaultdict(set)
+        for i in sorted(range(len(batch.samples)), key=lambda i: visual_advantage(batch.samples[i]) is None):
+            sample, span = batch.samples[i], batch.spans[i]
+            seen = groups[prompts[sample.group].prompt.task]
+            if sample.group in seen or len(seen) == SHOWN:
+                continue
+            seen.add(sample.group)
+            texts = [self._encoder.tokenizer.decode([token]) for token in sample.response.tokens]
+            advantage, keep = batch.targets.advantage[span].tolist(), bool(batch.targets.keep[i])
+            prompt, needed = prompts[sample.group].prompt, visual_advantage(sample)
+            self._samples.append(as_json(token_row(step, prompt, sample, texts, advantage, kept=keep, visual=needed)))
+
+
+def sampled(samples: Sequence[Sample]) -> dict[str, float]:
+    """What was sampled, and why outcomes are unknown and scores absent."""
+    unknown = Counter(s.outcome.cause for s in samples if not s.outcome.known)
+    absent = Counter(s.score.cause for s in samples if isinstance(s.score, Absent))
+    return {
+        "responses": float(len(samples)),
+        "response_length": fmean(len(s.response.tokens) for s in samples),
+        "truncated": fmean(s.response.finish == "length" for s in samples),
+        "unknown": float(unknown.total()),
+        **{f"unknown/{cause}": float(n) for cause, n in unknown.items()},
+        "absent": float(absent.total()),
+        **{f"absent/{cause}": float(n) for cause, n in absent.items()},
+    }
+
+
+def accuracy(prompts: Sequence[Encoded], samples: Sequence[Sample], threshold: float) -> dict[str, float]:
+    """How often the student was right, of what could be judged, in all and by task."""
+    right: dict[str, list[bool]] = defaultdict(list)
+    for sample in samples:
+        if sample.outcome.known:
+            right[prompts[sample.group].prompt.task].append(sample.outcome.value >= threshold)
+    if not right:
+        return {}
+    by_task = {f"accuracy/{task}": fmean(known) for task, known in sorted(right.items())}
+    return {"correct/sampled": fmean(known for task in right.values() for known in task)} | by_task
+
+
+def entropy(samples: Sequence[Sample]) -> dict[str, float]:
+    """What the student's own log-probs of what it sampled tell of its entropy: no distribution is ever whole here."""
+    tokens = sum(len(sample.response.tokens) for sample in samples)
+    return {"entropy_estimate": -sum(sum(sample.response.logprobs) for sample in samples) / tokens} if tokens else {}
+
+
+def staleness(samples: Sequence[Sample], step: int) -> float:
+    """Mean age of the tokens: by how many updates the weights that sampled them are older than those that learn from them."""
+    ages = Counter[str]()
+    for sample in samples:
+        ages.update(dict(sample.response.versions))
+    return sum(tokens * (step - step_of(version)) for version, tokens in ages.items()) / max(1, ages.total())
+
+
+def divergence(prompts: Sequence[Encoded], batch: Batch) -> dict[str, float]:
+    """The reverse KL of each task and of each teacher, over the tokens that count; nothing where no teacher is learnt from."""
+    targets = batch.targets
+    if targets.log_ratio is None or targets.counted is None:
+        return {}
+    nats: dict[str, float] = defaultdict(float)
+    tokens: Counter[str] = Counter()
+    for sample, log_ratio, counted in zip(batch.samples, targets.log_ratio.tolist(), targets.counted.tolist(), strict=True):
+        assert isinstance(sample.score, Score)
+        for name in (f"reverse_kl/{prompts[sample.group].prompt.task}", f"reverse_kl_teacher/{sample.score.teacher}"):
+            nats[name] -= log_ratio
+            tokens[name] += counted
+    return {name: nats[name] / n for name, n in sorted(tokens.items()) if n}
+
+
+def visual(prompts: Sequence[Encoded], samples: Sequence[Sample]) -> dict[str, float]:
+    """What the image does for the responses that were to be scored without it too; nothing if none was."""
+    asked = [sample for sample in samples if sample.blind is not None]
+    if not asked:
+        return {}
+    means: dict[str, list[float]] = defaultdict(list)
+    for sample in asked:
+        if needed := visual_advantage(sample):
+            means[prompts[sample.group].prompt.task].append(fmean(needed))
+    scored = sum(map(len, means.values()))
+    counts = {"scored_blind": float(scored), "absent_blind": float(len(asked) - scored)}
+    return counts | {f"visual_advantage/{task}": fmean(values) for task, values in sorted(means.items())}
+
+
+def calibration(seen: Mapping[str, float]) -> dict[str, float]:
+    """The diagnostics of the objective, under the names of `mmopd.report.metrics`; what a step does not have stays away."""
+    shares = {"balanced_away": "balanced_away_share", "masked": "masked_share"}
+    counts = {name: round(seen[share] * seen["responses"]) for name, share in shares.items() if share in seen}
+    names = {
+        "correct_share_kept": "correct/kept",
+        "return_mean": "return",
+        "return_right": "return/right",
+        "return_wrong": "return/wrong",
+        "reverse_kl": "reverse_kl",
+        "token_clipped_share": "token_clipped",
+        "shift_mean": "shift",
+        **{f"order_{when}": f"order_consistency/{when}" for when in ("before", "after")},
+        **{f"order_delta_{when}": f"order_delta/{when}" for when in ("before", "after")},
+        **{f"two_sided_groups_{when}": f"two_sided_groups/{when}" for when in ("before", "after")},
+        **{f"margin_{when}": f"margin/{when}" for when in ("before", "after")},
+        **{f"margin_p{q}_{when}": f"margin/p{q}_{when}" for q in (10, 50, 90) for when in ("before", "after")},
+    }
+    return {"kept": seen["responses_kept"], **counts} | {ours: seen[theirs] for theirs, ours in names.items() if theirs in seen}

@@ -1,0 +1,83 @@
+"""Updates that are not made: where loss or gradient is not finite, the batch is kept for `mmopd replay`, and training goes on, for a while.
+
+Not settings: a run that skips more than a few updates does not need a higher limit, it needs somebody to look at what was kept.
+"""
+
+import shutil
+import sys
+from collections import deque
+from collections.abc import Sequence
+
+from safetensors import SafetensorError
+
+from mmopd.errors import UserError
+from mmopd.commands.replay import write_batch
+from mmopd.runtime.run_folder import RunFolder
+from mmopd.train.trainer import NotFiniteError, Trainer
+from mmopd.train.export import export
+from mmopd.train.prefix_tree import Item
+
+ALLOWED, WINDOW = 3, 20  # updates that may be skipped, of so many one after the other
+KEPT = ALLOWED + 1  # batches in RUN/replay, each with the student's weights; the oldest go
+
+
+class Guard:
+    """Makes the updates of a run, and skips those that cannot be made. All methods are collective."""
+
+    def __init__(self, run: RunFolder, trainer: Trainer) -> None:
+        self._run, self._trainer = run, trainer
+        self._skipped: deque[bool] = deque(maxlen=WINDOW)  # of each of the last updates
+
+    def state(self) -> list[bool]:
+        """What a resumed run has to know."""
+        return list(self._skipped)
+
+    def restore(self, state: Sequence[bool]) -> None:
+        """Go on from `state`."""
+        self._skipped.extend(state)
+
+    def update(self, step: int, batches: Sequence[Sequence[Item]]) -> list[dict[str, float]]:
+        """One optimiser step on each batch; what the trainer returned for those that were made.
+
+        Raises:
+            UserError: more than ALLOWED of the last WINDOW updates were skipped.
+        """
+        made: list[dict[str, float]] = []
+        kept = False
+        for items in batches:
+            try:
+                made.append(self._trainer.update(items))
+                self._skipped.append(False)
+            except NotFiniteError as error:
+                self._skipped.append(True)
+                if not kept:  # the other batches of a step have the same weights, and most likely the same fault
+                    self._keep(step, items, error)
+                kept = True
+                self._check(step, error)
+        return made
+
+    def _check(self, step: int, error: NotFiniteError) -> None:
+        if (n := sum(self._skipped)) > ALLOWED:
+            raise UserError(
+                f"step {step}: {error}, and {n} of the last {len(self._skipped)} updates had to be skipped for such a reason. "
+                f"`mmopd replay {self._run.root} {step}` shows which responses; a lower train.lr or algorithm.log_ratio_clip may help"
+            )
+
+    def _keep(self, step: int, items: Sequence[Item], error: NotFiniteError) -> None:
+        """The batch and the weights that it met, in RUN/replay; where there is no room for them, training goes on without."""
+        folder, fault = self._run.replay_of(step), ""
+        try:
+            if self._trainer.ranks.rank == 0:
+                for old in [folder, *sorted(set(self._run.replay.glob("step-*")) - {folder})[: 1 - KEPT]]:
+                    shutil.rmtree(old, ignore_errors=True)
+                folder.mkdir(parents=True)
+                write_batch(folder, items, step=step, reason=str(error))
+        except (OSError, SafetensorError) as lost:
+            fault = f"{folder}: {lost}"
+        try:
+            self._trainer.ranks.agree(fault)
+            export(self._trainer, folder / "model")
+        except UserError as lost:
+            print(f"warning: step {step} was skipped ({error}), and is not kept for `mmopd replay`: {lost}", file=sys.stderr)
+            if self._trainer.ranks.rank == 0:
+                shutil.rmtree(folder, ignore_errors=True)

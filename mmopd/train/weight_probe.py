@@ -1,0 +1,51 @@
+"""The proof after every weight sync: trainer and engine score the same answers, and must agree."""
+
+import asyncio
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from mmopd.modality import Encoder
+from mmopd.prompts.shards import Shards
+from mmopd.rollout.student_client import StudentEngine
+from mmopd.train.prefix_tree import Item
+
+
+def probe_items(sources: Sequence[Shards], encoder: Encoder) -> list[Item]:
+    """The right answer to the first prompt of each source: text and images both, the same all through a run."""
+    end = encoder.tokenizer.eos_token_id
+    items = []
+    for shards in sources:
+        prompt = shards[0]
+        tokens = (*encoder.tokenizer.encode(prompt.answer, add_special_tokens=False), end)
+        items.append(Item.to_score(encoder.encode(prompt), tokens))
+    return items
+
+
+class ProbeError(Exception):
+    """Engine and trainer disagree: the engine must not be sampled from."""
+
+
+async def probe(ours: Sequence[Tensor], engines: Sequence[StudentEngine], items: Sequence[Item], tolerance: float) -> float:
+    """Largest |log-prob of the trainer - log-prob of an engine| over the items' tokens.
+
+    Args:
+        ours: log-probs [T] of each item, by the trainer.
+
+    Raises:
+        EngineError: an engine does not answer.
+        ProbeError: it exceeds `tolerance`: an engine does not have the trainer's weights, or computes something else.
+    """
+
+    async def ask(engine: StudentEngine) -> Tensor:
+        theirs = [await engine.logprobs(item.encoded, item.tokens) for item in items]
+        return torch.cat([mine - mine.new_tensor(its) for mine, its in zip(ours, theirs, strict=True)])
+
+    worst = float(torch.cat(await asyncio.gather(*map(ask, engines))).abs().max())  # NaN where one of them is
+    if not worst <= tolerance:
+        raise ProbeError(
+            f"after the weight sync, engine and trainer differ by {worst:.2e} in the log-prob of a token, and train.probe_tolerance is "
+            f"{tolerance:.0e}: the engine does not hold the trainer's weights, or the two compute in different precision"
+        )
+    return worst
