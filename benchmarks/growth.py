@@ -1,9 +1,10 @@
-"""How time and memory grow: `python benchmarks/growth.py`, about three minutes. One thread; the exponents are fitted to the logarithms.
+"""How time and memory grow: `python benchmarks/growth.py`, about three minutes. One thread; the exponents are fitted to
+the logarithms.
 
 - an update of the demo's student on 1,024 to 16,384 tokens in responses of 128: what a larger step costs;
 - the same on one response of 512 to 4,096 tokens: what longer responses cost, attention included;
-- peak memory of the log-prob head, forwards and backwards, beyond inputs and gradients, on 1,024 tokens with vocabularies of 9,496 to
-  151,936; beside it the plain way, logits and all. Each in a process of its own.
+- peak memory of the log-prob head, forwards and backwards, beyond inputs and gradients, on 1,024 tokens with
+  vocabularies of 9,496 to 151,936; beside it the plain way, logits and all. Each in a process of its own.
 """
 
 import argparse
@@ -27,9 +28,9 @@ from mmopd.demo.world import additions, build_student
 from mmopd.modality import Encoder
 from mmopd.records import Prompt
 from mmopd.train import distributed
-from mmopd.train.trainer import Trainer
 from mmopd.train.logprob import LogprobHead
 from mmopd.train.prefix_tree import Item
+from mmopd.train.trainer import Trainer
 
 TOKENS = [1024, 2048, 4096, 8192, 16384]
 LENGTHS = [512, 1024, 2048, 4096]
@@ -89,7 +90,9 @@ def main() -> None:
         table.add_column(column, justify="left" if not column else "right")
 
     def add(label: str, x: list[int], y: list[float], form: str) -> None:
-        table.add_row(label, f"{x[0]:,}", f"{x[-1]:,}", "  ".join(format(value, form) for value in y), f"{exponent(x, y):.2f}")
+        table.add_row(
+            label, f"{x[0]:,}", f"{x[-1]:,}", "  ".join(format(value, form) for value in y), f"{exponent(x, y):.2f}"
+        )
 
     with tempfile.TemporaryDirectory() as name:
         build_student(name)
@@ -97,8 +100,18 @@ def main() -> None:
         settings = Train(steps=99, dtype="float32", micro_tokens=4096, gradient_checkpointing=False)
         trainer = Trainer(Path(name), encoder, settings, Algorithm(), ranks)
         trainer.update(items(encoder, 8, SHORT))
-        add("update, seconds by tokens of a step", TOKENS, [seconds(trainer, items(encoder, n // SHORT, SHORT)) for n in TOKENS], ".2f")
-        add("update, seconds by tokens of a response", LENGTHS, [seconds(trainer, items(encoder, 1, n)) for n in LENGTHS], ".2f")
+        add(
+            "update, seconds by tokens of a step",
+            TOKENS,
+            [seconds(trainer, items(encoder, n // SHORT, SHORT)) for n in TOKENS],
+            ".2f",
+        )
+        add(
+            "update, seconds by tokens of a response",
+            LENGTHS,
+            [seconds(trainer, items(encoder, 1, n)) for n in LENGTHS],
+            ".2f",
+        )
         distributed.stop()
     for way, label in (("mmopd", "head, MiB by vocabulary"), ("plain", "logits and all, MiB by vocabulary")):
         add(label, VOCABULARIES, [apart(vocabulary, way) for vocabulary in VOCABULARIES], ",.0f")

@@ -1,9 +1,10 @@
 """Log-probs of the sampled tokens, forwards and backwards: `python benchmarks/logprob.py`, about two minutes.
 
-The head of a Qwen (V = 151,936) on 4,096 tokens of hidden size 256, one thread: the trainer's head beside the plain way (logits,
-log-softmax, gather), the plain way in chunks under torch's checkpoint, and torch's own `linear_cross_entropy`. Each in a process of its
-own; memory is the peak above what the inputs and their gradients take. The last column is the largest difference to float64 on 64 tokens.
-With `--dtype bfloat16` head and hidden states are what they are in training on GPUs; log-probs are to be float32 all the same.
+The head of a Qwen (V = 151,936) on 4,096 tokens of hidden size 256, one thread: the trainer's head beside the plain way
+(logits, log-softmax, gather), the plain way in chunks under torch's checkpoint, and torch's own `linear_cross_entropy`.
+Each in a process of its own; memory is the peak above what the inputs and their gradients take. The last column is the
+largest difference to float64 on 64 tokens. With `--dtype bfloat16` head and hidden states are what they are in training
+on GPUs; log-probs are to be float32 all the same.
 """
 
 import argparse
@@ -90,7 +91,9 @@ def main() -> None:
     found = {}
     for way in WAYS:
         command = [sys.executable, __file__, "--one", way, "--dtype", settings.dtype]
-        found[way] = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1])
+        found[way] = json.loads(
+            subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1]
+        )
     title = f"Log-probs of {TOKENS:,} tokens, V = {V:,}, {settings.dtype}: python benchmarks/logprob.py"
     table = Table(title=title, title_justify="left")
     for column in ("", "MiB", "of naive", "seconds", "of naive", "error, nats"):

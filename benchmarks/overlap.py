@@ -1,9 +1,11 @@
-"""Rollouts that run ahead, beside rollouts in turn: `python benchmarks/overlap.py`, about fifteen minutes, where the demo's data is.
+"""Rollouts that run ahead, beside rollouts in turn: `python benchmarks/overlap.py`, about fifteen minutes, where the
+demo's data is.
 
-The demo's student and teachers, with `rollout.async_steps` 0 and 1: once as they are, where both kinds of work share two cores, and once
-with teachers that answer 1.5 seconds later (a proxy waits, and forwards), which is what teachers on other machines are to the trainer: time
-in which nothing is computed here. Of the steps behind the first three: seconds of a step, of its longest part (rollouts with scoring, or
-update with sync), and of both in turn; the age of what is learnt from; and what has been learnt, over the last five steps.
+The demo's student and teachers, with `rollout.async_steps` 0 and 1: once as they are, where both kinds of work share
+two cores, and once with teachers that answer 1.5 seconds later (a proxy waits, and forwards), which is what teachers on
+other machines are to the trainer: time in which nothing is computed here. Of the steps behind the first three: seconds
+of a step, of its longest part (rollouts with scoring, or update with sync), and of both in turn; the age of what is
+learnt from; and what has been learnt, over the last five steps.
 """
 
 import argparse
@@ -37,7 +39,9 @@ def teachers(folder: Path) -> Iterator[Path]:
     out = folder / "endpoints.json"
     with (folder / "serve.log").open("w") as log:
         process = subprocess.Popen(
-            [sys.executable, "-m", "mmopd", "serve", "teachers/demo.yaml", "--out", str(out)], stdout=log, stderr=subprocess.STDOUT
+            [sys.executable, "-m", "mmopd", "serve", "teachers/demo.yaml", "--out", str(out)],
+            stdout=log,
+            stderr=subprocess.STDOUT,
         )
         try:
             while not out.exists():
@@ -86,7 +90,13 @@ def delayed(file: Path, seconds: float) -> Path:
 def train(file: Path, folder: Path, steps: int, ahead: int) -> dict[str, float]:
     """What a run comes to."""
     run = folder / f"{file.stem}-{ahead}"
-    what = ["recipes/demo.yaml", "suite=null", f"train.steps={steps}", f"rollout.async_steps={ahead}", "train.checkpoint_every=1000"]
+    what = [
+        "recipes/demo.yaml",
+        "suite=null",
+        f"train.steps={steps}",
+        f"rollout.async_steps={ahead}",
+        "train.checkpoint_every=1000",
+    ]
     command = [sys.executable, "-m", "mmopd", "train", *what, "--endpoints", str(file), "--run", str(run)]
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
     rows = read_lines(run / "metrics.jsonl")

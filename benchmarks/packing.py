@@ -1,14 +1,18 @@
-"""Packing of long-tailed responses: `python benchmarks/packing.py`, about five minutes; with `--no-update`, half of one.
+"""Packing of long-tailed responses: `python benchmarks/packing.py`, about five minutes; with `--no-update`, half of
+one.
 
-- budget: 1,024 responses to 64 prompts (log-normal, median 900 tokens, at most 16,384), a third with an image, dealt to 2 and 8
-  ranks with the recipes' budget of 16,384 tokens and with twice as many; their tokens, of what the micro-batches have room for. All ranks
-  make the same number of micro-steps, so that the last one may be half empty: the second column is what whole micro-steps allow at best.
-  Beside it: batches of four responses, in the order in which they come, each padded to its longest; tokens, of what is computed.
-- balance: the dearest rank, of the mean, by the estimated cost: of a micro-step, since the ranks wait for each other there, and of the
-  whole step. Beside it what Karmarkar-Karp makes of the same pieces for the whole step, which knows neither budgets nor micro-steps.
-- sharing: tokens of all prompts and responses, by those that are computed, for answers of that length and for short ones.
-- time: an update of the demo's student on 128 responses of uneven length, to 8 prompts and to 128, packed, and with one padded row for
-  each response, in turns.
+- budget: 1,024 responses to 64 prompts (log-normal, median 900 tokens, at most 16,384), a third with an image, dealt to
+  2 and 8 ranks with the recipes' budget of 16,384 tokens and with twice as many; their tokens, of what the
+  micro-batches have room for. All ranks make the same number of micro-steps, so that the last one may be half empty:
+  the second column is what whole micro-steps allow at best. Beside it: batches of four responses, in the order in which
+  they come, each padded to its longest; tokens, of what is computed.
+- balance: the dearest rank, of the mean, by the estimated cost: of a micro-step, since the ranks wait for each other
+  there, and of the whole step. Beside it what Karmarkar-Karp makes of the same pieces for the whole step, which knows
+  neither budgets nor micro-steps.
+- sharing: tokens of all prompts and responses, by those that are computed, for answers of that length and for short
+  ones.
+- time: an update of the demo's student on 128 responses of uneven length, to 8 prompts and to 128, packed, and with one
+  padded row for each response, in turns.
 """
 
 import argparse
@@ -33,9 +37,9 @@ from mmopd.demo.world import additions, build_student, digit_sums
 from mmopd.modality import Encoder
 from mmopd.records import Encoded, Prompt
 from mmopd.train import distributed
-from mmopd.train.trainer import Trainer
 from mmopd.train.pack import Cost, Layout, deal
 from mmopd.train.prefix_tree import Item, grow
+from mmopd.train.trainer import Trainer
 
 BUDGETS, LIMIT, RESPONSES, GROUP = (16_384, 32_768), 16_384, 1_024, 16  # a budget is of tokens, and of patches
 PROMPT, IMAGE = 200, 1_200  # tokens, patches
@@ -73,7 +77,9 @@ class Found(NamedTuple):
 
 
 def karmarkar_karp(costs: list[float], ranks: int) -> list[float]:
-    """Sums of the ranks: of the two partial assignments that are least even, the dear ranks of one take the cheap ones of the other."""
+    """Sums of the ranks: of the two partial assignments that are least even, the dear ranks of one take the cheap ones
+    of the other.
+    """
     heap = [(-cost, i, (*[0.0] * (ranks - 1), cost)) for i, cost in enumerate(costs)]
     heapq.heapify(heap)
     while len(heap) > 1:
@@ -88,7 +94,9 @@ def dealt(some: list[Item], ranks: int, budget: int) -> Found:
     begin = time.perf_counter()
     plan = deal(some, ranks, budget, budget, COST)
     took, room, whole = time.perf_counter() - begin, ranks * budget, sum(item.length for item in some)
-    sizes = [[[COST.of([some[i] for i in tree]) for tree in grow(some, micro, budget)] for micro in steps] for steps in plan]
+    sizes = [
+        [[COST.of([some[i] for i in tree]) for tree in grow(some, micro, budget)] for micro in steps] for steps in plan
+    ]
     used = sum(size.tokens for steps in sizes for micro in steps for size in micro)
     costs = [[sum(size.cost for size in steps[step]) for steps in sizes] for step in range(len(plan[0]))]
     padded = sum(FOUR * max(item.length for item in some[i : i + FOUR]) for i in range(0, len(some), FOUR))
@@ -96,7 +104,15 @@ def dealt(some: list[Item], ranks: int, budget: int) -> Found:
     ours = [sum(column) for column in zip(*costs, strict=True)]
     theirs = karmarkar_karp([size.cost for steps in sizes for micro in steps for size in micro], ranks)
     over = (max(sums) / mean(sums) for sums in (ours, theirs))
-    return Found(used / (len(plan[0]) * room), used / (-(-used // room) * room), whole / padded, dearest, *over, whole / used, took)
+    return Found(
+        used / (len(plan[0]) * room),
+        used / (-(-used // room) * room),
+        whole / padded,
+        dearest,
+        *over,
+        whole / used,
+        took,
+    )
 
 
 def items(encoder: Encoder, prompts: int, n: int) -> list[Item]:
@@ -145,13 +161,22 @@ def main() -> None:
     for column in ("", "packed", "at best", "padded", "goal"):
         table.add_column(column, justify="left" if not column else "right")
     for budget, ranks in itertools.product(BUDGETS, (2, 8)):
-        found = Found(*(mean(column) for column in zip(*(dealt(step(seed, ANSWER), ranks, budget) for seed in range(5)), strict=True)))
+        found = Found(
+            *(
+                mean(column)
+                for column in zip(*(dealt(step(seed, ANSWER), ranks, budget) for seed in range(5)), strict=True)
+            )
+        )
         short = mean(dealt(step(seed, SHORT), ranks, budget).sharing for seed in range(5))
         label = f"{ranks} ranks: tokens of the budget of {budget:,}"
         table.add_row(label, f"{found.room:.3f}", f"{found.best:.3f}", f"{found.padded:.3f}", f">= {GOAL}")
         table.add_row("  dearest rank of a micro-step, of the mean", f"{found.dearest:.3f}", "1", "", "")
-        table.add_row("  dearest rank of the step; by Karmarkar-Karp", f"{found.whole:.5f}; {found.differencing:.5f}", "1", "", "")
-        table.add_row(f"  sharing, answers of {ANSWER} and of {SHORT} tokens", f"{found.sharing:.2f}, {short:.2f}", "", "1", "")
+        table.add_row(
+            "  dearest rank of the step; by Karmarkar-Karp", f"{found.whole:.5f}; {found.differencing:.5f}", "1", "", ""
+        )
+        table.add_row(
+            f"  sharing, answers of {ANSWER} and of {SHORT} tokens", f"{found.sharing:.2f}, {short:.2f}", "", "1", ""
+        )
         table.add_row("  seconds to deal", f"{found.seconds:.3f}", "", "", "")
     if not given.no_update:
         updates(table)

@@ -1,10 +1,13 @@
-"""Reading prompts, beside the webdataset library and plain Pillow on the same files: `python benchmarks/prompts.py`, about a minute.
+"""Reading prompts, beside the webdataset library and plain Pillow on the same files: `python benchmarks/prompts.py`,
+about a minute.
 
 - rows: in random order by number; webdataset reads the same tars in sequence, whole rows of bytes, nothing decoded.
-- seek: open 101 shards of 10,000 small rows and read row 1,000,000. The shards are hard links to one tar, and so are their indices, which
-  makes no difference to either reader. webdataset has to read what is before it: timed over the first 30,000 rows, and scaled.
+- seek: open 101 shards of 10,000 small rows and read row 1,000,000. The shards are hard links to one tar, and so are
+  their indices, which makes no difference to either reader. webdataset has to read what is before it: timed over the
+  first 30,000 rows, and scaled.
 - plan: 512 draws over 35 sources of 100,000 rows.
-- memory: 1,000 such shards, 10 million rows; what the process holds after opening them, and after 200,000 draws and looks into the index.
+- memory: 1,000 such shards, 10 million rows; what the process holds after opening them, and after 200,000 draws and
+  looks into the index.
 - decode: JPEG to RGB from shards, against the same bytes in memory and Pillow alone.
 """
 
@@ -47,7 +50,9 @@ def jpegs(n: int, size: tuple[int, int]) -> list[bytes]:
 def image_rows(n: int, files: list[bytes]) -> Iterator[Prompt]:
     """Rows with one picture each."""
     for i in range(n):
-        yield Prompt(str(i), "t", "image", tuple(user_turn(f"What is number {i}?", 1)), (files[i % len(files)],), str(i))
+        yield Prompt(
+            str(i), "t", "image", tuple(user_turn(f"What is number {i}?", 1)), (files[i % len(files)],), str(i)
+        )
 
 
 def linked(one: Path, folder: Path, shards: int) -> Path:
@@ -147,7 +152,9 @@ def decode(folder: Path, files: list[bytes]) -> tuple[float, float]:
 def main() -> None:
     """Write the files, measure, print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--folder", type=Path, help="where the files are written (600 MB); a temporary folder if not given")
+    parser.add_argument(
+        "--folder", type=Path, help="where the files are written (600 MB); a temporary folder if not given"
+    )
     table = Table(title="Reading prompts: python benchmarks/prompts.py", title_justify="left")
     for column in ("", "mmopd", "beside", "ratio", "goal"):
         table.add_column(column, justify="left" if not column else "right")
@@ -156,7 +163,10 @@ def main() -> None:
         small, large = jpegs(16, (512, 384)), jpegs(8, (1600, 1200))
         write_shards(image_rows(5_000, small), root / "rows", max_rows=1_000)
         write_shards(image_rows(24, large), root / "large")
-        write_shards((Prompt(str(i), "t", "text", tuple(user_turn(f"{i}?", 0)), (), str(i)) for i in range(SHARD)), root / "small")
+        write_shards(
+            (Prompt(str(i), "t", "text", tuple(user_turn(f"{i}?", 0)), (), str(i)) for i in range(SHARD)),
+            root / "small",
+        )
         one = next((root / "small").glob("*.tar"))
         million, many = linked(one, root / "million", 101), linked(one, root / "many", 1_000)
         ours, theirs = rows_per_second(root / "rows")
@@ -164,15 +174,27 @@ def main() -> None:
         table.add_row(label, f"{ours:,.0f}", f"webdataset {theirs:,.0f}", f"{ours / theirs:.1f} x", ">= 4 x")
         cold, warm, scaled = seek(million, 1_000_000)
         table.add_row(
-            "to row 1,000,000, opening", f"{cold * 1e3:.1f} ms", f"webdataset {scaled:,.0f} s", f"{scaled / cold:,.0f} x", "<= 50 ms"
+            "to row 1,000,000, opening",
+            f"{cold * 1e3:.1f} ms",
+            f"webdataset {scaled:,.0f} s",
+            f"{scaled / cold:,.0f} x",
+            "<= 50 ms",
         )
         table.add_row("to row 999,999, open", f"{warm * 1e6:.0f} us", "", "", "")
         table.add_row("plan, 512 draws of 35 sources", f"{plan_cost() * 1e3:.1f} ms", "", "", "<= 10 ms")
         seconds, held, more = memory(many)
-        table.add_row("10,000,000 rows, opening", f"{seconds:.2f} s, {held:,.0f} MiB", "", f"{held * 2**20 / 1e7:.0f} B/row", "")
+        table.add_row(
+            "10,000,000 rows, opening", f"{seconds:.2f} s, {held:,.0f} MiB", "", f"{held * 2**20 / 1e7:.0f} B/row", ""
+        )
         table.add_row("  and 200,000 draws", f"{more:+.1f} MiB", "", "", "flat")
         ours, theirs = decode(root / "large", large)
-        table.add_row("JPEG of 1600 x 1200, per second", f"{ours:.1f}", f"Pillow {theirs:.1f}", f"{ours / theirs:.2f} x", ">= 0.9 x")
+        table.add_row(
+            "JPEG of 1600 x 1200, per second",
+            f"{ours:.1f}",
+            f"Pillow {theirs:.1f}",
+            f"{ours / theirs:.2f} x",
+            ">= 0.9 x",
+        )
     Console(width=120).print(table)
 
 

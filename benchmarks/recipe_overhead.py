@@ -1,16 +1,20 @@
 """What Uni-OPD adds to a step of plain OPD: `python benchmarks/recipe_overhead.py --run runs/FOLDER`, under a minute.
 
-Everything that it adds is scalar work on the CPU: weights by difficulty, the online balance, the margins with their shift or mask, and the
-numbers that tell of them. Each part is timed, in CPU time, on arrays of the shape of a step, with one thread, at two sizes:
+Everything that it adds is scalar work on the CPU: weights by difficulty, the online balance, the margins with their
+    shift or mask, and the
+numbers that tell of them. Each part is timed, in CPU time, on arrays of the shape of a step, with one thread, at two
+sizes:
 
-- the paper's: 64 prompts x 16 responses of 8,192 tokens on average (8.4 M tokens), 57,000 prompts to weigh. A step of it is not measured
-  but computed, and low: the update of 4 B parameters alone, 8 FLOP a parameter and token (forward, backward, recomputed forward), on 8
-  GPUs that do 40 % of 989 TFLOP/s (H100, bfloat16). Rollouts and scoring count as if they took no time. `--step` sets another number.
-- the demo's: the sizes and the median step of a run of `mmopd demo`, out of its recipe.yaml and metrics.jsonl. Without `--run`, eight
-  steps are run first, in this folder's workspace (a few minutes).
+- the paper's: 64 prompts x 16 responses of 8,192 tokens on average (8.4 M tokens), 57,000 prompts to weigh. A step of
+  it is not measured but computed, and low: the update of 4 B parameters alone, 8 FLOP a parameter and token (forward,
+  backward, recomputed forward), on 8 GPUs that do 40 % of 989 TFLOP/s (H100, bfloat16). Rollouts and scoring count as
+  if they took no time. `--step` sets another number.
+- the demo's: the sizes and the median step of a run of `mmopd demo`, out of its recipe.yaml and metrics.jsonl. Without
+  `--run`, eight steps are run first, in this folder's workspace (a few minutes).
 
-The last rows time the same function, `opd`, as plain OPD and as Uni-OPD, in turn; the difference is what the parts cost in their place,
-less the diagnostics, which plain OPD has too. Not in here: the rollouts that measure difficulty, once for a model and its data.
+The last rows time the same function, `opd`, as plain OPD and as Uni-OPD, in turn; the difference is what the parts cost
+in their place, less the diagnostics, which plain OPD has too. Not in here: the rollouts that measure difficulty, once
+for a model and its data.
 """
 
 import argparse
@@ -69,7 +73,13 @@ def demo(run: Path) -> Size:
     recipe, rows = settings_file.read(Recipe, run / "recipe.yaml"), read_lines(run / "metrics.jsonl")
     length = round(sum(row["response_length"] for row in rows) / len(rows))
     return Size(
-        "demo", recipe.rollout.prompts, recipe.rollout.group, length, 600, recipe.train.steps, median(row["seconds"] for row in rows[1:])
+        "demo",
+        recipe.rollout.prompts,
+        recipe.rollout.group,
+        length,
+        600,
+        recipe.train.steps,
+        median(row["seconds"] for row in rows[1:]),
     )
 
 
@@ -85,14 +95,20 @@ def make_samples(size: Size) -> list[Sample]:
     random = torch.Generator().manual_seed(0)
     N = size.prompts * size.group
     lengths = torch.randint(size.length // 2, size.length * 3 // 2 + 1, (N,), generator=random).tolist()
-    right = (torch.rand(N, generator=random) < torch.rand(size.prompts, generator=random).repeat_interleave(size.group)).double()
+    right = (
+        torch.rand(N, generator=random) < torch.rand(size.prompts, generator=random).repeat_interleave(size.group)
+    ).double()
     right[torch.rand(N, generator=random) < 0.02] = torch.nan
     samples = []
     for i, (T, outcome) in enumerate(zip(lengths, right.tolist(), strict=True)):
         student = torch.empty(T).exponential_(3.0, generator=random).neg()
         teacher = student + 0.3 * torch.randn(T, generator=random)
         response = Response(tuple(range(T)), tuple(student.tolist()), "", "stop", (("step-0", T),))
-        samples.append(Sample(i // size.group, response, Outcome(outcome), Score(f"t{i // size.group % 2}", tuple(teacher.tolist()))))
+        samples.append(
+            Sample(
+                i // size.group, response, Outcome(outcome), Score(f"t{i // size.group % 2}", tuple(teacher.tolist()))
+            )
+        )
     return samples
 
 
@@ -131,7 +147,9 @@ def parts(size: Size, samples: list[Sample]) -> dict[str, float]:
 
     return {
         "offline weights, once a run": timed(lambda: difficulty_weights(right, 8, cap=4.0)) / size.steps,
-        "online balance": timed(lambda: balance_online(outcome, group, scope="group", ratio=1.0, tolerance=0.05, seed=1)),
+        "online balance": timed(
+            lambda: balance_online(outcome, group, scope="group", ratio=1.0, tolerance=0.05, seed=1)
+        ),
         "margin shift": timed(lambda: margin_shift(R, o, g, scope="group", mode="mean", direction="spread", delta=0.4)),
         "the shift, onto every token": timed(lambda: all_shifts.float().index_select(0, response).add_(moved)),
         MASK: timed(lambda: margin_mask(R, o, g, scope="group", mode="mean", delta=0.4, retain=0.25)),
@@ -142,7 +160,9 @@ def parts(size: Size, samples: list[Sample]) -> dict[str, float]:
 
 
 def whole(samples: list[Sample], times: int) -> tuple[float, float]:
-    """(plain OPD, what Uni-OPD takes beyond it) in ms of `opd`: medians, and of pairs, first the one and then the other in front."""
+    """(plain OPD, what Uni-OPD takes beyond it) in ms of `opd`: medians, and of pairs, first the one and then the other
+    in front.
+    """
     lengths = torch.tensor([len(s.response.tokens) for s in samples])
     call = partial(
         opd,

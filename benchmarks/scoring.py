@@ -1,15 +1,20 @@
-"""Scoring by a real vLLM server, beside a naive client and the server's own engine: `python benchmarks/scoring.py`, about six minutes.
+"""Scoring by a real vLLM server, beside a naive client and the server's own engine: `python benchmarks/scoring.py`,
+about six minutes.
 
 - naive: one request after the other, a connection for each, the json module; the same prompts and responses.
 - engine: vLLM's offline `LLM.generate(prompt_logprobs=0, max_tokens=1)` on the same tokens and images, no HTTP at all.
-- CPU: what one response costs the client, and the server; on as few cores as here the server's part is the limit of both rates.
-- memory: what the client process holds before and after it has scored everything several times over (nothing is taken from its cache).
-- overlap: a step of `collect` (rollouts by a second server, scored as they finish) against its longer part, and against both in turn.
+- CPU: what one response costs the client, and the server; on as few cores as here the server's part is the limit of
+  both rates.
+- memory: what the client process holds before and after it has scored everything several times over (nothing is taken
+  from its cache).
+- overlap: a step of `collect` (rollouts by a second server, scored as they finish) against its longer part, and against
+  both in turn.
 
-Every process computes with one thread. Two models: the demo's (1.4 M parameters, on which the server's own Python is most of
-the work) and a larger one (27 M), whose prefill is most of the work, as it is on a GPU with real models. 16 responses are
-scored to each prompt, half of the prompts with an image. All are different, which is the worst case for the client's cache; in the
-rows "repeated" 3 of the 16 are different, as in a run of `mmopd demo` (43 requests for 265 scores, `scoring/reused`).
+Every process computes with one thread. Two models: the demo's (1.4 M parameters, on which the server's own Python is
+most of the work) and a larger one (27 M), whose prefill is most of the work, as it is on a GPU with real models. 16
+responses are scored to each prompt, half of the prompts with an image. All are different, which is the worst case for
+the client's cache; in the rows "repeated" 3 of the 16 are different, as in a run of `mmopd demo` (43 requests for 265
+scores, `scoring/reused`).
 """
 
 import argparse
@@ -39,18 +44,20 @@ from transformers import AutoConfig, Qwen3VLForConditionalGeneration
 from mmopd.config import Engine, Fleet, Recipe
 from mmopd.demo.world import additions, build_student, digit_sums
 from mmopd.modality import Encoder
-from mmopd.runtime.processes import Children
 from mmopd.records import Encoded, Outcome, Prompt, Score
 from mmopd.rollout.collect import collect, seed_of
 from mmopd.rollout.student_client import StudentEngine
+from mmopd.runtime.processes import Children
 from mmopd.serving import wire
-from mmopd.teacher.scorer import Scorer
 from mmopd.serving.endpoint import Endpoint
 from mmopd.serving.servers import CPU_ENV, ENV, ServerSpec, serve
+from mmopd.teacher.scorer import Scorer
 
 GROUP = 16
 ENGINE = Engine(dtype="float32", max_model_len=1024, max_num_seqs=64, kv_cache_mib=256, enforce_eager=True)
-FLEET = Fleet.model_validate({"teachers": {"t": {"endpoints": ["http://t"], "timeout": 600}}, "routes": [{"teacher": "t"}]})
+FLEET = Fleet.model_validate(
+    {"teachers": {"t": {"endpoints": ["http://t"], "timeout": 600}}, "routes": [{"teacher": "t"}]}
+)
 
 
 @dataclass(frozen=True)
@@ -83,11 +90,16 @@ def workload(encoder: Encoder, prompts: int, length: int, seed: int, different: 
     rows = [("image", row) for row in digit_sums("few", prompts // 2, seed)]
     rows += [("text", row) for row in additions("few", prompts // 2, seed)]
     encoded = [
-        encoder.encode(Prompt(f"{kind}/{seed}-{i}", kind, kind, tuple(row["messages"]), tuple(row["images"]), row["answer"]))
+        encoder.encode(
+            Prompt(f"{kind}/{seed}-{i}", kind, kind, tuple(row["messages"]), tuple(row["images"]), row["answer"])
+        )
         for i, (kind, row) in enumerate(rows)
     ]
     some = range(300, 900)
-    drawn = [[tuple(rng.choices(some, k=rng.randint(length // 2, 3 * length // 2))) for _ in range(different)] for _ in encoded]
+    drawn = [
+        [tuple(rng.choices(some, k=rng.randint(length // 2, 3 * length // 2))) for _ in range(different)]
+        for _ in encoded
+    ]
     return Work(encoded, [[group[i % different] for i in range(GROUP)] for group in drawn])
 
 
@@ -107,7 +119,11 @@ def naive(work: Work, endpoint: Endpoint, limit: float) -> float:
     began, done = time.perf_counter(), 0
     for encoded, tokens in pairs:
         body = json.loads(wire.scoring_body(endpoint.model, encoded.ids, encoded.prompt.images, tokens))
-        headers = {"Content-Type": "application/json", "Connection": "close", wire.REQUEST_ID: uuid.uuid4().hex} | endpoint.headers
+        headers = {
+            "Content-Type": "application/json",
+            "Connection": "close",
+            wire.REQUEST_ID: uuid.uuid4().hex,
+        } | endpoint.headers
         request = urllib.request.Request(endpoint.url + wire.PATH, json.dumps(body).encode(), headers)
         with urllib.request.urlopen(request) as reply:
             rows = json.loads(reply.read())["prompt_logprobs"][-len(tokens) :]
@@ -139,12 +155,19 @@ print("seconds", time.perf_counter() - began)
 
 def offline(work: Work, model: Path) -> float:
     """Seconds for all of it by vLLM's engine in a process of its own."""
-    settings = {"dtype": "float32", "max_model_len": ENGINE.max_model_len, "max_num_seqs": ENGINE.max_num_seqs, "enforce_eager": True}
+    settings = {
+        "dtype": "float32",
+        "max_model_len": ENGINE.max_model_len,
+        "max_num_seqs": ENGINE.max_num_seqs,
+        "enforce_eager": True,
+    }
     settings |= {"kv_cache_memory_bytes": 256 << 20, "enable_chunked_prefill": False, "max_num_batched_tokens": 4096}
     file = model.parent / "work.pickle"
     file.write_bytes(pickle.dumps((settings, [([*e.ids, *tokens], list(e.prompt.images)) for e, tokens in work.pairs])))
     env = os.environ | CPU_ENV | ENV | {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_LOGGING_LEVEL": "ERROR"}
-    ran = subprocess.run([sys.executable, "-c", OFFLINE, str(model), str(file)], env=env, capture_output=True, text=True, check=False)
+    ran = subprocess.run(
+        [sys.executable, "-c", OFFLINE, str(model), str(file)], env=env, capture_output=True, text=True, check=False
+    )
     found = [line for line in ran.stdout.splitlines() if line.startswith("seconds")]
     if not found:
         raise RuntimeError(f"the offline engine did not run:\n{ran.stderr[-2000:]}")
@@ -163,7 +186,9 @@ async def overlap(work: Work, student: Endpoint, teacher: Endpoint, encoder: Enc
     """Seconds of rollouts alone, of scoring alone, and of a step that does both."""
     settings = {"prompts": len(work.encoded), "group": GROUP, "max_tokens": 300}
     engine_of = {"model": "x", "engine": ENGINE.model_dump()}
-    recipe = Recipe.model_validate({"student": engine_of, "fleet": "x", "mixture": "x", "rollout": settings, "algorithm": {"visual": None}})
+    recipe = Recipe.model_validate(
+        {"student": engine_of, "fleet": "x", "mixture": "x", "rollout": settings, "algorithm": {"visual": None}}
+    )
     share = list(enumerate(work.encoded))
     async with StudentEngine(student, encoder) as engine:
 
@@ -193,7 +218,9 @@ def cpu(process: psutil.Process) -> list[float]:
 
 
 def measure(model: Path, work: Work, length: int, encoder: Encoder, *, rounds: int) -> dict[str, float]:
-    """Responses per second of mmopd (also where they repeat), naive and engine; ms of CPU for one; MiB before and after `rounds` more."""
+    """Responses per second of mmopd (also where they repeat), naive and engine; ms of CPU for one; MiB before and after
+    `rounds` more.
+    """
     n, process, warm = len(work.pairs), psutil.Process(), workload(encoder, 2, 32, 1)
     found: dict[str, float] = {}
     spec = ServerSpec("t", model, ENGINE, updatable=False)
@@ -202,7 +229,9 @@ def measure(model: Path, work: Work, length: int, encoder: Encoder, *, rounds: i
         gc.collect()  # what building the models has left behind
         used = cpu(process)
         found["ours"] = n / asyncio.run(score_all(work, servers["t"], encoder))
-        found["client"], found["server"] = (1000 * (now - before) / n for now, before in zip(cpu(process), used, strict=True))
+        found["client"], found["server"] = (
+            1000 * (now - before) / n for now, before in zip(cpu(process), used, strict=True)
+        )
         found["before"] = process.memory_info().rss / 2**20
         for _ in range(rounds):
             asyncio.run(score_all(work, servers["t"], encoder))
@@ -216,7 +245,10 @@ def measure(model: Path, work: Work, length: int, encoder: Encoder, *, rounds: i
 
 def step_of(student: Path, teacher: Path, work: Work, encoder: Encoder) -> dict[str, float]:
     """`overlap` with both served."""
-    specs = [ServerSpec("student", student, ENGINE, updatable=False), ServerSpec("teacher", teacher, ENGINE, updatable=False)]
+    specs = [
+        ServerSpec("student", student, ENGINE, updatable=False),
+        ServerSpec("teacher", teacher, ENGINE, updatable=False),
+    ]
     with Children() as children, serve(specs, children, teacher.parent, lambda name, what: None) as servers:
         return asyncio.run(overlap(work, servers["student"], servers["teacher"], encoder))
 
@@ -224,7 +256,9 @@ def step_of(student: Path, teacher: Path, work: Work, encoder: Encoder) -> dict[
 def main() -> None:
     """Measure, and print a table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--prompts", type=int, default=16, help="prompts of the small model's workload; the large one has half")
+    parser.add_argument(
+        "--prompts", type=int, default=16, help="prompts of the small model's workload; the large one has half"
+    )
     parser.add_argument("--length", type=int, default=64, help="mean tokens of a response")
     parser.add_argument("--rounds", type=int, default=5, help="times that the workload is scored again, for the memory")
     args = parser.parse_args()
@@ -246,7 +280,14 @@ def main() -> None:
                 ours, theirs = found[mine], found[beside]
                 named = f"responses/s{', repeated' * (mine == 'repeated')}, beside {beside}"
                 table.add_row(size, named, f"{ours:.1f}", f"{theirs:.1f}", f"{ours / theirs:.2f} x", f">= {goal} x")
-            table.add_row(size, "ms of CPU a response: client, beside server", f"{found['client']:.1f}", f"{found['server']:.1f}", "", "")
+            table.add_row(
+                size,
+                "ms of CPU a response: client, beside server",
+                f"{found['client']:.1f}",
+                f"{found['server']:.1f}",
+                "",
+                "",
+            )
             if size == "small":
                 grown = f"{found['before']:.0f} to {found['after']:.0f} MiB"
                 table.add_row(size, f"memory over {args.rounds * len(work.pairs):,} scores", grown, "", "", "flat")
@@ -256,7 +297,9 @@ def main() -> None:
         named = f"a step: rollouts {parts[0]:.1f} s, scoring {parts[1]:.1f} s; beside {what}"
         table.add_row("both", named, f"{ours:.1f} s", f"{theirs:.1f} s", f"{ours / theirs:.2f} x", goal)
     Console(width=140).print(table)
-    Console().print(f"python {' '.join(sys.argv)}; {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}", highlight=False)
+    Console().print(
+        f"python {' '.join(sys.argv)}; {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}", highlight=False
+    )
 
 
 if __name__ == "__main__":

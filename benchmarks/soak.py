@@ -1,8 +1,10 @@
 """Whether a long run takes more and more: `python benchmarks/soak.py`, about half an hour for 2,000 steps of the demo.
 
-While a run of small steps goes on, everything that it has started is looked at every ten seconds: resident memory (what processes share is
-counted once), open files, processes, threads and listening ports. Behind the first tenth of the run each should stay what it is: what is
-printed is the mean of the second tenth and that of the last, and the growth between them. Also drawn, as soak.png in the run's folder.
+While a run of small steps goes on, everything that it has started is looked at every ten seconds: resident memory (what
+    processes share is
+counted once), open files, processes, threads and listening ports. Behind the first tenth of the run each should stay
+what it is: what is printed is the mean of the second tenth and that of the last, and the growth between them. Also
+drawn, as soak.png in the run's folder.
 """
 
 import argparse
@@ -20,7 +22,13 @@ from rich.table import Table
 from mmopd.report.metrics import read_lines
 
 EVERY = 10.0
-SMALL = ["suite=null", "algorithm.difficulty=null", "rollout.prompts=8", "rollout.group=8", "train.checkpoint_every=100"]
+SMALL = [
+    "suite=null",
+    "algorithm.difficulty=null",
+    "rollout.prompts=8",
+    "rollout.group=8",
+    "train.checkpoint_every=100",
+]
 
 
 def look(root: psutil.Process) -> dict[str, float]:
@@ -48,7 +56,9 @@ def main() -> None:
     given.run.parent.mkdir(parents=True, exist_ok=True)  # for the log: a run that is new makes its own
     begin, found = time.monotonic(), []
     with (given.run.parent / f"{given.run.name}.log").open("w") as log:
-        process = subprocess.Popen([sys.executable, "-m", "mmopd", "train", *what], stdout=log, stderr=subprocess.STDOUT)
+        process = subprocess.Popen(
+            [sys.executable, "-m", "mmopd", "train", *what], stdout=log, stderr=subprocess.STDOUT
+        )
         root = psutil.Process(process.pid)
         while process.poll() is None:
             steps = read_lines(given.run / "metrics.jsonl")
@@ -60,7 +70,9 @@ def main() -> None:
     tenth = given.steps / 10
     early = [row for row in found if tenth <= row["step"] < 2 * tenth]
     late = [row for row in found if row["step"] >= given.steps - tenth]
-    table = Table(title=f"{given.steps:,} steps in {(time.monotonic() - begin) / 60:.0f} minutes: python benchmarks/soak.py")
+    table = Table(
+        title=f"{given.steps:,} steps in {(time.monotonic() - begin) / 60:.0f} minutes: python benchmarks/soak.py"
+    )
     for column in ("", "second tenth", "last tenth", "growth"):
         table.add_column(column, justify="left" if not column else "right")
     names = [name for name in found[0] if name != "step"]

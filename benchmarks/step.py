@@ -1,12 +1,15 @@
-"""A step of the demo, beside TRL's distillation trainer on the same models: `python benchmarks/step.py`, about a quarter of an hour.
+"""A step of the demo, beside TRL's distillation trainer on the same models: `python benchmarks/step.py`, about a
+quarter of an hour.
 
-The same student and teacher, 16 prompts with an image each x 16 responses a step of at most 24 tokens, float32, learning rate with
-its warm-up, and AdamW's betas, weight decay and gradient clipping. (Prompts with and without images in one batch, as the demo has them, are
-not for TRL 1.16: it hands its processor `None` for the image of those without.) TRL generates with transformers and holds student and
-teacher in one process with two threads; mmopd has its ranks and vLLM servers, one thread each, on the same two cores. TRL's loss is over
-the whole vocabulary, mmopd's on the sampled token. Tokens that were trained on, per second, over the steps behind the first two.
+The same student and teacher, 16 prompts with an image each x 16 responses a step of at most 24 tokens, float32,
+learning rate with its warm-up, and AdamW's betas, weight decay and gradient clipping. (Prompts with and without images
+in one batch, as the demo has them, are not for TRL 1.16: it hands its processor `None` for the image of those without.)
+TRL generates with transformers and holds student and teacher in one process with two threads; mmopd has its ranks and
+vLLM servers, one thread each, on the same two cores. TRL's loss is over the whole vocabulary, mmopd's on the sampled
+token. Tokens that were trained on, per second, over the steps behind the first two.
 
-TRL is no dependency: `pip install --no-deps --target .mmopd/trl trl==1.16.0` in the workspace, which has the data of `mmopd demo`.
+TRL is no dependency: `pip install --no-deps --target .mmopd/trl trl==1.16.0` in the workspace, which has the data of
+    `mmopd demo`.
 """
 
 import argparse
@@ -30,7 +33,11 @@ SHARDS = [DEMO / "shards" / "digit_sum"]
 WAYS = {
     "mmopd, two ranks and an engine, as the demo is": [],
     "mmopd, two ranks and two engines": ["student.replicas=2"],
-    "mmopd, a rank and an engine, rollouts ahead": ["train.ranks=1", "student.engine.max_num_seqs=256", "rollout.async_steps=1"],
+    "mmopd, a rank and an engine, rollouts ahead": [
+        "train.ranks=1",
+        "student.engine.max_num_seqs=256",
+        "rollout.async_steps=1",
+    ],
 }
 PLAIN = [
     "mixture=data/demo_image.yaml",
@@ -44,7 +51,13 @@ def ours(steps: int, *more: str) -> tuple[float, float]:
     """(tokens a second, seconds a step)."""
     with tempfile.TemporaryDirectory(dir=".mmopd") as name:
         fleet = Path(name) / "fleet.yaml"
-        engine = {"dtype": "float32", "max_model_len": 256, "max_num_seqs": 64, "kv_cache_mib": 64, "enforce_eager": True}
+        engine = {
+            "dtype": "float32",
+            "max_model_len": 256,
+            "max_num_seqs": 64,
+            "kv_cache_mib": 64,
+            "enforce_eager": True,
+        }
         teacher = {"model": str(DEMO / TEACHER), "engine": engine}
         fleet.write_text(yaml.safe_dump({"teachers": {TEACHER: teacher}, "routes": [{"teacher": TEACHER}]}))
         run = Path(name) / "run"
@@ -59,8 +72,15 @@ def theirs(steps: int, micro: int) -> tuple[float, float, str]:
     """The same of TRL, and its version."""
     script = Path(__file__).with_name("step_trl.py")
     command = [sys.executable, str(script), str(DEMO / "base"), str(DEMO / TEACHER), *map(str, SHARDS)]
-    env = os.environ | {"PYTHONPATH": str(TRL.resolve()), "OMP_NUM_THREADS": "2", "HF_HUB_OFFLINE": "1", "DS_ACCELERATOR": "cpu"}
-    done = subprocess.run([*command, "--steps", str(steps), "--micro", str(micro)], env=env, capture_output=True, text=True, check=False)
+    env = os.environ | {
+        "PYTHONPATH": str(TRL.resolve()),
+        "OMP_NUM_THREADS": "2",
+        "HF_HUB_OFFLINE": "1",
+        "DS_ACCELERATOR": "cpu",
+    }
+    done = subprocess.run(
+        [*command, "--steps", str(steps), "--micro", str(micro)], env=env, capture_output=True, text=True, check=False
+    )
     if done.returncode:
         raise SystemExit(f"TRL ended with status {done.returncode}:\n{done.stderr[-3000:]}")
     found = json.loads(done.stdout.splitlines()[-1])
@@ -77,7 +97,9 @@ def main() -> None:
     for column in ("", "tokens/s", "s/step", "of TRL"):
         table.add_column(column, justify="left" if not column else "right")
     *found, version = max(theirs(steps, micro) for micro in (64, 256))
-    table.add_row(f"TRL {version}, the better of micro-batches of 64 and 256", f"{found[0]:,.0f}", f"{found[1]:.2f}", "1.0 x")
+    table.add_row(
+        f"TRL {version}, the better of micro-batches of 64 and 256", f"{found[0]:,.0f}", f"{found[1]:.2f}", "1.0 x"
+    )
     for label, more in WAYS.items():
         tokens, seconds = ours(steps, *more)
         table.add_row(label, f"{tokens:,.0f}", f"{seconds:.2f}", f"{tokens / found[0]:.2f} x")

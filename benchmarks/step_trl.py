@@ -1,4 +1,6 @@
-"""TRL's side of `step.py`, in a process of its own: `python step_trl.py STUDENT TEACHER SHARDS... --steps N`; prints times as JSON."""
+"""TRL's side of `step.py`, in a process of its own: `python step_trl.py STUDENT TEACHER SHARDS... --steps N`; prints
+times as JSON.
+"""
 
 import argparse
 import io
@@ -68,7 +70,8 @@ def main() -> None:
         max_steps=given.steps,
         max_completion_length=MAX_TOKENS,
         learning_rate=1e-4,
-        # As recipes/demo.yaml has it by default; neither decays biases and norms. (TRL's warm-up begins with a step at 0, ours at 1/6.)
+        # As recipes/demo.yaml has it by default; neither decays biases and norms. (TRL's warm-up begins with a step at
+        # 0, ours at 1/6.)
         adam_beta1=0.9,
         adam_beta2=0.98,
         weight_decay=0.1,

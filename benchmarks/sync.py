@@ -1,9 +1,10 @@
 """Weights on their way to the engine, beside copying them once: `python benchmarks/sync.py`, about a minute.
 
-A student of 176 MiB in bfloat16 under ZeRO-3 on two ranks, one thread each. Timed on rank 0, the best of five: gathering all weights by
-buckets, as every sync does; the same with the buckets written to files in memory, as the engine on this machine is given them; and one
-copy of as many bytes, into memory that is new, as that of the files is, and into memory that has been used. And what rank 0 has at most
-during the hand-overs beside what it had before the first: by its high-water mark, and the file in memory, which is not in there.
+A student of 176 MiB in bfloat16 under ZeRO-3 on two ranks, one thread each. Timed on rank 0, the best of five:
+gathering all weights by buckets, as every sync does; the same with the buckets written to files in memory, as the
+engine on this machine is given them; and one copy of as many bytes, into memory that is new, as that of the files is,
+and into memory that has been used. And what rank 0 has at most during the hand-overs beside what it had before the
+first: by its high-water mark, and the file in memory, which is not in there.
 """
 
 import argparse
@@ -64,9 +65,18 @@ def rank(model: Path) -> None:
     sizes: list[int] = []
     with peak_mib(mib):
         files = best(hand_over)
-    found = {"bytes": size, "peak": mib[0], "file": max(sizes, default=0) / 2**20, "files": files, "gather": best(gather)}
+    found = {
+        "bytes": size,
+        "peak": mib[0],
+        "file": max(sizes, default=0) / 2**20,
+        "files": files,
+        "gather": best(gather),
+    }
     source, target = torch.ones(size, dtype=torch.uint8), torch.ones(size, dtype=torch.uint8)
-    found |= {"new": best(lambda: torch.empty(size, dtype=torch.uint8).copy_(source)), "used": best(lambda: target.copy_(source))}
+    found |= {
+        "new": best(lambda: torch.empty(size, dtype=torch.uint8).copy_(source)),
+        "used": best(lambda: target.copy_(source)),
+    }
     if ranks.rank == 0:
         print(json.dumps(found))
     distributed.stop()
@@ -81,15 +91,26 @@ def main() -> None:
         return
     with tempfile.TemporaryDirectory() as name:
         build_student(name, scale=SCALE)
-        env = os.environ | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(distributed.free_port()), "WORLD_SIZE": str(RANKS)}
+        env = os.environ | {
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(distributed.free_port()),
+            "WORLD_SIZE": str(RANKS),
+        }
         command = [sys.executable, __file__, "--rank-of", name]
         running = [
-            subprocess.Popen(command, env=env | {"RANK": str(n), "LOCAL_RANK": str(n)}, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+            subprocess.Popen(
+                command,
+                env=env | {"RANK": str(n), "LOCAL_RANK": str(n)},
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,
+            )
             for n in range(RANKS)
         ]
         outputs = [process.communicate()[0] for process in running]
     found = json.loads(outputs[0].splitlines()[-1])
-    table = Table(title=f"{found['bytes'] / 2**20:.0f} MiB over {RANKS} ranks: python benchmarks/sync.py", title_justify="left")
+    table = Table(
+        title=f"{found['bytes'] / 2**20:.0f} MiB over {RANKS} ranks: python benchmarks/sync.py", title_justify="left"
+    )
     for column in ("", "seconds", "of a copy into new memory", "of one into used memory"):
         table.add_column(column, justify="left" if not column else "right")
     names = {
@@ -99,9 +120,13 @@ def main() -> None:
         "used": "used memory",
     }
     for key, label in names.items():
-        table.add_row(label, f"{found[key]:.3f}", f"{found[key] / found['new']:.1f} x", f"{found[key] / found['used']:.1f} x")
+        table.add_row(
+            label, f"{found[key]:.3f}", f"{found[key] / found['new']:.1f} x", f"{found[key] / found['used']:.1f} x"
+        )
     Console(width=120).print(table)
-    print(f"Memory of rank 0 during a hand-over, at its peak: {found['peak']:.0f} MiB more, and {found['file']:.0f} MiB in the file.")
+    print(
+        f"Memory of rank 0 during a hand-over, at its peak: {found['peak']:.0f} MiB more, and {found['file']:.0f} MiB in the file."
+    )
     print("Goal: 3 x one copy.")
 
 

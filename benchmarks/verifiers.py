@@ -1,8 +1,9 @@
 """Answers judged per second on one core, by each verifier: `python benchmarks/verifiers.py`, under a minute.
 
-Programs are run in the sandbox, beside the plain way of doing it, which is to start an interpreter for each (`python -I -S`, and no
-protection at all), and beside `python -I`, as other harnesses start it. Everything is pinned to one core. The other verifiers judge
-their cases of tests/verifier_cases.yaml again and again, in this process; the pool's line is what a question costs between processes.
+Programs are run in the sandbox, beside the plain way of doing it, which is to start an interpreter for each (`python -I
+-S`, and no protection at all), and beside `python -I`, as other harnesses start it. Everything is pinned to one core.
+The other verifiers judge their cases of tests/verifier_cases.yaml again and again, in this process; the pool's line is
+what a question costs between processes.
 """
 
 import json
@@ -30,7 +31,9 @@ ANSWER = f"```python\n{PROGRAM}\n```"
 def tests(n: int) -> str:
     """An answer key with so many tests."""
     inputs = [100 + i for i in range(n)]
-    return json.dumps({"inputs": [f"{i}\n" for i in inputs], "outputs": [f"{sum(k * k for k in range(i))}\n" for i in inputs]})
+    return json.dumps(
+        {"inputs": [f"{i}\n" for i in inputs], "outputs": [f"{sum(k * k for k in range(i))}\n" for i in inputs]}
+    )
 
 
 def rate(work: Callable[[], object]) -> float:
@@ -58,7 +61,9 @@ def main() -> None:
     console, cases = Console(), yaml.safe_load(CASES.read_text())
     judge, ten = code.verifier(), tests(10)
     assert judge(ANSWER, ten).value == 1
-    table = Table("programs", "a second, on one core", "against an interpreter each", title="One run of a short program")
+    table = Table(
+        "programs", "a second, on one core", "against an interpreter each", title="One run of a short program"
+    )
     plain = rate(interpreter("-I", "-S"))
     runs = 10 * rate(lambda: judge(ANSWER, ten))
     table.add_row("sandbox, 10 tests a program", f"{runs:.0f}", f"{runs / plain:.1f} x")
@@ -72,7 +77,11 @@ def main() -> None:
 
     table = Table("verifier", "answers a second", title="Cases of tests/verifier_cases.yaml, one core")
     verifiers = {"math": verify.math, "choice": verify.choice, "exact": verify.exact, "puzzle": verify.puzzle}
-    verifiers |= {"relaxed_number": documents.relaxed_number, "anls": documents.anls, "final_number": verify.final_number}
+    verifiers |= {
+        "relaxed_number": documents.relaxed_number,
+        "anls": documents.anls,
+        "final_number": verify.final_number,
+    }
     for name, ours in verifiers.items():
         part = [case[:2] for case in cases[name]]
         table.add_row(name, f"{len(part) * rate(lambda ours=ours, part=part: [ours(*case) for case in part]):,.0f}")  # type: ignore[misc]

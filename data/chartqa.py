@@ -2,7 +2,8 @@
 
     mmopd prepare data/chartqa.py shards/chartqa
 
-Columns as published: `image`, `query`, `label` (a list with one answer), `human_or_machine` (0: a person wrote the question, 1: a
+Columns as published: `image`, `query`, `label` (a list with one answer), `human_or_machine` (0: a person wrote the
+    question, 1: a
 model did). The answer key is a JSON list of the right answers.
 """
 
@@ -33,4 +34,6 @@ def convert(example: dict[str, Any], settings: Settings, task: Task) -> Prompt |
     if settings.human_only and columns.column(example, settings.origin) != 0:
         return None
     files = columns.images(example, settings.image, settings)
-    return columns.ask(task, "", columns.text(example, settings.question), columns.answers(example, settings.answer), files)
+    return columns.ask(
+        task, "", columns.text(example, settings.question), columns.answers(example, settings.answer), files
+    )

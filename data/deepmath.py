@@ -2,7 +2,8 @@
 
     mmopd prepare data/deepmath.py shards/deepmath --set min_difficulty=6
 
-Columns as published: `question`, `final_answer`, `difficulty` (a number, most from 5 to 9), `topic`, `r1_solution_1` to `_3`. The
+Columns as published: `question`, `final_answer`, `difficulty` (a number, most from 5 to 9), `topic`, `r1_solution_1` to
+    `_3`. The
 solutions are not read.
 """
 

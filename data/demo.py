@@ -1,7 +1,7 @@
 """The demo's world, made on this machine: a base student, two teachers that continue from it, shards, held-out tables.
 
-`prepare(workspace, stage)` is what `prepare: data/demo.py` in a recipe calls. Each part goes to `.mmopd/demo/`, and is made
-anew only when what it is made from (the settings below, the code that makes it, the parts before it) has changed.
+`prepare(workspace, stage)` is what `prepare: data/demo.py` in a recipe calls. Each part goes to `.mmopd/demo/`, and is
+made anew only when what it is made from (the settings below, the code that makes it, the parts before it) has changed.
 """
 
 import hashlib
@@ -17,17 +17,20 @@ import pyarrow.parquet as pq
 from transformers.utils import logging
 
 from mmopd.demo import pretrain, world
-from mmopd.runtime.progress import Stage
 from mmopd.prompts import TokenCounter, write_shards
 from mmopd.prompts.index import VERSION
 from mmopd.records import Prompt
+from mmopd.runtime.progress import Stage
 
 PROMPTS = {"additions": 300, "digit_sum": 300}  # to distil on
 HELD_OUT = {"additions": 300, "digit_sum": 300}  # to evaluate on
-# The base sees few scans, few additions and careless solutions, and is trained to the end: weak, sure of itself, not blind to what is right
-# (One that is stopped early samples noise, and one that never saw the right way does not find it: neither can be improved on-policy.)
+# The base sees few scans, few additions and careless solutions, and is trained to the end: weak, sure of itself, not
+# blind to what is right
+# (One that is stopped early samples noise, and one that never saw the right way does not find it: neither can be
+# improved on-policy.)
 BASE = pretrain.Course(rows={"additions": 3000, "digit_sum": 3000}, split="few", steps=300, lr=2e-3, careless=0.75)
-# A teacher that never errs gives a wrong token less than e^-10, and the objective leaves such tokens out: this one errs now and then.
+# A teacher that never errs gives a wrong token less than e^-10, and the objective leaves such tokens out: this one errs
+# now and then.
 TEXT_TEACHER = pretrain.Course(rows={"additions": 6000}, split="train", steps=120, lr=1e-3, careless=0.02)
 IMAGE_TEACHER = pretrain.Course(rows={"digit_sum": 6000}, split="train", steps=250, lr=1e-3)
 
@@ -88,7 +91,13 @@ def _make(folder: Path, key: str, make: Make) -> bool:
 
 def learn(course: pretrain.Course, start: Path, stage: Stage, folder: Path) -> None:
     """Train the model of `start` on rows of the course, and write it to `folder`."""
-    train(course, start, [row for task, n in course.rows.items() for row in rows_of(task, course.split, n, course.careless)], stage, folder)
+    train(
+        course,
+        start,
+        [row for task, n in course.rows.items() for row in rows_of(task, course.split, n, course.careless)],
+        stage,
+        folder,
+    )
 
 
 def train(course: pretrain.Course, start: Path, rows: list[world.Row], stage: Stage, folder: Path) -> None:
@@ -106,7 +115,14 @@ def train(course: pretrain.Course, start: Path, rows: list[world.Row], stage: St
 def shards(task: str, problems: Problems, student: Path, folder: Path) -> None:
     """Write problems as prompts of a task."""
     prompts = [
-        Prompt(f"{task}/{i}", task, "image" if row["images"] else "text", tuple(row["messages"]), tuple(row["images"]), row["answer"])
+        Prompt(
+            f"{task}/{i}",
+            task,
+            "image" if row["images"] else "text",
+            tuple(row["messages"]),
+            tuple(row["images"]),
+            row["answer"],
+        )
         for i, row in enumerate(problems())
     ]
     write_shards(prompts, folder, counter=TokenCounter(student))

@@ -1,9 +1,11 @@
 """The demo's world and more teachers, for `mmopd compare recipes/compare_demo.yaml`.
 
-The *unreliable* text teacher is sure of itself and wrong wherever the units of an addition sum to a number of `STUBBORN` (two carries in
-five are forgotten, always); elsewhere it is as the demo's. The *strong* one is several times as large as the student, and knows both tasks.
+The *unreliable* text teacher is sure of itself and wrong wherever the units of an addition sum to a number of
+`STUBBORN` (two carries in five are forgotten, always); elsewhere it is as the demo's. The *strong* one is several times
+as large as the student, and knows both tasks.
 
-For several teachers of one modality, additions are two tasks: those with a sum of two digits, and those with a sum of three. Each has a
+For several teachers of one modality, additions are two tasks: those with a sum of two digits, and those with a sum of
+    three. Each has a
 teacher that is the demo's in its own half, and as careless as the base in the other one.
 """
 
@@ -13,8 +15,8 @@ from pathlib import Path
 
 from mmopd import catalog
 from mmopd.demo import pretrain, world
-from mmopd.runtime.progress import Stage
 from mmopd.prompts.index import VERSION
+from mmopd.runtime.progress import Stage
 
 demo = catalog.load_module(Path(__file__).with_name("demo.py"))
 
@@ -40,7 +42,10 @@ def prepare(workspace: Path, stage: Stage) -> None:
         ("strong_teacher", STRONG, partial(demo.learn, STRONG, root / "strong_untrained", stage)),
     ]
     course, prompts, held_out = demo.TEXT_TEACHER, demo.PROMPTS["additions"], demo.HELD_OUT["additions"]
-    for name, task, own, other in (("small", "additions", is_small, is_large), ("large", "large_additions", is_large, is_small)):
+    for name, task, own, other in (
+        ("small", "additions", is_small, is_large),
+        ("large", "large_additions", is_large, is_small),
+    ):
         more += [
             (
                 f"{name}_teacher",
@@ -52,12 +57,18 @@ def prepare(workspace: Path, stage: Stage) -> None:
                 (prompts, LARGE, VERSION),
                 partial(demo.shards, task, partial(additions, own, "train", prompts), root / "base"),
             ),
-            (f"heldout/{name}_additions", (held_out, LARGE), partial(demo.table, partial(additions, own, "heldout", held_out))),
+            (
+                f"heldout/{name}_additions",
+                (held_out, LARGE),
+                partial(demo.table, partial(additions, own, "heldout", held_out)),
+            ),
         ]
     demo.make(root, [*demo.parts(root, stage), *more], stage)
 
 
-def teach(course: pretrain.Course, problems: Callable[[], list[world.Row]], start: Path, stage: Stage, folder: Path) -> None:
+def teach(
+    course: pretrain.Course, problems: Callable[[], list[world.Row]], start: Path, stage: Stage, folder: Path
+) -> None:
     """Train the model of `start` on the solutions of problems, and write it to `folder`."""
     demo.train(course, start, problems(), stage, folder)
 

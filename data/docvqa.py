@@ -1,11 +1,13 @@
-"""DocVQA and InfographicVQA (docvqa.org; on the hub `lmms-lab/DocVQA`, subsets `DocVQA` and `InfographicVQA`): questions on pages.
+"""DocVQA and InfographicVQA (docvqa.org; on the hub `lmms-lab/DocVQA`, subsets `DocVQA` and `InfographicVQA`):
+questions on pages.
 
     mmopd prepare data/docvqa.py shards/infovqa --set subset=InfographicVQA --set split=validation
     mmopd prepare data/docvqa.py shards/docvqa --set data=docvqa/train_v1.0.json --set image=image
 
-The hub's copy has only the validation and test parts; the training part comes from docvqa.org, as a .json file with image paths beside it
-(`image` for DocVQA, `image_local_name` for InfographicVQA, with `root` for the folder of the images).
-Columns as published: `questionId`, `question`, `answers` (one right answer or several), `image`. The answer key is a JSON list of them.
+The hub's copy has only the validation and test parts; the training part comes from docvqa.org, as a .json file with
+image paths beside it (`image` for DocVQA, `image_local_name` for InfographicVQA, with `root` for the folder of the
+images). Columns as published: `questionId`, `question`, `answers` (one right answer or several), `image`. The answer
+key is a JSON list of them.
 """
 
 from collections.abc import Iterable
@@ -34,4 +36,6 @@ def examples(settings: Settings) -> Iterable[Any]:
 def convert(example: dict[str, Any], settings: Settings, task: Task) -> Prompt:
     files = columns.images(example, settings.image, settings)
     key = columns.text(example, settings.number)
-    return columns.ask(task, key, columns.text(example, settings.question), columns.answers(example, settings.answer), files)
+    return columns.ask(
+        task, key, columns.text(example, settings.question), columns.answers(example, settings.answer), files
+    )

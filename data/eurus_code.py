@@ -1,11 +1,13 @@
-"""The code part of Eurus-2-RL-Data (`PRIME-RL/Eurus-2-RL-Data`, arXiv 2502.01456): competition problems with unit tests.
+"""The code part of Eurus-2-RL-Data (`PRIME-RL/Eurus-2-RL-Data`, arXiv 2502.01456): competition problems with unit
+tests.
 
     mmopd prepare data/eurus_code.py shards/eurus_code
 
-Columns as published: `data_source`, `prompt` (a chat: a system turn with the authors' own actions, then the problem), `ability` (`code` or
-`math`), `reward_model` (`ground_truth`: JSON with `inputs` and `outputs`, and `fn_name` where a function is called and nothing is read
-from standard input; `style`), `extra_info` (`split`, `index`). The answer key is that JSON. The system turn is left out, and so is
-the request for the form of the answer: the task has its own.
+Columns as published: `data_source`, `prompt` (a chat: a system turn with the authors' own actions, then the problem),
+    `ability` (`code` or
+`math`), `reward_model` (`ground_truth`: JSON with `inputs` and `outputs`, and `fn_name` where a function is called and
+nothing is read from standard input; `style`), `extra_info` (`split`, `index`). The answer key is that JSON. The system
+turn is left out, and so is the request for the form of the answer: the task has its own.
 """
 
 import json

@@ -1,13 +1,14 @@
 """Any JSONL, JSON or Parquet file, a folder of them, a data set of the hub, or a folder of images.
 
-    mmopd prepare data/generic.py shards/mine --set data=mine.jsonl --set task=text_math
-    mmopd prepare data/generic.py shards/mine --set data=photos/metadata.jsonl --set task=image_math --set images=file_name
-    mmopd prepare data/generic.py shards/birds --set data=birds/ --set task=birds --set images=file_name \\
+    mmopd prepare data/generic.py shards/mine --set data=mine.jsonl --set task=text_math mmopd prepare data/generic.py
+    shards/mine --set data=photos/metadata.jsonl --set task=image_math --set images=file_name mmopd prepare
+    data/generic.py shards/birds --set data=birds/ --set task=birds --set images=file_name \\
         --set answer=label --set "ask=Which bird?"
 
-Columns are named by the settings; `a.b` is `b` inside of `a`. A folder without tables but with images has the columns `file_name`,
-`name` (of the file) and `label` (the folder it is in). `<image>` in a question stands for an image; otherwise they come before it. An
-answer that is a list or an object becomes JSON, as verifiers with several right answers take it.
+Columns are named by the settings; `a.b` is `b` inside of `a`. A folder without tables but with images has the columns
+`file_name`, `name` (of the file) and `label` (the folder it is in). `<image>` in a question stands for an image;
+otherwise they come before it. An answer that is a list or an object becomes JSON, as verifiers with several right
+answers take it.
 """
 
 import json
@@ -38,7 +39,11 @@ def examples(settings: Settings) -> Iterable[Any]:
 
 def convert(example: dict[str, Any], settings: Settings, task: Task) -> Prompt:
     value = columns.column(example, settings.answer)
-    answer = json.dumps(value, ensure_ascii=False) if isinstance(value, list | dict) else columns.text(example, settings.answer)
+    answer = (
+        json.dumps(value, ensure_ascii=False)
+        if isinstance(value, list | dict)
+        else columns.text(example, settings.answer)
+    )
     files = columns.images(example, settings.images, settings) if settings.images else []
     key = columns.text(example, settings.number) if settings.number else ""
     extra = {name: columns.text(example, name) for name in settings.extra}

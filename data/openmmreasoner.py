@@ -3,10 +3,11 @@
     mmopd prepare data/openmmreasoner.py shards/mmk12 --set subset=mmk12
     mmopd prepare data/openmmreasoner.py shards/puzzlevqa --set subset=puzzlevqa --set task=image_choice
 
-Subsets: `mmk12`, `wemath_standard`, `wemath_pro` (the paper's mathematics), `algopuzzle`, `puzzlevqa`, `thinklite_vl_hard` (its logic),
-`tqa`, `virl39k`. Columns as the authors' trainer reads them: `prompt` (a chat; `<image>` in a text stands for an image), `images`,
-`reward_model` (`ground_truth`, `style`), `data_source`, `extra_info`. System turns are left out, and so is what the user is told of
-the form of the answer, which goes from `instruction` to the end: the task has its own.
+Subsets: `mmk12`, `wemath_standard`, `wemath_pro` (the paper's mathematics), `algopuzzle`, `puzzlevqa`,
+    `thinklite_vl_hard` (its logic),
+`tqa`, `virl39k`. Columns as the authors' trainer reads them: `prompt` (a chat; `<image>` in a text stands for an
+image), `images`, `reward_model` (`ground_truth`, `style`), `data_source`, `extra_info`. System turns are left out, and
+so is what the user is told of the form of the answer, which goes from `instruction` to the end: the task has its own.
 """
 
 from collections.abc import Iterable

@@ -24,18 +24,26 @@ console = Console(highlight=False)
 
 RecipeArgument = Annotated[Path, typer.Argument(help="A recipe file, such as recipes/demo.yaml.", show_default=False)]
 Overrides = Annotated[
-    list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Settings to change, such as train.steps=20.", show_default=False)
+    list[str] | None,
+    typer.Argument(metavar="[KEY=VALUE]...", help="Settings to change, such as train.steps=20.", show_default=False),
 ]
-RunOption = Annotated[Path | None, typer.Option("--run", help="The run folder to make. [default: runs/NAME-DATE-TIME]", show_default=False)]
+RunOption = Annotated[
+    Path | None,
+    typer.Option("--run", help="The run folder to make. [default: runs/NAME-DATE-TIME]", show_default=False),
+]
 EndpointsOption = Annotated[
     list[Path] | None,
-    typer.Option(help="A file of `mmopd serve`: the teachers in it are used from there; may be repeated.", show_default=False),
+    typer.Option(
+        help="A file of `mmopd serve`: the teachers in it are used from there; may be repeated.", show_default=False
+    ),
 ]
 HostOption = Annotated[str, typer.Option(help="The address that servers listen on; 0.0.0.0 for all of this machine's.")]
 
 
 def main() -> None:
-    """Entry point: a UserError is one message on stderr and exit status 2; SIGTERM ends like an exception, so that children are stopped."""
+    """Entry point: a UserError is one message on stderr and exit status 2; SIGTERM ends like an exception, so that
+    children are stopped.
+    """
     signal.signal(signal.SIGTERM, _terminate)
     try:
         app()
@@ -52,8 +60,12 @@ def _version(version: Annotated[bool, typer.Option("--version", help="Print the 
 
 
 @app.command()
-def init(folder: Annotated[Path, typer.Argument(help="The workspace to make, or to complete.", show_default=False)]) -> None:
-    """Make a workspace: copy the catalogue (recipes, tasks, fleets, mixtures, suites) into FOLDER; nothing is overwritten."""
+def init(
+    folder: Annotated[Path, typer.Argument(help="The workspace to make, or to complete.", show_default=False)],
+) -> None:
+    """Make a workspace: copy the catalogue (recipes, tasks, fleets, mixtures, suites) into FOLDER; nothing is
+    overwritten.
+    """
     from mmopd import catalog
 
     for path in catalog.init(folder):
@@ -69,20 +81,27 @@ def demo(overrides: Overrides = None, run: RunOption = None) -> None:
 
 @app.command()
 def train(
-    recipe: Annotated[Path | None, typer.Argument(help="A recipe file, such as recipes/demo.yaml.", show_default=False)] = None,
+    recipe: Annotated[
+        Path | None, typer.Argument(help="A recipe file, such as recipes/demo.yaml.", show_default=False)
+    ] = None,
     overrides: Overrides = None,
     run: RunOption = None,
     *,
-    resume: Annotated[Path | None, typer.Option(help="Continue this run folder from its last checkpoint.", show_default=False)] = None,
+    resume: Annotated[
+        Path | None, typer.Option(help="Continue this run folder from its last checkpoint.", show_default=False)
+    ] = None,
     endpoints: EndpointsOption = None,
     changed: Annotated[
         list[str] | None,
-        typer.Option("--changed-source", help="With --resume: a source that was added or removed on purpose.", show_default=False),
+        typer.Option(
+            "--changed-source", help="With --resume: a source that was added or removed on purpose.", show_default=False
+        ),
     ] = None,
     launcher: Annotated[
         str | None,
         typer.Option(
-            help="A command that starts the ranks on several machines, such as 'deepspeed --hostfile hosts --module'.", show_default=False
+            help="A command that starts the ranks on several machines, such as 'deepspeed --hostfile hosts --module'.",
+            show_default=False,
         ),
     ] = None,
     host: HostOption = "127.0.0.1",
@@ -95,7 +114,9 @@ def train(
     from mmopd.runtime.run_folder import RunFolder
 
     if recipe is not None and resume is not None:
-        raise UserError(f"--resume takes no recipe and no key=value: its settings are in {resume}/recipe.yaml, to be changed there")
+        raise UserError(
+            f"--resume takes no recipe and no key=value: its settings are in {resume}/recipe.yaml, to be changed there"
+        )
     if recipe is None and resume is None:
         raise UserError("give a recipe (mmopd train recipes/demo.yaml), or --resume with a run folder")
     command = shlex.split(launcher or "")
@@ -122,13 +143,17 @@ def serve(
     fleet: Annotated[Path, typer.Argument(help="A fleet file, such as teachers/demo.yaml.", show_default=False)],
     *,
     host: HostOption = "127.0.0.1",
-    out: Annotated[Path, typer.Option(help="The file of endpoints to write, for `mmopd train --endpoints`.")] = Path("endpoints.json"),
+    out: Annotated[Path, typer.Option(help="The file of endpoints to write, for `mmopd train --endpoints`.")] = Path(
+        "endpoints.json"
+    ),
     api_key_env: Annotated[
         str | None,
         typer.Option(help="The environment variable with the key; a new one is made if not given.", show_default=False),
     ] = None,
 ) -> None:
-    """Serve the teachers of FLEET on their own, for runs of other jobs or machines, until Ctrl-C; what dies is started again."""
+    """Serve the teachers of FLEET on their own, for runs of other jobs or machines, until Ctrl-C; what dies is started
+    again.
+    """
     from mmopd import catalog
     from mmopd.teacher.fleet import serve_alone
 
@@ -143,12 +168,16 @@ def measure_difficulty(
     recipe: RecipeArgument,
     overrides: Overrides = None,
     out: Annotated[
-        Path | None, typer.Option(help="Folder for the picture, the weights and the logs. [default: difficulty/NAME]", show_default=False)
+        Path | None,
+        typer.Option(
+            help="Folder for the picture, the weights and the logs. [default: difficulty/NAME]", show_default=False
+        ),
     ] = None,
 ) -> None:
     """Let the untrained student answer every prompt of RECIPE several times, and show how hard they are.
 
-    The counts are kept beside the shards, so that a stopped pass goes on where it was, and `mmopd train` needs none of its own.
+    The counts are kept beside the shards, so that a stopped pass goes on where it was, and `mmopd train` needs none of
+    its own.
     """
     from mmopd import catalog
     from mmopd.commands import train as launch
@@ -160,8 +189,12 @@ def measure_difficulty(
 @app.command("eval")
 def evaluate(
     suite: Annotated[Path, typer.Argument(help="A suite file, such as eval/demo.yaml.", show_default=False)],
-    models: Annotated[list[Path], typer.Argument(help="HF folders to serve and evaluate, one row each.", show_default=False)],
-    recipe: Annotated[Path, typer.Option(help="The recipe whose student engine settings are used.")] = Path("recipes/demo.yaml"),
+    models: Annotated[
+        list[Path], typer.Argument(help="HF folders to serve and evaluate, one row each.", show_default=False)
+    ],
+    recipe: Annotated[Path, typer.Option(help="The recipe whose student engine settings are used.")] = Path(
+        "recipes/demo.yaml"
+    ),
     out: Annotated[Path, typer.Option(help="Folder for the results.")] = Path("results"),
 ) -> None:
     """Serve each of MODELS and run SUITE on it through lmms-eval; prints a table, writes results.{json,md,csv}."""
@@ -173,10 +206,13 @@ def evaluate(
 
 @app.command()
 def compare(
-    comparison: Annotated[Path, typer.Argument(help="A comparison, such as recipes/compare_demo.yaml.", show_default=False)],
+    comparison: Annotated[
+        Path, typer.Argument(help="A comparison, such as recipes/compare_demo.yaml.", show_default=False)
+    ],
     out: Annotated[Path, typer.Option(help="Folder for the runs, the tables and the plots.")] = Path("compare"),
 ) -> None:
-    """Run a grid of variants and seeds, one after the other, and write tables with intervals; what is finished is not run again.
+    """Run a grid of variants and seeds, one after the other, and write tables with intervals; what is finished is not
+    run again.
 
     Servers stay up from one run to the next, as long as the next one needs the same models with the same settings.
     """
@@ -198,10 +234,16 @@ def compare(
 
 @app.command()
 def merge(
-    base: Annotated[Path, typer.Argument(help="HF folder of the model that the teachers were trained from.", show_default=False)],
-    teachers: Annotated[list[str], typer.Argument(metavar="FOLDER[=WEIGHT]...", help="HF folders of the teachers.", show_default=False)],
+    base: Annotated[
+        Path, typer.Argument(help="HF folder of the model that the teachers were trained from.", show_default=False)
+    ],
+    teachers: Annotated[
+        list[str], typer.Argument(metavar="FOLDER[=WEIGHT]...", help="HF folders of the teachers.", show_default=False)
+    ],
     out: Annotated[Path, typer.Option(help="The HF folder to write.", show_default=False)],
-    alpha: Annotated[float, typer.Option(help="How far to go: 1 is the mean of the teachers, more goes past it (ExPO).")] = 1.25,
+    alpha: Annotated[
+        float, typer.Option(help="How far to go: 1 is the mean of the teachers, more goes past it (ExPO).")
+    ] = 1.25,
 ) -> None:
     """Merge TEACHERS and extrapolate from BASE, without training (ExPO, a baseline); one tensor in memory at a time."""
     from mmopd.commands.merge import merge as extrapolate
@@ -215,17 +257,26 @@ def merge(
 
 @app.command()
 def prepare(
-    converter: Annotated[Path, typer.Argument(help="A converter of data/, such as data/deepmath.py.", show_default=False)],
+    converter: Annotated[
+        Path, typer.Argument(help="A converter of data/, such as data/deepmath.py.", show_default=False)
+    ],
     out: Annotated[Path, typer.Argument(help="The folder of shards to write.", show_default=False)],
     *,
     settings: Annotated[
-        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="A setting of the converter, such as data=FILE; may be repeated.")
+        list[str] | None,
+        typer.Option(
+            "--set", metavar="KEY=VALUE", help="A setting of the converter, such as data=FILE; may be repeated."
+        ),
     ] = None,
     processor: Annotated[
         Path | None, typer.Option(help="The student's folder: count the tokens of each row for it.", show_default=False)
     ] = None,
-    workers: Annotated[int | None, typer.Option(min=1, help="Processes. [default: the cores of this machine]", show_default=False)] = None,
-    max_bad: Annotated[float, typer.Option(min=0, max=1, help="Share of examples that may be bad; they are left out and counted.")] = 0.01,
+    workers: Annotated[
+        int | None, typer.Option(min=1, help="Processes. [default: the cores of this machine]", show_default=False)
+    ] = None,
+    max_bad: Annotated[
+        float, typer.Option(min=0, max=1, help="Share of examples that may be bad; they are left out and counted.")
+    ] = 0.01,
 ) -> None:
     """Write public or own data as shards, by a converter; a stopped call goes on where it was.
 
@@ -234,15 +285,21 @@ def prepare(
     import os
 
     from mmopd import catalog
-    from mmopd.runtime.progress import Stages
-    from mmopd.prompts.prepare import prepare as write
     from mmopd.prompts.mixture_view import prepared
+    from mmopd.prompts.prepare import prepare as write
+    from mmopd.runtime.progress import Stages
 
     cores = workers or len(os.sched_getaffinity(0))
     try:
         with Stages(console) as stages, stages.stage(f"prepare {out}") as stage:
             shards, count = write(
-                catalog.find(converter), out, settings or (), processor=processor, workers=cores, max_bad=max_bad, stage=stage
+                catalog.find(converter),
+                out,
+                settings or (),
+                processor=processor,
+                workers=cores,
+                max_bad=max_bad,
+                stage=stage,
             )
             stage.outcome = f"{count.shards} shards"
     except KeyboardInterrupt:
@@ -258,9 +315,11 @@ def index(
         Path | None, typer.Option(help="The student's folder: count the tokens of each row for it.", show_default=False)
     ] = None,
 ) -> None:
-    """Write the index of every tar of FOLDER anew: for tars that another tool wrote, or to count tokens for another student."""
-    from mmopd.runtime.progress import Stages
+    """Write the index of every tar of FOLDER anew: for tars that another tool wrote, or to count tokens for another
+    student.
+    """
     from mmopd.prompts import TokenCounter, index_tar
+    from mmopd.runtime.progress import Stages
 
     tars = sorted(folder.glob("*.tar"))
     if not tars:
@@ -284,11 +343,19 @@ def report(run: Annotated[Path, typer.Argument(help="A run folder, finished or n
 @app.command()
 def export(
     run: Annotated[Path, typer.Argument(help="A run folder.", show_default=False)],
-    step: Annotated[int | None, typer.Option(min=1, help="Of the checkpoint; the newest if not given.", show_default=False)] = None,
-    out: Annotated[Path | None, typer.Option(help="The HF folder to write; RUN/export-STEP if not given.", show_default=False)] = None,
-    ranks: Annotated[int | None, typer.Option(min=1, help="Processes; as many as have trained if not given.", show_default=False)] = None,
+    step: Annotated[
+        int | None, typer.Option(min=1, help="Of the checkpoint; the newest if not given.", show_default=False)
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="The HF folder to write; RUN/export-STEP if not given.", show_default=False)
+    ] = None,
+    ranks: Annotated[
+        int | None, typer.Option(min=1, help="Processes; as many as have trained if not given.", show_default=False)
+    ] = None,
 ) -> None:
-    """Write the student of a checkpoint of RUN as a HF folder that transformers and vLLM load; RUN/export has that of the end."""
+    """Write the student of a checkpoint of RUN as a HF folder that transformers and vLLM load; RUN/export has that of
+    the end.
+    """
     from mmopd.commands.export import export_checkpoint
     from mmopd.runtime.progress import Stages
     from mmopd.runtime.run_folder import RunFolder
@@ -314,13 +381,16 @@ def show(
     recipe: Annotated[Path, typer.Argument(help="A recipe, or a mixture such as data/demo.yaml.", show_default=False)],
     overrides: Overrides = None,
     prompts: Annotated[
-        int | None, typer.Option(min=1, help="Of a mixture: how often each source is gone through in so many prompts.", show_default=False)
+        int | None,
+        typer.Option(
+            min=1, help="Of a mixture: how often each source is gone through in so many prompts.", show_default=False
+        ),
     ] = None,
 ) -> None:
     """Print the resolved RECIPE, with every default, and what it would start; or what is in a mixture."""
     from mmopd import catalog
-    from mmopd.prompts.mixture_view import is_mixture, mixture_tree
     from mmopd.commands.show import show as print_recipe
+    from mmopd.prompts.mixture_view import is_mixture, mixture_tree
 
     if is_mixture(catalog.find(recipe)):
         console.print(mixture_tree(catalog.load_mixture(recipe), str(recipe), prompts))
@@ -333,21 +403,34 @@ def plan(
     recipe: RecipeArgument,
     overrides: Overrides = None,
     *,
-    gpu: Annotated[str, typer.Option(help="H200-141G, H100-80G, H20-96G, A100-80G, A100-40G or L40S-48G.")] = "H100-80G",
-    gpu_memory: Annotated[float | None, typer.Option(min=1, help="Of another GPU: usable memory in GiB.", show_default=False)] = None,
-    tflops: Annotated[float | None, typer.Option(min=1, help="Of another GPU: dense bfloat16 TFLOP/s.", show_default=False)] = None,
-    bandwidth: Annotated[float | None, typer.Option(min=1, help="Of another GPU: memory bandwidth in GB/s.", show_default=False)] = None,
+    gpu: Annotated[
+        str, typer.Option(help="H200-141G, H100-80G, H20-96G, A100-80G, A100-40G or L40S-48G.")
+    ] = "H100-80G",
+    gpu_memory: Annotated[
+        float | None, typer.Option(min=1, help="Of another GPU: usable memory in GiB.", show_default=False)
+    ] = None,
+    tflops: Annotated[
+        float | None, typer.Option(min=1, help="Of another GPU: dense bfloat16 TFLOP/s.", show_default=False)
+    ] = None,
+    bandwidth: Annotated[
+        float | None, typer.Option(min=1, help="Of another GPU: memory bandwidth in GB/s.", show_default=False)
+    ] = None,
     gpus: Annotated[int, typer.Option(min=1, help="GPUs of a node.")] = 8,
     nodes: Annotated[int, typer.Option(min=1, help="Nodes; servers are on the first one.")] = 1,
     response: Annotated[
-        int | None, typer.Option(min=1, help="Mean tokens of a response. [default: half of rollout.max_tokens]", show_default=False)
+        int | None,
+        typer.Option(
+            min=1, help="Mean tokens of a response. [default: half of rollout.max_tokens]", show_default=False
+        ),
     ] = None,
-    elsewhere: Annotated[bool, typer.Option("--teachers-elsewhere", help="The teachers run on other machines, by `mmopd serve`.")] = False,
+    elsewhere: Annotated[
+        bool, typer.Option("--teachers-elsewhere", help="The teachers run on other machines, by `mmopd serve`.")
+    ] = False,
 ) -> None:
     """Estimate whether RECIPE fits given GPUs, and how long a step takes; exit status 1 if it does not fit.
 
-    Of each model its config.json is enough. Memory and time are arithmetic from published numbers and stated assumptions:
-    **nothing of it has been measured on a GPU.**
+    Of each model its config.json is enough. Memory and time are arithmetic from published numbers and stated
+    assumptions: **nothing of it has been measured on a GPU.**
     """
     from mmopd import catalog
     from mmopd.capacity.budget import Machines, budget
@@ -355,7 +438,9 @@ def plan(
     from mmopd.capacity.show import show_budget
 
     machines = Machines(find_gpu(gpu, gpu_memory, tflops, bandwidth), gpus, nodes)
-    found = budget(catalog.load_recipe(recipe, overrides=overrides or ()), machines, response=response, elsewhere=elsewhere)
+    found = budget(
+        catalog.load_recipe(recipe, overrides=overrides or ()), machines, response=response, elsewhere=elsewhere
+    )
     show_budget(found, console)
     if found.refusals:
         raise typer.Exit(1)
@@ -363,16 +448,20 @@ def plan(
 
 @app.command()
 def doctor(
-    recipe: Annotated[Path | None, typer.Argument(help="A recipe, whose teachers are to be proved too.", show_default=False)] = None,
+    recipe: Annotated[
+        Path | None, typer.Argument(help="A recipe, whose teachers are to be proved too.", show_default=False)
+    ] = None,
     overrides: Overrides = None,
     out: Annotated[
-        Path | None, typer.Option(help="Folder for what was found, and for the logs. [default: doctor/NAME]", show_default=False)
+        Path | None,
+        typer.Option(help="Folder for what was found, and for the logs. [default: doctor/NAME]", show_default=False),
     ] = None,
     endpoints: EndpointsOption = None,
 ) -> None:
     """Say in a table what this machine can do and what is missing; exit status 1 if something needed is.
 
-    With RECIPE, its student and teachers are then served as `mmopd train` does it, and every teacher is examined: that it has the
+    With RECIPE, its student and teachers are then served as `mmopd train` does it, and every teacher is examined: that
+        it has the
     student's vocabulary, room for the longest response, scores that repeat, and sees the images that it is sent.
     """
     from mmopd import catalog

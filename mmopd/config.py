@@ -38,7 +38,9 @@ class Engine(Config):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     max_model_len: Positive = 20480
     max_num_seqs: Positive = 64
-    kv_cache_mib: Positive | None = Field(None, description="KV cache in MiB; needed on CPU, where vLLM would take most of the memory")
+    kv_cache_mib: Positive | None = Field(
+        None, description="KV cache in MiB; needed on CPU, where vLLM would take most of the memory"
+    )
     gpu_share: Fraction = Field(0.9, description="share of a GPU's memory; unused on CPU")
     tensor_parallel: Positive = 1
     enforce_eager: bool = False
@@ -64,7 +66,9 @@ class Student(Config):
         if self.sync == "ipc" and self.engine.tensor_parallel > 1:
             raise ValueError("sync: ipc is for an engine on one GPU; set engine.tensor_parallel: 1, or sync: broadcast")
         if self.sync == "ipc" and self.replicas > 1:
-            raise ValueError("sync: ipc is for one engine, which shares the GPU of rank 0; set replicas: 1, or sync: broadcast")
+            raise ValueError(
+                "sync: ipc is for one engine, which shares the GPU of rank 0; set replicas: 1, or sync: broadcast"
+            )
         return self
 
 
@@ -79,7 +83,8 @@ class Rollout(Config):
     max_tokens: Positive = 16384
     concurrency: Positive = Field(64, description="prompts in flight at once, per rank")
     async_steps: Literal[0, 1] = Field(
-        0, description="1: the next step is rolled out while the trainer learns from this one, by weights that are one update older"
+        0,
+        description="1: the next step is rolled out while the trainer learns from this one, by weights that are one update older",
     )
 
 
@@ -88,7 +93,8 @@ class Difficulty(Config):
 
     attempts: Positive = 8
     policy: Literal["flatten", "drop_easy", "frontier"] = Field(
-        "flatten", description="the paper's; or to compare: without the always right ones (POLARIS), or weighted by p (1 - p) (PACED)"
+        "flatten",
+        description="the paper's; or to compare: without the always right ones (POLARIS), or weighted by p (1 - p) (PACED)",
     )
     shape: Literal["auto", "u", "mirrored_j", "flat"] = Field("auto", description="of the histogram, for flatten")
     cap: float = Field(4.0, ge=1, description="largest sampling weight of a prompt, for flatten")
@@ -101,8 +107,12 @@ class Balance(Config):
     """Online balancing of right and wrong responses (paper 3.3, A.2)."""
 
     scope: Literal["group", "batch"] = "group"
-    ratio: float = Field(1.0, ge=0, description="right : wrong to reach; 1 is the paper's 1 : 1, 0 and .inf ask for one side alone")
-    tolerance: Fraction = Field(0.05, description="allowed distance of the share of right ones, in scope batch; no use in scope group")
+    ratio: float = Field(
+        1.0, ge=0, description="right : wrong to reach; 1 is the paper's 1 : 1, 0 and .inf ask for one side alone"
+    )
+    tolerance: Fraction = Field(
+        0.05, description="allowed distance of the share of right ones, in scope batch; no use in scope group"
+    )
 
 
 OF_ONE_KIND = {"direction": "shift", "retain": "mask"}  # settings of a margin
@@ -114,9 +124,13 @@ class Margin(Config):
     kind: Literal["shift", "mask"] = "shift"
     scope: Literal["group", "global"] = "group"
     mode: Literal["mean", "minmax"] = "mean"
-    direction: Literal["lift", "suppress", "spread"] = Field("spread", description="of shift; an error where mask is asked for")
+    direction: Literal["lift", "suppress", "spread"] = Field(
+        "spread", description="of shift; an error where mask is asked for"
+    )
     delta: float = Field(0.4, ge=0, allow_inf_nan=False, description="margin to reach, in nats")
-    retain: Fraction = Field(0.25, description="share of a side that mask always keeps; an error where shift is asked for")
+    retain: Fraction = Field(
+        0.25, description="share of a side that mask always keeps; an error where shift is asked for"
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -140,14 +154,22 @@ class Margin(Config):
 
 
 class Visual(Config):
-    """Visual advantage: how much more likely a response is to a teacher that sees the image than to one that is shown a blank."""
+    """Visual advantage: how much more likely a response is to a teacher that sees the image than to one that is shown a
+    blank.
+    """
 
-    share: Fraction = Field(0.05, description="share of the responses to image prompts that are scored a second time, without the image")
-    token_weight: float = Field(0.0, ge=0, description="strength of a token weight that favours tokens that need the image; 0 = off")
+    share: Fraction = Field(
+        0.05, description="share of the responses to image prompts that are scored a second time, without the image"
+    )
+    token_weight: float = Field(
+        0.0, ge=0, description="strength of a token weight that favours tokens that need the image; 0 = off"
+    )
 
 
 class OPD(Config):
-    """Reverse KL on the student's own tokens (paper 3.2); with the three parts of `Algorithm` it is Uni-OPD, without them OPD."""
+    """Reverse KL on the student's own tokens (paper 3.2); with the three parts of `Algorithm` it is Uni-OPD, without
+    them OPD.
+    """
 
     kind: Literal["opd"] = "opd"
 
@@ -163,24 +185,32 @@ class ExOPD(Config):
 
 
 class GRPO(Config):
-    """Outcomes alone, no teacher (Table B.1): `(o - mean) / std` of a prompt's responses, on each of their tokens. It makes teachers."""
+    """Outcomes alone, no teacher (Table B.1): `(o - mean) / std` of a prompt's responses, on each of their tokens. It
+    makes teachers.
+    """
 
     kind: Literal["grpo"]
 
 
 class SFT(Config):
-    """Likelihood of the teachers' own right answers, which are sampled once, before training, and kept beside the shards."""
+    """Likelihood of the teachers' own right answers, which are sampled once, before training, and kept beside the
+    shards.
+    """
 
     kind: Literal["sft"]
     attempts: Positive = Field(8, description="answers of a teacher to each prompt")
 
 
 class Dense(Config):
-    """A divergence over the teacher's likeliest tokens at each position, and all others as one, instead of the sampled token alone."""
+    """A divergence over the teacher's likeliest tokens at each position, and all others as one, instead of the sampled
+    token alone.
+    """
 
     kind: Literal["dense"]
     divergence: Literal["forward_kl", "jsd"] = "forward_kl"
-    top_k: Positive = Field(20, description="the teacher's likeliest tokens; more than 20 need `--max-logprobs` in its engine.extra_args")
+    top_k: Positive = Field(
+        20, description="the teacher's likeliest tokens; more than 20 need `--max-logprobs` in its engine.extra_args"
+    )
     beta: float = Field(0.5, gt=0, lt=1, description="of jsd: share of the teacher in the mixture")
 
     @field_validator("divergence", mode="before")
@@ -222,9 +252,13 @@ class Algorithm(Config):
     clip_low: float = Field(0.2, ge=0, lt=1, description="pi / pi_old is clipped at 1 - this, and at 1 + clip_high")
     clip_high: float = Field(0.28, ge=0)
     ratio_cap: float = Field(
-        2.0, ge=1, description="largest weight that a token gets for being likelier now than when it was sampled, with recomputed log-probs"
+        2.0,
+        ge=1,
+        description="largest weight that a token gets for being likelier now than when it was sampled, with recomputed log-probs",
     )
-    log_ratio_clip: float = Field(10.0, gt=0, description="a token whose |log pi_student - log pi_teacher| reaches it is left out")
+    log_ratio_clip: float = Field(
+        10.0, gt=0, description="a token whose |log pi_student - log pi_teacher| reaches it is left out"
+    )
     outcome_threshold: float = Field(0.5, gt=0, le=1, description="a soft outcome at or above it counts as right")
 
     @model_validator(mode="before")
@@ -234,19 +268,26 @@ class Algorithm(Config):
         kind = objective.get("kind") if isinstance(objective, dict) else getattr(objective, "kind", None)
         for part in WITHOUT.get(kind or "", ()):
             if data.get(part) is not None:
-                raise ValueError(f"`{part}` has no meaning with `objective: {{kind: {kind}}}`: set algorithm.{part}=null")
+                raise ValueError(
+                    f"`{part}` has no meaning with `objective: {{kind: {kind}}}`: set algorithm.{part}=null"
+                )
             data = {**data, part: None}
         return data
 
 
 class Lora(Config):
-    """LoRA: matrices of rank `rank`, scaled by `alpha / rank`, beside linear layers; the model's own weights stay as they are."""
+    """LoRA: matrices of rank `rank`, scaled by `alpha / rank`, beside linear layers; the model's own weights stay as
+    they are.
+    """
 
     rank: Annotated[int, Field(ge=1, le=512)] = 16
     alpha: float = Field(32.0, gt=0)
-    parts: Annotated[tuple[Part, ...], Field(min_length=1)] = Field(("language",), description="vision, projector, language")
+    parts: Annotated[tuple[Part, ...], Field(min_length=1)] = Field(
+        ("language",), description="vision, projector, language"
+    )
     targets: tuple[str, ...] = Field(
-        (), description="last names of linear layers, such as q_proj; all of the parts if not set, without the output head and experts"
+        (),
+        description="last names of linear layers, such as q_proj; all of the parts if not set, without the output head and experts",
     )
 
 
@@ -273,12 +314,18 @@ class Train(Config):
     micro_patches: Positive = Field(16384, description="vision patches in a packed micro-batch, per rank")
     gradient_checkpointing: bool = True
     offload: bool = Field(False, description="optimiser state and weights in CPU memory")
-    freeze: tuple[Part, ...] = Field((), description="parts that are not trained: vision (the tower), projector (its merger), language")
+    freeze: tuple[Part, ...] = Field(
+        (), description="parts that are not trained: vision (the tower), projector (its merger), language"
+    )
     lora: Lora | None = Field(None, description="train LoRA adapters instead of the model's own weights")
     checkpoint_every: Positive = 50
     keep_checkpoints: Positive = Field(2, description="how many, the newest")
-    keep_best: int = Field(0, ge=0, description="and how many of those before: the ones after whose steps most responses were right")
-    probe_tolerance: float = Field(0.1, gt=0, description="largest |log-prob difference| of engine and trainer after a sync; 1e-4 in fp32")
+    keep_best: int = Field(
+        0, ge=0, description="and how many of those before: the ones after whose steps most responses were right"
+    )
+    probe_tolerance: float = Field(
+        0.1, gt=0, description="largest |log-prob difference| of engine and trainer after a sync; 1e-4 in fp32"
+    )
     max_absent: Fraction = Field(0.2, description="share of responses that may lack a score before the run stops")
     timeout: Positive = Field(
         7200,
@@ -290,7 +337,9 @@ class Train(Config):
         if set(self.freeze) == set(get_args(Part)):
             raise ValueError("freeze: vision, projector and language are all that a student has: nothing would train")
         if self.freeze and self.lora is not None:
-            raise ValueError("freeze: with `lora` all of the model's own weights are frozen already; say in lora.parts what gets adapters")
+            raise ValueError(
+                "freeze: with `lora` all of the model's own weights are frozen already; say in lora.parts what gets adapters"
+            )
         return self
 
 
@@ -302,9 +351,12 @@ class Teacher(Config):
     replicas: Positive = 1
     endpoints: tuple[str, ...] = Field((), description="base URLs of vLLM servers that run elsewhere")
     api_key_env: str | None = Field(None, description="environment variable that holds their key")
-    adapter: Path | None = Field(None, description="LoRA folder (peft) on top of `model`; adapters of one model share its servers")
+    adapter: Path | None = Field(
+        None, description="LoRA folder (peft) on top of `model`; adapters of one model share its servers"
+    )
     view: str = Field(
-        "full", description="what it is shown of a prompt, unless a route says otherwise: a name of `views`, or a built-in one"
+        "full",
+        description="what it is shown of a prompt, unless a route says otherwise: a name of `views`, or a built-in one",
     )
     weight: float = Field(1.0, gt=0, description="w_k of Eq. 4")
     concurrency: Positive = Field(32, description="requests in flight at once, per rank and replica")
@@ -322,10 +374,15 @@ class Teacher(Config):
 class View(Config):
     """What a teacher is shown of a prompt. The ids of the response never change, so that its log-probs stay aligned."""
 
-    images: Literal["keep", "drop", "blank"] = Field("keep", description="and clips, too; blank: an even grey of the same size")
+    images: Literal["keep", "drop", "blank"] = Field(
+        "keep", description="and clips, too; blank: an even grey of the same size"
+    )
     min_pixels: Positive | None = Field(None, description="smaller images are enlarged to it before they are sent")
     max_pixels: Positive | None = Field(None, description="larger images are reduced to it before they are sent")
-    instead: str = Field("", description="text in place of the images, such as `{caption}`; fields are the row's extra texts, and {answer}")
+    instead: str = Field(
+        "",
+        description="text in place of the images, such as `{caption}`; fields are the row's extra texts, and {answer}",
+    )
     hint: str = Field("", description="text after the question, such as `The answer is {answer}.`; the same fields")
 
 
@@ -367,13 +424,17 @@ class Fleet(Config):
 class Source(Config):
     """One folder of shards, all of one task."""
 
-    shards: str | Path = Field(description="folder of .tar shards with their .index.safetensors, or its URL (s3://..., https://...)")
+    shards: str | Path = Field(
+        description="folder of .tar shards with their .index.safetensors, or its URL (s3://..., https://...)"
+    )
     task: str = Field(description="a task of modalities/")
     weight: float = Field(1.0, ge=0)
     schedule: Mapping[Annotated[int, Field(ge=1)], Annotated[float, Field(ge=0)]] = Field(
         {}, description="step -> weight at that step, linear in between: {100: 0.5, 200: 2}; `weight` is that of step 0"
     )
-    max_prompt_tokens: Positive | None = Field(None, description="rows with a longer prompt are left out, images included")
+    max_prompt_tokens: Positive | None = Field(
+        None, description="rows with a longer prompt are left out, images included"
+    )
 
     def weight_at(self, step: int) -> float:
         """The weight at a step of the run."""
@@ -388,9 +449,14 @@ class Mixture(Config):
 
     sources: Mapping[str, Source]
     adapt: float = Field(
-        0.0, ge=0, lt=1, description="how strongly sources are preferred in which the student is now right and now wrong; 0 = off"
+        0.0,
+        ge=0,
+        lt=1,
+        description="how strongly sources are preferred in which the student is now right and now wrong; 0 = off",
     )
-    cache_gib: float = Field(50.0, gt=0, description="local copies of remote shards, at most; the least recently used go first")
+    cache_gib: float = Field(
+        50.0, gt=0, description="local copies of remote shards, at most; the least recently used go first"
+    )
 
     @model_validator(mode="after")
     def _some_weight(self) -> Self:
@@ -424,7 +490,9 @@ class Suite(Config):
 class Recipe(Config):
     """`recipes/*.yaml`: a whole run."""
 
-    prepare: Path | None = Field(None, description="a .py of data/ whose `prepare(workspace)` makes what the recipe refers to")
+    prepare: Path | None = Field(
+        None, description="a .py of data/ whose `prepare(workspace)` makes what the recipe refers to"
+    )
     seed: int = 0
     student: Student
     fleet: Path | None = Field(None, description="a file of teachers/; GRPO alone needs none")
@@ -437,7 +505,9 @@ class Recipe(Config):
     @model_validator(mode="after")
     def _has_teachers(self) -> Self:
         if self.fleet is None and self.algorithm.objective.kind != "grpo":
-            raise ValueError(f"fleet: missing, and `{self.algorithm.objective.kind}` learns from teachers; only `grpo` needs none")
+            raise ValueError(
+                f"fleet: missing, and `{self.algorithm.objective.kind}` learns from teachers; only `grpo` needs none"
+            )
         return self
 
     @model_validator(mode="after")
@@ -445,7 +515,9 @@ class Recipe(Config):
         if self.student.sync != "file" and self.algorithm.objective.kind == "expo":
             raise ValueError("student.sync: `expo` sends merged weights once, without a trainer; leave it out")
         if self.student.sync == "ipc" and self.rollout.async_steps:
-            raise ValueError("student.sync: with ipc the engine sleeps while the trainer learns; rollout.async_steps needs it awake")
+            raise ValueError(
+                "student.sync: with ipc the engine sleeps while the trainer learns; rollout.async_steps needs it awake"
+            )
         return self
 
     @model_validator(mode="after")

@@ -16,11 +16,17 @@ class Prompt:
     key: str  # "source/row", unique in a run
     task: str  # a name of modalities/
     modality: str  # text | image | video
-    messages: tuple[Message, ...]  # chat messages; {"type": "image"} parts stand for `images`, {"type": "video"} for `videos`, in order
+    messages: tuple[
+        Message, ...
+    ]  # chat messages; {"type": "image"} parts stand for `images`, {"type": "video"} for `videos`, in order
     images: tuple[bytes, ...]  # encoded (PNG, JPEG, ...), never decoded here
     answer: str
-    extra: Mapping[str, str] = field(default_factory=dict)  # more texts of the row that a view may use: caption, ocr, hint, ...
-    videos: tuple[tuple[bytes, ...], ...] = ()  # clips: frames, each encoded as an image is, at the rate of `modality.video`
+    extra: Mapping[str, str] = field(
+        default_factory=dict
+    )  # more texts of the row that a view may use: caption, ocr, hint, ...
+    videos: tuple[
+        tuple[bytes, ...], ...
+    ] = ()  # clips: frames, each encoded as an image is, at the rate of `modality.video`
 
     @property
     def is_visual(self) -> bool:
@@ -78,7 +84,9 @@ class Score:
     teacher: str  # its name; "a+b" where several were asked
     logprobs: tuple[float, ...]
     weight: float = 1.0  # w_k of Eq. 4
-    top: tuple[Mapping[int, float], ...] | None = None  # id -> log-prob of the likeliest ids at each position, if they were asked for
+    top: tuple[Mapping[int, float], ...] | None = (
+        None  # id -> log-prob of the likeliest ids at each position, if they were asked for
+    )
 
 
 @dataclass(frozen=True, slots=True)

@@ -90,7 +90,9 @@ def _remove_sound_and_video() -> list[str]:
     if not broken:
         return []
     if importlib.util.find_spec("pip") is None:
-        raise UserError(f"{sys.prefix}: {' and '.join(broken)} do not load, and there is no pip here to uninstall them: do it by hand")
+        raise UserError(
+            f"{sys.prefix}: {' and '.join(broken)} do not load, and there is no pip here to uninstall them: do it by hand"
+        )
     subprocess.run([sys.executable, "-m", "pip", "uninstall", "--quiet", "--yes", *broken], check=True)
     return [f"uninstalled {' and '.join(broken)} (CUDA builds beside a CPU torch)"]
 
@@ -104,7 +106,9 @@ def _hook_torchvision() -> list[str]:
     hook.write_text(HOOK_SOURCE)
     hook.with_suffix(".pth").write_text(f"import {HOOK}\n")
     if not imports("torchvision"):
-        raise UserError(f"torchvision does not import, even with the hook in {hook}: see `{sys.executable} -c 'import torchvision'`")
+        raise UserError(
+            f"torchvision does not import, even with the hook in {hook}: see `{sys.executable} -c 'import torchvision'`"
+        )
     return [f"{'renewed' if outdated else 'added'} the import hook for torchvision (a CUDA build beside a CPU torch)"]
 
 

@@ -24,7 +24,8 @@ def read(cls: type[C], path: Path, overrides: Iterable[str] = ()) -> C:
     """Load a YAML file as `cls`, with `key.path=value` overrides on top.
 
     Raises:
-        UserError: the file is missing or no YAML, a key is unknown, or a value does not fit; names the file and the key.
+        UserError: the file is missing or no YAML, a key is unknown, or a value does not fit; names the file and the
+            key.
     """
     try:
         data = yaml.safe_load(path.read_text())

@@ -1,4 +1,6 @@
-"""Puzzles with figures, whose answer is an option's letter, a word or a number (AlgoPuzzleVQA, PuzzleVQA and their like)."""
+"""Puzzles with figures, whose answer is an option's letter, a word or a number (AlgoPuzzleVQA, PuzzleVQA and their
+like).
+"""
 
 from mmopd.task import Task, verify
 from mmopd.task.base import user_turn

@@ -1,4 +1,6 @@
-"""Competition problems whose solution is a Python program, judged by unit tests in a sandbox (Eurus-2-RL-Data's code and its like)."""
+"""Competition problems whose solution is a Python program, judged by unit tests in a sandbox (Eurus-2-RL-Data's code
+and its like).
+"""
 
 from mmopd.task import Task, code
 from mmopd.task.base import user_turn

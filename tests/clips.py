@@ -65,7 +65,9 @@ def clip(frames: int, width: int = 64, height: int = 32, *, step: int = 7, form:
 def prompt(*clips: Sequence[bytes], images: Sequence[bytes] = (), key: str = "v/0") -> Prompt:
     parts = [{"type": "image"}] * len(images) + [{"type": "video"}] * len(clips)
     messages = ({"role": "user", "content": [*parts, {"type": "text", "text": QUESTION}]},)
-    return Prompt(key, "video_choice", "video", messages, tuple(images), "B", {"caption": "It moves."}, tuple(map(tuple, clips)))
+    return Prompt(
+        key, "video_choice", "video", messages, tuple(images), "B", {"caption": "It moves."}, tuple(map(tuple, clips))
+    )
 
 
 def still(world: Any, modality: str) -> Prompt:
@@ -76,7 +78,8 @@ def still(world: Any, modality: str) -> Prompt:
 
 MIXED = {
     **{
-        f"{frames} of {width}x{height}": prompt(clip(frames, width, height), key=f"v/{frames}-{height}") for frames, width, height in SHAPES
+        f"{frames} of {width}x{height}": prompt(clip(frames, width, height), key=f"v/{frames}-{height}")
+        for frames, width, height in SHAPES
     },
     "two clips": prompt(clip(3), clip(4, 40, 70), key="v/two"),
     "an image and a clip": prompt(clip(5), images=[frame(70, 50, 3)], key="v/image"),

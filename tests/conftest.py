@@ -15,13 +15,26 @@ from mmopd.runtime.progress import Stages
 # Before any test starts a process: the machine's few cores are shared by servers, ranks and the tests themselves.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 torch.set_num_threads(1)
-# In the background or under nohup these are ignored, and so would be in every process that a test interrupts or hangs up on.
+# In the background or under nohup these are ignored, and so would be in every process that a test interrupts or hangs
+# up on.
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 # Files that take minutes come first, so that the last worker is not left alone with one of them.
-LONG = ("resume", "end_to_end", "objectives", "trainer", "students", "evaluate", "lora", "tutorial", "video", "sandbox", "bad_input")
+LONG = (
+    "resume",
+    "end_to_end",
+    "objectives",
+    "trainer",
+    "students",
+    "evaluate",
+    "lora",
+    "tutorial",
+    "video",
+    "sandbox",
+    "bad_input",
+)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -1,6 +1,8 @@
-"""A package named `vllm` that starts in no time: an API server with the real one's routes for readiness, and an engine process.
+"""A package named `vllm` that starts in no time: an API server with the real one's routes for readiness, and an engine
+process.
 
-For tests of what happens around servers: supervisors, restarts, the command line. A model folder with a file `crash` does not start.
+For tests of what happens around servers: supervisors, restarts, the command line. A model folder with a file `crash`
+    does not start.
 """
 
 from pathlib import Path

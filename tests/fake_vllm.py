@@ -1,7 +1,9 @@
 """A server that speaks the wire format of vLLM's `POST /inference/v1/generate`, and misbehaves on demand.
 
-Real sockets, no model: a log-prob is a formula of the token, its position and the images, so that a test knows every number.
-Faults by name, chosen for each request: see `FAULTS` and `UNSEEN`. `tests/test_scoring.py` compares its replies with those of a
+Real sockets, no model: a log-prob is a formula of the token, its position and the images, so that a test knows every
+    number.
+Faults by name, chosen for each request: see `FAULTS` and `UNSEEN`. `tests/test_scoring.py` compares its replies with
+    those of a
 real server. It lists its model and decodes ids too, which the preflight asks for.
 """
 
@@ -60,7 +62,13 @@ class FakeVLLM:
     """
 
     def __init__(
-        self, encoder: Encoder, faults: Callable[[int], Fault] = lambda n: None, *, key: str = "k", delay: float = 0.0, pause: int = 1
+        self,
+        encoder: Encoder,
+        faults: Callable[[int], Fault] = lambda n: None,
+        *,
+        key: str = "k",
+        delay: float = 0.0,
+        pause: int = 1,
     ) -> None:
         self.encoder, self.faults, self.key, self.delay, self.pause = encoder, faults, key, delay, pause
         self.requests: list[dict[str, Any]] = []
@@ -74,7 +82,9 @@ class FakeVLLM:
         self.port = self._server.sockets[0].getsockname()[1]
         return self
 
-    async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self._server.close()
         for task in self._connections:
             task.cancel()
@@ -116,7 +126,9 @@ class FakeVLLM:
         if fault == "truncated":
             body = body[: len(body) // 2]
         pause = f"retry-after: {self.pause}\r\n" if status == 429 else ""
-        head_out = f"HTTP/1.1 {status} X\r\ncontent-type: application/json\r\n{pause}content-length: {len(body)}\r\n\r\n"
+        head_out = (
+            f"HTTP/1.1 {status} X\r\ncontent-type: application/json\r\n{pause}content-length: {len(body)}\r\n\r\n"
+        )
         writer.write(head_out.encode() + body)
         await writer.drain()
         return status != 500  # as uvicorn does after an exception
@@ -125,7 +137,9 @@ class FakeVLLM:
         if headers.get("authorization") != f"Bearer {self.key}":
             return 401, b'{"error":"Unauthorized"}'
         if line == "GET /v1/models HTTP/1.1":
-            return 200, json.dumps({"object": "list", "data": [{"id": "tiny", "object": "model", "max_model_len": 2048}]}).encode()
+            return 200, json.dumps(
+                {"object": "list", "data": [{"id": "tiny", "object": "model", "max_model_len": 2048}]}
+            ).encode()
         if line == "POST /detokenize HTTP/1.1":
             return 200, json.dumps({"prompt": self.encoder.tokenizer.decode(request["tokens"])}).encode()
         if line != "POST /inference/v1/generate HTTP/1.1":
@@ -142,7 +156,9 @@ class FakeVLLM:
         reply = _empty(headers.get("x-request-id", "?"), ids)
         settings = request["sampling_params"]
         if (k := settings.get("prompt_logprobs")) is not None:
-            reply["prompt_logprobs"] = [None] + [_rows(t, i, images, k, len(self.encoder.tokenizer)) for i, t in enumerate(ids) if i]
+            reply["prompt_logprobs"] = [None] + [
+                _rows(t, i, images, k, len(self.encoder.tokenizer)) for i, t in enumerate(ids) if i
+            ]
             reply["choices"] = [_choice(0, [1], None, "length")]
         else:
             reply["choices"] = [self._sample(i, len(ids), images, settings) for i in range(settings["n"])]
@@ -160,7 +176,9 @@ class FakeVLLM:
         tokens = rng.choices(allowed, k=rng.randint(1, settings["max_tokens"]))
         finish = "length" if len(tokens) == settings["max_tokens"] else "stop"
         tokens += [end] * (finish == "stop")
-        return _choice(index, tokens, [logprob(t, start + i, images) for i, t in enumerate(tokens)], finish, self.version)
+        return _choice(
+            index, tokens, [logprob(t, start + i, images) for i, t in enumerate(tokens)], finish, self.version
+        )
 
 
 def _error(message: str, kind: str, code: int) -> bytes:
@@ -173,7 +191,9 @@ def _row(value: float, rank: int = 1) -> dict[str, Any]:
 
 def _rows(token: int, position: int, images: Sequence[bytes], k: int, vocabulary: int) -> dict[str, Any]:
     """The token of the prompt and the k likeliest, as vLLM gives them: the token first, and once if it is among them."""
-    values = {i: logprob(i, position, images) for i in range(vocabulary if k else 0)} | {token: logprob(token, position, images)}
+    values = {i: logprob(i, position, images) for i in range(vocabulary if k else 0)} | {
+        token: logprob(token, position, images)
+    }
     order = sorted(values, key=lambda i: (-values[i], i))
     return {str(i): _row(values[i], order.index(i) + 1) for i in dict.fromkeys((token, *order[:k]))}
 
@@ -188,14 +208,21 @@ def _empty(request_id: str, ids: list[int]) -> dict[str, Any]:
         "kv_transfer_params",
         "ec_transfer_params",
     )
-    return {"request_id": f"generate-tokens-{request_id}", "model": "tiny", "created": 0, "prompt_token_ids": list(ids)} | {
+    return {
+        "request_id": f"generate-tokens-{request_id}",
+        "model": "tiny",
+        "created": 0,
+        "prompt_token_ids": list(ids),
+    } | {
         **dict.fromkeys((*absent, "kv_transfer_params", "ec_transfer_params")),
         "output_mode": "tokens",
         "choices": [],
     }
 
 
-def _choice(index: int, tokens: list[int], logprobs: list[float] | None, finish: str, version: str = "default") -> dict[str, Any]:
+def _choice(
+    index: int, tokens: list[int], logprobs: list[float] | None, finish: str, version: str = "default"
+) -> dict[str, Any]:
     def entry(token: int, value: float) -> dict[str, Any]:
         one = {"token_id": token, "logprob": value, "rank": 1}
         return one | {"top_logprobs": [one]}

@@ -1,8 +1,8 @@
 """Tiny random students of each family, and a training rank for them that may have a real engine to talk to.
 
-`python student_worker.py MODEL OUT JOB`, with RANK etc. in the environment: JOB is a list of {"train": settings}, in JSON; each gets a
-trainer of its own, and {"resume": NUMBER} goes on from the checkpoint of that one. Rank 0 writes OUT/NUMBER.pt, and reads
-OUT/endpoints.json once it is there if the environment says ENGINE=1.
+`python student_worker.py MODEL OUT JOB`, with RANK etc. in the environment: JOB is a list of {"train": settings}, in
+JSON; each gets a trainer of its own, and {"resume": NUMBER} goes on from the checkpoint of that one. Rank 0 writes
+OUT/NUMBER.pt, and reads OUT/endpoints.json once it is there if the environment says ENGINE=1.
 """
 
 import asyncio
@@ -28,20 +28,20 @@ from mmopd.algorithm.objective import clipped_loss
 from mmopd.config import Algorithm, Engine, Train
 from mmopd.demo.world import CHAT_TEMPLATE, VOCAB_SIZE, build_processor
 from mmopd.modality import Encoder
-from mmopd.runtime.processes import Children
 from mmopd.rollout.student_client import StudentEngine
 from mmopd.rollout.sync import FileSync
+from mmopd.runtime.processes import Children
 from mmopd.runtime.run_folder import RunFolder
 from mmopd.serving.endpoint import Endpoint
 from mmopd.serving.servers import ServerSpec, serve
 from mmopd.train.checkpoint import Checkpoints, load
 from mmopd.train.distributed import Ranks, free_port, start, stop
-from mmopd.train.trainer import Trainer
 from mmopd.train.export import export
-from mmopd.train.weight_publisher import publish
-from mmopd.train.weight_probe import probe
-from mmopd.train.students import part_of
 from mmopd.train.prefix_tree import Item
+from mmopd.train.students import part_of
+from mmopd.train.trainer import Trainer
+from mmopd.train.weight_probe import probe
+from mmopd.train.weight_publisher import publish
 
 TEXT = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 32}
 # norm_topk_prob as published configurations have it; vLLM asks for it
@@ -53,14 +53,22 @@ GDN = {  # head sizes that vLLM's CPU kernels take
     "linear_num_value_heads": 2,
     "layer_types": ["linear_attention", "full_attention", "linear_attention"],
 }
-VISION = {"depth": 2, "hidden_size": 64, "intermediate_size": 128, "num_heads": 2, "out_hidden_size": 64, "patch_size": 16}
+VISION = {
+    "depth": 2,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_heads": 2,
+    "out_hidden_size": 64,
+    "patch_size": 16,
+}
 DEEP = {"num_position_embeddings": 256, "deepstack_visual_indexes": [0]}
 FAMILIES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "qwen3_vl": (TEXT, VISION | DEEP),
     "qwen3_vl_moe": (TEXT | MOE, VISION | DEEP),
     "qwen2_5_vl": (TEXT, VISION | {"patch_size": 14, "window_size": 56, "fullatt_block_indexes": [1]}),
     "qwen3_5": (TEXT | GDN, VISION | {"num_position_embeddings": 256}),
-    # All experts for each token: in bfloat16, which vLLM needs for it, a choice between two of them falls otherwise than in float32.
+    # All experts for each token: in bfloat16, which vLLM needs for it, a choice between two of them falls otherwise
+    # than in float32.
     "qwen3_5_moe": (
         TEXT | GDN | MOE | {"num_experts_per_tok": 4, "shared_expert_intermediate_size": 64},
         VISION | {"num_position_embeddings": 256},
@@ -76,7 +84,10 @@ def build(kind: str, folder: Path, dtype: torch.dtype = torch.float32) -> None:
         pixels = {"shortest_edge": 28 * 28, "longest_edge": 224 * 224}
         patches = {"patch_size": 14, "merge_size": 2, "temporal_patch_size": 2, "size": pixels}
         processor = transformers.Qwen2_5_VLProcessor(
-            Qwen2VLImageProcessor(**patches), processor.tokenizer, Qwen2VLVideoProcessor(**patches), chat_template=CHAT_TEMPLATE
+            Qwen2VLImageProcessor(**patches),
+            processor.tokenizer,
+            Qwen2VLVideoProcessor(**patches),
+            chat_template=CHAT_TEMPLATE,
         )
     ids = processor.tokenizer.get_vocab()
     tied = {"tie_word_embeddings": kind != "qwen3_vl_moe"}
@@ -84,8 +95,17 @@ def build(kind: str, folder: Path, dtype: torch.dtype = torch.float32) -> None:
     rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": sections}
     rope |= {"mrope_interleaved": True} if kind != "qwen2_5_vl" else {}
     rope |= {"partial_rotary_factor": 0.5} if "3_5" in kind else {}
-    common = {"vocab_size": VOCAB_SIZE, "max_position_embeddings": 2048, "initializer_range": 0.1, "rope_parameters": rope}
-    common |= {"bos_token_id": ids["<|endoftext|>"], "eos_token_id": ids["<|im_end|>"], "pad_token_id": ids["<|endoftext|>"]}
+    common = {
+        "vocab_size": VOCAB_SIZE,
+        "max_position_embeddings": 2048,
+        "initializer_range": 0.1,
+        "rope_parameters": rope,
+    }
+    common |= {
+        "bos_token_id": ids["<|endoftext|>"],
+        "eos_token_id": ids["<|im_end|>"],
+        "pad_token_id": ids["<|endoftext|>"],
+    }
     config = AutoConfig.for_model(
         kind,
         image_token_id=ids["<|image_pad|>"],
@@ -101,9 +121,13 @@ def build(kind: str, folder: Path, dtype: torch.dtype = torch.float32) -> None:
     model.generation_config = GenerationConfig(eos_token_id=ids["<|im_end|>"], pad_token_id=ids["<|endoftext|>"])
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
-    if kind == "qwen3_vl_moe":  # as published, and as vLLM reads it: [experts, in, out]; transformers 5.19 writes [experts, out, in]
+    if (
+        kind == "qwen3_vl_moe"
+    ):  # as published, and as vLLM reads it: [experts, in, out]; transformers 5.19 writes [experts, out, in]
         file = folder / "model.safetensors"
-        weights = {name: w.transpose(1, 2).contiguous() if ".experts." in name else w for name, w in load_file(file).items()}
+        weights = {
+            name: w.transpose(1, 2).contiguous() if ".experts." in name else w for name, w in load_file(file).items()
+        }
         save_file(weights, file, metadata={"format": "pt"})
 
 
@@ -113,7 +137,9 @@ def main(model: Path, out: Path, job: list[dict[str, Any]]) -> None:
     for number, one in enumerate(job):
         settings = Train.model_validate({**TRAIN.model_dump(), **one["train"]})
         result = (
-            resume(model, out / one["resume"], settings, ranks) if "resume" in one else train(model, out / str(number), settings, ranks)
+            resume(model, out / one["resume"], settings, ranks)
+            if "resume" in one
+            else train(model, out / str(number), settings, ranks)
         )
         if ranks.rank == 0:
             torch.save(result, out / f"{number}.pt")
@@ -128,7 +154,11 @@ def train(model: Path, out: Path, settings: Train, ranks: Ranks) -> dict[str, An
     items, ran = make_items(encoder, "TiI", 7), watch(trainer)
     found: dict[str, Any] = {"before": trainer.logprobs(items), "stats": [], "after": [], "gaps": [], "unsynced": []}
     found["sent"] = [{name for name, _ in trainer.named_weights(1 << 16, trained=trained)} for trained in (False, True)]
-    students = RunFolder(out.parent).read_endpoints()[0] if "ENGINE" in os.environ and await_file(out.parent / "endpoints.json") else []
+    students = (
+        RunFolder(out.parent).read_endpoints()[0]
+        if "ENGINE" in os.environ and await_file(out.parent / "endpoints.json")
+        else []
+    )
     link = FileSync(students) if students and ranks.rank == 0 else None
     for step in range(3):
         if students:
@@ -157,13 +187,20 @@ def resume(model: Path, out: Path, settings: Train, ranks: Ranks) -> dict[str, A
     path = Checkpoints(out, keep=1).latest()
     assert path is not None
     load(trainer, path)
-    return {"stats": [trainer.update(make_items(encoder, "TitIIt", 2))], "after": [trainer.logprobs(make_items(encoder, "TiI", 7))]}
+    return {
+        "stats": [trainer.update(make_items(encoder, "TitIIt", 2))],
+        "after": [trainer.logprobs(make_items(encoder, "TiI", 7))],
+    }
 
 
 def watch(trainer: Trainer) -> Counter[str]:
     """Counts the backward passes of the first layer of each part."""
     ran, student = Counter[str](), trainer.student.model
-    first = {"vision": student.visual.blocks[0].mlp, "projector": student.visual.merger, "language": student.language_model.layers[0].mlp}
+    first = {
+        "vision": student.visual.blocks[0].mlp,
+        "projector": student.visual.merger,
+        "language": student.language_model.layers[0].mlp,
+    }
     for part, module in first.items():
         module.register_full_backward_hook(lambda *_, part=part: ran.update([part]))
     return ran
@@ -184,10 +221,19 @@ def await_file(path: Path) -> bool:
     return True
 
 
-def run(model: Path, out: Path, job: Sequence[Mapping[str, Any]], *, ranks: int = 1, engine: Engine | None = None) -> list[dict[str, Any]]:
-    """Do a job, beside a real server of `model` if `engine` is given; returns what rank 0 found with each of its settings."""
+def run(
+    model: Path, out: Path, job: Sequence[Mapping[str, Any]], *, ranks: int = 1, engine: Engine | None = None
+) -> list[dict[str, Any]]:
+    """Do a job, beside a real server of `model` if `engine` is given; returns what rank 0 found with each of its
+    settings.
+    """
     out.mkdir(parents=True)
-    env = os.environ | {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "OMP_NUM_THREADS": "1"}
+    env = os.environ | {
+        "WORLD_SIZE": str(ranks),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(free_port()),
+        "OMP_NUM_THREADS": "1",
+    }
     env |= {"DS_ACCELERATOR": "cpu"} | ({"ENGINE": "1"} if engine else {})
     env["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])])
     command = [sys.executable, __file__, str(model), str(out), json.dumps(list(job))]
@@ -211,7 +257,10 @@ def serving(model: Path, out: Path, engine: Engine | None) -> Iterator[None]:
     if engine is None:
         yield
         return
-    with Children() as children, serve([ServerSpec("student", model, engine, updatable=True)], children, out, lambda *_: None) as servers:
+    with (
+        Children() as children,
+        serve([ServerSpec("student", model, engine, updatable=True)], children, out, lambda *_: None) as servers,
+    ):
         RunFolder(out).write_endpoints(servers)
         yield
 
@@ -223,7 +272,9 @@ def plain_logprobs(model: Any, encoder: Encoder) -> list[torch.Tensor]:
 
 
 def plain_update(model: Any, encoder: Encoder, items: Sequence[Item], parts: Collection[str]) -> dict[str, float]:
-    """Loss and gradient norm of an update as transformers alone has them, one item after the other; the gradient of `parts` counts."""
+    """Loss and gradient norm of an update as transformers alone has them, one item after the other; the gradient of
+    `parts` counts.
+    """
     loss, clip = 0.0, {"clip_low": Algorithm().clip_low, "clip_high": Algorithm().clip_high}
     for item in items:
         one = clipped_loss(plain(model, encoder, item), item.old, item.advantage, item.weight, **clip)
@@ -239,7 +290,11 @@ def plain(model: Any, encoder: Encoder, item: Item) -> torch.Tensor:
     pictures = {}
     if item.encoded.grids:
         pixels, grids = encoder.pixel_values(item.encoded)
-        pictures = {"pixel_values": pixels, "image_grid_thw": grids, "mm_token_type_ids": (ids == encoder.image_token).int()}
+        pictures = {
+            "pixel_values": pixels,
+            "image_grid_thw": grids,
+            "mm_token_type_ids": (ids == encoder.image_token).int(),
+        }
     T = len(item.tokens)
     logits = model(input_ids=ids, use_cache=False, **pictures).logits[0, -T - 1 : -1]
     return logits.log_softmax(-1).gather(1, ids[0, -T:, None])[:, 0]

@@ -191,7 +191,9 @@ def test_permuting_responses_permutes_the_result(batch, scope, ratio, seed, rand
 
 @many
 @given(batches(), scope, ratio, seed, st.randoms())
-def test_without_keys_moving_whole_groups_moves_the_result_and_any_order_keeps_the_counts(batch, scope, ratio, seed, random):
+def test_without_keys_moving_whole_groups_moves_the_result_and_any_order_keeps_the_counts(
+    batch, scope, ratio, seed, random
+):
     outcome, group, _ = batch
     how = {"scope": scope, "ratio": ratio, "seed": seed}
     keep = balance(outcome, group, **how)
@@ -200,7 +202,9 @@ def test_without_keys_moving_whole_groups_moves_the_result_and_any_order_keeps_t
     order = torch.tensor(random.sample(range(len(group)), len(group)))
     moved = balance(outcome[order], group[order], **how)
     for g in group.unique():
-        assert kept(keep[group == g], outcome[group == g]) == kept(moved[group[order] == g], outcome[order][group[order] == g])
+        assert kept(keep[group == g], outcome[group == g]) == kept(
+            moved[group[order] == g], outcome[order][group[order] == g]
+        )
 
 
 @many
@@ -246,7 +250,9 @@ def test_scope_batch_lands_inside_the_interval_or_as_near_as_it_can(batch, ratio
     if not right or not wrong:
         assert now == (right, wrong)
         return
-    reachable = [(r, w) for r, w in itertools.product(range(right + 1), range(wrong + 1)) if r + w and (r == right or w == wrong)]
+    reachable = [
+        (r, w) for r, w in itertools.product(range(right + 1), range(wrong + 1)) if r + w and (r == right or w == wrong)
+    ]
     best = min(distance(r, w) for r, w in reachable)
     assert distance(*now) == pytest.approx(best, abs=1e-9)
     fewest = min(right + wrong - r - w for r, w in reachable if distance(r, w) <= best + 1e-9)

@@ -1,4 +1,6 @@
-"""Offline balancing: which shape a histogram has, and weights that make it flatter without dropping or overdoing anything."""
+"""Offline balancing: which shape a histogram has, and weights that make it flatter without dropping or overdoing
+anything.
+"""
 
 import pytest
 import torch
@@ -40,7 +42,10 @@ def bins_of(weights, correct, K):
         ([10, 90], "flat"),  # one attempt has no middle
         ([40, 5, 45], "u"),
         ([11, 10, 10, 10, 11], "flat"),
-        ([10, 4, 4, 4, 4, 4, 4, 4, 100], "mirrored_j"),  # the hard end is above the middle, but far from its share of 15
+        (
+            [10, 4, 4, 4, 4, 4, 4, 4, 100],
+            "mirrored_j",
+        ),  # the hard end is above the middle, but far from its share of 15
     ],
 )
 def test_shapes_are_detected(histogram, shape):
@@ -97,7 +102,11 @@ def test_no_prompts_or_none_judged_is_fine():
     none = torch.zeros(0, dtype=torch.long)
     assert difficulty_weights(none, 8, cap=4.0).shape == (0,)
     assert difficulty_shape(none, 8) == "flat"
-    assert difficulty_weights(torch.zeros(3, dtype=torch.long), torch.zeros(3, dtype=torch.long), cap=4.0).tolist() == [1, 1, 1]
+    assert difficulty_weights(torch.zeros(3, dtype=torch.long), torch.zeros(3, dtype=torch.long), cap=4.0).tolist() == [
+        1,
+        1,
+        1,
+    ]
 
 
 @pytest.mark.parametrize(
@@ -150,7 +159,9 @@ def test_the_rules_of_others_drop_or_weigh_by_hand_worked_numbers():
     assert drop_easy_weights(correct, attempts).tolist() == [1, 1, 1, 0, 1, 1]
     assert frontier_weights(correct, attempts).tolist() == pytest.approx([0, 0.4375, 1, 0, 1, (0.4375 + 1 + 1) / 5])
     assert frontier_weights(torch.tensor([0]), torch.tensor([0])).tolist() == [1]
-    assert drop_easy_weights(torch.tensor([2, 2]), torch.tensor([2, 8])).tolist() == [0, 1], "all of two is always, two of eight is not"
+    assert drop_easy_weights(torch.tensor([2, 2]), torch.tensor([2, 8])).tolist() == [0, 1], (
+        "all of two is always, two of eight is not"
+    )
     for rule in (drop_easy_weights, frontier_weights):
         with pytest.raises(ValueError, match=r"correct\[1\] is 9 of 8"):
             rule(torch.tensor([1, 9]), 8)

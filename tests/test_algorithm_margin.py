@@ -46,7 +46,8 @@ def test_margins_of_the_worked_group():
 
 
 def test_global_scope_takes_the_batch_as_one_group():
-    # Group 0 has margin 1.0, group 1 has -1.0. Batch: R+ = (1, 0, 0.3), R- = (0, 1, 0.5), mean margin 1.3/3 - 1.5/3 = -1/15.
+    # Group 0 has margin 1.0, group 1 has -1.0. Batch: R+ = (1, 0, 0.3), R- = (0, 1, 0.5), mean margin 1.3/3 - 1.5/3 =
+    # -1/15.
     R, o, g = tensors([1, 0, 0, 1, 0.3, 0.5], [1, 0, 1, 0, 1, 0], [0, 0, 1, 1, 2, 3])
     by_group = margin_shift(R, o, g, scope="group", mode="mean", direction="lift", delta=0.4)
     torch.testing.assert_close(by_group, torch.tensor([0, 0, 1.4, 0, 0, 0]))
@@ -57,7 +58,8 @@ def test_global_scope_takes_the_batch_as_one_group():
 
 @pytest.mark.parametrize("mode", MODES)
 def test_mask_stops_at_its_floor(mode):
-    # Mean: dropping -0.30 gains 0.20, dropping 0.20 gains 0.10; then one of each is left: margin 0.10. Minmax: 0.40, then 0.20: the same.
+    # Mean: dropping -0.30 gains 0.20, dropping 0.20 gains 0.10; then one of each is left: margin 0.10. Minmax: 0.40,
+    # then 0.20: the same.
     keep = margin_mask(*WORKED, scope="group", mode=mode, delta=0.4, retain=0.25)
     assert keep.tolist() == [True, False, False, True]
 
@@ -65,9 +67,21 @@ def test_mask_stops_at_its_floor(mode):
 def test_mask_stops_as_soon_as_the_margin_holds():
     # Mean: R+ = (0.9, 0.8, -0.8), R- = (0.1, 0.0): margin 0.25. Without -0.8 it is 0.80: enough for 0.4.
     R, o, g = tensors([0.9, 0.1, 0.8, -0.8, 0.0], [1, 0, 1, 1, 0], [0] * 5)
-    assert margin_mask(R, o, g, scope="group", mode="mean", delta=0.4, retain=0.25).tolist() == [True, True, True, False, True]
+    assert margin_mask(R, o, g, scope="group", mode="mean", delta=0.4, retain=0.25).tolist() == [
+        True,
+        True,
+        True,
+        False,
+        True,
+    ]
     assert margin_mask(R, o, g, scope="group", mode="mean", delta=0.25, retain=0.25).all()
-    assert margin_mask(R, o, g, scope="group", mode="mean", delta=0.8, retain=0.25).tolist() == [True, True, True, False, True]
+    assert margin_mask(R, o, g, scope="group", mode="mean", delta=0.8, retain=0.25).tolist() == [
+        True,
+        True,
+        True,
+        False,
+        True,
+    ]
 
 
 def test_mask_counts_a_margin_of_delta_as_held_in_the_precision_of_the_returns():
@@ -77,7 +91,12 @@ def test_mask_counts_a_margin_of_delta_as_held_in_the_precision_of_the_returns()
 
 def test_mask_breaks_a_tie_by_dropping_the_right_response():
     R, o, g = tensors([0.1, 0.3, 0.3, 0.1], [1, 1, 0, 0], [0] * 4)  # dropping either head gains 0.1
-    assert margin_mask(R, o, g, scope="group", mode="mean", delta=0.1, retain=0.25).tolist() == [False, True, True, True]
+    assert margin_mask(R, o, g, scope="group", mode="mean", delta=0.1, retain=0.25).tolist() == [
+        False,
+        True,
+        True,
+        True,
+    ]
 
 
 def test_mask_stops_where_no_drop_raises_the_margin():
@@ -95,7 +114,13 @@ def test_the_floor_is_exact_where_a_computer_rounds():
 
 def test_mask_goes_on_with_the_other_side_when_one_is_at_its_floor():
     R, o, g = tensors([-5.0, 0.3, 0.2, 0.1, 0.0], [1, 0, 0, 0, 0], [0] * 5)
-    assert margin_mask(R, o, g, scope="group", mode="minmax", delta=0.4, retain=0.5).tolist() == [True, False, False, True, True]
+    assert margin_mask(R, o, g, scope="group", mode="minmax", delta=0.4, retain=0.5).tolist() == [
+        True,
+        False,
+        False,
+        True,
+        True,
+    ]
 
 
 def test_soft_outcomes_are_cut_at_the_threshold():
@@ -109,7 +134,11 @@ def test_soft_outcomes_are_cut_at_the_threshold():
 @pytest.mark.parametrize("mode", MODES)
 def test_unknown_outcomes_change_nothing_and_are_left_alone(scope, mode):
     R, o, g = WORKED
-    more = (torch.cat([R, torch.tensor([9.0, -9.0])]), torch.cat([o, torch.tensor([NAN, NAN])]), torch.cat([g, torch.tensor([7, 8])]))
+    more = (
+        torch.cat([R, torch.tensor([9.0, -9.0])]),
+        torch.cat([o, torch.tensor([NAN, NAN])]),
+        torch.cat([g, torch.tensor([7, 8])]),
+    )
     shift = margin_shift(*more, scope=scope, mode=mode, direction="spread", delta=0.4)
     assert shift[4:].tolist() == [0, 0]
     assert torch.equal(shift[:4], margin_shift(R, o, g, scope=scope, mode=mode, direction="spread", delta=0.4))
@@ -154,7 +183,14 @@ def test_an_empty_batch_is_fine(scope):
     ],
 )
 def test_bad_input_is_named(change, message):
-    good = {"returns": WORKED[0], "outcome": WORKED[1], "group": WORKED[2], "scope": "group", "mode": "mean", "delta": 0.4}
+    good = {
+        "returns": WORKED[0],
+        "outcome": WORKED[1],
+        "group": WORKED[2],
+        "scope": "group",
+        "mode": "mean",
+        "delta": 0.4,
+    }
     with pytest.raises(ValueError, match=message):
         margin_shift(**(good | change), direction="lift")
     with pytest.raises(ValueError, match=message):
@@ -171,7 +207,9 @@ def test_a_bad_direction_or_retain_is_named():
 
 @st.composite
 def batches(draw, unit=32):
-    """Responses of a few groups in any order. Returns are distinct, in 32nds of a nat (then sums and ties are exact) or other units."""
+    """Responses of a few groups in any order. Returns are distinct, in 32nds of a nat (then sums and ties are exact) or
+    other units.
+    """
     group = draw(st.lists(st.sampled_from([-3, 0, 5, 10**12]), min_size=1, max_size=24))
     n = len(group)
     returns = draw(st.lists(st.integers(-200, 200), min_size=n, max_size=n, unique=True))
@@ -182,7 +220,10 @@ def batches(draw, unit=32):
 def whose(outcome, group, scope):
     """(right, wrong) index lists of each group."""
     ids = group if scope == "group" else torch.zeros_like(group)
-    return [((ids.eq(i) & (outcome >= 0.5)).nonzero()[:, 0], (ids.eq(i) & (outcome < 0.5)).nonzero()[:, 0]) for i in ids.unique()]
+    return [
+        ((ids.eq(i) & (outcome >= 0.5)).nonzero()[:, 0], (ids.eq(i) & (outcome < 0.5)).nonzero()[:, 0])
+        for i in ids.unique()
+    ]
 
 
 def margin_of(returns, right, wrong, mode):
@@ -270,7 +311,9 @@ def test_permuting_responses_permutes_the_result_to_the_bit(batch, scope, mode, 
     order = torch.tensor(random.sample(range(len(batch[0])), len(batch[0])))
     moved = [x[order] for x in batch]
     how = {"scope": scope, "mode": mode, "delta": delta}
-    assert torch.equal(margin_shift(*batch, direction="spread", **how)[order], margin_shift(*moved, direction="spread", **how))
+    assert torch.equal(
+        margin_shift(*batch, direction="spread", **how)[order], margin_shift(*moved, direction="spread", **how)
+    )
     assert torch.equal(margin_mask(*batch, retain=0.25, **how)[order], margin_mask(*moved, retain=0.25, **how))
 
 

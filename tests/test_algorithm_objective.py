@@ -69,7 +69,9 @@ def test_a_mask_drops_responses_from_the_loss_and_from_its_mean():
 def test_balance_comes_before_the_margin():
     # Three right, one wrong: one right response stays, and the margin is of the two that stay.
     rewards, outcome, group = [[0.0], [1.0], [2.0], [1.5]], [1, 1, 1, 0], [5] * 4
-    balance = balance_online(torch.tensor([1.0, 1, 1, 0]), torch.tensor(group), scope="group", ratio=1.0, tolerance=0.05, seed=3)
+    balance = balance_online(
+        torch.tensor([1.0, 1, 1, 0]), torch.tensor(group), scope="group", ratio=1.0, tolerance=0.05, seed=3
+    )
     out = step(rewards, outcome, group, settings=Algorithm(margin=Margin(direction="lift")), seed=3)
     assert torch.equal(out.keep, balance)
     stays = int(balance[:3].nonzero())
@@ -80,7 +82,9 @@ def test_balance_comes_before_the_margin():
 
 
 def test_tokens_far_apart_leave_the_loss_and_the_return():
-    out = step([[0.2, 10.0, 0.4], [-10.5, -0.1]], [1, 0], [0, 0], settings=Algorithm(balance=None, margin=Margin(delta=2.0)))
+    out = step(
+        [[0.2, 10.0, 0.4], [-10.5, -0.1]], [1, 0], [0, 0], settings=Algorithm(balance=None, margin=Margin(delta=2.0))
+    )
     assert out.token_weight.tolist() == pytest.approx([1 / 4, 0, 1 / 4, 0, 1 / 2])
     assert out.diagnostics["margin_before"] == pytest.approx(0.3 + 0.1)
     assert out.diagnostics["token_clipped_share"] == pytest.approx(0.4)
@@ -160,7 +164,10 @@ def test_diagnostics_are_plain_finite_floats():
         ({"student": torch.tensor([-1.0, -1, -math.inf])}, r"student log-prob of token 2 \(response 1\) is -inf"),
         ({"teacher": torch.tensor([math.inf, -1, -1])}, r"teacher log-prob of token 0 \(response 0\) is inf"),
         ({"teacher": torch.tensor([-1.0, math.inf, -math.inf])}, r"teacher log-prob of token 1 \(response 0\) is inf"),
-        ({"reference": torch.tensor([-1.0, -1, NAN]), "scale": 1.25}, r"reference log-prob of token 2 \(response 1\) is nan"),
+        (
+            {"reference": torch.tensor([-1.0, -1, NAN]), "scale": 1.25},
+            r"reference log-prob of token 2 \(response 1\) is nan",
+        ),
         ({"weight": torch.tensor([1.0, NAN])}, r"weight\[1\] is nan: expected a number >= 0"),
         ({"weight": torch.tensor([-1.0, 1])}, r"weight\[0\] is -1"),
         ({"weight": torch.tensor([math.inf, 1])}, r"weight\[0\] is inf"),
@@ -196,7 +203,9 @@ def steps(draw):
 
 ALGORITHMS = st.builds(
     Algorithm,
-    balance=st.one_of(st.none(), st.builds(Balance, scope=st.sampled_from(["group", "batch"]), ratio=st.sampled_from([0.0, 1.0, 2.0]))),
+    balance=st.one_of(
+        st.none(), st.builds(Balance, scope=st.sampled_from(["group", "batch"]), ratio=st.sampled_from([0.0, 1.0, 2.0]))
+    ),
     margin=st.one_of(
         st.none(),
         st.builds(
@@ -231,7 +240,9 @@ def test_weights_are_a_mean_of_means_and_the_parts_are_the_pure_functions(batch,
     assert torch.equal(out.keep, keep)
     shift = torch.zeros_like(R)
     if m and m.kind == "shift":
-        shift[keep] = margin_shift(R[keep], o[keep], g[keep], scope=m.scope, mode=m.mode, direction=m.direction, delta=m.delta)
+        shift[keep] = margin_shift(
+            R[keep], o[keep], g[keep], scope=m.scope, mode=m.mode, direction=m.direction, delta=m.delta
+        )
     expected = [r + s for rs, s in zip(rewards, shift.tolist(), strict=True) for r in rs]
     assert out.advantage.tolist() == pytest.approx(expected, abs=1e-6)
 

@@ -1,4 +1,6 @@
-"""Targets are those of the step, however its responses lie on ranks: simulated ranks for any step, and two real processes."""
+"""Targets are those of the step, however its responses lie on ranks: simulated ranks for any step, and two real
+processes.
+"""
 
 import datetime
 import math
@@ -57,8 +59,15 @@ def make_step(seed: int, groups: int, size: int) -> list[Sample]:
 def targets_of(samples: Sequence[Sample], algorithm: Algorithm) -> Targets:
     """(keep, advantages, weights) of each response by its text; floats as they are, to the bit."""
     batch = build_batch(samples, algorithm, SEED)
-    advantage, weight, keep = batch.targets.advantage.tolist(), batch.targets.token_weight.tolist(), batch.targets.keep.tolist()
-    return {s.response.text: (k, advantage[at], weight[at]) for s, at, k in zip(batch.samples, batch.spans, keep, strict=True)}
+    advantage, weight, keep = (
+        batch.targets.advantage.tolist(),
+        batch.targets.token_weight.tolist(),
+        batch.targets.keep.tolist(),
+    )
+    return {
+        s.response.text: (k, advantage[at], weight[at])
+        for s, at, k in zip(batch.samples, batch.spans, keep, strict=True)
+    }
 
 
 def shares(samples: Sequence[Sample], size: int, draw: random.Random) -> list[list[Sample]]:
@@ -116,7 +125,9 @@ def test_two_processes_find_what_one_finds_to_the_bit(tmp_path: Path) -> None:
 
 def run_rank(rank: int, out: Path) -> None:
     """One of two: gathers the responses of both, and writes the targets."""
-    dist.init_process_group("gloo", init_method=f"file://{out}/store", rank=rank, world_size=2, timeout=datetime.timedelta(seconds=30))
+    dist.init_process_group(
+        "gloo", init_method=f"file://{out}/store", rank=rank, world_size=2, timeout=datetime.timedelta(seconds=30)
+    )
     ranks = Ranks(rank, 2, torch.device("cpu"), dist.group.WORLD)
     mine = [s for s in make_step(1, 6, 8) if s.group % 2 == rank]
     gathered = list(chain.from_iterable(ranks.gather_objects(mine)))

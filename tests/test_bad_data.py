@@ -1,4 +1,6 @@
-"""Bad data: left out and counted by cause when it is prepared, replaced and counted when it is drawn, or refused by name; never silent."""
+"""Bad data: left out and counted by cause when it is prepared, replaced and counted when it is drawn, or refused by
+name; never silent.
+"""
 
 import io
 import json
@@ -98,21 +100,27 @@ BAD = {
 }
 
 
-def made(rows: list[dict[str, Any]], *settings: str, processor: Path | None = None, max_bad: float = 1.0) -> tuple[Shards, Count]:
+def made(
+    rows: list[dict[str, Any]], *settings: str, processor: Path | None = None, max_bad: float = 1.0
+) -> tuple[Shards, Count]:
     """Rows through `mmopd prepare`; images are written as files."""
     for i, row in enumerate(rows):
         if isinstance(row.get("image"), bytes):
             Path(f"{i}.bin").write_bytes(row["image"])
             row["image"] = f"{i}.bin"
     Path("rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return prepare(GENERIC, Path("out"), ["data=rows.jsonl", *settings], processor=processor, max_bad=max_bad, max_rows=7)
+    return prepare(
+        GENERIC, Path("out"), ["data=rows.jsonl", *settings], processor=processor, max_bad=max_bad, max_rows=7
+    )
 
 
 IMAGES = ("task=digit_sum", "images=image")
 
 
 def test_odd_images_are_kept_and_counted_as_they_are_seen(student: Path) -> None:
-    shards, count = made([{"question": name, "answer": "1", "image": data} for name, data in GOOD.items()], *IMAGES, processor=student)
+    shards, count = made(
+        [{"question": name, "answer": "1", "image": data} for name, data in GOOD.items()], *IMAGES, processor=student
+    )
     assert (count.rows, count.left_out) == (len(GOOD), {})
     encoder = Encoder(student)
     for i, name in enumerate(GOOD):
@@ -159,17 +167,23 @@ def test_text_that_cannot_be_used_is_left_out_with_its_reason() -> None:
 
 
 def test_a_text_over_the_students_limit_is_left_out_of_the_mixture(student: Path) -> None:
-    shards, _ = made([{"question": "1" * (1 + 9 * i), "answer": "2"} for i in range(20)], "task=additions", processor=student)
+    shards, _ = made(
+        [{"question": "1" * (1 + 9 * i), "answer": "2"} for i in range(20)], "task=additions", processor=student
+    )
     limit = shards.tokens(9)
     source = {"shards": "out", "task": "additions", "max_prompt_tokens": limit}
     mixture = Mixture.model_validate({"sources": {"sums": source}})
     opened = open_mixture(mixture, ["additions"], Path.cwd(), hash_processor(student))["sums"]
     assert (len(opened), opened.left_out) == (10, {f"over {limit} tokens": 10})
     assert opened.kinds == {("additions", "text"): 10}
-    with pytest.raises(UserError, match=r"sources\.sums\.max_prompt_tokens: its tokens were counted for another processor"):
+    with pytest.raises(
+        UserError, match=r"sources\.sums\.max_prompt_tokens: its tokens were counted for another processor"
+    ):
         open_mixture(mixture, ["additions"], Path.cwd(), "of another")
     index_tar(next(Path("out").glob("*.tar")))
-    with pytest.raises(UserError, match=r"out: its tokens have not been counted; `mmopd index .*out --processor MODEL` does it"):
+    with pytest.raises(
+        UserError, match=r"out: its tokens have not been counted; `mmopd index .*out --processor MODEL` does it"
+    ):
         open_mixture(mixture, ["additions"], Path.cwd())
 
 
@@ -198,7 +212,8 @@ def test_more_bad_rows_than_allowed_fail_and_a_higher_limit_goes_on(bad: int, fa
         assert made(rows, "task=additions", max_bad=0.01)[1].rows == 99
         return
     with pytest.raises(
-        UserError, match=r"out: 2 of 100 examples \(2\.0%\) are bad, more than --max-bad 1\.0%.*\n  2 x no answer\n    example 98: "
+        UserError,
+        match=r"out: 2 of 100 examples \(2\.0%\) are bad, more than --max-bad 1\.0%.*\n  2 x no answer\n    example 98: ",
     ):
         made(rows, "task=additions", max_bad=0.01)
     assert not Path("out").exists()
@@ -206,7 +221,10 @@ def test_more_bad_rows_than_allowed_fail_and_a_higher_limit_goes_on(bad: int, fa
 
 
 def source_of(n: int) -> Shards:
-    return write_shards([Prompt(str(i), "additions", "text", tuple(user_turn(f"{i}+1?", 0)), (), str(i + 1)) for i in range(n)], Path("s"))
+    return write_shards(
+        [Prompt(str(i), "additions", "text", tuple(user_turn(f"{i}+1?", 0)), (), str(i + 1)) for i in range(n)],
+        Path("s"),
+    )
 
 
 def overwrite(tar: Path, old: bytes, new: bytes) -> None:
@@ -236,7 +254,9 @@ def test_a_tar_that_is_cut_during_a_run_ends_it_by_name() -> None:
     plan.read(10, lambda _, row: shards[row])
     tar.chmod(0o644)
     tar.write_bytes(tar.read_bytes()[:5_000])
-    with pytest.raises(UserError, match=r"source 's': 100 rows in a row cannot be used; the last one: .*the file ends inside the row"):
+    with pytest.raises(
+        UserError, match=r"source 's': 100 rows in a row cannot be used; the last one: .*the file ends inside the row"
+    ):
         plan.read(300, lambda _, row: shards[row])
     assert set(plan.replaced) == {("s", "truncated")}
 
@@ -304,9 +324,13 @@ def fuzzed(rng: random.Random, i: int) -> dict[str, Any]:
     changes: list[Callable[[], object]] = [
         flip,
         lambda: row.update(image=rng.choice(list(BAD.values()))),
-        lambda: row.update(image=(row.get("image") or b"x")[: rng.randrange(60)] if isinstance(row.get("image"), bytes) else "gone.png"),
+        lambda: row.update(
+            image=(row.get("image") or b"x")[: rng.randrange(60)] if isinstance(row.get("image"), bytes) else "gone.png"
+        ),
         lambda: row.update(image=rng.choice([None, "nowhere.png", 7, [], {"path": None}])),
-        lambda: row.update(question=rng.choice(["", None, 5, "<image>?", "<image><image>", "\0\x1b ⁇ 🙂 ﷽" * 20, ["?"], {"a": 1}])),
+        lambda: row.update(
+            question=rng.choice(["", None, 5, "<image>?", "<image><image>", "\0\x1b ⁇ 🙂 ﷽" * 20, ["?"], {"a": 1}])
+        ),
         lambda: row.update(answer=rng.choice(["", None, 5, "🙂", [], ["a", "b"], {"a": 1}, float("nan")])),
         lambda: row.update(id=rng.choice(["", None, "0", "1", str(i), 3.5, "x" * 300])),
         lambda: row.pop(rng.choice(list(row) or ["question"]), None),

@@ -14,9 +14,9 @@ import pytest
 from rich.console import Console
 
 from mmopd import catalog
+from mmopd.commands.train import check, launch
 from mmopd.config import Recipe
 from mmopd.errors import UserError
-from mmopd.commands.train import check, launch
 from mmopd.runtime.run_folder import RunFolder
 
 DEMO = Path(".mmopd") / "demo"
@@ -55,7 +55,9 @@ def run_and_fail(resolved: Recipe) -> str:
 
 def test_a_typo_is_one_line_with_status_2_and_no_traceback(mine: Path) -> None:
     edit(mine / "recipes" / "small.yaml", lambda text: text.replace("rollout:", "rolout:"))
-    done = subprocess.run([sys.executable, "-m", "mmopd", "train", "recipes/small.yaml"], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-m", "mmopd", "train", "recipes/small.yaml"], capture_output=True, text=True, check=False
+    )
     assert done.returncode == 2
     assert "recipes/small.yaml: unknown key 'rolout'; did you mean 'rollout'?" in done.stderr
     assert "Traceback" not in done.stderr
@@ -77,7 +79,10 @@ def test_a_truncated_shard_is_named(mine: Path) -> None:
 
 
 def test_a_prompt_without_a_teacher_is_named_with_the_routes(mine: Path) -> None:
-    edit(mine / "teachers" / "demo.yaml", lambda text: text.replace("  - {modality: image, teacher: image_teacher}\n", ""))
+    edit(
+        mine / "teachers" / "demo.yaml",
+        lambda text: text.replace("  - {modality: image, teacher: image_teacher}\n", ""),
+    )
     with pytest.raises(UserError, match="no route for prompts of task 'digit_sum' and modality 'image'"):
         check(recipe())
 

@@ -13,8 +13,17 @@ from mmopd.errors import UserError
 from mmopd.prompts import Shards
 from mmopd.task import Task
 
-LOADERS = {"teachers": catalog.load_fleet, "data": catalog.load_mixture, "eval": catalog.load_suite, "recipes": catalog.load_recipe}
-FILES = [path.relative_to(catalog.shipped()) for kind in LOADERS for path in sorted((catalog.shipped() / kind).glob("*.yaml"))]
+LOADERS = {
+    "teachers": catalog.load_fleet,
+    "data": catalog.load_mixture,
+    "eval": catalog.load_suite,
+    "recipes": catalog.load_recipe,
+}
+FILES = [
+    path.relative_to(catalog.shipped())
+    for kind in LOADERS
+    for path in sorted((catalog.shipped() / kind).glob("*.yaml"))
+]
 COMPARISONS = [name for name in FILES if name.stem.startswith("compare_")]
 CODE = [path.relative_to(catalog.shipped()) for path in sorted((catalog.shipped() / "data").glob("*.py"))]
 BODY = "from mmopd.task import Task, verify\ntask = Task(name={name!r}, modality='text', verify=verify.exact)\n"
@@ -64,7 +73,12 @@ def test_every_variant_of_a_shipped_comparison_is_a_recipe_that_loads(name: Path
 
 @pytest.mark.parametrize(
     ("name", "direction"),
-    [("cross_modal_4b", "lift"), ("multi_teacher_2b", "lift"), ("multi_teacher_4b", "lift"), ("strong_to_weak_text", "spread")],
+    [
+        ("cross_modal_4b", "lift"),
+        ("multi_teacher_2b", "lift"),
+        ("multi_teacher_4b", "lift"),
+        ("strong_to_weak_text", "spread"),
+    ],
 )
 def test_a_recipe_of_the_paper_has_its_hyperparameters(name: str, direction: str, tmp_path: Path) -> None:
     recipe = catalog.load_recipe(f"recipes/{name}.yaml", tmp_path)
@@ -73,7 +87,9 @@ def test_a_recipe_of_the_paper_has_its_hyperparameters(name: str, direction: str
     assert (rollout.prompts, rollout.group, rollout.prompts * rollout.group) == (64, 16, 1024)
     assert (rollout.temperature, rollout.max_tokens) == (1.0, 16_384)
     sources = catalog.load_mixture(recipe.mixture, tmp_path).sources
-    assert {source.max_prompt_tokens for key, source in sources.items() if key != "infovqa"} == {2048}  # infographics have twice as many
+    assert {source.max_prompt_tokens for key, source in sources.items() if key != "infovqa"} == {
+        2048
+    }  # infographics have twice as many
     assert algorithm.balance == Balance(scope="group", ratio=1)
     assert algorithm.margin == Margin(kind="shift", scope="group", mode="mean", direction=direction, delta=0.4)
     assert algorithm.objective == OPD()
@@ -114,7 +130,9 @@ def test_the_example_of_the_readme_works(tmp_path: Path, monkeypatch: pytest.Mon
 
 def test_the_readme_lists_the_shipped_tasks() -> None:
     text = (catalog.shipped() / "modalities/README.md").read_text()
-    assert set(re.findall(r"\| `(\w+)` \|", text)) == {path.stem for path in (catalog.shipped() / "modalities").glob("*.py")}
+    assert set(re.findall(r"\| `(\w+)` \|", text)) == {
+        path.stem for path in (catalog.shipped() / "modalities").glob("*.py")
+    }
 
 
 def workspace_with(folder: Path, **files: str) -> Path:
@@ -134,7 +152,9 @@ def test_a_file_of_the_workspace_comes_before_the_shipped_one(tmp_path: Path) ->
     assert catalog.load_recipe("recipes/demo.yaml", tmp_path / "elsewhere").seed != 41
 
 
-def test_the_current_folder_is_the_workspace_unless_one_is_given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_current_folder_is_the_workspace_unless_one_is_given(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(workspace_with(tmp_path, mine=BODY.format(name="mine")))
     assert "mine" in catalog.load_tasks()
 

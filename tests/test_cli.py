@@ -64,7 +64,9 @@ def test_a_folder_in_which_another_process_is_at_work_is_left_alone(tmp_path: Pa
     ):
         with (
             alone_in(folder),
-            pytest.raises(UserError, match=f"{folder}: another mmopd is at work in this folder; wait for it, or stop it"),
+            pytest.raises(
+                UserError, match=f"{folder}: another mmopd is at work in this folder; wait for it, or stop it"
+            ),
         ):
             run(app, [*command, str(folder)], catch_exceptions=False)
     with alone_in(tmp_path / "run"):

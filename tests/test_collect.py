@@ -1,4 +1,6 @@
-"""A step's rollouts: a response is scored as soon as it is finished, draws depend on nothing but their names, and some are scored blind."""
+"""A step's rollouts: a response is scored as soon as it is finished, draws depend on nothing but their names, and some
+are scored blind.
+"""
 
 import asyncio
 import time
@@ -67,8 +69,16 @@ def step(encoder, prompts, *, student, group=4, max_tokens=SHORT + 1, visual=Non
         ):
             began = time.monotonic()
             share = list(enumerate(prompts))
-            samples = await collect(share, recipe=recipe, step=number, engines=[engine], scorer=scorer, verifiers=verifiers)
-            return samples, time.monotonic() - began, [t - began for t in verifiers.times], student.requests, teacher.requests
+            samples = await collect(
+                share, recipe=recipe, step=number, engines=[engine], scorer=scorer, verifiers=verifiers
+            )
+            return (
+                samples,
+                time.monotonic() - began,
+                [t - began for t in verifiers.times],
+                student.requests,
+                teacher.requests,
+            )
 
     return asyncio.run(asyncio.wait_for(main(), 60))
 
@@ -88,7 +98,11 @@ def test_short_responses_of_a_group_come_in_one_request_and_are_the_same_as_one_
     seeds = [(tuple(r["token_ids"]), r["sampling_params"]["seed"]) for r in single]
     _, _, _, together, _ = step(encoder, prompts, student=FakeVLLM(encoder), max_tokens=SHORT)
     assert len(together) == len(prompts)
-    drawn = [(tuple(r["token_ids"]), r["sampling_params"]["seed"] + i) for r in together for i in range(r["sampling_params"]["n"])]
+    drawn = [
+        (tuple(r["token_ids"]), r["sampling_params"]["seed"] + i)
+        for r in together
+        for i in range(r["sampling_params"]["n"])
+    ]
     assert sorted(drawn) == sorted(seeds)
     assert [sample.group for sample in alone] == [i for i in range(len(prompts)) for _ in range(4)]
 
@@ -101,15 +115,21 @@ def test_samples_come_in_the_order_of_their_prompts_whatever_is_finished_first(e
 
 
 def test_the_stated_share_of_the_responses_to_images_is_scored_blind_and_no_other(encoder, prompts):
-    samples, _, _, _, requests = step(encoder, prompts, student=FakeVLLM(encoder), group=64, max_tokens=8, visual={"share": 0.25})
+    samples, _, _, _, requests = step(
+        encoder, prompts, student=FakeVLLM(encoder), group=64, max_tokens=8, visual={"share": 0.25}
+    )
     of_images = [s for s in samples if prompts[s.group].prompt.images]
     blind = [s for s in samples if s.blind is not None]
     assert {id(s) for s in blind} <= {id(s) for s in of_images}
     assert 0.17 < len(blind) / len(of_images) < 0.33
     assert all(isinstance(s.blind, Score) and s.blind.logprobs != s.score.logprobs for s in blind)
     again = step(encoder, prompts, student=FakeVLLM(encoder), group=64, max_tokens=8, visual={"share": 0.25})[0]
-    assert [s.blind is not None for s in again] == [s.blind is not None for s in samples], "the draw must not depend on time or order"
-    other = step(encoder, prompts, student=FakeVLLM(encoder), group=64, max_tokens=8, visual={"share": 0.25}, number=1)[0]
+    assert [s.blind is not None for s in again] == [s.blind is not None for s in samples], (
+        "the draw must not depend on time or order"
+    )
+    other = step(encoder, prompts, student=FakeVLLM(encoder), group=64, max_tokens=8, visual={"share": 0.25}, number=1)[
+        0
+    ]
     assert [s.blind is not None for s in other] != [s.blind is not None for s in samples]
     assert all(s.blind is None for s in step(encoder, prompts, student=FakeVLLM(encoder), max_tokens=8)[0])
     assert len(requests) >= len(blind)

@@ -85,7 +85,9 @@ def test_the_page_the_csv_and_the_pictures_are_written_from_finished_runs_withou
     with (tmp_path / "grid.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert {row["table"] for row in rows} == {"one", "two"}
-    assert [row["mean"] for row in rows if (row["table"], row["row"], row["column"]) == ("one", "OPD", "sums")] == ["92.0"]
+    assert [row["mean"] for row in rows if (row["table"], row["row"], row["column"]) == ("one", "OPD", "sums")] == [
+        "92.0"
+    ]
     for table in ("one", "two"):
         assert (tmp_path / f"grid-{table}.png").read_bytes().startswith(b"\x89PNG")
         assert f"grid-{table}.png" in text
@@ -94,7 +96,10 @@ def test_the_page_the_csv_and_the_pictures_are_written_from_finished_runs_withou
 def test_a_run_that_fails_is_named_with_its_log_and_those_before_it_are_kept(finished, tmp_path):
     nowhere = grid(set={"prepare": None, "student.model": str(tmp_path / "nowhere")})
     runs = [*list(finished.values())[:-1], compare.plan_runs(nowhere, tmp_path)["uni", 2]]
-    with Stages(Console(quiet=True)) as stages, pytest.raises(UserError, match=r"uni-seed2-\w+: .*nowhere: no model.*\n.*seed2-\w+\.log;"):
+    with (
+        Stages(Console(quiet=True)) as stages,
+        pytest.raises(UserError, match=r"uni-seed2-\w+: .*nowhere: no model.*\n.*seed2-\w+\.log;"),
+    ):
         compare.run_all(nowhere, runs, tmp_path / "servers", stages)
     assert all(run.finished for run in runs[:-1])
 
@@ -102,7 +107,10 @@ def test_a_run_that_fails_is_named_with_its_log_and_those_before_it_are_kept(fin
 def test_a_variant_that_is_no_recipe_is_named_before_any_run_is_begun(tmp_path):
     wrong = grid(variants={"opd": {}, "uni": {"set": {"algorithm.margin.delt": 1}}})
     runs = compare.plan_runs(wrong, tmp_path)
-    with Stages(Console(quiet=True)) as stages, pytest.raises(UserError, match=r"variant 'uni': .*delt.*did you mean 'delta'"):
+    with (
+        Stages(Console(quiet=True)) as stages,
+        pytest.raises(UserError, match=r"variant 'uni': .*delt.*did you mean 'delta'"),
+    ):
         compare.run_all(wrong, list(runs.values()), tmp_path / "servers", stages)
     assert not list(tmp_path.iterdir())
 
@@ -125,7 +133,9 @@ def test_a_missing_score_is_an_error_and_not_a_mean_of_what_is_left(finished):
 
 
 def test_a_table_with_an_unknown_variant_is_refused(tmp_path):
-    (tmp_path / "c.yaml").write_text("recipe: r\nvariants: {opd: {}}\ntables: {t: {title: T, baseline: opd, variants: [odp]}}")
+    (tmp_path / "c.yaml").write_text(
+        "recipe: r\nvariants: {opd: {}}\ntables: {t: {title: T, baseline: opd, variants: [odp]}}"
+    )
     with pytest.raises(UserError, match=r"tables.t: no variant 'odp'; did you mean 'opd'"):
         settings_file.read(Comparison, tmp_path / "c.yaml")
 
@@ -136,12 +146,17 @@ def test_every_variant_of_a_shipped_comparison_is_a_recipe_with_the_same_respons
     assert {name for table in comparison.tables.values() for name in table.variants} == comparison.variants.keys()
     tasks = catalog.load_tasks()
     for run in compare.plan_runs(comparison, Path("out")).values():
-        recipe = catalog.load_recipe(comparison.recipe, overrides=[f"{key}={json.dumps(value)}" for key, value in run.settings.items()])
+        recipe = catalog.load_recipe(
+            comparison.recipe, overrides=[f"{key}={json.dumps(value)}" for key, value in run.settings.items()]
+        )
         objective = recipe.algorithm.objective
         each = objective.attempts if objective.kind == "sft" else recipe.rollout.group
         assert (recipe.train.steps, recipe.rollout.prompts * each) == (steps, 256)
         assert recipe.fleet is not None
-        kinds = [(source.task, tasks[source.task].modality) for source in catalog.load_mixture(recipe.mixture).sources.values()]
+        kinds = [
+            (source.task, tasks[source.task].modality)
+            for source in catalog.load_mixture(recipe.mixture).sources.values()
+        ]
         check_routes(catalog.load_fleet(recipe.fleet), tasks, kinds)
 
 

@@ -27,20 +27,35 @@ def write(folder: Path, text: str) -> Path:
         ("algorithm: {margin: {delta: -1}}", "algorithm.margin.delta: Input should be greater than or equal to 0"),
         ("algorithm: {margin: {delta: .inf}}", "algorithm.margin.delta: Input should be a finite number"),
         ("algorithm: {margin: {delta: .nan}}", "algorithm.margin.delta: Input should be"),
-        ("algorithm: {margin: {kind: mask, retain: 1.5}}", "algorithm.margin.retain: Input should be less than or equal to 1"),
-        ("algorithm: {margin: {kind: mask, retain: -1}}", "algorithm.margin.retain: Input should be greater than or equal to 0"),
+        (
+            "algorithm: {margin: {kind: mask, retain: 1.5}}",
+            "algorithm.margin.retain: Input should be less than or equal to 1",
+        ),
+        (
+            "algorithm: {margin: {kind: mask, retain: -1}}",
+            "algorithm.margin.retain: Input should be greater than or equal to 0",
+        ),
         ("algorithm: {margin: {kind: both}}", "algorithm.margin.kind: Input should be 'shift' or 'mask'"),
         ("algorithm: {margin: {kind: [shift, mask]}}", "algorithm.margin.kind: Input should be 'shift' or 'mask'"),
-        ("algorithm: {margin: [{kind: shift}, {kind: mask}]}", "one calibration at a time: `kind: shift` or `kind: mask`"),
+        (
+            "algorithm: {margin: [{kind: shift}, {kind: mask}]}",
+            "one calibration at a time: `kind: shift` or `kind: mask`",
+        ),
         ("algorithm: {margin: {shift: {delta: 1}, mask: {}}}", "one calibration at a time"),
         ("algorithm: {margin: {kind: mask, direction: spread}}", "set algorithm.margin.direction=null"),
-        ("algorithm: {margin: {kind: shift, retain: 0.25}}", "`retain` is a setting of `kind: mask`, and the kind is shift: leave it out"),
+        (
+            "algorithm: {margin: {kind: shift, retain: 0.25}}",
+            "`retain` is a setting of `kind: mask`, and the kind is shift: leave it out",
+        ),
         ("algorithm: {margin: {retain: 0.5}}", "set algorithm.margin.retain=null"),
         ("algorithm: {margin: {mode: median}}", "algorithm.margin.mode: Input should be 'mean' or 'minmax'"),
         ("algorithm: {balance: {ratio: -1}}", "algorithm.balance.ratio: Input should be greater than or equal to 0"),
         ("algorithm: {balance: {ratio: -.inf}}", "algorithm.balance.ratio: Input should be greater than or equal to 0"),
         ("algorithm: {balance: {ratio: .nan}}", "algorithm.balance.ratio: Input should be greater than or equal to 0"),
-        ("algorithm: {balance: {tolerance: 2}}", "algorithm.balance.tolerance: Input should be less than or equal to 1"),
+        (
+            "algorithm: {balance: {tolerance: 2}}",
+            "algorithm.balance.tolerance: Input should be less than or equal to 1",
+        ),
         ("algorithm: {balance: {scope: global}}", "algorithm.balance.scope: Input should be 'group' or 'batch'"),
         ("algorithm: {outcome_threshold: 0}", "algorithm.outcome_threshold: Input should be greater than 0"),
         ("algorithm: {log_ratio_clip: .nan}", "algorithm.log_ratio_clip: Input should be greater than 0"),
@@ -64,7 +79,9 @@ def test_a_missing_recipe_and_one_that_is_a_list_are_refused(tmp_path: Path) -> 
 
 
 def test_overrides_replace_values_and_switch_parts_off(tmp_path: Path) -> None:
-    recipe = settings_file.read(Recipe, write(tmp_path, RECIPE), ["train.steps=3", "algorithm.margin=null", "algorithm.balance.ratio=2"])
+    recipe = settings_file.read(
+        Recipe, write(tmp_path, RECIPE), ["train.steps=3", "algorithm.margin=null", "algorithm.balance.ratio=2"]
+    )
     assert recipe.train.steps == 3
     assert recipe.algorithm.margin is None
     assert recipe.algorithm.balance is not None
@@ -83,7 +100,8 @@ def test_an_override_that_makes_no_sense_is_refused(tmp_path: Path, override: st
 
 
 @pytest.mark.parametrize(
-    "override", ["algorithm.balance.ratio=.inf", "algorithm.balance.ratio=0", "algorithm.margin={kind: mask, retain: 0}", "seed=7"]
+    "override",
+    ["algorithm.balance.ratio=.inf", "algorithm.balance.ratio=0", "algorithm.margin={kind: mask, retain: 0}", "seed=7"],
 )
 def test_a_resolved_recipe_reads_back_as_itself(tmp_path: Path, override: str) -> None:
     recipe = settings_file.read(Recipe, write(tmp_path, RECIPE), [override])

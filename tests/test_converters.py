@@ -66,7 +66,9 @@ def stored(files: Iterable[bytes]) -> list[dict[str, Any]]:
 
 def deepmath(n: int) -> list[dict[str, Any]]:
     rest = {"topic": "Mathematics -> Algebra", **{f"r1_solution_{k}": "long" * 100 for k in (1, 2, 3)}}
-    return [{"question": f"Find ${i}^2$.", "final_answer": f"{i * i}", "difficulty": 4.0 + i % 6, **rest} for i in range(n)]
+    return [
+        {"question": f"Find ${i}^2$.", "final_answer": f"{i * i}", "difficulty": 4.0 + i % 6, **rest} for i in range(n)
+    ]
 
 
 def test_deepmath() -> None:
@@ -85,7 +87,10 @@ def eurus(i: int, **changes: Any) -> dict[str, Any]:
     question = f"Problem {i}: add.\n\nWrite Python code to solve the problem. Present the code in \n```python\nYour code\n```\nat the end."
     return {
         "data_source": "taco",
-        "prompt": [{"content": "\nWhen tackling complex reasoning tasks, ...", "role": "system"}, {"content": question, "role": "user"}],
+        "prompt": [
+            {"content": "\nWhen tackling complex reasoning tasks, ...", "role": "system"},
+            {"content": question, "role": "user"},
+        ],
         "ability": "code",
         "reward_model": {"ground_truth": json.dumps(tests), "style": "rule"},
         "extra_info": {"index": i, "split": "train"},
@@ -143,7 +148,10 @@ def test_openmmreasoner(subset: str) -> None:
 
 def test_images_stay_where_the_question_has_them() -> None:
     files = [picture(1), picture(2)]
-    rows = [openmmreasoner("mmk12", 0, files, "From <image> to\n<image>: which?"), openmmreasoner("mmk12", 1, files, "One <image>?")]
+    rows = [
+        openmmreasoner("mmk12", 0, files, "From <image> to\n<image>: which?"),
+        openmmreasoner("mmk12", 1, files, "One <image>?"),
+    ]
     shards, count = run("openmmreasoner", f"data={table(Path('x.parquet'), rows)}", max_bad=0.5)
 
     assert asked(shards[0])[:4] == ["From ", "<image>", " to", "<image>"]
@@ -153,7 +161,13 @@ def test_images_stay_where_the_question_has_them() -> None:
 
 def test_chartqa() -> None:
     rows = [
-        {"image": stored([picture(i)])[0], "query": f"How many in {i}?", "label": [f"{i}.5 "], "human_or_machine": i % 2} for i in range(4)
+        {
+            "image": stored([picture(i)])[0],
+            "query": f"How many in {i}?",
+            "label": [f"{i}.5 "],
+            "human_or_machine": i % 2,
+        }
+        for i in range(4)
     ]
     path = table(Path("chartqa/train-00000-of-00001.parquet"), rows)
     shards, _ = run("chartqa", f"data={path}")
@@ -166,8 +180,19 @@ def test_chartqa() -> None:
 
 def test_docvqa_from_the_hub_and_from_its_own_files() -> None:
     rows = [
-        {"questionId": str(i), "question": "Which year?", "question_types": ["form"], "image": stored([picture(i)])[0], "docId": i}
-        | {"ucsf_document_id": "x", "ucsf_document_page_no": "1", "answers": ["1999", "in 1999", "1999"][: i + 1], "data_split": "val"}
+        {
+            "questionId": str(i),
+            "question": "Which year?",
+            "question_types": ["form"],
+            "image": stored([picture(i)])[0],
+            "docId": i,
+        }
+        | {
+            "ucsf_document_id": "x",
+            "ucsf_document_page_no": "1",
+            "answers": ["1999", "in 1999", "1999"][: i + 1],
+            "data_split": "val",
+        }
         for i in range(3)
     ]
     table(Path("hub/DocVQA/validation-00000-of-00001.parquet"), rows)
@@ -215,7 +240,9 @@ def as_saved(rows: list[dict[str, Any]]) -> str:
 
 @pytest.mark.parametrize("form", [as_jsonl, as_json, as_parquet, as_saved])
 def test_generic_tables(form: Callable[[list[dict[str, Any]]], str]) -> None:
-    rows = [{"id": f"r{i}", "text": {"q": f"What is {i}+1?"}, "gold": f"{i + 1}", "caption": f"sum {i}"} for i in range(200)]
+    rows = [
+        {"id": f"r{i}", "text": {"q": f"What is {i}+1?"}, "gold": f"{i + 1}", "caption": f"sum {i}"} for i in range(200)
+    ]
     named = ["question=text.q", "answer=gold", "number=id", "extra=[caption]", "limit=150"]
     shards, count = run("generic", f"data={form(rows)}", "task=text_math", *named)
     assert [row.answer for row in shards] == [str(i + 1) for i in range(150)]
@@ -241,7 +268,9 @@ def test_generic_images_by_path_and_by_folder() -> None:
 
 def test_a_data_set_of_the_hub_is_read_as_it_is_stored() -> None:
     rows = {"question": ["a?", "b?"], "answer": ["1", "2"], "image": [stored([picture(i)])[0] for i in range(2)]}
-    features = datasets.Features({"question": datasets.Value("string"), "answer": datasets.Value("string"), "image": datasets.Image()})
+    features = datasets.Features(
+        {"question": datasets.Value("string"), "answer": datasets.Value("string"), "image": datasets.Image()}
+    )
     datasets.Dataset.from_dict(rows, features=features).save_to_disk("saved")
     shards, _ = run("generic", "data=saved", "task=image_math", "images=image")
     assert [row.images[0] for row in shards] == [picture(0), picture(1)]

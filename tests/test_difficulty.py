@@ -1,4 +1,6 @@
-"""The difficulty pass's books: nothing is counted twice, nothing is lost by a kill, and nothing is used for what it was not made from."""
+"""The difficulty pass's books: nothing is counted twice, nothing is lost by a kill, and nothing is used for what it was
+not made from.
+"""
 
 import io
 from pathlib import Path
@@ -87,16 +89,27 @@ def test_counts_lie_beside_the_shards_and_depend_on_data_student_and_sampling_bu
 ) -> None:
     def file(shards: Shards = u_shaped[0]["sums"], student: str = "s", max_tokens: int = 9, **settings: object) -> Path:
         return difficulty_counts.counts_file(
-            shards, difficulty_counts.origin(shards, student, config.Difficulty.model_validate(settings), max_tokens=max_tokens, threshold=0.5)
+            shards,
+            difficulty_counts.origin(
+                shards, student, config.Difficulty.model_validate(settings), max_tokens=max_tokens, threshold=0.5
+            ),
         )
 
     assert file().parent.parent == u_shaped[0]["sums"].folder
     assert file() == file(cap=2) == file(policy="drop_easy") == file(shape="flat")
-    others = {file(student="t"), file(attempts=4), file(temperature=0.5), file(max_tokens=8), file(shards_of(tmp_path / "others", 3))}
+    others = {
+        file(student="t"),
+        file(attempts=4),
+        file(temperature=0.5),
+        file(max_tokens=8),
+        file(shards_of(tmp_path / "others", 3)),
+    }
     assert len(others | {file()}) == 6
 
 
-@pytest.mark.parametrize(("policy", "weights"), [("drop_easy", [1, 1, 1, 0, 1]), ("frontier", [0, 0.4375, 1, 0, 0.359375])])
+@pytest.mark.parametrize(
+    ("policy", "weights"), [("drop_easy", [1, 1, 1, 0, 1]), ("frontier", [0, 0.4375, 1, 0, 0.359375])]
+)
 def test_the_policies_of_others_can_be_chosen(tmp_path: Path, policy: str, weights: list[float]) -> None:
     with difficulty_counts.Counts(tmp_path / "counts.jsonl", {}) as counts:
         for row, (correct, attempts) in enumerate([(0, 8), (1, 8), (4, 8), (8, 8), (0, 0)]):
@@ -124,7 +137,9 @@ def test_the_table_says_how_many_rows_are_never_and_always_right(tmp_path: Path)
     assert line.replace("│", " ").split() == ["sums", "4", "1", "1", "1", "1", "mirrored", "j", "1.00", "to", "4.00"]
 
 
-def test_a_u_shaped_source_gets_weights_that_the_plan_follows(tmp_path: Path, u_shaped: tuple[dict[str, Shards], list[int]]) -> None:
+def test_a_u_shaped_source_gets_weights_that_the_plan_follows(
+    tmp_path: Path, u_shaped: tuple[dict[str, Shards], list[int]]
+) -> None:
     sources, correct = u_shaped
     count(tmp_path / "counts.jsonl", correct, {})
     with difficulty_counts.Counts(tmp_path / "counts.jsonl", {}) as counts:

@@ -1,4 +1,6 @@
-"""The whole job on a world of a few rows: real vLLM servers, ZeRO-3 on two ranks, lmms-eval; and that nothing survives it."""
+"""The whole job on a world of a few rows: real vLLM servers, ZeRO-3 on two ranks, lmms-eval; and that nothing survives
+it.
+"""
 
 import json
 import os
@@ -15,12 +17,18 @@ from transformers import AutoProcessor, Qwen3VLForConditionalGeneration
 
 from mmopd.config import Recipe
 from mmopd.evaluate import Results
-from mmopd.runtime.fingerprint import hash_model
 from mmopd.report.metrics import read_lines
+from mmopd.runtime.fingerprint import hash_model
 from mmopd.runtime.run_folder import RunFolder
 from mmopd.settings_file import read
 
-SMALL = ["train.steps=4", "train.checkpoint_every=2", "rollout.prompts=6", "rollout.group=4", "algorithm.difficulty.attempts=2"]
+SMALL = [
+    "train.steps=4",
+    "train.checkpoint_every=2",
+    "rollout.prompts=6",
+    "rollout.group=4",
+    "algorithm.difficulty.attempts=2",
+]
 NO_SUITE = "suite=null"
 MARK = "MMOPD_TEST_MARK"
 
@@ -96,7 +104,10 @@ def test_the_run_folder_can_repeat_the_run(finished: tuple[RunFolder, str]) -> N
     assert read(Recipe, run.recipe_file).train.steps == 4
     assert json.loads(run.versions.read_text())["mmopd"]
     difficulty = json.loads((run.difficulty / "difficulty.json").read_text())
-    assert {name: len(one["weights"]) for name, one in difficulty["sources"].items()} == {"additions": 16, "digit_sum": 16}
+    assert {name: len(one["weights"]) for name, one in difficulty["sources"].items()} == {
+        "additions": 16,
+        "digit_sum": 16,
+    }
     assert {path.name for path in run.checkpoints.iterdir()} == {"step-00000002", "step-00000004"}
     assert {"serve", "difficulty", "distil"} <= json.loads(run.timings.read_text()).keys()
 
@@ -111,7 +122,9 @@ def test_student_and_teachers_are_evaluated_before_and_the_student_after(finishe
     assert run.report.stat().st_size > 1_000_000  # plotly is in it
 
 
-def test_the_exported_student_loads_and_is_another_model_than_the_base(finished: tuple[RunFolder, str], workspace: Path) -> None:
+def test_the_exported_student_loads_and_is_another_model_than_the_base(
+    finished: tuple[RunFolder, str], workspace: Path
+) -> None:
     run, _ = finished
     model, info = Qwen3VLForConditionalGeneration.from_pretrained(run.export, output_loading_info=True)
     assert not info["missing_keys"]

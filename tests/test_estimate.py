@@ -1,6 +1,7 @@
 """`mmopd plan`: what can be proven of its numbers without a GPU, and what it refuses.
 
-As a program (`python test_estimate.py MODEL OUT`, with RANK etc. set) it is a training rank that measures what ZeRO-3 keeps.
+As a program (`python test_estimate.py MODEL OUT`, with RANK etc. set) it is a training rank that measures what ZeRO-3
+keeps.
 """
 
 import json
@@ -21,13 +22,13 @@ from typer.testing import CliRunner
 from mmopd import catalog
 from mmopd.capacity import memory, step_time
 from mmopd.capacity.budget import Machines, budget, largest
+from mmopd.capacity.memory import GIB, GPUS, Load
+from mmopd.capacity.model_size import read_model
+from mmopd.capacity.show import show_budget
+from mmopd.capacity.step_time import Served
 from mmopd.cli import app
 from mmopd.config import Algorithm, Engine, Lora, Recipe, Train
 from mmopd.errors import UserError
-from mmopd.capacity.memory import GIB, GPUS, Load
-from mmopd.capacity.show import show_budget
-from mmopd.capacity.model_size import read_model
-from mmopd.capacity.step_time import Served
 
 RECIPES = ["cross_modal_4b", "multi_teacher_2b", "multi_teacher_4b", "strong_to_weak_text"]
 H100 = GPUS["H100-80G"]
@@ -36,8 +37,16 @@ TRAINS = {
     "float32, frozen": Train(dtype="float32", freeze=("vision", "projector")),
     "lora": Train(lora=Lora(rank=4)),
 }
-VISION = {"hidden_size": 1024, "depth": 24, "intermediate_size": 4096, "out_hidden_size": 2560, "deepstack_visual_indexes": [5, 11, 17]}
-PUBLISHED: dict[str, tuple[float, dict[str, Any], dict[str, Any], bool]] = {  # G parameters, text, vision, tied; from the model cards
+VISION = {
+    "hidden_size": 1024,
+    "depth": 24,
+    "intermediate_size": 4096,
+    "out_hidden_size": 2560,
+    "deepstack_visual_indexes": [5, 11, 17],
+}
+PUBLISHED: dict[
+    str, tuple[float, dict[str, Any], dict[str, Any], bool]
+] = {  # G parameters, text, vision, tied; from the model cards
     "Qwen3-VL-2B-Instruct": (
         2.13,
         {"hidden_size": 2048, "num_hidden_layers": 28, "num_attention_heads": 16, "intermediate_size": 6144},
@@ -53,7 +62,13 @@ PUBLISHED: dict[str, tuple[float, dict[str, Any], dict[str, Any], bool]] = {  # 
     "Qwen3-VL-8B-Instruct": (
         8.77,
         {"hidden_size": 4096, "num_hidden_layers": 36, "num_attention_heads": 32, "intermediate_size": 12288},
-        {"hidden_size": 1152, "depth": 27, "intermediate_size": 4304, "out_hidden_size": 4096, "deepstack_visual_indexes": [8, 16, 24]},
+        {
+            "hidden_size": 1152,
+            "depth": 27,
+            "intermediate_size": 4304,
+            "out_hidden_size": 4096,
+            "deepstack_visual_indexes": [8, 16, 24],
+        },
         False,
     ),
 }
@@ -88,7 +103,11 @@ def write_config(folder: Path, name: str) -> Path:
         "num_position_embeddings": 2304,
     } | vision
     folder.mkdir(parents=True)
-    whole = {"architectures": ["Qwen3VLForConditionalGeneration"], "model_type": "qwen3_vl", "tie_word_embeddings": tied}
+    whole = {
+        "architectures": ["Qwen3VLForConditionalGeneration"],
+        "model_type": "qwen3_vl",
+        "tie_word_embeddings": tied,
+    }
     (folder / "config.json").write_text(json.dumps(whole | {"text_config": text, "vision_config": vision}))
     return folder
 
@@ -168,7 +187,9 @@ def measure(model: Path, out: Path) -> None:
     found = {}
     for name, train in TRAINS.items():
         trainer = Trainer(model, Encoder(model), train, Algorithm(), ranks)
-        trainer.engine.backward(trainer.engine(input_ids=torch.ones(1, 4, dtype=torch.long), use_cache=False).logits.sum())
+        trainer.engine.backward(
+            trainer.engine(input_ids=torch.ones(1, 4, dtype=torch.long), use_cache=False).logits.sum()
+        )
         trainer.engine.step()  # Adam makes its moments at the first one
         optimizer = trainer.engine.optimizer
         weights = list(trainer.student.parameters())
@@ -188,16 +209,24 @@ def measure(model: Path, out: Path) -> None:
     stop()
 
 
-def test_the_state_of_zero_3_is_what_deepspeed_holds_on_each_rank_and_the_engine_gets_what_is_counted(tiny: Path, tmp_path: Path) -> None:
+def test_the_state_of_zero_3_is_what_deepspeed_holds_on_each_rank_and_the_engine_gets_what_is_counted(
+    tiny: Path, tmp_path: Path
+) -> None:
     ranks = 2
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     paths = os.pathsep.join([str(Path(__file__).parents[1]), str(Path(__file__).parent)])
-    env = os.environ | {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "PYTHONPATH": paths}
+    env = os.environ | {
+        "WORLD_SIZE": str(ranks),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "PYTHONPATH": paths,
+    }
     command = [sys.executable, __file__, str(tiny), str(tmp_path / "found.json")]
     running = [
-        subprocess.Popen(command, env=env | {"RANK": str(n), "LOCAL_RANK": str(n)}, stderr=subprocess.PIPE, text=True) for n in range(ranks)
+        subprocess.Popen(command, env=env | {"RANK": str(n), "LOCAL_RANK": str(n)}, stderr=subprocess.PIPE, text=True)
+        for n in range(ranks)
     ]
     try:
         errors = [process.communicate(timeout=240)[1] for process in running]
@@ -216,7 +245,9 @@ def test_the_state_of_zero_3_is_what_deepspeed_holds_on_each_rank_and_the_engine
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
-def test_what_autograd_keeps_of_a_layer_is_at_most_the_estimate_and_not_much_less(dtype: torch.dtype, tmp_path: Path) -> None:
+def test_what_autograd_keeps_of_a_layer_is_at_most_the_estimate_and_not_much_less(
+    dtype: torch.dtype, tmp_path: Path
+) -> None:
     write_config(tmp_path / "m", "Qwen3-VL-2B-Instruct")
     config = transformers.AutoConfig.from_pretrained(tmp_path / "m", attn_implementation="sdpa")
     width = dtype.itemsize
@@ -311,11 +342,17 @@ def test_servers_are_placed_where_mmopd_train_puts_them(monkeypatch: pytest.Monk
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     for gpus, sizes in ((8, [4, 1, 1]), (4, [2, 1, 1, 2]), (1, [1, 1]), (8, [8, 2])):
         monkeypatch.setattr(torch.cuda, "device_count", lambda n=gpus: n)
-        specs = [servers.ServerSpec(str(i), Path(), Engine(tensor_parallel=n), updatable=False) for i, n in enumerate(sizes)]
-        assert list(servers._assign_gpus(specs).values()) == [",".join(map(str, one)) for one in servers.place(sizes, gpus)]
+        specs = [
+            servers.ServerSpec(str(i), Path(), Engine(tensor_parallel=n), updatable=False) for i, n in enumerate(sizes)
+        ]
+        assert list(servers._assign_gpus(specs).values()) == [
+            ",".join(map(str, one)) for one in servers.place(sizes, gpus)
+        ]
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,6,GPU-5e,7")  # of a job that has half of a machine
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
-    two = [servers.ServerSpec(name, Path(), Engine(tensor_parallel=n), updatable=False) for name, n in (("a", 2), ("b", 1))]
+    two = [
+        servers.ServerSpec(name, Path(), Engine(tensor_parallel=n), updatable=False) for name, n in (("a", 2), ("b", 1))
+    ]
     assert servers._assign_gpus(two) == {"a": "7,GPU-5e", "b": "6"}
     assert servers.place([4, 1, 1], 8) == [[7, 6, 5, 4], [3], [2]]
     assert servers.place([1, 1, 2], 4, sharing=[0]) == [[0], [3], [2, 1]]
@@ -336,16 +373,22 @@ def test_an_engine_that_sleeps_while_the_trainer_learns_shares_the_gpu_of_rank_0
     shared = ["student.sync=ipc", "student.replicas=1", "student.engine.gpu_share=0.75"]
     together = plan("multi_teacher_2b", *shared)
     assert together.roles[1].where == [(0, 0)]
-    assert len({place for role in together.roles for place in role.where}) < len({place for role in apart.roles for place in role.where})
+    assert len({place for role in together.roles for place in role.where}) < len(
+        {place for role in apart.roles for place in role.where}
+    )
     assert together.refusals == []  # though the peaks of both are more than the GPU
     assert together.roles[0].peak + together.roles[1].peak > H100.memory * GIB
-    assert any("Trainer" in refusal and "Engine" in refusal for refusal in plan("multi_teacher_2b", *shared[:2]).refusals)
+    assert any(
+        "Trainer" in refusal and "Engine" in refusal for refusal in plan("multi_teacher_2b", *shared[:2]).refusals
+    )
 
 
 def test_rollouts_for_which_an_engine_has_no_time_are_refused(workspace: Path) -> None:
     rolled = next(time.seconds for time in plan("cross_modal_4b").times if time.what == "rollout")
     [refusal] = plan("cross_modal_4b", f"train.timeout={int(rolled) - 1}").refusals
-    assert refusal.startswith(f"rollouts take {rolled:,.0f} s by this estimate, and train.timeout = {int(rolled) - 1:,} s")
+    assert refusal.startswith(
+        f"rollouts take {rolled:,.0f} s by this estimate, and train.timeout = {int(rolled) - 1:,} s"
+    )
 
 
 def test_replicas_of_the_student_have_gpus_of_their_own_and_share_the_rollouts(workspace: Path) -> None:
@@ -389,20 +432,36 @@ def test_the_largest_sample_of_a_shipped_recipe_fits_its_contexts(name: str, wor
         (["train.ranks=1"], Machines(H100), "than 79.6 GiB; raise train.ranks (now 1), or set train.offload=true"),
         (["train.gradient_checkpointing=false"], Machines(H100), "set train.gradient_checkpointing=true"),
         (["train.micro_tokens=200000"], Machines(H100), "lower train.micro_tokens (now 200,000)"),
-        (["rollout.max_tokens=20000"], Machines(H100), "student: a prompt of 2,048 and a response of 20,000 tokens need 22,048"),
-        (["student.engine.kv_cache_mib=100"], Machines(H100), "student: the KV cache is 2.5 GiB too small for one sequence"),
-        (["student.engine.tensor_parallel=3"], Machines(H100), "32 heads do not split over tensor_parallel=3 (student.engine)"),
+        (
+            ["rollout.max_tokens=20000"],
+            Machines(H100),
+            "student: a prompt of 2,048 and a response of 20,000 tokens need 22,048",
+        ),
+        (
+            ["student.engine.kv_cache_mib=100"],
+            Machines(H100),
+            "student: the KV cache is 2.5 GiB too small for one sequence",
+        ),
+        (
+            ["student.engine.tensor_parallel=3"],
+            Machines(H100),
+            "32 heads do not split over tensor_parallel=3 (student.engine)",
+        ),
         ([], Machines(H100, gpus=4), "or take more GPUs"),
     ],
 )
-def test_what_cannot_fit_is_refused_with_the_key_to_change(overrides: list[str], machines: Machines, message: str, workspace: Path) -> None:
+def test_what_cannot_fit_is_refused_with_the_key_to_change(
+    overrides: list[str], machines: Machines, message: str, workspace: Path
+) -> None:
     assert any(message in refusal for refusal in plan("cross_modal_4b", *overrides, machines=machines).refusals)
 
 
 def test_a_teacher_whose_log_probs_do_not_fit_beside_its_share_is_refused(workspace: Path) -> None:
     fleet = (catalog.shipped() / "teachers/cross_modal.yaml").read_text()
     (workspace / "teachers").mkdir()
-    (workspace / "teachers/mine.yaml").write_text(fleet.replace("max_num_seqs: 32", "max_num_seqs: 32, gpu_share: 0.95"))
+    (workspace / "teachers/mine.yaml").write_text(
+        fleet.replace("max_num_seqs: 32", "max_num_seqs: 32, gpu_share: 0.95")
+    )
     refusals = plan("cross_modal_4b", "fleet=teachers/mine.yaml").refusals
     assert len(refusals) == 2
     assert "lower gpu_share (now 0.95) of teachers.math.engine, or --max-num-batched-tokens (now 8,192)" in refusals[0]
@@ -432,14 +491,23 @@ def test_time_follows_the_rates_of_the_gpu_and_the_length_of_responses(workspace
     assert plan("cross_modal_4b", response=1000).step < plan("cross_modal_4b", response=8000).step
     done = plan("cross_modal_4b")
     assert done.step < sum(time.seconds for time in done.times), "teachers score while the student samples"
-    ahead, again = plan("cross_modal_4b", "rollout.async_steps=1"), plan("cross_modal_4b", "train.old_logprobs=recompute")
+    ahead, again = (
+        plan("cross_modal_4b", "rollout.async_steps=1"),
+        plan("cross_modal_4b", "train.old_logprobs=recompute"),
+    )
     seconds, before = ({time.what: time.seconds for time in one.times} for one in (ahead, done))
-    assert seconds["update"] == pytest.approx(before["update"] * 5 / 4), "one more forward pass beside those of checkpointing"
-    assert ahead.step == pytest.approx(max(seconds["update"], seconds["rollout"], seconds["scoring"]) + seconds["weight sync"])
+    assert seconds["update"] == pytest.approx(before["update"] * 5 / 4), (
+        "one more forward pass beside those of checkpointing"
+    )
+    assert ahead.step == pytest.approx(
+        max(seconds["update"], seconds["rollout"], seconds["scoring"]) + seconds["weight sync"]
+    )
     assert ahead.step < again.step
 
 
-def test_replicas_are_spared_the_all_reduces_of_an_engine_on_several_gpus(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_replicas_are_spared_the_all_reduces_of_an_engine_on_several_gpus(
+    workspace: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def rolled(*overrides: str) -> float:
         return next(time.seconds for time in plan("cross_modal_4b", *overrides).times if time.what == "rollout")
 
@@ -461,15 +529,22 @@ def test_a_sync_takes_what_was_trained_over_its_own_link(workspace: Path) -> Non
     assert sync("student.replicas=4").seconds == sync().seconds, "the engines read the same bytes at the same time"
     assert sync("student.sync=broadcast").seconds == pytest.approx(2 * gathered)
     assert sync("student.sync=broadcast", "student.replicas=4").seconds == pytest.approx(5 * gathered)
-    assert sync("student.sync=ipc").seconds > through_host, "an engine that sleeps takes all its weights out of the GPU and back"
+    assert sync("student.sync=ipc").seconds > through_host, (
+        "an engine that sleeps takes all its weights out of the GPU and back"
+    )
     assert "7.5 GiB" in sync("train.freeze=[vision, projector]").how
-    assert "6.8 GiB" in sync("train.lora={rank: 8}").how, "adapters are merged: all layers of the language model, without its embedding"
+    assert "6.8 GiB" in sync("train.lora={rank: 8}").how, (
+        "adapters are merged: all layers of the language model, without its embedding"
+    )
 
 
 def test_a_teacher_that_sees_images_looks_at_them_and_one_of_text_does_not(workspace: Path) -> None:
     def share(all: float, seen: float) -> float:
         recipe = catalog.load_recipe("recipes/cross_modal_4b.yaml")
-        model, work = read_model(recipe.student.model), step_time.Work(64, 16, 1000, 8000, Load(2000, 16000, True, 8000))
+        model, work = (
+            read_model(recipe.student.model),
+            step_time.Work(64, 16, 1000, 8000, Load(2000, 16000, True, 8000)),
+        )
         served = Served("math", ("math",), "", model, Engine(), [0])
         return step_time._scoring(H100, [served], work, {"math": step_time.Share(all, seen)}).seconds
 
@@ -478,7 +553,9 @@ def test_a_teacher_that_sees_images_looks_at_them_and_one_of_text_does_not(works
     model = read_model(workspace / "models/Qwen3-VL-4B-Instruct")
     patches = 64 * 16 * 1000 * 4
     assert whole - blind == pytest.approx(2 * model.tower * patches / (H100.tflops * 1e12 * step_time.PREFILL))
-    assert plan("cross_modal_4b").times[1].how.startswith("math: "), "the code teacher has as many prompts, and no images"
+    assert plan("cross_modal_4b").times[1].how.startswith("math: "), (
+        "the code teacher has as many prompts, and no images"
+    )
 
 
 # The command

@@ -72,7 +72,9 @@ class Server:
                 pass
 
         self._http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.endpoint = Endpoint("student", f"http://127.0.0.1:{self._http.server_port}", "mmopd-student", KEY, "student")
+        self.endpoint = Endpoint(
+            "student", f"http://127.0.0.1:{self._http.server_port}", "mmopd-student", KEY, "student"
+        )
 
     def __enter__(self) -> "Server":
         threading.Thread(target=self._http.serve_forever, daemon=True).start()
@@ -84,7 +86,11 @@ class Server:
 
 
 def write_rows(path: Path, questions: list[str], answers: list[str], images: list[bytes] | None = None) -> Path:
-    columns = {"question": questions, "answer": answers, "image": pa.array(images or [None] * len(questions), pa.binary())}
+    columns = {
+        "question": questions,
+        "answer": answers,
+        "image": pa.array(images or [None] * len(questions), pa.binary()),
+    }
     pq.write_table(pa.table(columns), path)
     return path
 
@@ -117,10 +123,14 @@ def suite(tmp_path_factory: pytest.TempPathFactory) -> Suite:
     answers = [str(a + b) for a, b in sums]
 
     def additions(name: str, mark: Callable[[int], str], metric: str = "accuracy,none") -> Benchmark:
-        rows = write_rows(folder / f"{name}.parquet", [f"What is {a}+{b}?{mark(i)}" for i, (a, b) in enumerate(sums)], answers)
+        rows = write_rows(
+            folder / f"{name}.parquet", [f"What is {a}+{b}?{mark(i)}" for i, (a, b) in enumerate(sums)], answers
+        )
         return Benchmark(column=name, task=ADDITIONS, metric=metric, data=rows, max_tokens=7)
 
-    images = write_rows(folder / "images.parquet", ["sum?"] * 4, ["32", "64", "96", "128"], [picture(w) for w in (32, 64, 96, 128)])
+    images = write_rows(
+        folder / "images.parquet", ["sum?"] * 4, ["32", "64", "96", "128"], [picture(w) for w in (32, 64, 96, 128)]
+    )
     return Suite(
         benchmarks=(
             additions("planted", lambda i: " wrongly" if i < 3 else ""),
@@ -129,7 +139,10 @@ def suite(tmp_path_factory: pytest.TempPathFactory) -> Suite:
             additions("silent", lambda i: " silent" if i < 2 else ""),
             additions("no metric", lambda i: "", metric="exact_match,none"),
             Benchmark(
-                column="DynaMath", task="dynamath_reasoning", metric="dynamath_average,none", data=dynamath(folder / "dynamath.parquet")
+                column="DynaMath",
+                task="dynamath_reasoning",
+                metric="dynamath_average,none",
+                data=dynamath(folder / "dynamath.parquet"),
             ),
         ),
         concurrency=4,
@@ -143,20 +156,28 @@ def dynamath(path: Path) -> Path:
         {"id": str(i), "question_id": str(i), "question": "half?", "ground_truth": gold}
         for i, gold in enumerate(["0.5", r"\frac{1}{2}", "1/2", "3"])
     ]
-    features = datasets.Features({**dict.fromkeys(rows[0], datasets.Value("string")), "decoded_image": datasets.Image()})
-    datasets.Dataset.from_list([{**row, "decoded_image": Image.new("RGB", (32, 32))} for row in rows], features=features).to_parquet(path)
+    features = datasets.Features(
+        {**dict.fromkeys(rows[0], datasets.Value("string")), "decoded_image": datasets.Image()}
+    )
+    datasets.Dataset.from_list(
+        [{**row, "decoded_image": Image.new("RGB", (32, 32))} for row in rows], features=features
+    ).to_parquet(path)
     return path
 
 
 @pytest.fixture(scope="module")
-def measured(suite: Suite, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[dict[str, Record], Server, Path]]:
+def measured(
+    suite: Suite, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[tuple[dict[str, Record], Server, Path]]:
     out = tmp_path_factory.mktemp("eval")
     with Server(behave) as server:
         records = evaluate(server.endpoint, suite, out=out / "out", weights="w0", cache=out / "cache")
         yield {r.column: r for r in records}, server, out
 
 
-def test_planted_wrong_answers_lower_the_score_by_just_their_share(measured: tuple[dict[str, Record], Server, Path]) -> None:
+def test_planted_wrong_answers_lower_the_score_by_just_their_share(
+    measured: tuple[dict[str, Record], Server, Path],
+) -> None:
     record = measured[0]["planted"]
     assert (record.status, record.reason, record.score, record.n) == ("ok", "", 70.0, 10)
     assert record.stderr == pytest.approx(100 * (0.7 * 0.3 / 9) ** 0.5)
@@ -170,7 +191,9 @@ def test_images_reach_the_model_and_a_limit_is_kept(measured: tuple[dict[str, Re
     assert (record.status, record.score, record.n) == ("ok", 100.0, 3)
 
 
-def test_a_failed_request_is_a_failed_benchmark_and_not_a_wrong_answer(measured: tuple[dict[str, Record], Server, Path]) -> None:
+def test_a_failed_request_is_a_failed_benchmark_and_not_a_wrong_answer(
+    measured: tuple[dict[str, Record], Server, Path],
+) -> None:
     record = measured[0]["broken"]
     assert (record.status, record.score, record.n) == ("failed", None, None)
     assert "1 of 10 requests failed" in record.reason
@@ -181,13 +204,17 @@ def test_many_empty_answers_are_a_failed_benchmark(measured: tuple[dict[str, Rec
     assert (record.status, record.score, record.reason) == ("failed", None, "2 of 10 answers are empty")
 
 
-def test_a_missing_metric_is_a_failed_benchmark_that_names_what_there_is(measured: tuple[dict[str, Record], Server, Path]) -> None:
+def test_a_missing_metric_is_a_failed_benchmark_that_names_what_there_is(
+    measured: tuple[dict[str, Record], Server, Path],
+) -> None:
     record = measured[0]["no metric"]
     assert (record.status, record.score) == ("failed", None)
     assert record.reason == "no metric 'exact_match,none'; numbers there are: accuracy,none"
 
 
-def test_a_built_in_task_runs_on_local_rows_and_judges_mathematics(measured: tuple[dict[str, Record], Server, Path]) -> None:
+def test_a_built_in_task_runs_on_local_rows_and_judges_mathematics(
+    measured: tuple[dict[str, Record], Server, Path],
+) -> None:
     """With lmms-eval's default of four threads, math-verify fails without a word: this scores 0."""
     record = measured[0]["DynaMath"]
     assert (record.status, record.reason, record.score, record.n) == ("ok", "", 75.0, 4)
@@ -203,7 +230,9 @@ def test_requests_are_greedy_with_the_token_limit_of_the_suite_and_the_key_stays
     assert not [path for path in out.rglob("*") if path.is_file() and KEY.encode() in path.read_bytes()]
 
 
-def test_a_valid_record_is_reused_and_a_failed_one_is_not(measured: tuple[dict[str, Record], Server, Path], suite: Suite) -> None:
+def test_a_valid_record_is_reused_and_a_failed_one_is_not(
+    measured: tuple[dict[str, Record], Server, Path], suite: Suite
+) -> None:
     first, server, out = measured
     kept = suite.model_copy(update={"benchmarks": suite.benchmarks[:2]})
     before, events = len(server.requests), []
@@ -233,17 +262,24 @@ def test_other_weights_or_other_rows_are_measured_again_and_a_timeout_leaves_not
         [record] = evaluate(server.endpoint, one, out=tmp_path / "out", weights=weights, cache=out / "cache")
         assert record.status == "failed"
         assert "not done after 1 s" in record.reason
-    assert all(process.ppid() == os.getpid() for process in psutil.Process().children(recursive=True))  # calls are forked by a child
+    assert all(
+        process.ppid() == os.getpid() for process in psutil.Process().children(recursive=True)
+    )  # calls are forked by a child
 
 
 @pytest.mark.parametrize("importing", [True, False])
 def test_nothing_goes_on_where_the_one_that_calls_is_killed(importing: bool, tmp_path: Path) -> None:
     """Before there is a call, or in one, which imports for itself here."""
     lines = ["from pathlib import Path", "from mmopd.evaluate import calls", *["calls.PRELOAD = []"] * (not importing)]
-    lines += ["with calls.Calls() as c:", f" c.run(['--tasks', 'list'], Path({str(tmp_path / 'log')!r}), {{}}, offline=True, timeout=60)"]
+    lines += [
+        "with calls.Calls() as c:",
+        f" c.run(['--tasks', 'list'], Path({str(tmp_path / 'log')!r}), {{}}, offline=True, timeout=60)",
+    ]
     with subprocess.Popen([sys.executable, "-c", "\n".join(lines)]) as process:
         caller, deadline = psutil.Process(process.pid), time.monotonic() + 60
-        while len(started := caller.children(recursive=True)) < (2 if importing else 3):  # multiprocessing has one for its own use
+        while len(started := caller.children(recursive=True)) < (
+            2 if importing else 3
+        ):  # multiprocessing has one for its own use
             assert process.poll() is None
             assert time.monotonic() < deadline
             time.sleep(0.05)
@@ -270,7 +306,9 @@ def write_run(folder: Path, *, score: object = 0.5, asked: int = 2, answers: tup
     }
     folder.mkdir(exist_ok=True)
     (folder / "1_results.json").write_text(json.dumps(results))
-    (folder / "1_samples_t.jsonl").write_text("".join(json.dumps({"filtered_resps": a}, ensure_ascii=False) + "\n" for a in answers))
+    (folder / "1_samples_t.jsonl").write_text(
+        "".join(json.dumps({"filtered_resps": a}, ensure_ascii=False) + "\n" for a in answers)
+    )
     return folder
 
 
@@ -327,7 +365,9 @@ def test_every_shipped_suite_names_tasks_that_have_its_metrics(path: Path) -> No
 
 
 def test_data_is_found_from_the_workspace_and_tasks_from_the_folder_of_the_suite(tmp_path: Path) -> None:
-    (tmp_path / "suite.yaml").write_text("benchmarks: [{column: A, task: mine/a.yaml, metric: m, data: rows/a.parquet}]")
+    (tmp_path / "suite.yaml").write_text(
+        "benchmarks: [{column: A, task: mine/a.yaml, metric: m, data: rows/a.parquet}]"
+    )
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "a.yaml").write_text("task: a")
     [benchmark] = read_suite(tmp_path / "suite.yaml", Path("/workspace")).benchmarks
@@ -365,7 +405,10 @@ def test_a_benchmark_that_cannot_run_says_why(tmp_path: Path, change: dict[str, 
     ("text", "message"),
     [
         ("benchmarks: [{column: A, task: nope.yaml, metric: m}]", "A: no task file 'nope.yaml'"),
-        ("benchmarks: [{column: A, task: x, metric: m}, {column: A, task: y, metric: m}]", "two benchmarks have the column 'A'"),
+        (
+            "benchmarks: [{column: A, task: x, metric: m}, {column: A, task: y, metric: m}]",
+            "two benchmarks have the column 'A'",
+        ),
         ("benchmarks: [{column: A, task: x, metrics: m}]", "did you mean 'metric'?"),
     ],
 )
@@ -411,7 +454,11 @@ def record(model: str, column: str, score: float | None) -> Record:
 @pytest.fixture
 def results() -> Results:
     def row(name: str, kind: Any, *scores: float | None) -> Row:
-        return Row(name, kind, tuple(record(name, c, s) for c, s in zip(("Additions", "Digit sums", "Other"), scores, strict=True)))
+        return Row(
+            name,
+            kind,
+            tuple(record(name, c, s) for c, s in zip(("Additions", "Digit sums", "Other"), scores, strict=True)),
+        )
 
     return Results.of(
         [
@@ -424,7 +471,11 @@ def results() -> Results:
 
 
 def test_the_gap_is_to_the_best_teacher_and_only_where_there_is_one(results: Results) -> None:
-    assert results.gaps_closed() == {"Additions": None, "Digit sums": pytest.approx((68 - 40) / (86 - 40)), "Other": None}
+    assert results.gaps_closed() == {
+        "Additions": None,
+        "Digit sums": pytest.approx((68 - 40) / (86 - 40)),
+        "Other": None,
+    }
 
 
 def test_a_failed_benchmark_shows_as_failed_and_never_as_a_number(results: Results) -> None:

@@ -1,7 +1,8 @@
-"""Scoring by several teachers, views and replicas under faults: what comes out is exact, absent, or not believed; and it all balances.
+"""Scoring by several teachers, views and replicas under faults: what comes out is exact, absent, or not believed; and
+it all balances.
 
-Each fault by itself is in `test_scoring.py`; what a single reply cannot show (a server that is blind or answers at random) is
-let through here and caught by the preflight, of which `test_preflight.py` has more.
+Each fault by itself is in `test_scoring.py`; what a single reply cannot show (a server that is blind or answers at
+random) is let through here and caught by the preflight, of which `test_preflight.py` has more.
 """
 
 import asyncio
@@ -19,12 +20,12 @@ from mmopd.config import Fleet, View
 from mmopd.demo.world import additions, build_processor, digit_sums
 from mmopd.errors import UserError
 from mmopd.modality import Encoder
-from mmopd.records import Absent, Prompt, Score
-from mmopd.task import Task
-from mmopd.serving import replicas
-from mmopd.teacher.scorer import Scorer
-from mmopd.preflight.run import preflight
 from mmopd.preflight.questions import look
+from mmopd.preflight.run import preflight
+from mmopd.records import Absent, Prompt, Score
+from mmopd.serving import replicas
+from mmopd.task import Task
+from mmopd.teacher.scorer import Scorer
 from mmopd.teacher.view import BUILT_IN, blinded, encode_view
 
 TOKENS = (5, 6, 7, 8)
@@ -100,7 +101,9 @@ def test_several_teachers_give_the_mean_of_their_log_probs_by_their_shares_each_
 
 def test_without_one_of_its_teachers_a_response_has_no_score_since_the_target_must_not_change(encoder, text):
     routed = fleet([{"teacher": {"a": 1, "b": 1}}], a={"timeout": 1}, b={"timeout": 1})
-    result, counts = run(one(text), routed, {"a": [FakeVLLM(encoder)], "b": [FakeVLLM(encoder, lambda n: "nan")]}, encoder)
+    result, counts = run(
+        one(text), routed, {"a": [FakeVLLM(encoder)], "b": [FakeVLLM(encoder, lambda n: "nan")]}, encoder
+    )
     assert isinstance(result, Absent)
     assert (result.teacher, result.cause) == ("b", "non_finite")
     assert balances(counts, 1)
@@ -273,7 +276,9 @@ def test_a_replica_that_is_killed_loses_no_score_and_is_used_again_when_it_is_ba
             good, mortal = await stack.enter_async_context(FakeVLLM(encoder, delay=0.02)), FakeVLLM(encoder, delay=0.2)
             async with mortal:
                 endpoints = {"a": [good.endpoint, mortal.endpoint]}
-                scorer = await stack.enter_async_context(Scorer(fleet([{"teacher": "a"}], a={}), {}, endpoints, encoder))
+                scorer = await stack.enter_async_context(
+                    Scorer(fleet([{"teacher": "a"}], a={}), {}, endpoints, encoder)
+                )
                 scores = asyncio.gather(*(scorer.score(text, (i, 1)) for i in range(100)))
                 while not mortal.in_flight:
                     await asyncio.sleep(0.01)
@@ -306,7 +311,9 @@ def test_a_replica_that_failed_once_gets_its_share_again(encoder, text, monkeypa
     assert min(len(server.requests) for server in servers) >= 8
 
 
-def test_who_waits_for_a_server_that_hangs_does_not_look_all_the_time_whether_it_is_his_turn(encoder, text, monkeypatch):
+def test_who_waits_for_a_server_that_hangs_does_not_look_all_the_time_whether_it_is_his_turn(
+    encoder, text, monkeypatch
+):
     looks, is_free = Counter(), replicas.Replica.is_free
     monkeypatch.setattr(replicas.Replica, "is_free", lambda *args: looks.update(n=1) or is_free(*args))
     server = FakeVLLM(encoder, lambda n: "hang")
@@ -345,7 +352,9 @@ def test_a_server_that_asks_for_a_pause_gets_it(encoder, text):
         times.append(time.monotonic())
         return "429" if n == 0 else None
 
-    result, counts = run(one(text), fleet([{"teacher": "a"}], a={"timeout": 20}), {"a": [FakeVLLM(encoder, fault)]}, encoder)
+    result, counts = run(
+        one(text), fleet([{"teacher": "a"}], a={"timeout": 20}), {"a": [FakeVLLM(encoder, fault)]}, encoder
+    )
     assert isinstance(result, Score)
     assert times[1] - times[0] >= 1.0
     assert counts["failed/status"] == 1
@@ -363,12 +372,18 @@ def test_a_caller_that_is_cancelled_while_it_waits_for_a_view_takes_nothing_from
     assert result.logprobs == right(encoder, images[1], TOKENS, "blank")
 
 
-def test_two_thousand_requests_with_overlap_views_hedges_and_random_faults_balance_exactly(encoder, images, text, monkeypatch):
+def test_two_thousand_requests_with_overlap_views_hedges_and_random_faults_balance_exactly(
+    encoder, images, text, monkeypatch
+):
     monkeypatch.setattr(replicas, "COOLDOWN", (0.02, 0.2))
     monkeypatch.setattr(replicas, "LATE_AT_LEAST", 0.2)
     rng = random.Random(0)
     a, b = (
-        [FakeVLLM(encoder, lambda n: rng.choice(list(FAULTS)) if rng.random() < 0.1 else None, pause=0) for _ in range(n)] for n in (3, 2)
+        [
+            FakeVLLM(encoder, lambda n: rng.choice(list(FAULTS)) if rng.random() < 0.1 else None, pause=0)
+            for _ in range(n)
+        ]
+        for n in (3, 2)
     )
     routed = fleet(
         [{"teacher": {"a": 1, "b": 1}, "task": "both"}, {"teacher": "b", "task": "captioned"}, {"teacher": "a"}],
@@ -377,7 +392,10 @@ def test_two_thousand_requests_with_overlap_views_hedges_and_random_faults_balan
     )
     both = [encoder.encode(replace(e.prompt, task="both")) for e in images[:2]]
     bare = encoder.encode(replace(images[2].prompt, task="captioned", extra={}))  # never has a score
-    jobs = [(rng.choice([*both, *images[3:5], text]), (rng.randrange(900), rng.randrange(3)), rng.random() < 0.2) for _ in range(1990)]
+    jobs = [
+        (rng.choice([*both, *images[3:5], text]), (rng.randrange(900), rng.randrange(3)), rng.random() < 0.2)
+        for _ in range(1990)
+    ]
     jobs += [(bare, TOKENS, False)] * 10
 
     async def work(scorer):
@@ -391,5 +409,7 @@ def test_two_thousand_requests_with_overlap_views_hedges_and_random_faults_balan
     there = [(result, *job) for result, job in zip(results, jobs, strict=True) if isinstance(result, Score)]
     for result, encoded, tokens, blind in there:
         view = blinded(View()) if blind and encoded in images else "full"
-        parts = [right(encoder, encoded, tokens, view)] + [right(encoder, encoded, tokens, "caption")] * (encoded in both)
+        parts = [right(encoder, encoded, tokens, view)] + [right(encoder, encoded, tokens, "caption")] * (
+            encoded in both
+        )
         assert result.logprobs == tuple(sum(at) / len(parts) for at in zip(*parts, strict=True))

@@ -1,4 +1,6 @@
-"""What ends a handover of weights, and what it starts over from: an engine that lies, and one that is lost among several."""
+"""What ends a handover of weights, and what it starts over from: an engine that lies, and one that is lost among
+several.
+"""
 
 import asyncio
 from collections.abc import Iterator
@@ -16,12 +18,12 @@ from mmopd.modality import Encoder
 from mmopd.records import Prompt
 from mmopd.rollout.student_client import EngineError, StudentEngine
 from mmopd.rollout.sync import FRESH, SyncError
+from mmopd.runtime.watchdog import Watchdog
 from mmopd.train import distributed
 from mmopd.train.background import Aside
-from mmopd.train.weight_publisher import RECOVERIES, Handover
-from mmopd.train.weight_probe import ProbeError
 from mmopd.train.prefix_tree import Item
-from mmopd.runtime.watchdog import Watchdog
+from mmopd.train.weight_probe import ProbeError
+from mmopd.train.weight_publisher import RECOVERIES, Handover
 
 
 class Link:
@@ -81,8 +83,12 @@ def test_engines_that_agree_are_what_is_trained(encoder: Encoder) -> None:
     assert run(encoder, Link(2)) < 1e-6
 
 
-@pytest.mark.parametrize(("off", "told"), [(1e-3, r"differ by 1\.00e-03 in the log-prob of a token"), (float("nan"), "differ by nan")])
-def test_an_engine_that_does_not_compute_what_the_trainer_does_ends_the_run(encoder: Encoder, off: float, told: str) -> None:
+@pytest.mark.parametrize(
+    ("off", "told"), [(1e-3, r"differ by 1\.00e-03 in the log-prob of a token"), (float("nan"), "differ by nan")]
+)
+def test_an_engine_that_does_not_compute_what_the_trainer_does_ends_the_run(
+    encoder: Encoder, off: float, told: str
+) -> None:
     with pytest.raises(ProbeError, match=told):
         run(encoder, Link(2), off=off)
 
@@ -96,6 +102,8 @@ def test_where_one_of_several_engines_was_lost_all_get_everything_once_more(enco
 
 def test_an_engine_that_dies_again_and_again_ends_the_run(encoder: Encoder) -> None:
     link = Link(2, deaths=99)
-    with pytest.raises(EngineError, match=rf"it is dead\nthe engine was lost {RECOVERIES + 1} times on the way to step-7"):
+    with pytest.raises(
+        EngineError, match=rf"it is dead\nthe engine was lost {RECOVERIES + 1} times on the way to step-7"
+    ):
         run(encoder, link)
     assert link.sent == [True] + [False] * RECOVERIES

@@ -59,7 +59,9 @@ def test_this_machine_is_known_by_its_addresses() -> None:
     assert not is_here("no-such-host.invalid")
 
 
-def test_a_launcher_that_is_not_there_is_refused_before_a_run_folder_is_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_launcher_that_is_not_there_is_refused_before_a_run_folder_is_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     arguments = ["train", "recipes/demo.yaml", "--run", "r", "--launcher", "no-such-launcher --hostfile hosts"]
     with pytest.raises(UserError, match="there is no command 'no-such-launcher'"):

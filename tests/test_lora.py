@@ -57,7 +57,9 @@ def test_the_engine_holds_the_merged_weights_after_every_update(found: Found) ->
 def test_only_adapters_have_optimiser_state_and_only_what_they_touch_is_sent_again(found: Found) -> None:
     stored = load_file(found.model / "model.safetensors")
     touched = {name for name in stored if name.split(".")[-2] in TOUCHED}
-    assert found.language["state"] == pytest.approx(2 * sum(4 * sum(stored[name].shape) for name in touched) / 2, rel=0.01)  # of one rank
+    assert found.language["state"] == pytest.approx(
+        2 * sum(4 * sum(stored[name].shape) for name in touched) / 2, rel=0.01
+    )  # of one rank
     first, later = found.language["sent"]
     assert first == stored.keys()
     assert touched <= later
@@ -68,13 +70,16 @@ def test_only_adapters_have_optimiser_state_and_only_what_they_touch_is_sent_aga
 def test_the_base_is_unchanged_bit_for_bit(found: Found) -> None:
     stored = load_file(found.model / "model.safetensors")
     for result in (found.language, found.everywhere):
-        assert {name: torch.equal(w, stored[name]) for name, w in result["kept"].items() if "lora_" not in name} == dict.fromkeys(
-            stored, True
-        )
+        assert {
+            name: torch.equal(w, stored[name]) for name, w in result["kept"].items() if "lora_" not in name
+        } == dict.fromkeys(stored, True)
 
 
 def test_a_resumed_run_repeats_the_uninterrupted_one_bit_for_bit(found: Found) -> None:
-    strip = [{k: v for k, v in stats.items() if k != "seconds"} for stats in (found.language["stats"][2], found.resumed["stats"][0])]
+    strip = [
+        {k: v for k, v in stats.items() if k != "seconds"}
+        for stats in (found.language["stats"][2], found.resumed["stats"][0])
+    ]
     assert strip[0] == strip[1]
     assert all(map(torch.equal, found.language["after"][2], found.resumed["after"][0]))
 
@@ -102,7 +107,9 @@ def test_merging_is_that_of_peft(tmp_path: Path, dtype: torch.dtype) -> None:
     build("qwen3_5", tmp_path)
     student = load_student(tmp_path, dtype)
     before = {name: p.detach().clone() for name, p in student.named_parameters()}
-    add_adapters(student, Lora(rank=3, alpha=5, parts=("projector", "language"), targets=("linear_fc1", "in_proj_qkv", "q_proj")))
+    add_adapters(
+        student, Lora(rank=3, alpha=5, parts=("projector", "language"), targets=("linear_fc1", "in_proj_qkv", "q_proj"))
+    )
     for name, p in student.named_parameters():
         assert p.dtype == dtype
         if ".lora_B." in name:
@@ -113,9 +120,13 @@ def test_merging_is_that_of_peft(tmp_path: Path, dtype: torch.dtype) -> None:
     assert {name.rpartition(".")[2] for name in layers} == {"linear_fc1", "in_proj_qkv", "q_proj"}
     for name, layer in layers.items():
         layer.merge()
-        close = {"rtol": 1e-5, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 2e-2, "atol": 1e-2}  # peft rounds B A, too
+        close = (
+            {"rtol": 1e-5, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 2e-2, "atol": 1e-2}
+        )  # peft rounds B A, too
         torch.testing.assert_close(ours[f"{name}.weight"], layer.base_layer.weight.data, **close)
-    assert {name for name in before if not torch.equal(ours[name], before[name])} == {f"{name}.weight" for name in layers}
+    assert {name for name in before if not torch.equal(ours[name], before[name])} == {
+        f"{name}.weight" for name in layers
+    }
 
 
 def test_a_target_that_no_layer_is_named_is_refused(tmp_path: Path) -> None:

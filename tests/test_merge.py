@@ -10,9 +10,9 @@ from rich.console import Console
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
+from mmopd.commands.merge import merge, parse_teacher
 from mmopd.demo.world import build_student
 from mmopd.errors import UserError
-from mmopd.commands.merge import merge, parse_teacher
 from mmopd.runtime.progress import Stages
 
 
@@ -40,7 +40,9 @@ def test_the_numbers_are_those_of_the_formula_whatever_file_a_tensor_is_in(tmp_p
     assert merged["a"].tolist() == [3.25, 3.5]
     assert merged["b"].tolist() == [7.0]
     assert merged["ids"].tolist() == [1, 2]
-    assert sorted(f.name for f in (tmp_path / "out").glob("*.safetensors")) == sorted(f.name for f in base.glob("*.safetensors"))
+    assert sorted(f.name for f in (tmp_path / "out").glob("*.safetensors")) == sorted(
+        f.name for f in base.glob("*.safetensors")
+    )
     assert json.loads((tmp_path / "out" / "config.json").read_text())["seen"] == 1
 
 
@@ -64,7 +66,9 @@ def test_a_merged_student_is_a_model_that_transformers_loads(tmp_path):
     for i in range(3):
         build_student(tmp_path / str(i), seed=i)
     run(tmp_path / "0", {tmp_path / "1": 1.0, tmp_path / "2": 1.0}, 1.25, tmp_path / "out")
-    states = [AutoModelForImageTextToText.from_pretrained(tmp_path / name).state_dict() for name in ("0", "1", "2", "out")]
+    states = [
+        AutoModelForImageTextToText.from_pretrained(tmp_path / name).state_dict() for name in ("0", "1", "2", "out")
+    ]
     for name, base in states[0].items():
         expected = base + 1.25 * ((states[1][name] + states[2][name]) / 2 - base)
         torch.testing.assert_close(states[3][name], expected, rtol=0, atol=1e-6)
@@ -104,6 +108,18 @@ def test_the_command_takes_weights_after_an_equals_sign(tmp_path):
         parse_teacher("/m/a=heavy")
     base = model(tmp_path / "base", {"w": torch.zeros(1)})
     one, two = (model(tmp_path / name, {"w": torch.full((1,), value)}) for name, value in (("one", 1.0), ("two", 5.0)))
-    command = [sys.executable, "-m", "mmopd", "merge", str(base), f"{one}=3", str(two), "--alpha", "2", "--out", str(tmp_path / "out")]
+    command = [
+        sys.executable,
+        "-m",
+        "mmopd",
+        "merge",
+        str(base),
+        f"{one}=3",
+        str(two),
+        "--alpha",
+        "2",
+        "--out",
+        str(tmp_path / "out"),
+    ]
     subprocess.run(command, check=True, capture_output=True)
     assert load_file(next((tmp_path / "out").glob("*.safetensors")))["w"].item() == 4.0

@@ -14,7 +14,9 @@ PLAIN = Algorithm(balance=None, margin=None, visual=None)
 
 
 def a_batch() -> Batch:
-    """Five groups, not in order; a response without a score, one whose tokens are all left out, and teachers of different weight."""
+    """Five groups, not in order; a response without a score, one whose tokens are all left out, and teachers of
+    different weight.
+    """
     random = torch.Generator().manual_seed(0)
     samples = []
     for k, group in enumerate([4, *(g for g, n in enumerate(SIZES) for _ in range(n - (g == 4)))]):
@@ -24,7 +26,11 @@ def a_batch() -> Batch:
         if k == 5:
             teacher = tuple(x - PLAIN.log_ratio_clip for x in student)
         score = Absent("t", "timeout") if k == 2 else Score("t", teacher, weight=1.0 + group)
-        samples.append(Sample(group, Response(tokens, student, "", "stop", (("step-0", len(tokens)),)), Outcome(float(k % 2)), score))
+        samples.append(
+            Sample(
+                group, Response(tokens, student, "", "stop", (("step-0", len(tokens)),)), Outcome(float(k % 2)), score
+            )
+        )
     return build_batch(samples, PLAIN, 0)
 
 
@@ -71,7 +77,9 @@ def test_each_minibatch_is_a_mean_over_its_responses_and_their_mean_is_the_whole
         for items in dealt:
             for item in items:  # w_k / (T N), N the responses of this optimiser step
                 w = 1.0 + int(item.encoded.prompt.key[2:])
-                torch.testing.assert_close(item.weight, torch.full((len(item.tokens),), w / len(item.tokens) / len(items)))
+                torch.testing.assert_close(
+                    item.weight, torch.full((len(item.tokens),), w / len(item.tokens) / len(items))
+                )
         mean = sum(len(items) / len(whole) * loss(items, moved) for items in dealt)
         torch.testing.assert_close(mean, total)
         for ours, theirs in zip(torch.autograd.grad(mean, list(moved.values())), expected, strict=True):

@@ -29,7 +29,9 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     rows = [Prompt("", "additions", "text", tuple(row["messages"]), (), row["answer"]) for row in sums]
     write_shards(rows, tmp_path / "sums", counter=counter)
     digits = world.digit_sums("few", 30, 0)
-    images = [Prompt("", "digit_sum", "image", tuple(row["messages"]), tuple(row["images"]), row["answer"]) for row in digits]
+    images = [
+        Prompt("", "digit_sum", "image", tuple(row["messages"]), tuple(row["images"]), row["answer"]) for row in digits
+    ]
     write_shards(images, tmp_path / "digits", counter=counter, max_rows=8)
     limit = max(sum(counter(row)) for i, row in enumerate(rows) if i != 3)
     (tmp_path / "data").mkdir()

@@ -24,10 +24,14 @@ def prompt(*images: bytes, placeholders: int | None = None) -> Prompt:
     return Prompt("p/0", "digit_sum", "image" if images else "text", messages, images, "8")
 
 
-@pytest.mark.parametrize("sizes", [[], [(64, 32)], [(37, 211)], [(1, 1)], [(1, 180), (150, 3), (2700, 17)], [(700, 300), (64, 32)]])
+@pytest.mark.parametrize(
+    "sizes", [[], [(64, 32)], [(37, 211)], [(1, 1)], [(1, 180), (150, 3), (2700, 17)], [(700, 300), (64, 32)]]
+)
 def test_ids_and_grids_are_those_of_the_processor(encoder: Encoder, sizes: list[tuple[int, int]]) -> None:
     encoded = encoder.encode(prompt(*(png(*size) for size in sizes)))
-    text = encoder.processor.apply_chat_template(list(encoded.prompt.messages), tokenize=False, add_generation_prompt=True)
+    text = encoder.processor.apply_chat_template(
+        list(encoded.prompt.messages), tokenize=False, add_generation_prompt=True
+    )
     images = [Image.open(io.BytesIO(data)) for data in encoded.prompt.images]
     expected = encoder.processor(text=[text], images=images or None, return_tensors="pt")
     assert list(encoded.expanded) == expected["input_ids"][0].tolist()

@@ -1,4 +1,6 @@
-"""The objectives beside OPD: what each gives the trainer, by hand and against the plain computation; what is refused; and a run of each."""
+"""The objectives beside OPD: what each gives the trainer, by hand and against the plain computation; what is refused;
+and a run of each.
+"""
 
 import json
 import math
@@ -29,7 +31,9 @@ OFF = {"difficulty": None, "balance": None, "margin": None, "visual": None}
 
 
 def test_exopd_is_the_reward_of_the_paper_and_keeps_the_kl_to_the_teacher():
-    teacher, student, reference = (torch.tensor(x) for x in ([-1.0, -2.0, -0.5], [-1.5, -1.0, -0.5], [-2.0, -3.0, -0.25]))
+    teacher, student, reference = (
+        torch.tensor(x) for x in ([-1.0, -2.0, -0.5], [-1.5, -1.0, -0.5], [-2.0, -3.0, -0.25])
+    )
     arrays = {"outcome": torch.tensor([1.0, 0.0]), "group": torch.tensor([0, 0]), "weight": torch.ones(2)}
     common = {"settings": Algorithm(balance=None, margin=None), "seed": 0, **arrays}
     response = torch.tensor([0, 0, 1])
@@ -39,7 +43,9 @@ def test_exopd_is_the_reward_of_the_paper_and_keeps_the_kl_to_the_teacher():
     plain = opd(teacher, student, response, **common)
     assert out.diagnostics["reverse_kl"] == plain.diagnostics["reverse_kl"]
     assert torch.equal(out.token_weight, plain.token_weight)
-    assert torch.equal(opd(teacher, student, response, **common, reference=reference, scale=1.0).advantage, plain.advantage)
+    assert torch.equal(
+        opd(teacher, student, response, **common, reference=reference, scale=1.0).advantage, plain.advantage
+    )
     with pytest.raises(ValueError, match=r"reference log-prob of token 1 \(response 0\) is nan"):
         opd(teacher, student, response, **common, reference=torch.tensor([0.0, NAN, 0.0]), scale=1.25)
 
@@ -79,7 +85,10 @@ def test_references_follow_the_routes_with_their_shares_and_views():
 
 @pytest.mark.parametrize(
     ("reference", "message"),
-    [("strat", "no teacher 'strat'; did you mean 'start'"), ({"math": "math_base"}, "teacher 'code' has none; add `code: NAME`")],
+    [
+        ("strat", "no teacher 'strat'; did you mean 'start'"),
+        ({"math": "math_base"}, "teacher 'code' has none; add `code: NAME`"),
+    ],
 )
 def test_a_reference_that_is_not_there_is_named(reference, message):
     with pytest.raises(UserError, match=f"algorithm.objective.reference: .*{message}"):
@@ -90,7 +99,8 @@ def test_a_reference_that_is_not_there_is_named(reference, message):
 
 
 def test_grpo_by_hand():
-    # Group 0: 1, 0, 0 (mean 1/3, deviation 0.577); group 1: all right; group 2: one alone; group 3: soft, and one unknown.
+    # Group 0: 1, 0, 0 (mean 1/3, deviation 0.577); group 1: all right; group 2: one alone; group 3: soft, and one
+    # unknown.
     outcome = torch.tensor([1.0, 0, 0, 1, 1, 1, 0.25, 0.75, NAN])
     group = torch.tensor([0, 0, 0, 1, 1, 2, 3, 3, 3])
     lengths = torch.tensor([2, 1, 1, 1, 1, 1, 1, 1, 4])
@@ -105,7 +115,9 @@ def test_grpo_by_hand():
     assert out.diagnostics["two_sided_groups_before"] == 2
 
 
-@given(st.lists(st.tuples(st.integers(0, 3), st.sampled_from([0.0, 0.3, 1.0, NAN])), min_size=1, max_size=24), st.randoms())
+@given(
+    st.lists(st.tuples(st.integers(0, 3), st.sampled_from([0.0, 0.3, 1.0, NAN])), min_size=1, max_size=24), st.randoms()
+)
 @settings(max_examples=60, deadline=None)
 def test_grpo_does_not_depend_on_the_order_and_its_advantages_sum_to_nothing(pairs, rng):
     def one(pairs):
@@ -117,7 +129,9 @@ def test_grpo_does_not_depend_on_the_order_and_its_advantages_sum_to_nothing(pai
     straight, shuffled = one(pairs), one([pairs[i] for i in order])
     assert torch.allclose(straight.advantage[order], shuffled.advantage, atol=1e-5)
     for g in {g for g, _ in pairs}:
-        assert sum(a for a, (h, _) in zip(straight.advantage.tolist(), pairs, strict=True) if h == g) == pytest.approx(0, abs=1e-4)
+        assert sum(a for a, (h, _) in zip(straight.advantage.tolist(), pairs, strict=True) if h == g) == pytest.approx(
+            0, abs=1e-4
+        )
     assert straight.advantage.isfinite().all()
 
 
@@ -206,7 +220,10 @@ def test_the_heads_several_logprobs_are_those_of_the_whole_softmax_with_their_gr
 @pytest.mark.parametrize(
     ("algorithm", "message"),
     [
-        ({"objective": {"kind": "grpo"}, "margin": {}}, "`margin` has no meaning with .*kind: grpo.*: set algorithm.margin=null"),
+        (
+            {"objective": {"kind": "grpo"}, "margin": {}},
+            "`margin` has no meaning with .*kind: grpo.*: set algorithm.margin=null",
+        ),
         ({"objective": {"kind": "sft"}, "balance": {}}, "`balance` has no meaning"),
         ({"objective": {"kind": "dense"}, "margin": {}}, "`margin` has no meaning"),
         ({"objective": {"kind": "dense", "divergence": "reverse_kl"}}, "outside .*of them"),
@@ -270,10 +287,22 @@ def easy(workspace, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def runs(easy):
-    """A run of each kind, one after the other as `mmopd compare` makes them, and one of them twice; on servers that stay up."""
-    small = {"suite": None, "algorithm.difficulty": None, "train.steps": 3, "train.ranks": 1, "rollout.prompts": 4, "rollout.group": 4}
+    """A run of each kind, one after the other as `mmopd compare` makes them, and one of them twice; on servers that
+    stay up.
+    """
+    small = {
+        "suite": None,
+        "algorithm.difficulty": None,
+        "train.steps": 3,
+        "train.ranks": 1,
+        "rollout.prompts": 4,
+        "rollout.group": 4,
+    }
     comparison = Comparison(recipe=Path("recipes/small.yaml"), variants={}, tables={})
-    made = {kind: Run(kind, 0, small | RUNS[kind.removesuffix(" again")], easy / "runs" / kind) for kind in [*RUNS, "dense again"]}
+    made = {
+        kind: Run(kind, 0, small | RUNS[kind.removesuffix(" again")], easy / "runs" / kind)
+        for kind in [*RUNS, "dense again"]
+    }
     with pytest.MonkeyPatch.context() as patch, Stages(Console(quiet=True)) as stages:
         patch.chdir(easy)
         run_all(comparison, list(made.values()), easy / "servers", stages)
@@ -292,7 +321,9 @@ def test_every_objective_runs_from_a_recipe(kind, runs, easy):
     assert len(lines) == (0 if kind == "expo" else 3)
     assert all(line["absent"] == 0 and math.isfinite(line["loss"]) for line in lines)
     if kind == "grpo":
-        assert not any(key.startswith("scoring/failed") or line.get("scoring/requests") for line in lines for key in line)
+        assert not any(
+            key.startswith("scoring/failed") or line.get("scoring/requests") for line in lines for key in line
+        )
     if kind == "exopd":
         assert all(line["scoring/requests"] > 0 for line in lines)
     if kind == "sft":
@@ -307,7 +338,9 @@ def test_servers_stay_up_between_runs_and_a_run_on_used_ones_is_that_on_fresh_on
     assert started == 3  # for dense, expo and sft; with references; by another way of weights
     first, again = (metrics(runs[kind]) for kind in ("dense", "dense again"))
     assert [line["loss"] for line in first] == [line["loss"] for line in again]
-    assert runs["dense"].joinpath("samples.jsonl").read_text() == runs["dense again"].joinpath("samples.jsonl").read_text()
+    assert (
+        runs["dense"].joinpath("samples.jsonl").read_text() == runs["dense again"].joinpath("samples.jsonl").read_text()
+    )
 
 
 def test_the_shipped_fleet_with_a_reference_differs_from_the_demos_in_nothing_else():

@@ -14,8 +14,8 @@ from transformers import Qwen2_5_VLConfig
 from mmopd.modality import Encoder
 from mmopd.train.logprob import LogprobHead
 from mmopd.train.pack import Collator, Layout, Size, assign, fill_rows
-from mmopd.train.students import STUDENTS, load_student
 from mmopd.train.prefix_tree import Item
+from mmopd.train.students import STUDENTS, load_student
 
 
 @pytest.fixture(scope="module")
@@ -104,7 +104,9 @@ def test_an_image_that_responses_share_is_decoded_once(
     assert len(decoded) == len(set(decoded)) < len(batch.inputs["image_index"])
 
 
-def test_an_empty_micro_batch_is_one_blank_image_of_weight_zero(encoder: Encoder, student: Any, items: list[Item]) -> None:
+def test_an_empty_micro_batch_is_one_blank_image_of_weight_zero(
+    encoder: Encoder, student: Any, items: list[Item]
+) -> None:
     batch = collator(encoder, student)(items, [])
     assert batch.order == []
     assert batch.weight.tolist() == [0.0]
@@ -112,7 +114,9 @@ def test_an_empty_micro_batch_is_one_blank_image_of_weight_zero(encoder: Encoder
 
 
 @pytest.mark.parametrize("layout", ["masked", "alone"])
-def test_packed_log_probs_are_those_of_each_sample_alone(encoder: Encoder, student: Any, items: list[Item], layout: Layout) -> None:
+def test_packed_log_probs_are_those_of_each_sample_alone(
+    encoder: Encoder, student: Any, items: list[Item], layout: Layout
+) -> None:
     batch = collator(encoder, student, layout)(items, range(len(items)))
     with torch.no_grad():
         flat = student(**batch.inputs)
@@ -178,7 +182,11 @@ def test_head_of_bfloat16_answers_in_float32_and_gives_gradients_in_bfloat16() -
     torch.manual_seed(0)
     M, H, V = 64, 32, 3000
     hidden, targets, head = torch.randn(M, H), torch.randint(0, V, (M,)), torch.nn.Linear(H, V, bias=False)
-    exact = (hidden.bfloat16().double() @ head.weight.bfloat16().double().T).log_softmax(-1).gather(1, targets[:, None])[:, 0]
+    exact = (
+        (hidden.bfloat16().double() @ head.weight.bfloat16().double().T)
+        .log_softmax(-1)
+        .gather(1, targets[:, None])[:, 0]
+    )
     head = head.bfloat16()
     head.__class__ = LogprobHead
     rows = hidden.bfloat16().requires_grad_()

@@ -26,7 +26,10 @@ def requirements(*extras: str) -> dict[str, Requirement]:
 
 def pins() -> dict[str, str]:
     lines = (ROOT / "requirements/cpu.txt").read_text().splitlines()
-    return {canonicalize_name(name): version for name, version in (line.split("==") for line in lines if not line.startswith("#"))}
+    return {
+        canonicalize_name(name): version
+        for name, version in (line.split("==") for line in lines if not line.startswith("#"))
+    }
 
 
 def imported(*folders: str) -> set[str]:
@@ -64,7 +67,18 @@ def test_the_pinned_set_has_no_place_or_build_of_this_machine():
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> zipfile.ZipFile:
     out = tmp_path_factory.mktemp("wheel")
-    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "--wheel-dir", str(out), str(ROOT)]
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "wheel",
+        "--quiet",
+        "--no-deps",
+        "--no-build-isolation",
+        "--wheel-dir",
+        str(out),
+        str(ROOT),
+    ]
     subprocess.run(command, check=True)
     return zipfile.ZipFile(next(out.glob("*.whl")))
 
@@ -72,12 +86,22 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> zipfile.ZipFile:
 def test_the_wheel_holds_the_catalogue_and_no_leftovers(wheel):
     names = set(wheel.namelist())
     for folder in CATALOGUE:
-        files = {path.relative_to(ROOT) for path in (ROOT / folder).rglob("*") if path.is_file() and "__pycache__" not in path.parts}
+        files = {
+            path.relative_to(ROOT)
+            for path in (ROOT / folder).rglob("*")
+            if path.is_file() and "__pycache__" not in path.parts
+        }
         assert {f"mmopd/_catalog/{path}" for path in files} <= names
     assert [name for name in names if "__pycache__" in name] == []
-    assert not {name.partition("/")[0] for name in names} - {"mmopd", f"mmopd-{importlib.metadata.version('mmopd')}.dist-info"}
+    assert not {name.partition("/")[0] for name in names} - {
+        "mmopd",
+        f"mmopd-{importlib.metadata.version('mmopd')}.dist-info",
+    }
 
 
 def test_vllm_finds_the_weight_sync_and_the_shell_the_command():
     points = {(point.group, point.value) for point in importlib.metadata.distribution("mmopd").entry_points}
-    assert points == {("console_scripts", "mmopd.cli:main"), ("vllm.general_plugins", "mmopd.rollout.vllm_plugin:register")}
+    assert points == {
+        ("console_scripts", "mmopd.cli:main"),
+        ("vllm.general_plugins", "mmopd.rollout.vllm_plugin:register"),
+    }

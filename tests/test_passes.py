@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 
 from mmopd.errors import UserError
+from mmopd.passes.each_row import answering, each_row
 from mmopd.prompts.rows import RowError
 from mmopd.rollout.student_client import EngineError
-from mmopd.passes.each_row import answering, each_row
 
 
 class Rows:
@@ -38,7 +38,10 @@ def run(error: Exception, kept: Kept) -> int:
     async def find(encoded: str) -> tuple[str]:
         return (encoded,)
 
-    encoder, stage = SimpleNamespace(encode=lambda row: row), SimpleNamespace(note=lambda text: None, advance=lambda: None)
+    encoder, stage = (
+        SimpleNamespace(encode=lambda row: row),
+        SimpleNamespace(note=lambda text: None, advance=lambda: None),
+    )
     passing = each_row({"s": Rows(error)}, {"s": kept}, encoder, find, (None,), at_once=1, stage=stage)  # type: ignore
     return asyncio.run(passing)
 

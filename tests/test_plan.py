@@ -85,7 +85,10 @@ def test_the_copies_of_a_row_are_spread_over_the_epoch() -> None:
 
 def test_row_weights_that_are_alike_change_nothing() -> None:
     for weight in (0.1, 1 / 3, 1.0, 7.7):
-        plain, weighted = Plan({"a": Rows(997, "")}, {"a": 1}, 5), Plan({"a": Rows(997, "", [weight] * 997)}, {"a": 1}, 5)
+        plain, weighted = (
+            Plan({"a": Rows(997, "")}, {"a": 1}, 5),
+            Plan({"a": Rows(997, "", [weight] * 997)}, {"a": 1}, 5),
+        )
         assert plain.draw(3_000) == weighted.draw(3_000)
 
 
@@ -119,7 +122,9 @@ def test_resume_goes_on_exactly(stop: int) -> None:
 
 def test_the_plan_is_a_function_of_its_seed_and_never_changes() -> None:
     plan = Plan({"a": Rows(10, ""), "b": Rows(10, "", [1, 2, 3, 4, 5, 6, 7, 8, 9, 10])}, {"a": 2, "b": 1}, 0)
-    assert "".join(f"{source}{row} " for source, row in plan.draw(15)) == "a4 b7 a9 a7 b3 a0 a5 b6 a8 a1 b0 a3 a6 b5 a2 "
+    assert (
+        "".join(f"{source}{row} " for source, row in plan.draw(15)) == "a4 b7 a9 a7 b3 a0 a5 b6 a8 a1 b0 a3 a6 b5 a2 "
+    )
     assert Plan({"a": Rows(10, "")}, {"a": 1}, 0).draw(10) != Plan({"a": Rows(10, "")}, {"a": 1}, 1).draw(10)
 
 
@@ -212,7 +217,9 @@ def test_a_source_that_is_broken_ends_the_run_and_says_why() -> None:
             raise RowError("truncated", "doc.tar: the file ends inside the row")
         return row
 
-    with pytest.raises(UserError, match=r"source 'doc': 100 rows in a row cannot be used; the last one: doc\.tar: the file ends"):
+    with pytest.raises(
+        UserError, match=r"source 'doc': 100 rows in a row cannot be used; the last one: doc\.tar: the file ends"
+    ):
         Plan(SOURCES, EARLY, 0).read(1_000, gone)
     with pytest.raises(UserError, match="source 'doc': 7 rows in a row"):
         Plan({"doc": Rows(7, "")}, {"doc": 1}, 0).read(1, gone)

@@ -18,12 +18,12 @@ from mmopd.demo.world import additions, build_processor, build_student, digit_su
 from mmopd.errors import UserError
 from mmopd.modality import Encoder
 from mmopd.modality.encode import open_image
-from mmopd.runtime.processes import Children
+from mmopd.preflight.examination import CHUNK
+from mmopd.preflight.questions import LONGEST, in_float32, look, shuffled
+from mmopd.preflight.run import answers, insist, preflight, save, summary
 from mmopd.prompts import Shards, TokenCounter, write_shards
 from mmopd.records import Prompt
-from mmopd.preflight.examination import CHUNK
-from mmopd.preflight.run import answers, insist, preflight, save, summary
-from mmopd.preflight.questions import LONGEST, in_float32, look, shuffled
+from mmopd.runtime.processes import Children
 from mmopd.serving.servers import ServerSpec, serve
 
 MAX_TOKENS = 24
@@ -98,7 +98,11 @@ class Blind(Liar):
 
     def _seen(self, url):
         image = Image.open(io.BytesIO(base64.b64decode(url.partition(",")[2]))).convert("RGB")
-        colours = sorted(image.get_flattened_data()) if self.lie == "bag of pixels" else [(0, 0, 0)] * (image.width * image.height)
+        colours = (
+            sorted(image.get_flattened_data())
+            if self.lie == "bag of pixels"
+            else [(0, 0, 0)] * (image.width * image.height)
+        )
         flat = Image.new("RGB", image.size)
         flat.putdata(colours)
         file = io.BytesIO()
@@ -144,7 +148,9 @@ def prove(encoder, kinds, *servers, view="full", endpoint=None, max_tokens=MAX_T
                 await stack.enter_async_context(server)
             replicas = [dataclasses.replace(server.endpoint, name=f"t.{i}") for i, server in enumerate(servers)]
             replicas = [endpoint(replica) for replica in replicas] if endpoint else replicas
-            return await preflight(fleet(view, **settings), {}, {"t": replicas}, encoder, kinds, max_tokens=max_tokens, top_k=top_k)
+            return await preflight(
+                fleet(view, **settings), {}, {"t": replicas}, encoder, kinds, max_tokens=max_tokens, top_k=top_k
+            )
 
     return asyncio.run(asyncio.wait_for(main(), 60))
 
@@ -195,7 +201,10 @@ def test_a_server_with_another_pixel_budget_is_told_by_the_size_that_differs(enc
 def test_the_longest_prompt_its_response_and_one_token_must_fit_exactly(encoder, kinds):
     longest = max(len(encoder.encode(p).expanded) for kind in kinds for p in kind.longest)
     need = longest + 100 + 1
-    fits, short = (prove(encoder, kinds, server, max_tokens=100) for server in (Liar(encoder, length=need), Liar(encoder, length=need - 1)))
+    fits, short = (
+        prove(encoder, kinds, server, max_tokens=100)
+        for server in (Liar(encoder, length=need), Liar(encoder, length=need - 1))
+    )
     assert bad(fits) == []
     assert bad(short) == [("t.0", "context", "fail")]
     assert of(short, "context").numbers == {"needed": need, "prompt": longest, "max_tokens": 100, "allowed": need - 1}
@@ -240,7 +249,11 @@ def test_a_replica_that_does_not_even_agree_with_itself_is_not_compared(encoder,
 
 def test_a_refused_key_and_a_wrong_model_are_told_apart_without_the_key(encoder, kinds):
     expired = prove(
-        encoder, kinds, Liar(encoder, key="new"), endpoint=lambda e: dataclasses.replace(e, api_key="a-secret"), api_key_env="KEY_OF_T"
+        encoder,
+        kinds,
+        Liar(encoder, key="new"),
+        endpoint=lambda e: dataclasses.replace(e, api_key="a-secret"),
+        api_key_env="KEY_OF_T",
     )
     assert [(c.name, c.state) for c in expired] == [("reachable", "fail")]
     assert "refuses the key (401)" in expired[0].found
@@ -416,7 +429,9 @@ def test_a_real_server_passes_everything_with_not_one_token_to_spare(real, sourc
     async def ask(max_tokens, top_k):
         responses = await answers(endpoint, encoder, kinds, max_tokens=MAX_TOKENS)
         replicas = {"t": [endpoint, endpoint]}
-        return await preflight(served, {}, replicas, encoder, kinds, max_tokens=max_tokens, top_k=top_k, responses=responses)
+        return await preflight(
+            served, {}, replicas, encoder, kinds, max_tokens=max_tokens, top_k=top_k, responses=responses
+        )
 
     passed = asyncio.run(ask(room, 20))
     assert bad(passed) == []

@@ -1,4 +1,6 @@
-"""`mmopd prepare`: the same bytes however often it is stopped and with however many workers, and nothing lost without being counted."""
+"""`mmopd prepare`: the same bytes however often it is stopped and with however many workers, and nothing lost without
+being counted.
+"""
 
 import fcntl
 import json
@@ -73,7 +75,9 @@ def test_a_call_that_was_killed_is_continued_to_the_same_bytes(here: Path) -> No
     context = get_context("forkserver")
     context.set_forkserver_preload(["mmopd.prompts.work"])
     for shards in (2, 5):
-        child = context.Process(target=prepare, args=(slow, here / "out", settings()), kwargs={"max_bad": 0.1, "max_rows": 40})
+        child = context.Process(
+            target=prepare, args=(slow, here / "out", settings()), kwargs={"max_bad": 0.1, "max_rows": 40}
+        )
         child.start()
         while child.is_alive() and len(list(here.glob(".out.partial/*.index.safetensors"))) < shards:
             time.sleep(0.002)
@@ -90,7 +94,9 @@ def test_a_call_that_was_killed_is_continued_to_the_same_bytes(here: Path) -> No
 def test_what_was_finished_is_not_converted_again(here: Path) -> None:
     log = "with open('log', 'a') as log: log.write(f\"{example['answer']}\\n\")"
     stops = converter(
-        here, "stops.py", f"{log}\n    if example['answer'] == 150 and not __import__('os').path.exists('go'): raise KeyboardInterrupt"
+        here,
+        "stops.py",
+        f"{log}\n    if example['answer'] == 150 and not __import__('os').path.exists('go'): raise KeyboardInterrupt",
     )
     with pytest.raises(KeyboardInterrupt):
         prepare(stops, here / "out", settings(), max_rows=70)
@@ -176,7 +182,14 @@ def test_a_file_that_is_no_converter_and_a_folder_in_use_are_refused(here: Path)
 
 def test_the_command_prints_totals(here: Path) -> None:
     (here / "sums.jsonl").write_text('{"question": "1+1?", "answer": "2"}\n{"question": "1+2?"}\nnot json\n')
-    arguments = ["prepare", str(GENERIC), "out", "--workers", "1", *(part for one in settings() for part in ("--set", one))]
+    arguments = [
+        "prepare",
+        str(GENERIC),
+        "out",
+        "--workers",
+        "1",
+        *(part for one in settings() for part in ("--set", one)),
+    ]
     with pytest.raises(UserError, match=r"2 of 3 examples \(66\.7%\) are bad, more than --max-bad 1\.0%"):
         CliRunner().invoke(app, arguments, catch_exceptions=False)
     done = CliRunner().invoke(app, [*arguments, "--max-bad", "0.7"], catch_exceptions=False)

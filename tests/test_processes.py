@@ -59,7 +59,9 @@ def children_of(pid: int) -> list[int]:
 
 def start_parent(folder: Path) -> tuple["subprocess.Popen[str]", int]:
     command = [sys.executable, "-c", PARENT, str(folder), STUBBORN]
-    parent = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True, cwd=Path(__file__).parents[1])
+    parent = subprocess.Popen(
+        command, stdout=subprocess.PIPE, text=True, start_new_session=True, cwd=Path(__file__).parents[1]
+    )
     assert parent.stdout is not None
     assert parent.stdout.readline() == "started\n"
     return parent, await_file(folder / "pid")
@@ -90,7 +92,9 @@ def test_the_tail_of_a_log_is_its_last_lines(tmp_path: Path) -> None:
 
 def test_what_a_command_leaves_behind_ends_with_it(tmp_path: Path) -> None:
     with Children() as children:
-        child = children.start("x", [sys.executable, "-c", STUBBORN.rpartition("time")[0], str(tmp_path / "pid")], tmp_path / "log")
+        child = children.start(
+            "x", [sys.executable, "-c", STUBBORN.rpartition("time")[0], str(tmp_path / "pid")], tmp_path / "log"
+        )
         assert child.wait(60) == 0
     assert not (tmp_path / "pid").exists() or gone(int((tmp_path / "pid").read_text()), 0.5)
 

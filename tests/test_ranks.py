@@ -50,7 +50,9 @@ def test_a_rank_that_nccl_has_ended_for_waiting_is_not_taken_for_the_one_that_ha
 
 
 def test_a_rank_that_does_not_even_end_itself_is_named(tmp_path: Path) -> None:
-    assert blamed(tmp_path, f"exit {WAITED}", "kill -STOP $$").startswith("rank1 has not answered for train.timeout = 20 s")
+    assert blamed(tmp_path, f"exit {WAITED}", "kill -STOP $$").startswith(
+        "rank1 has not answered for train.timeout = 20 s"
+    )
 
 
 def test_a_rank_that_was_asked_to_stop_before_it_could_listen_has_not_failed(tmp_path: Path) -> None:

@@ -23,7 +23,12 @@ def workspace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Where a reader has saved the README's files under the names that it gives them."""
     task, _ = blocks("python")
     mixture, fleet, recipe = blocks("yaml")
-    files = {"modalities/clock.py": task, "data/mine.yaml": mixture, "teachers/mine.yaml": fleet, "recipes/mine.yaml": recipe}
+    files = {
+        "modalities/clock.py": task,
+        "data/mine.yaml": mixture,
+        "teachers/mine.yaml": fleet,
+        "recipes/mine.yaml": recipe,
+    }
     for name, text in files.items():
         assert f"`{name}`" in README
         (tmp_path / name).parent.mkdir()
@@ -38,7 +43,8 @@ def test_the_task_has_ten_to_twenty_lines_and_judges():
 
 
 @pytest.mark.parametrize(
-    ("response", "outcome"), [("It is 10:25", 1.0), ("10:21", 0.5), ("10:19", 0.0), ("I cannot say", 0.0), ("10:25 or so", 0.0)]
+    ("response", "outcome"),
+    [("It is 10:25", 1.0), ("10:21", 0.5), ("10:19", 0.0), ("I cannot say", 0.0), ("10:25 or so", 0.0)],
 )
 def test_the_task_judges_as_it_says(workspace, response, outcome):
     assert catalog.load_tasks(workspace)["clock"].verify(response, "10:25").value == outcome
@@ -50,13 +56,18 @@ def test_the_rows_become_shards_that_the_mixture_finds(workspace):
         Image.new("RGB", (32, 32)).save(workspace / "photos" / f"{time}.png")
     exec(blocks("python")[1], {})
     mixture = catalog.load_mixture("data/mine.yaml", workspace)
-    shards = open_mixture(Mixture(sources={"clock": mixture.sources["clock"]}), catalog.load_tasks(workspace), workspace)
+    shards = open_mixture(
+        Mixture(sources={"clock": mixture.sources["clock"]}), catalog.load_tasks(workspace), workspace
+    )
     assert sorted(row.answer for row in shards["clock"]) == ["03:40", "10:25"]
     assert shards["clock"].kinds == {("clock", "image"): 2}
 
 
 def test_the_fleet_routes_every_task_of_the_mixture(workspace):
-    fleet, mixture = catalog.load_fleet("teachers/mine.yaml", workspace), catalog.load_mixture("data/mine.yaml", workspace)
+    fleet, mixture = (
+        catalog.load_fleet("teachers/mine.yaml", workspace),
+        catalog.load_mixture("data/mine.yaml", workspace),
+    )
     tasks = catalog.load_tasks(workspace)
     check_routes(fleet, tasks, [(source.task, tasks[source.task].modality) for source in mixture.sources.values()])
     assert find_route(fleet, "clock", "image").teacher == "vision"

@@ -36,7 +36,10 @@ class Quiet(SimpleHTTPRequestHandler):
 @pytest.fixture
 def there(tmp_path: Path) -> Path:
     """A folder of six shards."""
-    rows = [Prompt(str(i), "additions", "text", tuple(user_turn(f"{i}+1?" + "!" * 3_000, 0)), (), str(i + 1)) for i in range(30)]
+    rows = [
+        Prompt(str(i), "additions", "text", tuple(user_turn(f"{i}+1?" + "!" * 3_000, 0)), (), str(i + 1))
+        for i in range(30)
+    ]
     write_shards(rows, tmp_path / "there", max_rows=5)
     return tmp_path / "there"
 

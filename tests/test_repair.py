@@ -49,7 +49,9 @@ def environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, bo
 
 def test_the_hook_lets_a_torchvision_without_its_operators_import(broken_torchvision):
     assert "torchvision::nms" in run(broken_torchvision, "import torchvision").stderr
-    done = run(broken_torchvision, "import hook_under_test, torchvision, torch; print(torch.ops.torchvision.nms.default)")
+    done = run(
+        broken_torchvision, "import hook_under_test, torchvision, torch; print(torch.ops.torchvision.nms.default)"
+    )
     assert done.stdout == "torchvision.nms.default\n", done.stderr
 
 

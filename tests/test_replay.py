@@ -10,10 +10,10 @@ from rich.console import Console
 from test_trainer import port
 from train_worker import TRAIN, launch, make_items
 
+from mmopd.commands.replay import read_batch, replay, write_batch
 from mmopd.config import Recipe, Rollout, Student
 from mmopd.errors import UserError
 from mmopd.modality import Encoder
-from mmopd.commands.replay import read_batch, replay, write_batch
 from mmopd.runtime.run_folder import RunFolder
 from mmopd.train.prefix_tree import Item
 
@@ -22,7 +22,9 @@ from mmopd.train.prefix_tree import Item
 def guarded(model: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[RunFolder, dict[str, Any]]:
     run = RunFolder(tmp_path_factory.mktemp("guarded") / "run")
     student = Student.model_validate({"model": str(model)})
-    run.create(Recipe(student=student, fleet=Path("none.yaml"), mixture=Path("none.yaml"), rollout=Rollout(), train=TRAIN))
+    run.create(
+        Recipe(student=student, fleet=Path("none.yaml"), mixture=Path("none.yaml"), rollout=Rollout(), train=TRAIN)
+    )
     return run, launch(model, run.root, "guarded", 2, port())
 
 
@@ -64,12 +66,19 @@ def test_replay_names_a_weight_that_is_not_finite(guarded: tuple[RunFolder, dict
     run, _ = guarded
     console = Console(record=True, width=200)
     assert not any(one.finite for one in replay(run, 2, console))
-    assert "1 weights of the student are not finite, such as model.language_model.layers.0.mlp.down_proj.weight" in console.export_text()
+    assert (
+        "1 weights of the student are not finite, such as model.language_model.layers.0.mlp.down_proj.weight"
+        in console.export_text()
+    )
 
 
-def test_a_step_that_was_not_skipped_is_an_error_that_lists_those_that_were(guarded: tuple[RunFolder, dict[str, Any]]) -> None:
+def test_a_step_that_was_not_skipped_is_an_error_that_lists_those_that_were(
+    guarded: tuple[RunFolder, dict[str, Any]],
+) -> None:
     run, _ = guarded
-    with pytest.raises(UserError, match="no update of step 7 was skipped, or it is not kept any more; there is 1, 2, 3"):
+    with pytest.raises(
+        UserError, match="no update of step 7 was skipped, or it is not kept any more; there is 1, 2, 3"
+    ):
         replay(run, 7, Console(quiet=True))
 
 

@@ -96,7 +96,10 @@ def test_a_run_that_starts_over_keeps_nothing(tmp_path: Path) -> None:
 
 # What is recorded of a step.
 
-PROMPTS = [Encoded(Prompt(f"s/{i}", task, "text", (), (), ""), (1,), (1,), ()) for i, task in enumerate(("sums", "charts", "charts"))]
+PROMPTS = [
+    Encoded(Prompt(f"s/{i}", task, "text", (), (), ""), (1,), (1,), ())
+    for i, task in enumerate(("sums", "charts", "charts"))
+]
 
 
 Line = Callable[[Algorithm, list[Sample]], dict[str, float]]
@@ -109,7 +112,8 @@ def sample(group: int, outcome: float, student: list[float], reward: list[float]
     return Sample(group, response, Outcome(outcome), score)
 
 
-# Two right and two wrong responses to a prompt of one teacher (margin -0.2, as in the worked example of the margins), two to a prompt of
+# Two right and two wrong responses to a prompt of one teacher (margin -0.2, as in the worked example of the margins),
+# two to a prompt of
 # another, one to a prompt of both; one has no score, and a token of one is 12 nats from its teacher: it counts nowhere.
 STEP = [
     sample(0, 1.0, [-1.0, -2.0], [0.3, -0.1]),
@@ -142,7 +146,8 @@ def recorded(tmp_path: Path, encoder: Encoder) -> Line:
 def test_accuracy_is_told_of_the_students_own_responses_and_not_of_its_teachers_answers(recorded: Line) -> None:
     own = recorded(Algorithm(), STEP)
     of_teachers = recorded(
-        Algorithm.model_validate({"objective": {"kind": "sft"}, "difficulty": None}), [s for s in STEP if s.score is not None]
+        Algorithm.model_validate({"objective": {"kind": "sft"}, "difficulty": None}),
+        [s for s in STEP if s.score is not None],
     )
     assert {name for name in own if name.startswith(("accuracy/", "correct/sampled"))}
     assert not {name for name in of_teachers if name.startswith(("accuracy/", "correct/", "staleness"))}
@@ -162,7 +167,12 @@ def test_a_step_tells_entropy_outcomes_order_margins_shift_and_where_responses_w
     assert line["entropy_estimate"] == pytest.approx((3 + 0.5 + 2 + 0.25 + 1.5 + 0.5 + 1.5 + 2) / 13)
     assert line["response_length"] == 13 / 8
     assert (line["correct/sampled"], line["correct/kept"]) == pytest.approx((4 / 7, 3 / 6))
-    for name, before, after in (("order_consistency", 0, 1), ("order_delta", 0, 1), ("margin", -0.2, 0.4), ("two_sided_groups", 1, 1)):
+    for name, before, after in (
+        ("order_consistency", 0, 1),
+        ("order_delta", 0, 1),
+        ("margin", -0.2, 0.4),
+        ("two_sided_groups", 1, 1),
+    ):
         assert (line[f"{name}/before"], line[f"{name}/after"]) == pytest.approx((before, after))
     assert [line[f"margin/p{q}_before"] for q in (10, 50, 90)] == pytest.approx([-0.2] * 3)
     assert line["shift"] == pytest.approx(4 * 0.3 / 7)
@@ -190,7 +200,9 @@ def test_unknown_outcomes_are_counted_by_cause(reason: str, cause: str, recorded
     assert line["unknown"] == sum(n for name, n in line.items() if name.startswith("unknown/"))
 
 
-def test_an_objective_without_a_teacher_has_no_divergence_and_one_without_samples_of_its_own_no_entropy(recorded: Line) -> None:
+def test_an_objective_without_a_teacher_has_no_divergence_and_one_without_samples_of_its_own_no_entropy(
+    recorded: Line,
+) -> None:
     grpo = Algorithm.model_validate({"objective": {"kind": "grpo"}})
     line = recorded(grpo, [Sample(s.group, s.response, s.outcome, None) for s in STEP])
     assert not [name for name in line if name.startswith("reverse_kl")]
@@ -210,10 +222,18 @@ def test_a_row_says_what_was_sampled_scored_and_learned() -> None:
     sample = Sample(0, response, Outcome(math.nan, "no key"), Score("image_teacher", (-0.3, -0.1)))
     made = token_row(3, prompt, sample, ["=", "8"], [0.25, 0.5], kept=False)
     assert made.images == [base64.b64encode(b"image").decode()]
-    assert (made.prompt, made.outcome, made.verdict, made.reason, made.kept) == ("What is their sum?", None, "unknown", "no key", False)
+    assert (made.prompt, made.outcome, made.verdict, made.reason, made.kept) == (
+        "What is their sum?",
+        None,
+        "unknown",
+        "no key",
+        False,
+    )
     assert made.reward == pytest.approx((-0.2 + 0.1) / 2)
     with pytest.raises(ValueError, match="digits/7 has no score"):
-        token_row(3, prompt, Sample(0, response, Outcome(1.0), Absent("t", "timeout")), ["=", "8"], [0.0, 0.0], kept=False)
+        token_row(
+            3, prompt, Sample(0, response, Outcome(1.0), Absent("t", "timeout")), ["=", "8"], [0.0, 0.0], kept=False
+        )
 
 
 def test_rows_survive_the_way_through_the_file_to_four_digits(tmp_path: Path) -> None:
@@ -224,11 +244,18 @@ def test_rows_survive_the_way_through_the_file_to_four_digits(tmp_path: Path) ->
     assert (back.prompt, back.student) == ("a\u2028b", [-0.1235] * 5)
 
 
-def test_what_the_image_does_is_part_of_a_row_where_it_was_asked_and_a_row_without_it_reads_as_before(tmp_path: Path) -> None:
+def test_what_the_image_does_is_part_of_a_row_where_it_was_asked_and_a_row_without_it_reads_as_before(
+    tmp_path: Path,
+) -> None:
     parts = [{"type": "image"}, {"type": "text", "text": "What is their sum?"}]
     prompt = Prompt("digits/7", "digit_sum", "image", ({"role": "user", "content": parts},), (b"image",), "8")
-    sample = Sample(0, Response((5, 6), (-0.1, -0.2), "=8", "stop", (("s", 2),)), Outcome(1.0), Score("t", (-0.3, -0.1)))
-    rows = [token_row(0, prompt, sample, ["=", "8"], [0.2, 0.1], kept=True, visual=visual) for visual in ([-0.123456, 2.0], None)]
+    sample = Sample(
+        0, Response((5, 6), (-0.1, -0.2), "=8", "stop", (("s", 2),)), Outcome(1.0), Score("t", (-0.3, -0.1))
+    )
+    rows = [
+        token_row(0, prompt, sample, ["=", "8"], [0.2, 0.1], kept=True, visual=visual)
+        for visual in ([-0.123456, 2.0], None)
+    ]
     lines = JsonLines(tmp_path / "samples.jsonl", 0)
     for made in rows:
         lines.append(as_json(made))
@@ -245,9 +272,17 @@ def test_what_the_image_does_is_part_of_a_row_where_it_was_asked_and_a_row_witho
 
 
 def test_the_handful_has_right_and_wrong_of_each_task_early_and_late() -> None:
-    rows = [row(step, task, outcome) for step in (0, 5, 9) for task in ("additions", "digit_sum") for outcome in (1.0, 0.0, 0.0)]
+    rows = [
+        row(step, task, outcome)
+        for step in (0, 5, 9)
+        for task in ("additions", "digit_sum")
+        for outcome in (1.0, 0.0, 0.0)
+    ]
     assert [(r.step, r.task, r.verdict) for r in choose(rows)] == [
-        (step, task, verdict) for step in (0, 9) for task in ("additions", "digit_sum") for verdict in ("right", "wrong")
+        (step, task, verdict)
+        for step in (0, 9)
+        for task in ("additions", "digit_sum")
+        for verdict in ("right", "wrong")
     ]
     assert len(choose(rows, limit=3)) == 3
     assert choose([]) == []
@@ -258,7 +293,9 @@ def test_colour_is_teacher_minus_student_and_is_bounded() -> None:
     assert [round(c["colour"], 4) for c in cells(row())] == [-0.0333, 0.0, 0.0, -1.0, 0.1333]
 
 
-@pytest.mark.parametrize(("token", "seen"), [(" ", "␣"), (" the", " the"), ("\n\n", "⏎⏎"), (".\n", ".⏎"), ("\x07", r"\x07"), ("", "")])
+@pytest.mark.parametrize(
+    ("token", "seen"), [(" ", "␣"), (" the", " the"), ("\n\n", "⏎⏎"), (".\n", ".⏎"), ("\x07", r"\x07"), ("", "")]
+)
 def test_every_token_can_be_seen(token: str, seen: str) -> None:
     [cell] = cells(row(tokens=[token], student=[0.0], teacher=[0.0], advantage=[0.0]))
     assert cell["text"] == seen
@@ -277,7 +314,9 @@ def test_a_large_image_is_shown_smaller_and_a_small_one_as_it_is() -> None:
 def write_run(run: Path) -> Path:
     """A small but complete run folder."""
     (run / "difficulty").mkdir(parents=True)
-    recipe = Recipe(student=Student(model=Path("models/base")), fleet=Path("teachers/f.yaml"), mixture=Path("data/m.yaml"))
+    recipe = Recipe(
+        student=Student(model=Path("models/base")), fleet=Path("teachers/f.yaml"), mixture=Path("data/m.yaml")
+    )
     (run / "recipe.yaml").write_text(settings_file.dump(recipe))
     (run / "versions.json").write_text(json.dumps({"mmopd": "1.2.3", "torch": "9.9"}))
     (run / "stages.json").write_text(json.dumps({"serve": 30.0, "distil": 170.0}))
@@ -286,7 +325,14 @@ def write_run(run: Path) -> Path:
     with MetricsWriter(run) as writer:
         for step in range(20):
             writer.write(
-                step, {"return": -0.2 + step / 100, "accuracy/digit_sum": 0.4, "absent": 0, "share/kept": 0.5, "seconds/rollout": 1.5}
+                step,
+                {
+                    "return": -0.2 + step / 100,
+                    "accuracy/digit_sum": 0.4,
+                    "absent": 0,
+                    "share/kept": 0.5,
+                    "seconds/rollout": 1.5,
+                },
             )
 
     def record(model: str, score: float | None) -> Record:
@@ -324,7 +370,12 @@ def test_the_report_shows_results_curves_difficulty_time_and_tokens(page: str) -
     assert "other, Digits: 3 of 8 requests failed" in page
     assert "3 min 20 s in all" in page
     data = json.loads(re.search(r'id="data">(.*?)</script>', page, re.DOTALL)[1])  # type: ignore[index]
-    assert [chart["title"] for chart in data["curves"]] == ["Accuracy of the rollouts", "Return", "Where responses went", "Time of a step"]
+    assert [chart["title"] for chart in data["curves"]] == [
+        "Accuracy of the rollouts",
+        "Return",
+        "Where responses went",
+        "Time of a step",
+    ]
     assert [s["name"] for s in data["curves"][2]["series"]] == ["kept"]
     assert data["difficulty"][0]["before"] == [0.25, 0.25, 0.5]
     assert data["difficulty"][0]["after"] == [0.2, 0.4, 0.4]
@@ -354,7 +405,10 @@ def test_a_report_without_visual_advantage_does_not_speak_of_it(tmp_path: Path) 
 
 
 def test_what_a_step_tells_of_the_algorithm_has_a_panel(recorded: Line) -> None:
-    shown = {chart["title"]: [s["name"] for s in chart["series"]] for chart in curves([recorded(Algorithm(balance=None), STEP)])}
+    shown = {
+        chart["title"]: [s["name"] for s in chart["series"]]
+        for chart in curves([recorded(Algorithm(balance=None), STEP)])
+    }
     assert shown == {
         "Accuracy of the rollouts": ["charts", "sums"],
         "Right responses": ["sampled", "kept"],
@@ -372,10 +426,19 @@ def test_what_a_step_tells_of_the_algorithm_has_a_panel(recorded: Line) -> None:
 
 
 def test_margins_are_a_band_around_their_median() -> None:
-    margins = {f"margin/p{q}_{when}": q / 100 + later for q in (10, 50, 90) for when, later in (("before", 0.0), ("after", 1.0))}
+    margins = {
+        f"margin/p{q}_{when}": q / 100 + later
+        for q in (10, 50, 90)
+        for when, later in (("before", 0.0), ("after", 1.0))
+    }
     [chart] = curves([{"step": 3} | margins, {"step": 4}])
     before, after = chart["series"]
-    assert (before["name"], before["low"], before["y"], before["high"]) == ("before", [0.1, None], [0.5, None], [0.9, None])
+    assert (before["name"], before["low"], before["y"], before["high"]) == (
+        "before",
+        [0.1, None],
+        [0.5, None],
+        [0.9, None],
+    )
     assert (after["name"], after["low"], after["y"], after["high"]) == ("after", [1.1, None], [1.5, None], [1.9, None])
 
 
@@ -398,7 +461,10 @@ def test_scoring_and_visual_advantage_have_their_panels() -> None:
     }
     numbers |= {"visual_advantage/charts": 0.2, "visual_advantage/clock": 0.5, "scored_blind": 4.0, "absent_blind": 1.0}
     assert all(documented(name) for name in numbers)
-    shown = {chart["title"]: [s["name"] for s in chart["series"]] for chart in curves([{"step": 0} | numbers, {"step": 1} | numbers])}
+    shown = {
+        chart["title"]: [s["name"] for s in chart["series"]]
+        for chart in curves([{"step": 0} | numbers, {"step": 1} | numbers])
+    }
     assert shown == {
         "Visual advantage": ["charts", "clock"],
         "Scoring": ["requests", "reused"],
@@ -413,7 +479,9 @@ def test_what_a_model_wrote_stays_text(page: str) -> None:
 
 
 def test_a_run_that_has_just_begun_has_a_report_too(tmp_path: Path) -> None:
-    (tmp_path / "recipe.yaml").write_text(settings_file.dump(Recipe(student=Student(model=Path("m")), fleet=Path("f"), mixture=Path("d"))))
+    (tmp_path / "recipe.yaml").write_text(
+        settings_file.dump(Recipe(student=Student(model=Path("m")), fleet=Path("f"), mixture=Path("d")))
+    )
     page = write_report(tmp_path).read_text()
     assert "<h2>" not in page
     assert "0 of 100 steps" in page

@@ -1,4 +1,6 @@
-"""Runs that are interrupted, one way after the other, end as if they had not been: real servers, two ranks, fp32 on the CPU."""
+"""Runs that are interrupted, one way after the other, end as if they had not been: real servers, two ranks, fp32 on the
+CPU.
+"""
 
 import os
 import random
@@ -21,7 +23,14 @@ from mmopd.catalog import shipped
 from mmopd.report.metrics import read_lines
 from mmopd.runtime.run_folder import RunFolder
 
-STEPS = ["train.steps=10", "train.checkpoint_every=2", "train.timeout=120", "algorithm.difficulty=null", "student.replicas=2", NO_SUITE]
+STEPS = [
+    "train.steps=10",
+    "train.checkpoint_every=2",
+    "train.timeout=120",
+    "algorithm.difficulty=null",
+    "student.replicas=2",
+    NO_SUITE,
+]
 TEACHERS = "teachers.json"
 ELSEWHERE = ("--endpoints", TEACHERS)
 OF_THE_MACHINE = ("seconds", "rollout_seconds", "memory", "scoring")  # metrics that a repetition does not repeat
@@ -46,7 +55,9 @@ def resume(workspace: Path, name: str) -> Command:
 
 
 def steps(run: RunFolder) -> list[dict[str, Any]]:
-    return [{k: v for k, v in row.items() if k.partition("/")[0] not in OF_THE_MACHINE} for row in read_lines(run.metrics)]
+    return [
+        {k: v for k, v in row.items() if k.partition("/")[0] not in OF_THE_MACHINE} for row in read_lines(run.metrics)
+    ]
 
 
 def whole(command: Command) -> str:
@@ -66,13 +77,19 @@ def kill_engine(run: RunFolder, how: signal.Signals = signal.SIGKILL) -> None:
     """Kill the API server of the student's last engine, or do to it what another signal does."""
     students, _ = run.read_endpoints()
     port = urlsplit(students[-1].url).port
-    (pid,) = {c.pid for c in psutil.net_connections("tcp4") if c.status == psutil.CONN_LISTEN and c.laddr.port == port and c.pid}
+    (pid,) = {
+        c.pid
+        for c in psutil.net_connections("tcp4")
+        if c.status == psutil.CONN_LISTEN and c.laddr.port == port and c.pid
+    }
     os.kill(pid, how)
 
 
 @pytest.fixture(scope="module")
 def stopped(workspace: Path) -> tuple[RunFolder, str, float]:
-    """A run that loses an engine of two and is stopped by SIGTERM a little later; what it says, and after how many seconds it has ended."""
+    """A run that loses an engine of two and is stopped by SIGTERM a little later; what it says, and after how many
+    seconds it has ended.
+    """
     run, command = RunFolder(workspace / "runs" / "stopped"), train(workspace, "stopped")
     command.wait_for(lambda: len(read_lines(run.metrics)) >= 1)
     time.sleep(random.uniform(0, 2))
@@ -84,7 +101,9 @@ def stopped(workspace: Path) -> tuple[RunFolder, str, float]:
     return run, whole(command), time.monotonic() - asked
 
 
-def test_sigterm_ends_the_run_behind_its_step_with_a_checkpoint_and_status_0(stopped: tuple[RunFolder, str, float]) -> None:
+def test_sigterm_ends_the_run_behind_its_step_with_a_checkpoint_and_status_0(
+    stopped: tuple[RunFolder, str, float],
+) -> None:
     run, output, seconds = stopped
     done = len(steps(run))
     assert 3 <= done < 10
@@ -123,7 +142,9 @@ def test_a_rank_that_is_killed_ends_the_run_and_is_named(crashed: tuple[RunFolde
 
 @pytest.fixture(scope="module")
 def resumed(workspace: Path, crashed: tuple[RunFolder, int, str]) -> tuple[RunFolder, int, int]:
-    """The same run, resumed, killed as a whole at a random moment, and resumed to its end; the steps in which rank and run were killed."""
+    """The same run, resumed, killed as a whole at a random moment, and resumed to its end; the steps in which rank and
+    run were killed.
+    """
     run, died, _ = crashed
     command = resume(workspace, "stopped")
     command.wait_for(lambda: len(steps(run)) > died)
@@ -142,7 +163,9 @@ def test_an_engine_that_dies_is_started_again(stopped: tuple[RunFolder, str, flo
     assert (run.logs / "servers.log").read_text().count("server restarted: student") == 1
 
 
-def test_an_interrupted_run_repeats_the_uninterrupted_one(straight: RunFolder, resumed: tuple[RunFolder, int, int]) -> None:
+def test_an_interrupted_run_repeats_the_uninterrupted_one(
+    straight: RunFolder, resumed: tuple[RunFolder, int, int]
+) -> None:
     run, died, killed = resumed
     assert len(steps(straight)) == 10
     assert 3 <= died <= killed <= 10
@@ -153,7 +176,9 @@ def test_an_interrupted_run_repeats_the_uninterrupted_one(straight: RunFolder, r
     assert all(torch.equal(w, theirs[name]) for name, w in ours.items())
 
 
-def test_the_student_of_a_checkpoint_can_be_had_as_a_folder_also_by_another_number_of_ranks(workspace: Path, straight: RunFolder) -> None:
+def test_the_student_of_a_checkpoint_can_be_had_as_a_folder_also_by_another_number_of_ranks(
+    workspace: Path, straight: RunFolder
+) -> None:
     whole(Command(workspace, "export", "runs/straight", "--ranks", "1", "--out", "tenth"))
     exported = load_file(workspace / "tenth" / "model.safetensors")
     end = load_file(straight.export / "model.safetensors")
@@ -169,7 +194,9 @@ def test_a_launchers_ranks_learn_the_same_and_end_behind_their_step_though_it_wo
     workspace: Path, straight: RunFolder
 ) -> None:
     run = RunFolder(workspace / "runs" / "launched")
-    deepspeed = f"{sys.executable} -m deepspeed.launcher.runner --num_gpus 2 --module"  # what its script `deepspeed` runs
+    deepspeed = (
+        f"{sys.executable} -m deepspeed.launcher.runner --num_gpus 2 --module"  # what its script `deepspeed` runs
+    )
     command = train(workspace, "launched", "train.steps=1000", "--launcher", deepspeed)
     command.wait_for(lambda: len(read_lines(run.metrics)) >= 1)
     command.process.send_signal(signal.SIGTERM)
@@ -181,7 +208,10 @@ def test_a_launchers_ranks_learn_the_same_and_end_behind_their_step_though_it_wo
 
 
 def test_a_run_ahead_learns_from_weights_that_are_one_update_older_and_survives_its_engine(workspace: Path) -> None:
-    run, command = RunFolder(workspace / "runs" / "ahead"), train(workspace, "ahead", "rollout.async_steps=1", "student.replicas=1")
+    run, command = (
+        RunFolder(workspace / "runs" / "ahead"),
+        train(workspace, "ahead", "rollout.async_steps=1", "student.replicas=1"),
+    )
     command.wait_for(lambda: len(read_lines(run.metrics)) >= 4)
     kill_engine(run)
     whole(command)
@@ -190,7 +220,9 @@ def test_a_run_ahead_learns_from_weights_that_are_one_update_older_and_survives_
     assert ages[0] == 0
     assert all(0 <= age <= 1 for age in ages)
     assert max(ages) > 0.5
-    assert max(row["mismatch_mean"] for row in steps(run)) > 1e-6 > steps(run)[0]["mismatch_mean"]  # what an update changes
+    assert (
+        max(row["mismatch_mean"] for row in steps(run)) > 1e-6 > steps(run)[0]["mismatch_mean"]
+    )  # what an update changes
 
 
 def test_an_engine_that_hangs_ends_the_run_within_its_timeout_and_is_named(workspace: Path) -> None:

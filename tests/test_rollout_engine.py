@@ -19,7 +19,9 @@ def encoder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def encoded(encoder):
     row = digit_sums("few", 1, 0)[0]
-    return encoder.encode(Prompt("digits/0", "digits", "image", tuple(row["messages"]), tuple(row["images"]), row["answer"]))
+    return encoder.encode(
+        Prompt("digits/0", "digits", "image", tuple(row["messages"]), tuple(row["images"]), row["answer"])
+    )
 
 
 def sample(encoder, encoded, faults=lambda n: None, **limits):
@@ -40,7 +42,9 @@ def test_a_group_is_one_request_and_its_responses_carry_what_the_trainer_needs(e
         assert (response.finish == "stop") == (response.tokens[-1] == end)
         assert response.text == encoder.decode(response.tokens)
         start = len(encoded.expanded)
-        assert response.logprobs == tuple(logprob(t, start + i, encoded.prompt.images) for i, t in enumerate(response.tokens))
+        assert response.logprobs == tuple(
+            logprob(t, start + i, encoded.prompt.images) for i, t in enumerate(response.tokens)
+        )
     assert {r.finish for r in responses} == {"stop", "length"}
 
 

@@ -16,14 +16,16 @@ from mmopd.rollout.student_client import EngineError
 from mmopd.rollout.sync import FRESH
 from mmopd.runtime.run_folder import RunFolder
 from mmopd.train import distributed
-from mmopd.train.weight_publisher import Handover
 from mmopd.train.rollouts import Rollouts
+from mmopd.train.weight_publisher import Handover
 
 STEP = 5
 
 
 class Restarted(Handover):
-    """Of an engine that its supervisor has started again: with the weights of its folder, until it gets those of a version."""
+    """Of an engine that its supervisor has started again: with the weights of its folder, until it gets those of a
+    version.
+    """
 
     def __init__(self, engine: FakeVLLM) -> None:
         self.engine, self.waited = engine, 0
@@ -55,7 +57,9 @@ class Stubborn(Restarted):
 async def roll(
     folder: Path, encoder: Encoder, prompts: Sequence[Encoded], kind: type[Restarted], *, ahead: int
 ) -> tuple[list[Sample], Restarted, FakeVLLM]:
-    """A step that begins on a fresh engine. Ahead: while the trainer learns and its handover brings that engine what it needs."""
+    """A step that begins on a fresh engine. Ahead: while the trainer learns and its handover brings that engine what it
+    needs.
+    """
     rollout = {"prompts": len(prompts), "group": 4, "max_tokens": 8, "async_steps": ahead}
     recipe = Recipe.model_validate(
         {"student": {"model": "m"}, "mixture": "m", "rollout": rollout, "algorithm": {"objective": {"kind": "grpo"}}}
@@ -78,7 +82,9 @@ async def roll(
 
 @pytest.mark.parametrize(("ahead", "waited"), [(0, 1), (1, 0)])
 def test_rollouts_of_an_engine_that_was_replaced_are_rolled_out_again(tmp_path, encoder, prompts, ahead, waited):
-    samples, handover, engine = asyncio.run(asyncio.wait_for(roll(tmp_path, encoder, prompts, Restarted, ahead=ahead), 60))
+    samples, handover, engine = asyncio.run(
+        asyncio.wait_for(roll(tmp_path, encoder, prompts, Restarted, ahead=ahead), 60)
+    )
     assert {version for sample in samples for version, _ in sample.response.versions} == {version_of(STEP)}
     assert [sample.group for sample in samples] == [n for n in range(len(prompts)) for _ in range(4)]
     assert handover.waited == waited

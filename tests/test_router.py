@@ -9,7 +9,9 @@ from mmopd.teacher.router import Judge, check_routes, check_tokenizers, find_jud
 from mmopd.teacher.view import BUILT_IN
 
 TASKS = {
-    "charts": Task("charts", "image", views={"close": View(min_pixels=9), "text": View(images="drop", instead="(a chart) ")}),
+    "charts": Task(
+        "charts", "image", views={"close": View(min_pixels=9), "text": View(images="drop", instead="(a chart) ")}
+    ),
     "math_algebra": Task("math_algebra", "text"),
 }
 
@@ -21,7 +23,9 @@ def fleet(*routes, views=None, **keys):
 
 
 def test_the_first_matching_route_wins():
-    routed = fleet({"task": "math_*", "teacher": "a"}, {"modality": "image", "teacher": "b", "view": "text"}, {"teacher": "c"})
+    routed = fleet(
+        {"task": "math_*", "teacher": "a"}, {"modality": "image", "teacher": "b", "view": "text"}, {"teacher": "c"}
+    )
     assert find_route(routed, "math_algebra", "image").teacher == "a"
     assert find_route(routed, "charts", "image").view == "text"
     assert find_route(routed, "charts", "text").teacher == "c"
@@ -86,13 +90,18 @@ def test_a_teacher_may_know_more_tokens_but_not_fewer_nor_others(tokenizer_folde
     more.add_tokens(["<extra>"])
     more.save_pretrained(tmp_path / "more")
     check_tokenizers(tokenizer_folder, {"same": tokenizer_folder, "more": tmp_path / "more"})
-    with pytest.raises(UserError, match=r"'fewer'.*1 of 1025 tokens differ.*'<extra>' is 1024 for the student and unknown for the teacher"):
+    with pytest.raises(
+        UserError,
+        match=r"'fewer'.*1 of 1025 tokens differ.*'<extra>' is 1024 for the student and unknown for the teacher",
+    ):
         check_tokenizers(tmp_path / "more", {"fewer": tokenizer_folder})
 
 
 def test_swapped_ids_are_found(tokenizer_folder, tmp_path):
     text = (tokenizer_folder / "tokenizer.json").read_text()
-    (tmp_path / "tokenizer.json").write_text(text.replace('"A": ', '"_": ', 1).replace('"B": ', '"A": ', 1).replace('"_": ', '"B": ', 1))
+    (tmp_path / "tokenizer.json").write_text(
+        text.replace('"A": ', '"_": ', 1).replace('"B": ', '"A": ', 1).replace('"_": ', '"B": ', 1)
+    )
     (tmp_path / "tokenizer_config.json").write_text((tokenizer_folder / "tokenizer_config.json").read_text())
     with pytest.raises(UserError, match=r"2 of 1024 tokens differ.*'A' is \d+ for the student and \d+ for the teacher"):
         check_tokenizers(tokenizer_folder, {"swapped": tmp_path})

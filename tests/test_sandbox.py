@@ -1,4 +1,6 @@
-"""Model-written programs: honest ones are right, 150 hostile ones reach nothing, and a machine that cannot shut them in is refused."""
+"""Model-written programs: honest ones are right, 150 hostile ones reach nothing, and a machine that cannot shut them in
+is refused.
+"""
 
 import json
 import os
@@ -20,8 +22,8 @@ import pytest
 from mmopd.errors import UserError
 from mmopd.records import Outcome
 from mmopd.task import code, jail
-from mmopd.task.verifier_pool import VerifierPool
 from mmopd.task.sandbox import Limits, Sandbox
+from mmopd.task.verifier_pool import VerifierPool
 
 HOSTILE = Path(__file__).parent / "hostile"
 QUICK = Limits(cpu=1, wall=1.5)
@@ -83,7 +85,14 @@ class Outside:
     port: int
 
     def aim(self, program: str) -> str:
-        names = {"KEY": self.key, "DIR": self.folder, "CANARY": self.canary, "PID": os.getpid(), "PORT": self.port, "UNIX": self.unix}
+        names = {
+            "KEY": self.key,
+            "DIR": self.folder,
+            "CANARY": self.canary,
+            "PID": os.getpid(),
+            "PORT": self.port,
+            "UNIX": self.unix,
+        }
         for name, value in names.items():
             program = program.replace(f"@{name}@", str(value))
         return program
@@ -94,7 +103,11 @@ def outside(tmp_path: Path) -> Iterator[tuple[Outside, list[socket.socket]]]:
     """Files that everybody may read and write, and sockets that listen."""
     folder = tmp_path / "outside"
     folder.mkdir()
-    opened = {path: path.stat().st_mode for path in (folder, *folder.parents) if path.stat().st_uid == os.getuid() and not path.is_mount()}
+    opened = {
+        path: path.stat().st_mode
+        for path in (folder, *folder.parents)
+        if path.stat().st_uid == os.getuid() and not path.is_mount()
+    }
     for path, mode in opened.items():  # so that nobody's programs could come here
         path.chmod(mode | 0o777 if path == folder else mode | 0o055)
     files = Outside(folder / "key.json", folder, folder / "canary", folder / "socket", 0)
@@ -119,7 +132,9 @@ def attacks() -> dict[str, str]:
 
 def touched(files: Outside, servers: list[socket.socket]) -> list[str]:
     """What an attack has reached."""
-    found = [f"made {path.name}" for path in files.folder.iterdir() if path.name not in ("key.json", "canary", "socket")]
+    found = [
+        f"made {path.name}" for path in files.folder.iterdir() if path.name not in ("key.json", "canary", "socket")
+    ]
     found += ["the canary"] if not files.canary.exists() or files.canary.read_text() != "alive" else []
     for server in servers:
         try:
@@ -137,7 +152,10 @@ def test_no_hostile_program_escapes_or_is_right(outside: tuple[Outside, list[soc
     verify = code.verifier(QUICK)
     assert verify(answer_of(HONEST["input"]), SQUARE) == Outcome(1.0)
     before, listed = processes(), set(Path("/tmp").iterdir())
-    keys = {True: json.dumps({"fn_name": "secret", "inputs": [[1000], [10000]], "outputs": [7919, 104729]}), False: json.dumps(PRIMES)}
+    keys = {
+        True: json.dumps({"fn_name": "secret", "inputs": [[1000], [10000]], "outputs": [7919, 104729]}),
+        False: json.dumps(PRIMES),
+    }
     begin, found = time.monotonic(), {}
     for name, program in programs.items():
         outcome = verify(answer_of(files.aim(program)), keys["(function)" in name])
@@ -151,9 +169,18 @@ def test_no_hostile_program_escapes_or_is_right(outside: tuple[Outside, list[soc
 
 
 @pytest.mark.parametrize(
-    "name", ["read the answers", "write outside", "overwrite a file outside", "tcp to this machine", "socket in the file system"]
+    "name",
+    [
+        "read the answers",
+        "write outside",
+        "overwrite a file outside",
+        "tcp to this machine",
+        "socket in the file system",
+    ],
 )
-def test_the_same_attacks_reach_their_aim_where_there_is_no_sandbox(name: str, outside: tuple[Outside, list[socket.socket]]) -> None:
+def test_the_same_attacks_reach_their_aim_where_there_is_no_sandbox(
+    name: str, outside: tuple[Outside, list[socket.socket]]
+) -> None:
     files, servers = outside
     done = subprocess.run(
         [sys.executable, "-I", "-S", "-c", files.aim(attacks()[name]).replace("recv(1000)", "fileno()")],
@@ -179,11 +206,16 @@ def test_a_program_sees_nothing_but_itself(sandbox: Sandbox) -> None:
     ]
     secret = os.urandom(8).hex()
     os.environ["MMOPD_TEST_SECRET"] = secret
-    assert secret.encode() not in sandbox.run("import os, gc\nprint(os.environ, [str(x)[:1000] for x in gc.get_objects()])").output
+    assert (
+        secret.encode()
+        not in sandbox.run("import os, gc\nprint(os.environ, [str(x)[:1000] for x in gc.get_objects()])").output
+    )
 
 
 def test_nothing_of_a_program_is_there_for_the_next(sandbox: Sandbox) -> None:
-    sandbox.run("import os, sys\nopen('x', 'w').write('mark-' + 'of-one')\nos.mkdir('d')\nsys.modules['json'] = None\nos.chmod('.', 0)")
+    sandbox.run(
+        "import os, sys\nopen('x', 'w').write('mark-' + 'of-one')\nos.mkdir('d')\nsys.modules['json'] = None\nos.chmod('.', 0)"
+    )
     seen = "any(chr(109) + 'ark-of-one' in str(x) for x in gc.get_objects())"  # not a constant of this program
     run = sandbox.run(f"import os, json, gc\nopen('y', 'w').write('2')\nprint(os.listdir('.'), {seen})")
     assert run.output == b"['y'] False\n"
@@ -256,11 +288,16 @@ def test_a_machine_without_namespaces_is_refused_with_the_way_out() -> None:
         ["unshare", "-Ur", "sh", "-c", inside, sys.executable, source, SQUARE],
         capture_output=True, text=True, check=False, cwd=Path(__file__).parents[1],
     )  # fmt: skip
-    assert "UserError: No sandbox: unshare: No space left on device. Model-written programs run in Linux namespaces" in done.stderr
+    assert (
+        "UserError: No sandbox: unshare: No space left on device. Model-written programs run in Linux namespaces"
+        in done.stderr
+    )
     assert "namespaces=False" in done.stderr
 
 
-def test_without_namespaces_only_if_asked_there_are_the_limits_and_the_filter(outside: tuple[Outside, list[socket.socket]]) -> None:
+def test_without_namespaces_only_if_asked_there_are_the_limits_and_the_filter(
+    outside: tuple[Outside, list[socket.socket]],
+) -> None:
     files, servers = outside
     before = processes()
     with Sandbox(QUICK, namespaces=False) as sandbox:
@@ -316,7 +353,9 @@ def test_a_program_that_outlasts_the_pools_patience_is_unknown_and_gone(tmp_path
 def test_an_ordinary_user_has_the_same() -> None:
     """Where root may give up its rights: by another interpreter, since this one may lie where only root can go."""
     python = "/usr/bin/python3"
-    version = subprocess.run([python, "-c", "import sys; print(sys.version_info >= (3, 11))"], capture_output=True, text=True, check=False)
+    version = subprocess.run(
+        [python, "-c", "import sys; print(sys.version_info >= (3, 11))"], capture_output=True, text=True, check=False
+    )
     if version.stdout != "True\n":
         pytest.skip(f"{python} is older than 3.11")
     script = Path(tempfile.mkdtemp()) / "jail.py"
@@ -324,13 +363,17 @@ def test_an_ordinary_user_has_the_same() -> None:
     script.write_text(Path(jail.__file__).read_text())
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     command = [python, "-P", "-s", "-S", str(script), str(theirs.fileno()), "apart"]
-    process = subprocess.Popen(command, pass_fds=[theirs.fileno()], user=1000, group=1000, extra_groups=[], env={}, cwd="/")
+    process = subprocess.Popen(
+        command, pass_fds=[theirs.fileno()], user=1000, group=1000, extra_groups=[], env={}, cwd="/"
+    )
     theirs.close()
     assert ours.recv(1 << 16) == b"{}"
     sandbox = Sandbox(QUICK)
     sandbox._channel, sandbox._jail = ours, process
     with sandbox:
-        run = sandbox.run("import os, threading\nthreading.Thread(target=print, args=(os.getuid(), os.listdir())).start()\nopen('x', 'w')")
+        run = sandbox.run(
+            "import os, threading\nthreading.Thread(target=print, args=(os.getuid(), os.listdir())).start()\nopen('x', 'w')"
+        )
         assert (run.failure, run.output) == ("", b"65534 []\n")
         assert "Operation not permitted" in sandbox.run("import os\nos.fork()").failure
         assert "No such file" in sandbox.run("open('/etc/passwd')").failure

@@ -86,7 +86,9 @@ def test_a_run_that_is_resumed_gets_the_same_scores_without_a_request(tmp_path, 
         async with server:
             with ScoreCache(tmp_path, 0) as kept:
                 async with Scorer(FLEET, {}, {"t": [server.endpoint]}, encoder, kept=kept) as scorer:
-                    return await asyncio.gather(*(scorer.score(prompt, tokens) for tokens in responses)), dict(scorer.counts)
+                    return await asyncio.gather(*(scorer.score(prompt, tokens) for tokens in responses)), dict(
+                        scorer.counts
+                    )
 
     first, _ = asyncio.run(life(FakeVLLM(encoder)))
     broken = FakeVLLM(encoder, lambda n: "500")

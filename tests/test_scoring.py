@@ -15,13 +15,13 @@ from mmopd.config import Engine, Fleet
 from mmopd.demo.world import additions, build_processor, build_student, digit_sums
 from mmopd.errors import UserError
 from mmopd.modality import Encoder
-from mmopd.runtime.processes import Children
 from mmopd.records import Absent, Prompt, Score
 from mmopd.rollout.student_client import StudentEngine
+from mmopd.runtime.processes import Children
 from mmopd.serving import replicas
 from mmopd.serving import servers as serve_module
-from mmopd.teacher.scorer import Scorer
 from mmopd.serving.servers import ServerSpec, serve
+from mmopd.teacher.scorer import Scorer
 
 TOKENS = (5, 6, 7, 8)
 
@@ -48,7 +48,9 @@ def text(encoder):
 
 
 def fleet(view="full", **limits):
-    return Fleet.model_validate({"teachers": {"t": {"endpoints": ["http://t"], **limits}}, "routes": [{"teacher": "t", "view": view}]})
+    return Fleet.model_validate(
+        {"teachers": {"t": {"endpoints": ["http://t"], **limits}}, "routes": [{"teacher": "t", "view": view}]}
+    )
 
 
 def right(encoded, tokens, images=None):
@@ -63,7 +65,9 @@ def score_all(encoder, jobs, *servers, view="full", **limits):
         async with AsyncExitStack() as stack:
             for server in servers:
                 await stack.enter_async_context(server)
-            scorer = await stack.enter_async_context(Scorer(fleet(view, **limits), {}, {"t": [s.endpoint for s in servers]}, encoder))
+            scorer = await stack.enter_async_context(
+                Scorer(fleet(view, **limits), {}, {"t": [s.endpoint for s in servers]}, encoder)
+            )
             results = await asyncio.gather(*(scorer.score(encoded, tokens) for encoded, tokens in jobs))
             return results, scorer.counts, [len(s.requests) for s in servers]
 
@@ -146,7 +150,9 @@ def test_a_healthy_replica_carries_the_run(encoder, image, fault):
 def test_an_expired_key_or_a_wrong_model_is_told_without_the_key(encoder, image, key, model, says):
     async def main():
         async with FakeVLLM(encoder, key=key) as server:
-            endpoint = type(server.endpoint)("t.0", server.endpoint.url, model, "a-secret" if key == "other" else "k", "teacher")
+            endpoint = type(server.endpoint)(
+                "t.0", server.endpoint.url, model, "a-secret" if key == "other" else "k", "teacher"
+            )
             async with Scorer(fleet(), {}, {"t": [endpoint]}, encoder) as scorer:
                 return await scorer.score(image, TOKENS), len(server.requests)
 
@@ -164,7 +170,11 @@ def test_a_healthy_replica_carries_the_run_beside_one_that_refuses_the_key_or_th
         async with FakeVLLM(encoder) as good, FakeVLLM(encoder) as bad:
             refused = replace(bad.endpoint, api_key=key, model=model)
             async with Scorer(fleet(), {}, {"t": [good.endpoint, refused]}, encoder) as scorer:
-                return await asyncio.gather(*(scorer.score(image, (i, 1)) for i in range(40))), scorer.counts, len(bad.requests)
+                return (
+                    await asyncio.gather(*(scorer.score(image, (i, 1)) for i in range(40))),
+                    scorer.counts,
+                    len(bad.requests),
+                )
 
     results, counts, requests = asyncio.run(main())
     assert [r.logprobs for r in results] == [right(image, (i, 1)) for i in range(40)]
@@ -212,7 +222,10 @@ def test_a_dead_teacher_holds_nobody_up_for_longer_than_its_timeout(encoder, ima
 
 def test_a_caller_that_is_cancelled_takes_nothing_from_the_others(encoder, image):
     async def main():
-        async with FakeVLLM(encoder, delay=0.1) as server, Scorer(fleet(), {}, {"t": [server.endpoint]}, encoder) as scorer:
+        async with (
+            FakeVLLM(encoder, delay=0.1) as server,
+            Scorer(fleet(), {}, {"t": [server.endpoint]}, encoder) as scorer,
+        ):
             first, second = (asyncio.create_task(scorer.score(image, TOKENS)) for _ in range(2))
             await asyncio.sleep(0.03)
             first.cancel()
@@ -225,11 +238,15 @@ def test_two_thousand_requests_under_random_faults_balance_exactly(encoder, imag
     monkeypatch.setattr(replicas, "COOLDOWN", (0.02, 0.2))
     rng = random.Random(0)
     faults = [f for f in FAULTS if f != "hang"]
-    servers = [FakeVLLM(encoder, lambda n: rng.choice(faults) if rng.random() < 0.2 else None, pause=0) for _ in range(3)]
+    servers = [
+        FakeVLLM(encoder, lambda n: rng.choice(faults) if rng.random() < 0.2 else None, pause=0) for _ in range(3)
+    ]
     jobs = [(rng.choice([image, text]), (rng.randrange(900), rng.randrange(3))) for _ in range(2000)]
     results, counts, requests = score_all(encoder, jobs, *servers, concurrency=16, timeout=60)
     assert balances(counts, 2000)
-    assert 0 <= counts["requests"] - sum(requests) <= counts["failed/connection"]  # sent into a connection that had just been closed
+    assert (
+        0 <= counts["requests"] - sum(requests) <= counts["failed/connection"]
+    )  # sent into a connection that had just been closed
     assert Counter("scored" if isinstance(r, Score) else f"absent/{r.cause}" for r in results) == {
         k: v for k, v in counts.items() if k == "scored" or k.startswith("absent/")
     }
@@ -286,10 +303,15 @@ def test_a_real_server_gives_the_log_probs_of_transformers_for_text_and_image(re
     rows = [prompt(r, "image") for r in digit_sums("few", 3, 0)] + [prompt(r, "text") for r in additions("few", 3, 0)]
 
     async def main():
-        async with StudentEngine(endpoint, encoder) as engine, Scorer(fleet(), {}, {"t": [endpoint]}, encoder) as scorer:
+        async with (
+            StudentEngine(endpoint, encoder) as engine,
+            Scorer(fleet(), {}, {"t": [endpoint]}, encoder) as scorer,
+        ):
             for encoded in map(encoder.encode, rows):
                 responses = await engine.sample(encoded, 4, 11, max_tokens=24)
-                assert [r.tokens for r in responses] == [r.tokens for r in await engine.sample(encoded, 4, 11, max_tokens=24)]
+                assert [r.tokens for r in responses] == [
+                    r.tokens for r in await engine.sample(encoded, 4, 11, max_tokens=24)
+                ]
                 one_by_one = [(await engine.sample(encoded, 1, 11 + i, max_tokens=24))[0].tokens for i in range(4)]
                 assert [r.tokens for r in responses] == one_by_one
                 assert len({r.tokens for r in responses}) == 4
@@ -313,7 +335,8 @@ def test_a_real_server_processes_the_image_of_a_group_once(real):
     def cache():
         lines = httpx.get(f"{endpoint.url}/metrics", headers=endpoint.headers).text.splitlines()
         return [
-            sum(float(line.split()[1]) for line in lines if line.startswith(f"vllm:mm_cache_{what}_total")) for what in ("queries", "hits")
+            sum(float(line.split()[1]) for line in lines if line.startswith(f"vllm:mm_cache_{what}_total"))
+            for what in ("queries", "hits")
         ]
 
     async def main():
@@ -346,15 +369,29 @@ def test_the_likeliest_tokens_of_a_real_server_are_those_of_transformers(real):
 
 def test_the_fake_server_speaks_the_wire_format_of_the_real_one(real, encoder, image):
     async def replies(endpoint):
-        """The model, the text of some ids; keys of the replies to a scoring and a sampling request, and of what is in them."""
+        """The model, the text of some ids; keys of the replies to a scoring and a sampling request, and of what is in
+        them.
+        """
         seen = []
         settings = {"n": 2, "seed": 1, "max_tokens": 4, "logprobs": 0, "detokenize": False, "logit_bias": {}}
         async with replicas.connect() as http:
             for sampling in ({"max_tokens": 1, "prompt_logprobs": 0, "detokenize": False}, settings):
-                parts = [{"type": "image_url", "url": "data:image/*;base64," + base64.b64encode(image.prompt.images[0]).decode()}]
-                body = {"model": endpoint.model, "token_ids": image.ids, "content_parts": parts, "sampling_params": sampling}
+                parts = [
+                    {
+                        "type": "image_url",
+                        "url": "data:image/*;base64," + base64.b64encode(image.prompt.images[0]).decode(),
+                    }
+                ]
+                body = {
+                    "model": endpoint.model,
+                    "token_ids": image.ids,
+                    "content_parts": parts,
+                    "sampling_params": sampling,
+                }
                 headers = endpoint.headers | {"X-Request-Id": "r1"}
-                async with http.post(f"{endpoint.url}/inference/v1/generate", json=body | {"return_token_ids": True}, headers=headers) as r:
+                async with http.post(
+                    f"{endpoint.url}/inference/v1/generate", json=body | {"return_token_ids": True}, headers=headers
+                ) as r:
                     reply = await r.json()
                 assert reply["request_id"] == "generate-tokens-r1"
                 assert reply["prompt_token_ids"] == list(image.expanded)

@@ -57,7 +57,13 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     folder = tmp_path_factory.mktemp("served")
     build_student(folder / "model", 0)
     (folder / "fleet.yaml").write_text(FLEET)
-    env = {**os.environ, "NODE_KEY": KEY, "VLLM_SERVER_DEV_MODE": "1", "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1", "COLUMNS": "200"}
+    env = {
+        **os.environ,
+        "NODE_KEY": KEY,
+        "VLLM_SERVER_DEV_MODE": "1",
+        "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1",
+        "COLUMNS": "200",
+    }
     command = [sys.executable, "-m", "mmopd", "serve", "fleet.yaml", "--api-key-env", "NODE_KEY"]
     with (folder / "output").open("wb") as output:
         process = subprocess.Popen(command, cwd=folder, env=env, stdout=output, stderr=output)
@@ -87,15 +93,24 @@ def ask(server: Endpoint, url: str, kind: str = "image_url") -> httpx.Response:
 
 
 def test_nothing_listens_but_on_the_loopback_interface(served: Served) -> None:
-    listening = {c.laddr.ip for p in processes(served) for c in p.net_connections("inet") if c.status == psutil.CONN_LISTEN}
+    listening = {
+        c.laddr.ip for p in processes(served) for c in p.net_connections("inet") if c.status == psutil.CONN_LISTEN
+    }
     assert listening == {"127.0.0.1"}
 
 
 def test_every_route_wants_the_key(served: Served) -> None:
-    paths: dict[str, Any] = httpx.get(f"{served.teacher.url}/openapi.json", headers=served.teacher.headers).json()["paths"]
+    paths: dict[str, Any] = httpx.get(f"{served.teacher.url}/openapi.json", headers=served.teacher.headers).json()[
+        "paths"
+    ]
     assert wire.PATH in paths
     for path in [*paths, "/docs", "/openapi.json", "/nothing"]:
-        for headers in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": f"Bearer {KEY}x"}, {"Authorization": KEY}):
+        for headers in (
+            {},
+            {"Authorization": "Bearer wrong"},
+            {"Authorization": f"Bearer {KEY}x"},
+            {"Authorization": KEY},
+        ):
             assert httpx.get(served.teacher.url + path, headers=headers).status_code == 401
             assert httpx.post(served.teacher.url + path, headers=headers).status_code == 401
 
@@ -113,14 +128,26 @@ def test_no_url_is_fetched(served: Served) -> None:
     with socket.create_server(("127.0.0.1", 0)) as listener:
         listener.setblocking(False)
         port = listener.getsockname()[1]
-        urls = [f"{scheme}://{host}:{port}/image.png" for scheme in ("http", "https", "HTTP") for host in ("127.0.0.1", "localhost")]
-        urls += [f"http://no%20domain@127.0.0.1:{port}/image.png", f"ftp://127.0.0.1:{port}/image.png", f"//127.0.0.1:{port}/image.png"]
+        urls = [
+            f"{scheme}://{host}:{port}/image.png"
+            for scheme in ("http", "https", "HTTP")
+            for host in ("127.0.0.1", "localhost")
+        ]
+        urls += [
+            f"http://no%20domain@127.0.0.1:{port}/image.png",
+            f"ftp://127.0.0.1:{port}/image.png",
+            f"//127.0.0.1:{port}/image.png",
+        ]
         for url in urls:
             for kind in ("image_url", "video_url", "audio_url"):
                 assert ask(served.teacher, url, kind).status_code >= 400, (url, kind)
         with pytest.raises(BlockingIOError):  # nobody has knocked
             listener.accept()
-    for url in (f"file://{served.folder}/image.png", f"file://localhost{served.folder}/image.png", str(served.folder / "image.png")):
+    for url in (
+        f"file://{served.folder}/image.png",
+        f"file://localhost{served.folder}/image.png",
+        str(served.folder / "image.png"),
+    ):
         assert ask(served.teacher, url).status_code >= 400
     assert "allowed domains" in ask(served.teacher, urls[0]).text
     inline = "data:image/png;base64," + base64.b64encode(image.getvalue()).decode()
@@ -130,11 +157,15 @@ def test_no_url_is_fetched(served: Served) -> None:
 def test_the_key_is_in_no_file_and_on_no_command_line(served: Served) -> None:
     commands = [Path(f"/proc/{p.pid}/cmdline").read_bytes() for p in processes(served)]
     assert any(b"vllm_main" in command for command in commands)
-    assert not any(KEY.encode() in Path(entry, "cmdline").read_bytes() for entry in Path("/proc").glob("[0-9]*") if readable(entry))
+    assert not any(
+        KEY.encode() in Path(entry, "cmdline").read_bytes() for entry in Path("/proc").glob("[0-9]*") if readable(entry)
+    )
     files = [path for path in served.folder.rglob("*") if path.is_file()]
     assert {"endpoints.json", "output", "servers.log", "plain.0.log"} <= {path.name for path in files}
     arguments = (served.folder / "endpoints-logs" / "plain.0.log").read_text()
-    assert re.search(r"non-default args: .*allowed_media_domains", arguments)  # what vLLM says of its start is looked at too
+    assert re.search(
+        r"non-default args: .*allowed_media_domains", arguments
+    )  # what vLLM says of its start is looked at too
     assert [path.name for path in files if KEY.encode() in path.read_bytes()] == ["endpoints.json"]
     assert (served.folder / "endpoints.json").stat().st_mode & 0o777 == 0o600
 

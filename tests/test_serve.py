@@ -21,11 +21,11 @@ from PIL import Image
 from mmopd.config import Engine
 from mmopd.demo.world import build_student, digit_sums
 from mmopd.errors import UserError
-from mmopd.runtime.processes import Children
 from mmopd.rollout.sync import BUCKET_BYTES, FRESH, BroadcastSync, FileSync, SyncError, WeightSync
+from mmopd.runtime.processes import Children
 from mmopd.serving import endpoint, wire
-from mmopd.serving.lora import read_adapter
 from mmopd.serving.endpoint import Endpoint
+from mmopd.serving.lora import read_adapter
 from mmopd.serving.servers import Servers, ServerSpec, serve
 
 pytest.importorskip("vllm")
@@ -64,10 +64,18 @@ def running(models: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory)
     specs = [
         ServerSpec("student", models[0], ENGINE, updatable=True),
         ServerSpec("apart", models[0], ENGINE, updatable=True, sync="broadcast"),
-        ServerSpec("teacher", models[1], ENGINE, updatable=False, adapters={k: read_adapter(path) for k, path in adapters.items()}),
+        ServerSpec(
+            "teacher",
+            models[1],
+            ENGINE,
+            updatable=False,
+            adapters={k: read_adapter(path) for k, path in adapters.items()},
+        ),
     ]
     with Children() as children, pytest.MonkeyPatch.context() as patch:
-        patch.setattr("mmopd.serving.servers.BATCHED_TOKENS", ENGINE.max_model_len)  # one long prompt fills a pass: the next must wait, whole
+        patch.setattr(
+            "mmopd.serving.servers.BATCHED_TOKENS", ENGINE.max_model_len
+        )  # one long prompt fills a pass: the next must wait, whole
         with serve(specs, children, logs, lambda *event: events.append(event)) as servers:
             yield Running(servers, adapters, children, logs, events)
         assert not any(child.alive for child in children)
@@ -90,13 +98,17 @@ def test_a_port_that_is_taken_is_named_with_its_key(models: tuple[Path, Path], t
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = taken.getsockname()[1]
-        message = refused(ServerSpec("x", models[0], ENGINE.model_copy(update={"port": port}), updatable=False), tmp_path)
+        message = refused(
+            ServerSpec("x", models[0], ENGINE.model_copy(update={"port": port}), updatable=False), tmp_path
+        )
     assert str(port) in message
     assert "engine.port" in message
 
 
 def test_memory_that_is_short_is_said_with_what_is_needed(models: tuple[Path, Path], tmp_path: Path) -> None:
-    message = refused(ServerSpec("x", models[0], ENGINE.model_copy(update={"kv_cache_mib": 10**9}), updatable=False), tmp_path)
+    message = refused(
+        ServerSpec("x", models[0], ENGINE.model_copy(update={"kv_cache_mib": 10**9}), updatable=False), tmp_path
+    )
     assert "KV cache 1,000,000,000" in message
     assert f"{psutil.virtual_memory().available >> 30:,}"[:1] in message
     assert "engine.kv_cache_mib" in message
@@ -122,13 +134,24 @@ def test_endpoints_are_written_for_this_user_alone(tmp_path: Path) -> None:
 
 
 def test_readiness_is_told_for_each_server(running: Running) -> None:
-    assert [event for event in running.events if event[1] == "starting"] == [(name, "starting") for name in ("student", "apart", "teacher")]
+    assert [event for event in running.events if event[1] == "starting"] == [
+        (name, "starting") for name in ("student", "apart", "teacher")
+    ]
     assert {name for name, what in running.events if what.startswith("ready after")} == {"student", "apart", "teacher"}
     running.servers.check()
 
 
 def test_no_route_is_open_without_the_key(running: Running) -> None:
-    for path in ("/health", "/v1/models", "/pause", "/resume", "/collective_rpc", "/update_weights", "/inference/v1/generate", "/metrics"):
+    for path in (
+        "/health",
+        "/v1/models",
+        "/pause",
+        "/resume",
+        "/collective_rpc",
+        "/update_weights",
+        "/inference/v1/generate",
+        "/metrics",
+    ):
         assert httpx.post(running.student.url + path).status_code == 401
         assert httpx.get(running.student.url + path, headers={"Authorization": "Bearer wrong"}).status_code == 401
 
@@ -165,7 +188,9 @@ def links(running: Running, bucket_bytes: int = BUCKET_BYTES) -> dict[str, Weigh
 
 
 @pytest.mark.parametrize("name", ["student", "apart"])
-def test_after_a_sync_the_engine_answers_as_the_new_weights_do(running: Running, models: tuple[Path, Path], name: str) -> None:
+def test_after_a_sync_the_engine_answers_as_the_new_weights_do(
+    running: Running, models: tuple[Path, Path], name: str
+) -> None:
     old, new = (load_model(model) for model in models)
     prompts = [Question(models[0], row) for row in digit_sums("train", 2, seed=0)]
     with links(running, 200_000)[name] as sync:  # several buckets, whose borders cut layers
@@ -216,7 +241,9 @@ def test_adapters_that_are_asked_together_do_not_mix(running: Running, models: t
 
 
 @pytest.mark.parametrize("process", ["API server", "engine"])
-def test_scoring_goes_on_after_a_teacher_was_killed_and_nothing_is_lost(running: Running, models: tuple[Path, Path], process: str) -> None:
+def test_scoring_goes_on_after_a_teacher_was_killed_and_nothing_is_lost(
+    running: Running, models: tuple[Path, Path], process: str
+) -> None:
     questions = [Question(models[1], row) for row in digit_sums("train", 4, seed=2)]
     asked = [(question, list(range(begin, begin + 8))) for question in questions for begin in (30, 40, 50, 60)]
     before = [question.score(running.servers["words"], tokens) for question, tokens in asked]
@@ -273,7 +300,9 @@ def test_an_engine_that_dies_with_the_trainers_call_in_it_answers_with_an_error_
     assert running.servers.restarts["student"] == before + 1
 
 
-def test_weights_are_broadcast_again_to_an_engine_that_was_started_again(running: Running, models: tuple[Path, Path]) -> None:
+def test_weights_are_broadcast_again_to_an_engine_that_was_started_again(
+    running: Running, models: tuple[Path, Path]
+) -> None:
     weights = list(load_model(models[1]).named_parameters())
     with links(running)["apart"] as sync:
         sync.send(weights, "first")
@@ -299,7 +328,10 @@ def version_of_the_next(running: Running, sync: WeightSync[Any]) -> str | None:
 def make_adapters(model: Path, folder: Path) -> dict[str, Path]:
     """Two adapters with random weights, one of them also of the vision part."""
     words = r".*language_model.*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
-    modules = {"words": (4, words), "words_and_vision": (8, rf"({words}|.*visual\.(blocks|merger).*\.(qkv|proj|linear_fc1|linear_fc2))")}
+    modules = {
+        "words": (4, words),
+        "words_and_vision": (8, rf"({words}|.*visual\.(blocks|merger).*\.(qkv|proj|linear_fc1|linear_fc2))"),
+    }
     for seed, (name, (rank, target)) in enumerate(modules.items()):
         torch.manual_seed(seed)
         config = LoraConfig(r=rank, lora_alpha=16, target_modules=target, init_lora_weights=False)
@@ -310,7 +342,11 @@ def make_adapters(model: Path, folder: Path) -> dict[str, Path]:
 def processes_of(endpoint: Endpoint, children: Children) -> list[int]:
     """The API server behind an endpoint, and its engine."""
     port = int(endpoint.url.rpartition(":")[2])
-    return [p.pid for p in descendants(children) if any(c.laddr.port == port for c in p.net_connections() if c.status == "LISTEN")]
+    return [
+        p.pid
+        for p in descendants(children)
+        if any(c.laddr.port == port for c in p.net_connections() if c.status == "LISTEN")
+    ]
 
 
 def descendants(children: Children) -> list[psutil.Process]:
@@ -341,7 +377,13 @@ class Question:
         body = {
             "token_ids": self.ids,
             "content_parts": [{"type": "image_url", "url": self.url}],
-            "sampling_params": {"max_tokens": 12, "temperature": 0, "logprobs": 0, "detokenize": False, "ignore_eos": True},
+            "sampling_params": {
+                "max_tokens": 12,
+                "temperature": 0,
+                "logprobs": 0,
+                "detokenize": False,
+                "ignore_eos": True,
+            },
         }
         reply = httpx.post(f"{server.url}/inference/v1/generate", json=body, headers=server.headers, timeout=60)
         assert reply.status_code == 200, reply.text

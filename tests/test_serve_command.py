@@ -1,4 +1,6 @@
-"""Fleets: which servers they stand for, `mmopd serve`, and `mmopd train --endpoints`; with a vLLM that starts in no time."""
+"""Fleets: which servers they stand for, `mmopd serve`, and `mmopd train --endpoints`; with a vLLM that starts in no
+time.
+"""
 
 import json
 import os
@@ -26,8 +28,8 @@ from mmopd.errors import UserError
 from mmopd.runtime.processes import Children
 from mmopd.runtime.progress import Stages
 from mmopd.serving import endpoint
-from mmopd.serving.lora import lora_flags, read_adapter
 from mmopd.serving.endpoint import Endpoint
+from mmopd.serving.lora import lora_flags, read_adapter
 from mmopd.teacher.fleet import from_files, running_elsewhere, serve_fleet, to_specs
 
 FLEET = """
@@ -39,11 +41,15 @@ routes: [{teacher: math}]
 """
 
 
-def make_adapter(folder: Path, rank: int = 8, key: str = "base_model.model.model.layers.0.self_attn.q_proj", **config: object) -> Path:
+def make_adapter(
+    folder: Path, rank: int = 8, key: str = "base_model.model.model.layers.0.self_attn.q_proj", **config: object
+) -> Path:
     folder.mkdir(parents=True)
     weights = {f"{key}.lora_A.weight": torch.zeros(rank, 4), f"{key}.lora_B.weight": torch.zeros(4, rank)}
     save_file(weights, folder / "adapter_model.safetensors")
-    (folder / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": rank, "lora_alpha": 16, **config}))
+    (folder / "adapter_config.json").write_text(
+        json.dumps({"peft_type": "LORA", "r": rank, "lora_alpha": 16, **config})
+    )
     return folder
 
 
@@ -63,7 +69,14 @@ def test_adapters_of_one_model_share_its_servers_and_others_do_not(tmp_path: Pat
         "far": Teacher(endpoints=("http://x",)),
     }
     specs = to_specs(Fleet(teachers=teachers, routes=()), elsewhere={"there"})
-    assert [spec.name for spec in specs] == ["plain.0", "plain.1", "other.0", "algebra+geometry.0", "algebra+geometry.1", "longer.0"]
+    assert [spec.name for spec in specs] == [
+        "plain.0",
+        "plain.1",
+        "other.0",
+        "algebra+geometry.0",
+        "algebra+geometry.1",
+        "longer.0",
+    ]
     assert [spec.engine.port for spec in specs] == [5000, 5001, None, 6000, 6001, None]
     assert specs[4].adapters == {"algebra.1": read_adapter(first), "geometry.1": read_adapter(second)}
     assert specs[4].served == ["algebra.1", "geometry.1"]  # and not the model itself
@@ -75,7 +88,9 @@ def test_the_flags_make_room_for_the_largest_adapter_and_name_each(tmp_path: Pat
     plain = read_adapter(make_adapter(tmp_path / "a", rank=4, rank_pattern={"q_proj": 17}))
     vision = read_adapter(make_adapter(tmp_path / "b", rank=8, key="base_model.model.model.visual.blocks.0.attn.proj"))
     flags = " ".join(lora_flags({"a.0": plain, "b.0": vision}))
-    assert flags.startswith("--enable-lora --max-loras 2 --max-lora-rank 32 --enable-tower-connector-lora --lora-target-modules ")
+    assert flags.startswith(
+        "--enable-lora --max-loras 2 --max-lora-rank 32 --enable-tower-connector-lora --lora-target-modules "
+    )
     assert flags.endswith(f" q_proj visual.blocks.0.attn.proj --lora-modules a.0={tmp_path}/a b.0={tmp_path}/b")
     assert "tower" not in " ".join(lora_flags({"a.0": plain}))
 
@@ -93,7 +108,9 @@ def test_the_flags_make_room_for_the_largest_adapter_and_name_each(tmp_path: Pat
         ({"key": "base_model.model.lm_head"}, "is nothing that vLLM is known to serve"),
     ],
 )
-def test_an_adapter_that_vllm_would_serve_wrongly_is_refused(tmp_path: Path, change: dict[str, str], message: str) -> None:
+def test_an_adapter_that_vllm_would_serve_wrongly_is_refused(
+    tmp_path: Path, change: dict[str, str], message: str
+) -> None:
     folder = make_adapter(tmp_path / "a", key=change.pop("key", "q_proj"))
     config = json.loads((folder / "adapter_config.json").read_text())
     (folder / "adapter_config.json").write_text(json.dumps(config | change))
@@ -119,7 +136,9 @@ def test_a_folder_that_is_no_adapter_is_refused(tmp_path: Path) -> None:
 @pytest.fixture(scope="module")
 def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator["Command"]:
     """`mmopd serve`, in a folder of its own; its key comes from the environment."""
-    command = Command(tmp_path_factory.mktemp("served"), "serve", "fleet.yaml", "--out", "out/fleet.json", "--api-key-env", "NODE_KEY")
+    command = Command(
+        tmp_path_factory.mktemp("served"), "serve", "fleet.yaml", "--out", "out/fleet.json", "--api-key-env", "NODE_KEY"
+    )
     command.wait_for("Ctrl-C stops.")
     yield command
     command.assert_stops_cleanly(signal.SIGTERM, "out/fleet.json")
@@ -136,7 +155,9 @@ class Command:
         env = {**os.environ, "PYTHONPATH": install(folder), "MARK": self.mark, "NODE_KEY": self.key, "COLUMNS": "200"}
         self.output = folder / "output"
         with self.output.open("wb") as file:
-            self.process = subprocess.Popen([sys.executable, "-m", "mmopd", *args], cwd=folder, env=env, stdout=file, stderr=file)
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "mmopd", *args], cwd=folder, env=env, stdout=file, stderr=file
+            )
 
     def wait_for(self, text: str, seconds: float = 60) -> str:
         deadline = time.monotonic() + seconds
@@ -217,10 +238,15 @@ def test_a_key_or_a_teacher_that_is_missing_is_said(tmp_path: Path, monkeypatch:
         CliRunner().invoke(app, ["serve", str(fleet)], catch_exceptions=False)
 
 
-def test_a_run_uses_what_another_job_serves_and_serves_the_rest(served: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_uses_what_another_job_serves_and_serves_the_rest(
+    served: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("PYTHONPATH", install(tmp_path))
     teachers = {name: Teacher(model=fake_model(tmp_path / name)) for name in ("here", "math")}
-    fleet, path = Fleet(teachers={**teachers, "code": Teacher(model=Path("not/here"))}, routes=()), served.folder / "out" / "fleet.json"
+    fleet, path = (
+        Fleet(teachers={**teachers, "code": Teacher(model=Path("not/here"))}, routes=()),
+        served.folder / "out" / "fleet.json",
+    )
     elsewhere = from_files(fleet, [path])
     with (
         Children() as children,
@@ -251,9 +277,13 @@ def test_a_teacher_in_two_files_has_the_replicas_of_both(served: Command, tmp_pa
         ({"url": "no url"}, "does not answer as a vLLM server"),
     ],
 )
-def test_an_endpoint_that_cannot_be_used_is_named(served: Command, tmp_path: Path, change: dict[str, str], message: str) -> None:
+def test_an_endpoint_that_cannot_be_used_is_named(
+    served: Command, tmp_path: Path, change: dict[str, str], message: str
+) -> None:
     path, fleet = tmp_path / "one.json", Fleet(teachers={"math": Teacher(model=Path("math"))}, routes=())
-    (record,) = [one for one in json.loads((served.folder / "out" / "fleet.json").read_text()) if one["name"] == "math.0"]
+    (record,) = [
+        one for one in json.loads((served.folder / "out" / "fleet.json").read_text()) if one["name"] == "math.0"
+    ]
     endpoint.save(path, [Endpoint(**(record | change))])
     with pytest.raises(UserError, match=message) as error:
         from_files(fleet, [path])
@@ -276,10 +306,14 @@ def test_a_file_that_is_no_file_of_endpoints_is_refused(tmp_path: Path) -> None:
         endpoint.load(path)
 
 
-def test_the_servers_of_a_fleet_file_are_asked_for_their_model(served: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_servers_of_a_fleet_file_are_asked_for_their_model(
+    served: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
     url = endpoint.load(served.folder / "out" / "fleet.json")["math.0"].url
     monkeypatch.setenv("FAR_KEY", served.key)
-    assert running_elsewhere("far.0", f"{url}/v1/", "FAR_KEY") == Endpoint("far.0", url, "math.0", served.key, "teacher")
+    assert running_elsewhere("far.0", f"{url}/v1/", "FAR_KEY") == Endpoint(
+        "far.0", url, "math.0", served.key, "teacher"
+    )
     with pytest.raises(UserError, match="does not take the key"):
         running_elsewhere("far.0", url, None)
     monkeypatch.delenv("FAR_KEY")
@@ -289,7 +323,10 @@ def test_the_servers_of_a_fleet_file_are_asked_for_their_model(served: Command, 
 
 def test_train_and_resume_take_the_file(tmp_path: Path) -> None:
     missing = ["--endpoints", str(tmp_path / "missing.json")]
-    for command in (["recipes/demo.yaml", "prepare=null", "--run", str(tmp_path / "run")], ["--resume", str(tmp_path / "run")]):
+    for command in (
+        ["recipes/demo.yaml", "prepare=null", "--run", str(tmp_path / "run")],
+        ["--resume", str(tmp_path / "run")],
+    ):
         with pytest.raises(UserError, match=r"missing\.json: no such file of endpoints"):
             CliRunner().invoke(app, ["train", *command, *missing], catch_exceptions=False)
     assert "missing.json" not in (tmp_path / "run" / "recipe.yaml").read_text()

@@ -100,7 +100,9 @@ def test_the_same_rows_give_the_same_bytes_and_any_change_another_fingerprint(tm
     second = write_shards(rows, tmp_path / "b")
     third = write_shards([*rows[:4], text_row(99)], tmp_path / "c")
     assert first.fingerprint == second.fingerprint != third.fingerprint
-    assert (tmp_path / "a/shard-00000-of-00001.tar").read_bytes() == (tmp_path / "b/shard-00000-of-00001.tar").read_bytes()
+    assert (tmp_path / "a/shard-00000-of-00001.tar").read_bytes() == (
+        tmp_path / "b/shard-00000-of-00001.tar"
+    ).read_bytes()
 
 
 def test_the_bytes_of_a_shard_never_change(tmp_path: Path) -> None:
@@ -215,7 +217,8 @@ def test_an_index_of_version_1_says_what_to_do(mixed: tuple[list[Prompt], Path])
     path = index_path(only_tar(mixed[1]))
     path.rename(path.with_name(path.name.replace(".safetensors", ".json")))
     with pytest.raises(
-        UserError, match=r"shard-00000-of-00003\.index\.json: an index of version 1; write the source again, or run `mmopd index"
+        UserError,
+        match=r"shard-00000-of-00003\.index\.json: an index of version 1; write the source again, or run `mmopd index",
     ):
         Shards(mixed[1])
     index_tar(only_tar(mixed[1]))
@@ -269,11 +272,20 @@ def test_no_tar_and_half_a_tar_get_no_index(tmp_path: Path) -> None:
     ("row", "message"),
     [
         (Prompt("k", "t", "text", (), (), "1"), r"row 1 \(k\): it has no messages"),
-        (Prompt("k", "t", "image", tuple(user_turn("?", 2)), (picture(0),), "1"), "2 image parts in its messages, and 1 images"),
-        (Prompt("k", "t", "text", tuple(user_turn("?", 1)), (picture(0),), "1"), "1 images, and its modality is 'text'"),
+        (
+            Prompt("k", "t", "image", tuple(user_turn("?", 2)), (picture(0),), "1"),
+            "2 image parts in its messages, and 1 images",
+        ),
+        (
+            Prompt("k", "t", "text", tuple(user_turn("?", 1)), (picture(0),), "1"),
+            "1 images, and its modality is 'text'",
+        ),
         (Prompt("k", "t", "image", tuple(user_turn("?", 0)), (), "1"), "0 images, and its modality is 'image'"),
         (Prompt("k", "t", "image", tuple(user_turn("?", 1)), (b"GIF89a",), "1"), "image 0: not an image"),
-        (Prompt("k", "t", "image", tuple(user_turn("?", 1)), (picture(0, (20_001, 1)),), "1"), "image 0: image of 20001 x 1"),
+        (
+            Prompt("k", "t", "image", tuple(user_turn("?", 1)), (picture(0, (20_001, 1)),), "1"),
+            "image 0: image of 20001 x 1",
+        ),
         (Prompt("k", "t", "text", tuple(user_turn("?", 0)), (), 5), "5 as 'answer'"),  # type: ignore[arg-type]
         (Prompt("k", "t", "text", tuple(user_turn(" \n", 0)), (), "1"), "no text in its messages"),
         (Prompt("k", "t", "text", tuple(user_turn("?" * 1_000_001, 0)), (), "1"), "1,000,001 characters of text"),

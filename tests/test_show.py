@@ -3,18 +3,23 @@
 import pytest
 from rich.console import Console
 
+from mmopd.commands.show import judges_table
 from mmopd.config import Fleet, Mixture
 from mmopd.errors import UserError
-from mmopd.commands.show import judges_table
 
-TEACHERS = {"general": {"endpoints": ["http://t"], "weight": 2}, "careful": {"endpoints": ["http://t"], "view": "described"}}
+TEACHERS = {
+    "general": {"endpoints": ["http://t"], "weight": 2},
+    "careful": {"endpoints": ["http://t"], "view": "described"},
+}
 VIEWS = {"described": {"images": "drop", "instead": "[image: {caption}] "}}
 ROUTES = [{"modality": "text", "teacher": "general"}, {"teacher": {"general": 2, "careful": 1}}]
 
 
 def lines(routes, *tasks):
     fleet = Fleet.model_validate({"teachers": TEACHERS, "routes": routes, "views": VIEWS})
-    mixture = Mixture.model_validate({"sources": {f"s{i}": {"shards": "p", "task": task} for i, task in enumerate(tasks)}})
+    mixture = Mixture.model_validate(
+        {"sources": {f"s{i}": {"shards": "p", "task": task} for i, task in enumerate(tasks)}}
+    )
     console = Console(width=160)
     with console.capture() as capture:
         console.print(judges_table(fleet, mixture))

@@ -67,7 +67,9 @@ def test_loss_and_gradient_norm_are_those_of_plain_transformers_on_any_number_of
 def test_an_update_moves_the_student_and_its_export_is_what_it_became(found: Found) -> None:
     for result, number in ((found.whole, "0"), (found.frozen, "1")):
         assert differ(result["before"], result["after"][0]) > 1e-2
-        model, report = AutoModelForImageTextToText.from_pretrained(found.out / number / "export", output_loading_info=True)
+        model, report = AutoModelForImageTextToText.from_pretrained(
+            found.out / number / "export", output_loading_info=True
+        )
         assert not any(report.values())
         assert differ(result["after"][-1], plain_logprobs(model, Encoder(found.model))) < 1e-4
 
@@ -87,7 +89,10 @@ def test_weights_are_sent_as_the_folder_has_them(found: Found) -> None:
 
 
 def test_what_is_frozen_stays_bit_for_bit_and_is_sent_once(found: Found) -> None:
-    stored, exported = load_file(found.model / "model.safetensors"), load_file(found.out / "1" / "export" / "model.safetensors")
+    stored, exported = (
+        load_file(found.model / "model.safetensors"),
+        load_file(found.out / "1" / "export" / "model.safetensors"),
+    )
     trained = {name for name in stored if part_of(name) not in FROZEN[found.kind]}
     assert {name for name in stored if not torch.equal(stored[name], exported[name])} <= trained
     assert all(torch.equal(exported[name], stored[name]) for name in stored.keys() - trained)
@@ -102,7 +107,9 @@ def test_what_is_frozen_has_no_optimiser_state_and_no_backward_pass(found: Found
     numbers = {name: w.numel() for name, w in load_file(found.model / "model.safetensors").items()}
     trained = sum(n for name, n in numbers.items() if part_of(name) not in FROZEN[found.kind])
     ranks = RANKS[found.kind]
-    assert found.whole["state"] == pytest.approx(2 * sum(numbers.values()) / ranks, rel=2e-3)  # AdamW's two moments; padding
+    assert found.whole["state"] == pytest.approx(
+        2 * sum(numbers.values()) / ranks, rel=2e-3
+    )  # AdamW's two moments; padding
     assert found.frozen["state"] == pytest.approx(2 * trained / ranks, rel=1e-2)
     assert found.whole["ran"].keys() == {"vision", "projector", "language"}
     if "vision" in FROZEN[found.kind]:
@@ -121,7 +128,9 @@ def test_everything_frozen_is_an_error() -> None:
 def test_every_family_has_a_student_and_another_one_is_refused_by_name(tmp_path: Path) -> None:
     assert STUDENTS.keys() == FAMILIES.keys()
     AutoConfig.for_model("llava").save_pretrained(tmp_path)
-    with pytest.raises(UserError, match=r"no student class for model_type 'llava'; there is qwen3_vl \(Qwen3-VL\), .*qwen3_5_moe"):
+    with pytest.raises(
+        UserError, match=r"no student class for model_type 'llava'; there is qwen3_vl \(Qwen3-VL\), .*qwen3_5_moe"
+    ):
         load_student(tmp_path, torch.float32)
 
 
@@ -135,7 +144,9 @@ def test_linear_attention_would_mix_the_samples_of_a_row(tmp_path: Path) -> None
     for way, low, high in ways:
         collate = Collator(encoder, student.model.get_rope_index, 3 * 2 * 16 * 16, 2, way)
         micro = collate(items, range(len(items)))
-        order = torch.cat([torch.arange(len(items[i].tokens)) + sum(len(item.tokens) for item in items[:i]) for i in micro.order])
+        order = torch.cat(
+            [torch.arange(len(items[i].tokens)) + sum(len(item.tokens) for item in items[:i]) for i in micro.order]
+        )
         with torch.no_grad():
             assert low <= (student(**micro.inputs) - plain[order]).abs().max() < high
 

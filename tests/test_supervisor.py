@@ -86,7 +86,9 @@ def look(servers: Servers) -> bool:
     return False
 
 
-def test_a_dead_teacher_is_back_on_its_port_and_nothing_of_the_old_one_is_left(specs: list[ServerSpec], tmp_path: Path) -> None:
+def test_a_dead_teacher_is_back_on_its_port_and_nothing_of_the_old_one_is_left(
+    specs: list[ServerSpec], tmp_path: Path
+) -> None:
     with running(specs, tmp_path) as (servers, events):
         student = list(pids(servers["student"]).values())
         before = restart(servers, events)
@@ -101,7 +103,10 @@ def test_a_dead_teacher_is_back_on_its_port_and_nothing_of_the_old_one_is_left(s
 
 def test_a_death_before_all_are_ready_is_the_end(specs: list[ServerSpec], tmp_path: Path) -> None:
     (tmp_path / "teacher" / "crash").touch()
-    with pytest.raises(UserError, match=r"(?s)server 'teacher' ended with status 1; .*the weights are broken"), running(specs, tmp_path):
+    with (
+        pytest.raises(UserError, match=r"(?s)server 'teacher' ended with status 1; .*the weights are broken"),
+        running(specs, tmp_path),
+    ):
         pass
 
 
@@ -119,7 +124,9 @@ def test_a_server_that_keeps_dying_is_given_up(tmp_path: Path, monkeypatch: pyte
     assert servers.restarts == {"teacher": 3}
 
 
-def test_a_stop_before_the_next_start_leaves_nothing_and_the_next_run_counts_anew(specs: list[ServerSpec], tmp_path: Path) -> None:
+def test_a_stop_before_the_next_start_leaves_nothing_and_the_next_run_counts_anew(
+    specs: list[ServerSpec], tmp_path: Path
+) -> None:
     with running(specs, tmp_path) as (servers, events):
         everybody = [*restart(servers, events), *pids(servers["student"]).values()]
         killed = kill(servers["teacher"])  # its next start is 2 s away

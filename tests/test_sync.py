@@ -1,4 +1,6 @@
-"""Weights on their way: what another reader finds in the buckets, how they are cut, that nothing is left; and what a server is asked."""
+"""Weights on their way: what another reader finds in the buckets, how they are cut, that nothing is left; and what a
+server is asked.
+"""
 
 import inspect
 import json
@@ -128,6 +130,22 @@ def test_of_several_servers_one_that_is_lost_keeps_no_other_from_its_weights() -
 
 def test_torch_opens_memory_of_a_gpu_by_what_a_handle_says() -> None:
     """`open_handle` gives these in order: on a machine without a GPU nothing else would tell that they have changed."""
-    names = ["tensor_cls", "tensor_size", "tensor_stride", "tensor_offset", "storage_cls", "dtype", "storage_device", "storage_handle"]
-    names += ["storage_size_bytes", "storage_offset_bytes", "requires_grad", "ref_counter_handle", "ref_counter_offset", "event_handle"]
+    names = [
+        "tensor_cls",
+        "tensor_size",
+        "tensor_stride",
+        "tensor_offset",
+        "storage_cls",
+        "dtype",
+        "storage_device",
+        "storage_handle",
+    ]
+    names += [
+        "storage_size_bytes",
+        "storage_offset_bytes",
+        "requires_grad",
+        "ref_counter_handle",
+        "ref_counter_offset",
+        "event_handle",
+    ]
     assert list(inspect.signature(rebuild_cuda_tensor).parameters) == [*names, "event_sync_required"]

@@ -139,9 +139,13 @@ def test_careless_solutions_are_wrong_where_they_are_careless() -> None:
 
 
 def test_math_judges_the_same_in_threads() -> None:
-    cases = [(r, a, 1.0) for v, r, a in RIGHT if v is verify.math] + [(r, a, 0.0) for v, r, a in WRONG if v is verify.math]
+    cases = [(r, a, 1.0) for v, r, a in RIGHT if v is verify.math] + [
+        (r, a, 0.0) for v, r, a in WRONG if v is verify.math
+    ]
     with ThreadPoolExecutor(4) as threads:
-        assert [o.value for o in threads.map(lambda case: verify.math(case[0], case[1]), cases)] == [value for *_, value in cases]
+        assert [o.value for o in threads.map(lambda case: verify.math(case[0], case[1]), cases)] == [
+            value for *_, value in cases
+        ]
 
 
 HEAD = "from mmopd.task import Task\nfrom mmopd.records import Outcome\nimport os, signal, time\n"
@@ -238,7 +242,9 @@ def test_workers_end_with_their_parent(tmp_path: Path) -> None:
     """Even a hung one, and even if the parent is killed."""
     (tmp_path / "modalities").mkdir()
     body = "def verify(response, answer):\n    open(answer, 'w').write(str(os.getpid())); time.sleep(600)\n\n"
-    (tmp_path / "modalities/hangs.py").write_text(f"{HEAD}{body}task = Task(name='hangs', modality='text', verify=verify)\n")
+    (tmp_path / "modalities/hangs.py").write_text(
+        f"{HEAD}{body}task = Task(name='hangs', modality='text', verify=verify)\n"
+    )
     code = (
         "from mmopd.task.verifier_pool import VerifierPool; from pathlib import Path; import os, time\n"
         f"pool = VerifierPool(Path({str(tmp_path)!r}), workers=1, timeout=3.0)\n"
@@ -246,7 +252,9 @@ def test_workers_end_with_their_parent(tmp_path: Path) -> None:
         f"while not os.path.exists({str(tmp_path / 'pid')!r}): time.sleep(0.05)\n"
         "os.kill(os.getpid(), 9)\n"
     )
-    subprocess.run([sys.executable, "-c", code], check=False, env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])})
+    subprocess.run(
+        [sys.executable, "-c", code], check=False, env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
+    )
     worker = int((tmp_path / "pid").read_text())
     for _ in range(80):
         if not psutil.pid_exists(worker) or psutil.Process(worker).status() == psutil.STATUS_ZOMBIE:

@@ -1,4 +1,6 @@
-"""A teacher without vision: another Qwen, with the student's tokenizer, that scores answers to image prompts through the text view."""
+"""A teacher without vision: another Qwen, with the student's tokenizer, that scores answers to image prompts through
+the text view.
+"""
 
 import asyncio
 
@@ -9,18 +11,20 @@ from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3ForCausalLM
 from mmopd.config import Engine, Fleet
 from mmopd.demo.world import additions, build_processor, digit_sums
 from mmopd.modality import Encoder
-from mmopd.runtime.processes import Children
+from mmopd.preflight.questions import look
+from mmopd.preflight.run import preflight
 from mmopd.prompts import Shards, write_shards
 from mmopd.records import Prompt, Score
-from mmopd.task import Task
-from mmopd.teacher.scorer import Scorer
-from mmopd.preflight.run import preflight
-from mmopd.preflight.questions import look
-from mmopd.teacher.router import check_tokenizers
+from mmopd.runtime.processes import Children
 from mmopd.serving.servers import ServerSpec, serve
+from mmopd.task import Task
+from mmopd.teacher.router import check_tokenizers
+from mmopd.teacher.scorer import Scorer
 from mmopd.teacher.view import BUILT_IN, encode_view
 
-FLEET = Fleet.model_validate({"teachers": {"text": {"endpoints": ["http://t"], "view": "text"}}, "routes": [{"teacher": "text"}]})
+FLEET = Fleet.model_validate(
+    {"teachers": {"text": {"endpoints": ["http://t"], "view": "text"}}, "routes": [{"teacher": "text"}]}
+)
 TOKENS = (40, 41, 300, 42, 500)
 
 
@@ -32,8 +36,16 @@ def folders(tmp_path_factory):
     processor.save_pretrained(student)
     processor.tokenizer.save_pretrained(teacher)
     torch.manual_seed(3)
-    sizes = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
-    config = Qwen3Config(vocab_size=len(processor.tokenizer), head_dim=32, tie_word_embeddings=True, initializer_range=0.1, **sizes)
+    sizes = {
+        "hidden_size": 128,
+        "intermediate_size": 256,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+    }
+    config = Qwen3Config(
+        vocab_size=len(processor.tokenizer), head_dim=32, tie_word_embeddings=True, initializer_range=0.1, **sizes
+    )
     Qwen3ForCausalLM(config).save_pretrained(teacher)
     return student, teacher
 
@@ -42,7 +54,10 @@ def folders(tmp_path_factory):
 def endpoint(folders, tmp_path_factory):
     engine = Engine(dtype="float32", max_model_len=512, max_num_seqs=16, kv_cache_mib=64, enforce_eager=True)
     spec = ServerSpec("text", folders[1], engine, updatable=False)
-    with Children() as children, serve([spec], children, tmp_path_factory.mktemp("logs"), lambda name, what: None) as servers:
+    with (
+        Children() as children,
+        serve([spec], children, tmp_path_factory.mktemp("logs"), lambda name, what: None) as servers,
+    ):
         yield servers["text"]
 
 
@@ -74,7 +89,10 @@ def test_answers_to_images_and_texts_get_the_log_probs_of_transformers_at_the_st
 def test_preflight_passes_it_without_asking_for_eyes(folders, endpoint, tmp_path):
     encoder, task = Encoder(folders[0]), Task("digit_sum", "image")
     rows = digit_sums("few", 8, 0)
-    write_shards([task.prompt(str(i), "What is their sum?", row["answer"], row["images"]) for i, row in enumerate(rows)], tmp_path / "rows")
+    write_shards(
+        [task.prompt(str(i), "What is their sum?", row["answer"], row["images"]) for i, row in enumerate(rows)],
+        tmp_path / "rows",
+    )
     kinds = look({"digits": Shards(tmp_path / "rows")}, encoder)
     checks = asyncio.run(preflight(FLEET, {"digit_sum": task}, {"text": [endpoint]}, encoder, kinds, max_tokens=24))
     assert [check.state for check in checks] == ["ok"] * len(checks)

@@ -18,11 +18,11 @@ from mmopd.config import Train
 from mmopd.demo.world import build_student
 from mmopd.errors import UserError
 from mmopd.modality import Encoder
+from mmopd.runtime.watchdog import HUNG
 from mmopd.train.checkpoint import Checkpoints
-from mmopd.train.trainer import Trainer, learning_rate_factor
 from mmopd.train.pack import MicroBatch
 from mmopd.train.students import load_student
-from mmopd.runtime.watchdog import HUNG
+from mmopd.train.trainer import Trainer, learning_rate_factor
 
 PARTS = ("vision", "projector", "language")
 
@@ -87,7 +87,9 @@ def test_loss_and_gradient_norm_are_those_of_plain_transformers_however_samples_
     model: Path, one: dict[str, Any], two: dict[str, Any]
 ) -> None:
     encoder = Encoder(model)
-    expected = plain_update(Qwen3VLForConditionalGeneration.from_pretrained(model), encoder, make_items(encoder, BATCHES[0], 0), PARTS)
+    expected = plain_update(
+        Qwen3VLForConditionalGeneration.from_pretrained(model), encoder, make_items(encoder, BATCHES[0], 0), PARTS
+    )
     for ranks, found in ((1, one["others"]), (2, two["others"])):
         assert found["one_row"]["stats"]["micro_steps"] == 1
         assert found["apart"]["stats"]["micro_steps"] == -(-9 // ranks)
@@ -118,7 +120,9 @@ def test_one_micro_batch_is_made_while_the_one_before_it_is_computed_and_no_more
         next(micros)
 
 
-def test_the_gradient_is_clipped_to_the_norm_that_is_set_and_told_before_it(one: dict[str, Any], two: dict[str, Any]) -> None:
+def test_the_gradient_is_clipped_to_the_norm_that_is_set_and_told_before_it(
+    one: dict[str, Any], two: dict[str, Any]
+) -> None:
     for found in (one["others"], two["others"]):
         plain, clipped = found["plain"], found["clipped"]
         assert plain["stats"]["grad_norm"] > 2
@@ -128,13 +132,17 @@ def test_the_gradient_is_clipped_to_the_norm_that_is_set_and_told_before_it(one:
         torch.testing.assert_close(clipped["gradient"] * 1e3, plain["gradient"], rtol=1e-4, atol=1e-6)
 
 
-def test_gradient_checkpointing_computes_twice_and_changes_no_gradient(one: dict[str, Any], two: dict[str, Any]) -> None:
+def test_gradient_checkpointing_computes_twice_and_changes_no_gradient(
+    one: dict[str, Any], two: dict[str, Any]
+) -> None:
     for found in (one["others"], two["others"]):
         assert found["checkpointed"]["ran"] == [tokens for tokens in found["plain"]["ran"] for _ in range(2)]
         near(found["checkpointed"], found["plain"])
 
 
-def test_a_step_recomputes_the_log_probs_and_each_minibatch_starts_from_them(one: dict[str, Any], two: dict[str, Any]) -> None:
+def test_a_step_recomputes_the_log_probs_and_each_minibatch_starts_from_them(
+    one: dict[str, Any], two: dict[str, Any]
+) -> None:
     for found in (one["learned"], two["learned"]):
         batch, updates = found["batch"], found["updates"]
         sampled = torch.tensor([x for sample in found["samples"] for x in sample.response.logprobs])
@@ -150,7 +158,9 @@ def test_a_step_recomputes_the_log_probs_and_each_minibatch_starts_from_them(one
         for (items, now), stats in zip(found["met"], updates, strict=True):
             old, A, w = (torch.cat([getattr(item, name) for item in items]) for name in ("old", "advantage", "weight"))
             rho, low, high = (torch.cat(now) - old).exp(), 0.8, 1.28
-            assert stats["loss"] == pytest.approx(-float((w * torch.minimum(rho * A, rho.clamp(low, high) * A)).sum()), rel=1e-5)
+            assert stats["loss"] == pytest.approx(
+                -float((w * torch.minimum(rho * A, rho.clamp(low, high) * A)).sum()), rel=1e-5
+            )
             clipped = ((rho > high) & (A > 0)) | ((rho < low) & (A < 0))
             assert stats["clip_fraction"] == pytest.approx(float(clipped.float().mean()))
         assert 0 < updates[1]["clip_fraction"] < 1
@@ -206,7 +216,11 @@ def test_a_checkpoint_that_is_not_whole_is_refused_and_its_file_named(resumed: d
 
 def test_old_checkpoints_are_pruned(resumed: dict[str, Any]) -> None:
     assert resumed["kept"] == ["step-00000003", "step-00000004"]
-    assert resumed["best"] == ["step-00000002", "step-00000003", "step-00000005"]  # 0.7 and 0.5 of 0.2, none, 0.7, 0.5, 0.1; and the newest
+    assert resumed["best"] == [
+        "step-00000002",
+        "step-00000003",
+        "step-00000005",
+    ]  # 0.7 and 0.5 of 0.2, none, 0.7, 0.5, 0.1; and the newest
 
 
 def test_a_checkpoint_that_does_not_fit_is_refused_removed_and_the_one_before_it_stays(model: Path, out: Path) -> None:
@@ -223,7 +237,9 @@ def test_a_checkpoint_that_does_not_fit_is_refused_removed_and_the_one_before_it
     assert Checkpoints(out / "full" / "checkpoints", keep=2).latest() == out / "full" / "checkpoints" / "step-00000001"
 
 
-def test_a_rank_that_hangs_ends_itself_and_says_where_and_the_others_wait_no_longer_than_the_timeout(model: Path, out: Path) -> None:
+def test_a_rank_that_hangs_ends_itself_and_says_where_and_the_others_wait_no_longer_than_the_timeout(
+    model: Path, out: Path
+) -> None:
     ended = launch(model, out / "hanging", "hanging", 2, port())
     waited, hung = ended["logs"]
     assert ended["codes"][1] == HUNG
@@ -253,7 +269,9 @@ def test_what_cannot_be_pruned_harms_no_checkpoint(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["step-00000003"]
 
 
-def test_a_checkpoint_of_two_ranks_goes_on_with_one_and_then_with_two(two: dict[str, Any], resized: list[dict[str, Any]]) -> None:
+def test_a_checkpoint_of_two_ranks_goes_on_with_one_and_then_with_two(
+    two: dict[str, Any], resized: list[dict[str, Any]]
+) -> None:
     for straight, found in zip(two["stats"][2:], resized, strict=True):
         assert found["state"] == {"position": 17}
         assert found["decay"] == [0.1, 0.0]
@@ -277,7 +295,10 @@ def test_the_export_loads_completely_and_is_the_trained_model(two: dict[str, Any
     assert not any(report.values())
     assert json.loads((folder / "config.json").read_text())["architectures"] == ["Qwen3VLForConditionalGeneration"]
     assert GenerationConfig.from_pretrained(folder).to_dict() == GenerationConfig.from_pretrained(model).to_dict()
-    assert AutoProcessor.from_pretrained(folder).tokenizer.get_vocab() == AutoProcessor.from_pretrained(model).tokenizer.get_vocab()
+    assert (
+        AutoProcessor.from_pretrained(folder).tokenizer.get_vocab()
+        == AutoProcessor.from_pretrained(model).tokenizer.get_vocab()
+    )
     for ours, theirs in zip(two["after"], plain_logprobs(exported, Encoder(folder)), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
 
@@ -307,4 +328,6 @@ def test_a_folder_that_is_no_student_is_refused(tmp_path: Path) -> None:
 
 def near(ours: dict[str, Any], theirs: dict[str, Any]) -> None:
     """Their gradients are the same up to the order of sums."""
-    torch.testing.assert_close(ours["gradient"], theirs["gradient"], rtol=1e-4, atol=1e-6 * float(theirs["gradient"].abs().max()))
+    torch.testing.assert_close(
+        ours["gradient"], theirs["gradient"], rtol=1e-4, atol=1e-6 * float(theirs["gradient"].abs().max())
+    )

@@ -15,22 +15,28 @@ from transformers import AttentionInterface
 
 from mmopd.modality import Encoder
 from mmopd.train.pack import Collator, Cost, Layout, deal
-from mmopd.train.students import STUDENTS
 from mmopd.train.prefix_tree import KEYS, Item, Tree, grow, mask, with_key_index
+from mmopd.train.students import STUDENTS
 
 VARIABLE = "variable_length"  # flash attention's interface, in plain torch
 
 
 @pytest.fixture(scope="module")
 def items(encoder: Encoder) -> list[Item]:
-    """Four responses to each of two texts and two images, dealt in turn, so that those of a prompt are not beside each other."""
+    """Four responses to each of two texts and two images, dealt in turn, so that those of a prompt are not beside each
+    other.
+    """
     some = make_items(encoder, "titi", 0)
     random = torch.Generator().manual_seed(1)
     found = []
     for k in range(16):
         encoded, T = some[k % 4].encoded, 1 + k
         tokens = tuple(torch.randint(5, 900, (T,), generator=random).tolist())
-        found.append(Item(encoded, tokens, torch.full((T,), -7.0), torch.randn(T, generator=random), torch.full((T,), 1 / T / 16)))
+        found.append(
+            Item(
+                encoded, tokens, torch.full((T,), -7.0), torch.randn(T, generator=random), torch.full((T,), 1 / T / 16)
+            )
+        )
     return found
 
 
@@ -78,7 +84,11 @@ def loss_and_gradient(student: Any, encoder: Encoder, items: list[Item], layout:
     logprobs = student(**micro.inputs)
     (logprobs * micro.advantage * micro.weight).sum().backward()
     parts = dict(zip(micro.order, logprobs.detach().split([len(items[i].tokens) for i in micro.order]), strict=True))
-    return torch.cat([parts[i] for i in range(len(items))]), torch.cat([p.grad.flatten() for p in student.parameters()]), micro.used
+    return (
+        torch.cat([parts[i] for i in range(len(items))]),
+        torch.cat([p.grad.flatten() for p in student.parameters()]),
+        micro.used,
+    )
 
 
 @pytest.mark.parametrize("layout", ["masked", "flash"])
@@ -113,7 +123,9 @@ def test_a_response_stands_where_it_would_stand_alone(model: Path, encoder: Enco
 
 def test_what_a_token_sees_by_hand() -> None:
     def tree(*lengths: int) -> Tree:
-        return Tree((), torch.zeros(sum(lengths), dtype=torch.long), torch.zeros(4, sum(lengths), dtype=torch.long), lengths)
+        return Tree(
+            (), torch.zeros(sum(lengths), dtype=torch.long), torch.zeros(4, sum(lengths), dtype=torch.long), lengths
+        )
 
     seen = mask([[tree(2, 1, 2), tree(1)], [tree(1, 1)]], width=6)
     rows = [["".join("x" if cell else "." for cell in query) for query in row[0].tolist()] for row in seen]
@@ -127,7 +139,10 @@ def test_trees_hold_every_item_once_by_prompt_and_within_the_limit(items: list[I
         assert sorted(i for tree in trees for i in tree) == list(range(16))
         for tree in trees:
             assert len({items[i].encoded.prompt.key for i in tree}) == 1
-            assert len(tree) == 1 or len(items[tree[0]].encoded.expanded) + sum(len(items[i].tokens) for i in tree) <= limit
+            assert (
+                len(tree) == 1
+                or len(items[tree[0]].encoded.expanded) + sum(len(items[i].tokens) for i in tree) <= limit
+            )
     assert len(grow(items, range(16), 0)) == 16
     assert len(grow(items, range(16), 10_000)) == 4
 
@@ -140,7 +155,10 @@ def test_the_responses_of_a_prompt_are_dealt_together_as_far_as_ranks_stay_alike
         assert sorted(dealt) == list(range(16))
         trees = [len(grow(items, micro, 10_000)) for steps in plan for micro in steps]
         assert sum(trees) <= (8 if together else 16)
-        work = [sum(cost.of([items[i] for i in tree]).cost for micro in steps for tree in grow(items, micro, 10_000)) for steps in plan]
+        work = [
+            sum(cost.of([items[i] for i in tree]).cost for micro in steps for tree in grow(items, micro, 10_000))
+            for steps in plan
+        ]
         assert max(work) <= 1.2 * min(work)
 
 

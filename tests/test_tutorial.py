@@ -47,7 +47,9 @@ def test_a_reader_who_does_what_the_page_says_gets_there(place):
             (place / name).parent.mkdir(exist_ok=True)
             (place / name).write_text(text)
             continue
-        done = subprocess.run(shlex.split(text), cwd=place, env=env, capture_output=True, text=True, timeout=400, check=False)
+        done = subprocess.run(
+            shlex.split(text), cwd=place, env=env, capture_output=True, text=True, timeout=400, check=False
+        )
         assert done.returncode == 0, f"{text}\n{done.stdout[-2000:]}{done.stderr[-2000:]}"
         printed.append(done.stdout)
     assert len(list((place / "shards" / "dots").glob("*.tar"))) == 1

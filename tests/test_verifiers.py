@@ -1,4 +1,5 @@
-"""Every verifier on hand-judged cases, beside what math-verify and lmms-eval say to the same; and the judge that is a model.
+"""Every verifier on hand-judged cases, beside what math-verify and lmms-eval say to the same; and the judge that is a
+model.
 
 `python tests/test_verifiers.py` writes the table of docs/verifiers.md again.
 """
@@ -46,7 +47,9 @@ OURS: dict[str, Verify] = {
 CLOSE = 0.001
 
 
-@pytest.mark.parametrize(("name", "number"), [(name, number) for name, cases in CASES.items() for number in range(len(cases))])
+@pytest.mark.parametrize(
+    ("name", "number"), [(name, number) for name, cases in CASES.items() for number in range(len(cases))]
+)
 def test_case(name: str, number: int) -> None:
     response, answer, expected, *miss = CASES[name][number]
     outcome, wanted = OURS[name](response, answer), miss[0] if miss else expected
@@ -93,7 +96,9 @@ def rivals() -> dict[tuple[str, str], Callable[[str, str], float]]:
         return float(extract_mcq_answer(seen(response), list(string.ascii_uppercase[:10])) == gold)
 
     def exact(response: str, gold: str) -> float:
-        return float(exact_match_hf_evaluate([seen(response)], [gold], ignore_case=True, ignore_punctuation=True)["exact_match"])
+        return float(
+            exact_match_hf_evaluate([seen(response)], [gold], ignore_case=True, ignore_punctuation=True)["exact_match"]
+        )
 
     def relaxed(response: str, gold: str) -> float:
         return float(relaxed_correctness(seen(response), gold))
@@ -123,7 +128,9 @@ def rivals() -> dict[tuple[str, str], Callable[[str, str], float]]:
 
 
 def errors(cases: list[Case], score: Callable[[str, str], float]) -> tuple[int, int]:
-    """How often it gives more than is due, and how often less; with a key that cannot be judged by, only more is an error."""
+    """How often it gives more than is due, and how often less; with a key that cannot be judged by, only more is an
+    error.
+    """
     more = less = 0
     for response, answer, expected, *_ in cases:
         said = score(response, answer)
@@ -159,7 +166,9 @@ def counts() -> dict[tuple[str, str], tuple[int, int]]:
 def table() -> str:
     lines = ["| verifier | cases | of them right | judged by | too much | too little |", "|---|---|---|---|---|---|"]
     for (name, title), (more, less) in counts().items():
-        head = f"`{name}` | {len(CASES[name])} | {sum(case[2] == 1 for case in CASES[name])}" if title == "ours" else "| |"
+        head = (
+            f"`{name}` | {len(CASES[name])} | {sum(case[2] == 1 for case in CASES[name])}" if title == "ours" else "| |"
+        )
         lines.append(f"| {head} | {title} | {more} | {less} |")
     return "\n".join(lines)
 
@@ -197,8 +206,16 @@ def test_a_long_response_is_judged_soon() -> None:
     ]
     marks += ["answer: "]
     pieces = [*marks, "\n", "<answer>\\boxed{", "((", "9", ",1", "```\nx\n"]
-    responses = [piece * (100_000 // len(piece)) for piece in pieces] + ["".join(rng.choices(pieces, k=20_000)) for _ in range(3)]
-    keys = {"choice": "A", "math": "5", "code": '{"inputs": ["3"], "outputs": ["9"]}', "final_number": "7", "number_after_equals": "7"}
+    responses = [piece * (100_000 // len(piece)) for piece in pieces] + [
+        "".join(rng.choices(pieces, k=20_000)) for _ in range(3)
+    ]
+    keys = {
+        "choice": "A",
+        "math": "5",
+        "code": '{"inputs": ["3"], "outputs": ["9"]}',
+        "final_number": "7",
+        "number_after_equals": "7",
+    }
     for name, ours in OURS.items():
         for response in responses:
             begin = time.monotonic()
@@ -207,7 +224,9 @@ def test_a_long_response_is_judged_soon() -> None:
 
 
 class Script(ThreadingHTTPServer):
-    """An endpoint that replies what it is told to: a status, or words in which ID stands for the number of the question."""
+    """An endpoint that replies what it is told to: a status, or words in which ID stands for the number of the
+    question.
+    """
 
     daemon_threads = True
 
@@ -236,7 +255,9 @@ class Handler(BaseHTTPRequestHandler):
         found = re.search(r"<<<(\w+)\n", body["messages"][1]["content"])
         assert found
         message = {"content": reply.replace("ID", found[1])}
-        text = json.dumps({"choices": [{"message": message, "finish_reason": "length" if "CUT" in reply else "stop"}]}).encode()
+        text = json.dumps(
+            {"choices": [{"message": message, "finish_reason": "length" if "CUT" in reply else "stop"}]}
+        ).encode()
         self.send_response(200)
         self.send_header("Content-Length", str(len(text)))
         self.end_headers()
@@ -272,7 +293,9 @@ YES, NO = '{"id": "ID", "correct": true}', '{"id": "ID", "correct": false}'
         ([YES + "CUT"], math.nan, "cut short"),
     ],
 )
-def test_the_judges_verdict_is_taken_only_as_it_was_asked_for(replies: list[int | str | float], value: float, reason: str) -> None:
+def test_the_judges_verdict_is_taken_only_as_it_was_asked_for(
+    replies: list[int | str | float], value: float, reason: str
+) -> None:
     with endpoint(*replies) as server:
         outcome = llm.judge(server.url, "wise")("It is five.", "5")
         assert outcome.value == pytest.approx(value, nan_ok=True)
@@ -327,5 +350,7 @@ def test_a_judge_that_is_slow_or_away_is_unknown_in_time() -> None:
 
 
 if __name__ == "__main__":
-    kept = re.sub(r"\| verifier \| cases .*?\n\n", lambda _: table() + "\n\n", DOCUMENT.read_text(), count=1, flags=re.DOTALL)
+    kept = re.sub(
+        r"\| verifier \| cases .*?\n\n", lambda _: table() + "\n\n", DOCUMENT.read_text(), count=1, flags=re.DOTALL
+    )
     DOCUMENT.write_text(kept)

@@ -1,4 +1,6 @@
-"""Video, from frames in a tar to log-probs: one modality more, on tiny clips that are made here; real servers, real models."""
+"""Video, from frames in a tar to log-probs: one modality more, on tiny clips that are made here; real servers, real
+models.
+"""
 
 import asyncio
 import io
@@ -26,7 +28,8 @@ from mmopd.demo.world import build_processor
 from mmopd.errors import UserError
 from mmopd.modality import Encoder, video
 from mmopd.modality.video import FPS, MAX_FRAMES
-from mmopd.runtime.processes import Children
+from mmopd.preflight.questions import look, reordered
+from mmopd.preflight.run import answers, preflight
 from mmopd.prompts import Plan, Rows, Shards, TokenCounter, write_shards
 from mmopd.prompts.index import index_tar
 from mmopd.prompts.prepare import prepare
@@ -34,16 +37,15 @@ from mmopd.prompts.rows import RowError, pack
 from mmopd.records import Encoded, Prompt, Response, Sample, Score
 from mmopd.report.heatmap import token_row
 from mmopd.rollout.student_client import EngineError, StudentEngine
+from mmopd.runtime.processes import Children
+from mmopd.serving.endpoint import Endpoint
+from mmopd.serving.servers import ServerSpec, serve
 from mmopd.task import verify
 from mmopd.teacher.scorer import Scorer
-from mmopd.serving.endpoint import Endpoint
-from mmopd.preflight.run import answers, preflight
-from mmopd.preflight.questions import look, reordered
-from mmopd.serving.servers import ServerSpec, serve
 from mmopd.teacher.view import BUILT_IN, ViewError, encode_view
 from mmopd.train.pack import Collator, Layout
-from mmopd.train.students import layout, load_student
 from mmopd.train.prefix_tree import Item
+from mmopd.train.students import layout, load_student
 
 TOKENS = (5, 6, 7, 8)
 RESPONSE = Response((5,), (-1.0,), "B", "stop", (("0", 1),))
@@ -101,7 +103,9 @@ def test_images_and_clips_of_one_row_keep_their_places(tmp_path: Path, model: Pa
     (tar,) = tmp_path.glob("s/*.tar")
     with tarfile.open(tar) as archive:
         names = archive.getnames()
-    assert {"00000000.clip0.002.png", "00000000.clip1.000.png", "00000002.0.png", "00000002.clip0.000.png"} <= set(names)
+    assert {"00000000.clip0.002.png", "00000000.clip1.000.png", "00000002.0.png", "00000002.clip0.000.png"} <= set(
+        names
+    )
     library = list(webdataset.WebDataset(str(tar), shardshuffle=False))
     assert library[0]["clip1.003.png"] == rows[0].videos[1][3]
 
@@ -113,7 +117,10 @@ def test_images_and_clips_of_one_row_keep_their_places(tmp_path: Path, model: Pa
         ({"clip1.000.png": 0, "clip1.001.png": 1}, "frames from 0 on"),
         ({"clip0.000.png": 0, "clip0.0.png": 1}, "occurs twice"),
         ({"clip.000.png": 0}, "neither KEY.json"),
-        ({"clip0.000.png": 0, "clip0.001.png": 1, "clip0.002.png": 2}, r"says that its clips have \[2\] frames, and its members are \[3\]"),
+        (
+            {"clip0.000.png": 0, "clip0.001.png": 1, "clip0.002.png": 2},
+            r"says that its clips have \[2\] frames, and its members are \[3\]",
+        ),
         ({"0.png": 0, "1.png": 1}, r"says that its clips have \[2\] frames, and its members are \[\]"),
         ({"clip0.000.png": 0}, "1 files, and its json says 2 frames"),
         ({"clip0.000.png": 0, "clip0.001.png": 3}, "frame 1 has 32 x 32 pixels, and frame 0 64 x 32"),
@@ -197,7 +204,9 @@ def test_placeholders_and_clips_must_match(encoder: Encoder) -> None:
 
 def test_a_processor_of_another_family_takes_no_clips(tmp_path: Path) -> None:
     build("qwen2_5_vl", tmp_path)
-    with pytest.raises(ValueError, match=r"clips need the processor of Qwen3-VL or Qwen3\.5, and this one is Qwen2_5_VLProcessor"):
+    with pytest.raises(
+        ValueError, match=r"clips need the processor of Qwen3-VL or Qwen3\.5, and this one is Qwen2_5_VLProcessor"
+    ):
         Encoder(tmp_path).encode(prompt(clip(2)))
 
 
@@ -206,16 +215,22 @@ def test_a_processor_of_another_family_takes_no_clips(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("cap", [None, True])
 @pytest.mark.parametrize(("frames", "width", "height"), SHAPES)
-def test_ids_grids_and_pixels_are_those_of_the_processor(tmp_path: Path, frames: int, width: int, height: int, cap: bool | None) -> None:
+def test_ids_grids_and_pixels_are_those_of_the_processor(
+    tmp_path: Path, frames: int, width: int, height: int, cap: bool | None
+) -> None:
     processor = build_processor()
     processor.video_processor.cap_pixels_per_frame, processor.video_processor.max_video_tokens = cap, 3
     processor.save_pretrained(tmp_path)
     encoder = Encoder(tmp_path)
     encoded = encoder.encode(prompt(clip(frames, width, height)))
-    text = encoder.processor.apply_chat_template(list(encoded.prompt.messages), tokenize=False, add_generation_prompt=True)
+    text = encoder.processor.apply_chat_template(
+        list(encoded.prompt.messages), tokenize=False, add_generation_prompt=True
+    )
     pixels = np.stack([np.asarray(Image.open(io.BytesIO(data))) for data in encoded.prompt.videos[0]])
     about = VideoMetadata(total_num_frames=frames, fps=float(FPS), frames_indices=list(range(frames)))
-    real = encoder.processor(text=[text], videos=[pixels], video_metadata=[about], do_sample_frames=False, return_tensors="pt")
+    real = encoder.processor(
+        text=[text], videos=[pixels], video_metadata=[about], do_sample_frames=False, return_tensors="pt"
+    )
     assert list(encoded.expanded) == real["input_ids"][0].tolist()
     patches, grids = encoder.pixel_values(encoded)
     assert grids.tolist() == real["video_grid_thw"].tolist() == [list(grid) for grid in encoded.video_grids]
@@ -226,7 +241,9 @@ def test_ids_grids_and_pixels_are_those_of_the_processor(tmp_path: Path, frames:
 
 
 @pytest.mark.parametrize("kind", ["qwen3_vl_moe", "qwen3_5", "qwen3_5_moe"])
-def test_every_family_that_takes_clips_packs_them_with_images_and_text(tmp_path: Path, encoded: dict[str, Encoded], kind: str) -> None:
+def test_every_family_that_takes_clips_packs_them_with_images_and_text(
+    tmp_path: Path, encoded: dict[str, Encoded], kind: str
+) -> None:
     build(kind, tmp_path)
     encoder, student = Encoder(tmp_path), load_student(tmp_path, torch.float32)
     items = [Item.to_score(one, TOKENS) for one in encoded.values()]
@@ -245,20 +262,27 @@ def test_a_micro_batch_of_clips_needs_no_blank_image_decodes_each_once_and_train
     plain = encoder.pixel_values
     monkeypatch.setattr(encoder, "pixel_values", lambda e: decoded.append(e.prompt.key) or plain(e))
     student = load_student(model, torch.float32).train()
-    items = [Item.to_score(encoded[name], tokens) for name in ("two clips", "8 of 64x64") for tokens in (TOKENS, TOKENS[:2])]
+    items = [
+        Item.to_score(encoded[name], tokens) for name in ("two clips", "8 of 64x64") for tokens in (TOKENS, TOKENS[:2])
+    ]
     assert items[0].patches == 2 * (2 * 4) + 2 * (4 * 2)
     batch = Collator(encoder, student.model.get_rope_index, 3 * 2 * 16 * 16, 2, "masked")(items, range(4))
     assert len(decoded) == 2
     assert batch.inputs["image_index"] == []
     assert sorted(batch.inputs["video_index"]) == [0, 1, 2]
     student(**batch.inputs).sum().backward()
-    assert all(weight.grad is not None and weight.grad.abs().max() > 0 for weight in student.model.visual.patch_embed.parameters())
+    assert all(
+        weight.grad is not None and weight.grad.abs().max() > 0
+        for weight in student.model.visual.patch_embed.parameters()
+    )
 
 
 # Views
 
 
-def test_blank_frames_keep_every_token_and_other_views_say_or_refuse_what_they_show(encoder: Encoder, encoded: dict[str, Encoded]) -> None:
+def test_blank_frames_keep_every_token_and_other_views_say_or_refuse_what_they_show(
+    encoder: Encoder, encoded: dict[str, Encoded]
+) -> None:
     two, mixed = encoded["two clips"], encoded["an image and a clip"]
     blank = encode_view(encoder, two, BUILT_IN["blank"])
     assert (blank.ids, blank.expanded, blank.video_grids) == (two.ids, two.expanded, two.video_grids)
@@ -314,13 +338,17 @@ def score(real: Endpoint, encoder: Encoder, prompts: Sequence[Encoded], **how: b
 def test_a_real_server_sees_the_same_ids_and_gives_the_log_probs_of_transformers_and_of_the_trainer(
     real: Endpoint, model: Path, encoder: Encoder, encoded: dict[str, Encoded]
 ) -> None:
-    """A score is only given for the ids that were expected (`wire.parse_scored`): each one here proves a local expansion."""
+    """A score is only given for the ids that were expected (`wire.parse_scored`): each one here proves a local
+    expansion.
+    """
     scores = dict(zip(encoded, score(real, encoder, list(encoded.values())), strict=True))
     reference = AutoModelForImageTextToText.from_pretrained(model, dtype=torch.float32).eval()
     for name, one in encoded.items():
         assert isinstance(scores[name], Score), (name, scores[name])
         assert scores[name].teacher == ("films" if one.prompt.videos else "other")
-        assert list(scores[name].logprobs) == pytest.approx(of_transformers(reference, encoder, one, TOKENS), abs=1e-4), name
+        assert list(scores[name].logprobs) == pytest.approx(
+            of_transformers(reference, encoder, one, TOKENS), abs=1e-4
+        ), name
     student = load_student(model, torch.float32).train()
     items = [Item.to_score(one, TOKENS) for one in encoded.values()]
     ways: tuple[Layout, ...] = ("masked", "alone")
@@ -334,13 +362,19 @@ def test_a_real_server_sees_the_same_ids_and_gives_the_log_probs_of_transformers
             assert logprobs.tolist() == pytest.approx(scores[name].logprobs, abs=1e-4), name
 
 
-def test_the_score_depends_on_the_frames_and_on_their_order(real: Endpoint, encoder: Encoder, encoded: dict[str, Encoded]) -> None:
+def test_the_score_depends_on_the_frames_and_on_their_order(
+    real: Endpoint, encoder: Encoder, encoded: dict[str, Encoded]
+) -> None:
     shown = encoded["8 of 64x64"]
     frames = shown.prompt.videos[0]
     other = encoder.encode(replace(shown.prompt, videos=(reordered(frames, 0),)))
     assert other.expanded == shown.expanded
     assert sorted(other.prompt.videos[0]) == sorted(frames)
-    (seen,), (blind,), (mixed,) = score(real, encoder, [shown]), score(real, encoder, [shown], blind=True), score(real, encoder, [other])
+    (seen,), (blind,), (mixed,) = (
+        score(real, encoder, [shown]),
+        score(real, encoder, [shown], blind=True),
+        score(real, encoder, [other]),
+    )
     for changed in (blind, mixed):
         assert max(abs(a - b) for a, b in zip(seen.logprobs, changed.logprobs, strict=True)) > 1e-2
 
@@ -359,19 +393,30 @@ def test_the_engine_samples_answers_to_a_clip(real: Endpoint, model: Path, encod
     async def main() -> Any:
         async with StudentEngine(real, encoder) as engine:
             shown = encoder.encode(films[1])
-            return shown, await engine.sample(shown, 4, 3, max_tokens=12), await engine.sample(shown, 4, 3, max_tokens=12)
+            return (
+                shown,
+                await engine.sample(shown, 4, 3, max_tokens=12),
+                await engine.sample(shown, 4, 3, max_tokens=12),
+            )
 
     shown, responses, again = asyncio.run(main())
     assert responses == again
     assert len({response.tokens for response in responses}) == 4
     for response in responses:
         assert set(encoder.banned).isdisjoint(response.tokens)
-        assert list(response.logprobs) == pytest.approx(of_transformers(reference, encoder, shown, response.tokens), abs=1e-4)
+        assert list(response.logprobs) == pytest.approx(
+            of_transformers(reference, encoder, shown, response.tokens), abs=1e-4
+        )
 
 
-def test_an_engine_that_takes_no_clips_is_told_with_the_key_to_set(encoder: Encoder, encoded: dict[str, Encoded]) -> None:
+def test_an_engine_that_takes_no_clips_is_told_with_the_key_to_set(
+    encoder: Encoder, encoded: dict[str, Encoded]
+) -> None:
     async def main() -> None:
-        async with FakeVLLM(encoder, lambda n: "500") as server, StudentEngine(server.endpoint, encoder, timeout=0.5) as engine:
+        async with (
+            FakeVLLM(encoder, lambda n: "500") as server,
+            StudentEngine(server.endpoint, encoder, timeout=0.5) as engine,
+        ):
             await engine.sample(encoded["two clips"], 1, 0, max_tokens=1)
 
     with pytest.raises(EngineError, match=r"prompt v/two: .*; with clips it needs student\.engine\.videos=2"):
@@ -396,7 +441,9 @@ def test_the_preflight_examines_a_teacher_of_clips(real: Endpoint, encoder: Enco
     assert {name: check.found for name, check in checks.items() if check.state != "ok"} == {}
     assert checks["image tokens"].numbers["sizes"] == 2
     assert checks.keys() >= {"context", "same score twice", "image canary"}
-    with pytest.raises(UserError, match=r"teachers\.films\.engine\.videos: 0, and prompts with 1 are routed to it: set it to 1"):
+    with pytest.raises(
+        UserError, match=r"teachers\.films\.engine\.videos: 0, and prompts with 1 are routed to it: set it to 1"
+    ):
         examine(real, encoder, films, student=False, clips=0)
 
 

@@ -1,4 +1,6 @@
-"""Views: whatever a teacher is shown, its log-probs are those of the student's own tokens, and the ids in between are the real ones."""
+"""Views: whatever a teacher is shown, its log-probs are those of the student's own tokens, and the ids in between are
+the real ones.
+"""
 
 import asyncio
 import io
@@ -16,8 +18,8 @@ from mmopd.config import Engine, View
 from mmopd.demo.world import build_processor, build_student
 from mmopd.modality import Encoder
 from mmopd.modality.encode import open_image, size_of, to_rgb
-from mmopd.runtime.processes import Children
 from mmopd.records import Prompt
+from mmopd.runtime.processes import Children
 from mmopd.serving import wire
 from mmopd.serving.servers import ServerSpec, serve
 from mmopd.teacher.view import BUILT_IN, ViewError, blinded, check_view, encode_view, sees_image
@@ -31,7 +33,9 @@ def write(width: int, height: int, form: str = "PNG", mode: str = "RGB", **how: 
     """An image in which no two places are alike."""
     ramp = Image.linear_gradient("L")
     file = io.BytesIO()
-    Image.merge("RGB", [ramp.rotate(turn).resize((width, height)) for turn in (0, 90, 180)]).convert(mode).save(file, form, **how)  # type: ignore[arg-type]
+    Image.merge("RGB", [ramp.rotate(turn).resize((width, height)) for turn in (0, 90, 180)]).convert(mode).save(
+        file, form, **how
+    )  # type: ignore[arg-type]
     return file.getvalue()
 
 
@@ -70,7 +74,9 @@ def prompt(images: tuple[bytes, ...] = (), **more: object) -> Prompt:
         {"role": "user", "content": [*parts, {"type": "text", "text": "What is their sum?"}]},
     )
     values = {"messages": messages, "extra": {"caption": "A three and a five.", "ocr": "3 5"}}
-    return Prompt(key="p/0", task="t", modality="image" if images else "text", images=images, answer="8", **(values | more))  # type: ignore[arg-type]
+    return Prompt(
+        key="p/0", task="t", modality="image" if images else "text", images=images, answer="8", **(values | more)
+    )  # type: ignore[arg-type]
 
 
 @pytest.fixture(scope="module")
@@ -81,7 +87,9 @@ def encoder(tmp_path_factory):
 
 
 def with_large_budget(folder):
-    """A processor that does not make images of `LARGE` pixels smaller, as a teacher with a larger budget than the student has one."""
+    """A processor that does not make images of `LARGE` pixels smaller, as a teacher with a larger budget than the
+    student has one.
+    """
     processor = build_processor()
     processor.image_processor.size = {"shortest_edge": 32 * 32, "longest_edge": LARGE}
     processor.save_pretrained(folder)
@@ -97,7 +105,9 @@ class Upright(FakeVLLM):
     """Reads EXIF, as the real one does."""
 
     def _expand(self, ids, images):
-        return list(self.encoder.expand(ids, tuple(self.encoder.pixels.grid(*size_of(open_image(image))) for image in images)))
+        return list(
+            self.encoder.expand(ids, tuple(self.encoder.pixels.grid(*size_of(open_image(image))) for image in images))
+        )
 
 
 async def ask(endpoint, shown):
@@ -115,7 +125,9 @@ async def ask(endpoint, shown):
 def test_a_score_is_that_of_the_students_tokens_under_every_view(encoder, teacher, view, images):
     seer = teacher if view == "large" else encoder
     shown = encode_view(encoder, encoder.encode(prompt(IMAGES[images])), VIEWS[view])
-    text = encoder.processor.apply_chat_template(list(shown.prompt.messages), tokenize=False, add_generation_prompt=True)
+    text = encoder.processor.apply_chat_template(
+        list(shown.prompt.messages), tokenize=False, add_generation_prompt=True
+    )
     pictures = [to_rgb(open_image(image)) for image in shown.prompt.images]
     real = seer.processor(text=[text], images=pictures or None, return_tensors="pt")
     assert list(shown.expanded) == real["input_ids"][0].tolist()
@@ -159,7 +171,9 @@ def test_a_budget_makes_images_larger_or_smaller_and_changes_nothing_but_their_s
         assert open_image(sent).size == size
         assert open_image(sent).tobytes() == to_rgb(open_image(photo)).resize(size, Image.Resampling.BICUBIC).tobytes()
     assert [encoder.pixels.tokens(shown.grids[0]) for shown in (small, large)] == [2, 13 * 9]
-    assert encoder.pixels.tokens(encoder.pixels.grid(416, 288)) < 13 * 9, "the student's own budget would make it smaller again"
+    assert encoder.pixels.tokens(encoder.pixels.grid(416, 288)) < 13 * 9, (
+        "the student's own budget would make it smaller again"
+    )
 
 
 def test_a_server_that_makes_a_larger_image_smaller_again_gives_no_score(encoder):
@@ -217,10 +231,15 @@ def test_words_take_the_place_of_the_first_image(encoder):
     encoded = encoder.encode(prompt(images, messages=({"role": "user", "content": parts},)))
     header, end = "<|im_start|>user\n", "<|im_end|>\n<|im_start|>assistant\n"
     assert asked(encoder, encode_view(encoder, encoded, VIEWS["text"])) == f"{header}Look: and{end}"
-    assert asked(encoder, encode_view(encoder, encoded, VIEWS["caption"])) == f"{header}Look: A three and a five.\nand{end}"
+    assert (
+        asked(encoder, encode_view(encoder, encoded, VIEWS["caption"]))
+        == f"{header}Look: A three and a five.\nand{end}"
+    )
     assert asked(encoder, encode_view(encoder, encoded, VIEWS["ocr"])) == f"{header}Look: 3 5\nand{end}"
     braces = View(images="drop", instead="{{{caption}}} [{answer}] ")
-    assert asked(encoder, encode_view(encoder, encoded, braces)) == f"{header}Look: {{A three and a five.}} [8] and{end}"
+    assert (
+        asked(encoder, encode_view(encoder, encoded, braces)) == f"{header}Look: {{A three and a five.}} [8] and{end}"
+    )
 
 
 def test_a_hint_ends_the_users_last_message_and_the_images_stay(encoder):
@@ -238,13 +257,19 @@ def test_a_hint_ends_the_users_last_message_and_the_images_stay(encoder):
     words = encode_view(encoder, encoder.encode(prompt(messages=turns[:1])), VIEWS["privileged"])
     assert "user\nHello\nThe answer is 8.<|im_end|>" in asked(encoder, words)
     with pytest.raises(ViewError, match="p/0: no message of a user"):
-        encode_view(encoder, encoder.encode(prompt(messages=({"role": "system", "content": "Hi"},))), VIEWS["privileged"])
+        encode_view(
+            encoder, encoder.encode(prompt(messages=({"role": "system", "content": "Hi"},))), VIEWS["privileged"]
+        )
 
 
 @pytest.mark.parametrize(
     ("view", "row", "message"),
     [
-        (VIEWS["caption"], {"extra": {"ocr": "3"}}, r"^p/0: the row has no text 'caption', which its view shows; it has answer, ocr$"),
+        (
+            VIEWS["caption"],
+            {"extra": {"ocr": "3"}},
+            r"^p/0: the row has no text 'caption', which its view shows; it has answer, ocr$",
+        ),
         (VIEWS["caption"], {"extra": {"caption": " \n"}}, r"^p/0: .* no text 'caption'.* it has answer$"),
         (View(hint="{hint}"), {}, r"^p/0: .* no text 'hint'"),
         (VIEWS["caption"], {"extra": {"caption": "<|image_pad|>"}}, r"^p/0: 1 image placeholders for 0 images"),
@@ -266,7 +291,9 @@ def test_a_row_whose_pixels_cannot_be_redrawn_is_named(encoder, monkeypatch):
         encode_view(encoder, thin, View(max_pixels=300_000))
 
 
-@pytest.mark.parametrize("template", ["{}", "{0}", "{answer.__class__}", "{answer[0]}", "{answer!r}", "{answer:>9}", "{", "}", "{a b}"])
+@pytest.mark.parametrize(
+    "template", ["{}", "{0}", "{answer.__class__}", "{answer[0]}", "{answer!r}", "{answer:>9}", "{", "}", "{a b}"]
+)
 def test_a_template_has_plain_names_only(encoder, template):
     for view in (View(hint=template), View(images="drop", instead=template)):
         with pytest.raises(ViewError, match="brace that is meant"):
@@ -328,4 +355,6 @@ def test_a_real_server_scores_the_students_tokens_under_every_view(encoder, tmp_
         scores = asyncio.run(main(servers["tiny"]))
     for name, one in shown.items():
         assert list(scores[name]) == pytest.approx(hf_logprobs(model, teacher, one), abs=1e-4), name
-    assert len({scores["multiple", view] for view in VIEWS}) == len(VIEWS) - 1  # "small" leaves an image of 64 x 32 as it is
+    assert (
+        len({scores["multiple", view] for view in VIEWS}) == len(VIEWS) - 1
+    )  # "small" leaves an image of 64 x 32 as it is

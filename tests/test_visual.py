@@ -66,7 +66,9 @@ def test_a_response_weighs_what_it_weighed_and_its_tokens_are_ordered_by_what_th
         ratio, v = (got[mine] / weight[mine]).double(), advantage[mine]
         if scored and len(v):
             order = v.argsort()
-            assert (ratio[order].diff() >= -1e-5 * ratio.max()).all(), "a token that needs the image more weighs no less"
+            assert (ratio[order].diff() >= -1e-5 * ratio.max()).all(), (
+                "a token that needs the image more weighs no less"
+            )
             most = 1 + strength * cap
             assert ratio.max() <= most * (1 + 1e-5)
             assert ratio.min() >= (1 - 1e-5) / most
@@ -122,7 +124,9 @@ def test_the_weights_of_a_step_follow_the_image_only_where_it_was_asked_and_only
     got = strong.targets.token_weight.tolist()
     assert got[:3] == pytest.approx([1 / 28, 5 / 28, 1 / 28])  # gains 1, 1 + 2 * 2, 1
     assert got[3:7] == pytest.approx([1 / 8] * 4)
-    assert got[7:] == pytest.approx([1 / 4 / (2 + 2 * CAP), (1 + 2 * CAP) / 4 / (2 + 2 * CAP), 0.0])  # a clipped token stays out
+    assert got[7:] == pytest.approx(
+        [1 / 4 / (2 + 2 * CAP), (1 + 2 * CAP) / 4 / (2 + 2 * CAP), 0.0]
+    )  # a clipped token stays out
     [[*items]] = minibatches(strong, prompts("a", "b"), 1)
     assert torch.cat([item.weight for item in items]).tolist() == pytest.approx(got)
 

@@ -10,7 +10,10 @@ def reply(**changes):
     good = {
         "request_id": "generate-tokens-r1",
         "prompt_token_ids": [1, 2, 2, 3],
-        "prompt_logprobs": [None, *({str(t): {"logprob": -float(t), "rank": 1, "decoded_token": None}} for t in (2, 2, 3))],
+        "prompt_logprobs": [
+            None,
+            *({str(t): {"logprob": -float(t), "rank": 1, "decoded_token": None}} for t in (2, 2, 3)),
+        ],
         "choices": [],
     }
     return json.dumps(good | changes).encode()
@@ -22,8 +25,12 @@ def choice(index=0, tokens=(5, 9), finish="stop", logprobs=(-0.5, -0.25), versio
         "index": index,
         "finish_reason": finish,
         "token_ids": list(tokens),
-        "logprobs": {"content": [{"token_id": t, "logprob": lp, "rank": 1} for t, lp in zip(tokens, logprobs, strict=True)]},
-        "weight_versions": [{"version": v, "start": a, "end": b} for v, a, b in zip(versions, borders, borders[1:], strict=False)],
+        "logprobs": {
+            "content": [{"token_id": t, "logprob": lp, "rank": 1} for t, lp in zip(tokens, logprobs, strict=True)]
+        },
+        "weight_versions": [
+            {"version": v, "start": a, "end": b} for v, a, b in zip(versions, borders, borders[1:], strict=False)
+        ],
     }
 
 

@@ -1,4 +1,5 @@
-"""A training rank for tests: `python train_worker.py MODEL OUT JOB`, with RANK etc. in the environment; rank 0 writes OUT/JOB.pt.
+"""A training rank for tests: `python train_worker.py MODEL OUT JOB`, with RANK etc. in the environment; rank 0 writes
+OUT/JOB.pt.
 
 Also what both sides share: the items, and a launcher.
 """
@@ -27,33 +28,51 @@ from mmopd.errors import UserError
 from mmopd.modality import Encoder
 from mmopd.records import Outcome, Prompt, Response, Sample, Score
 from mmopd.runtime.run_folder import RunFolder
+from mmopd.runtime.watchdog import Watchdog
 from mmopd.train.checkpoint import Checkpoints, load
 from mmopd.train.distributed import start, stop
-from mmopd.train.trainer import NotFiniteError, Trainer
 from mmopd.train.export import export
-from mmopd.train.skipped import Guard
 from mmopd.train.loop import learn
 from mmopd.train.prefix_tree import Item
-from mmopd.runtime.watchdog import Watchdog
+from mmopd.train.skipped import Guard
+from mmopd.train.trainer import NotFiniteError, Trainer
 
 TRAIN = Train(
-    steps=8, dtype="float32", lr=1e-3, warmup=1, micro_tokens=80, micro_patches=64, gradient_checkpointing=False, checkpoint_every=2
+    steps=8,
+    dtype="float32",
+    lr=1e-3,
+    warmup=1,
+    micro_tokens=80,
+    micro_patches=64,
+    gradient_checkpointing=False,
+    checkpoint_every=2,
 )
 
 
 def make_items(encoder: Encoder, kinds: str, seed: int) -> list[Item]:
-    """One item per letter: `t` is a text prompt, `i` an image prompt; two responses of uneven length for each capital letter."""
+    """One item per letter: `t` is a text prompt, `i` an image prompt; two responses of uneven length for each capital
+    letter.
+    """
     random = torch.Generator().manual_seed(seed)
     items = []
     for k, kind in enumerate(kinds):
         row = (digit_sums if kind in "iI" else additions)("train", k + 1, seed)[k]
-        prompt = Prompt(f"{kind}/{seed}-{k}", "task", "image" if kind in "iI" else "text", tuple(row["messages"]), tuple(row["images"]), "")
+        prompt = Prompt(
+            f"{kind}/{seed}-{k}",
+            "task",
+            "image" if kind in "iI" else "text",
+            tuple(row["messages"]),
+            tuple(row["images"]),
+            "",
+        )
         encoded = encoder.encode(prompt)
         for _ in range(1 + kind.isupper()):
             T = int(torch.randint(2, 24, (1,), generator=random))
             tokens = tuple(torch.randint(5, 900, (T,), generator=random).tolist())
             old = -7 + 0.3 * torch.randn(T, generator=random)
-            items.append(Item(encoded, tokens, old, torch.randn(T, generator=random), torch.full((T,), 1 / T / len(kinds))))
+            items.append(
+                Item(encoded, tokens, old, torch.randn(T, generator=random), torch.full((T,), 1 / T / len(kinds)))
+            )
     return items
 
 
@@ -85,7 +104,11 @@ def straight(trainer: Trainer, encoder: Encoder, out: Path) -> dict[str, Any]:
     export(trainer, out / "export")
     after = trainer.logprobs(make_items(encoder, "TiI", 7))
     found = {"stats": stats, "before": before, "names": names, "after": after}
-    return found | {"others": others(trainer, encoder), "learned": learned(trainer, encoder, out), "fine": fine(trainer, encoder)}
+    return found | {
+        "others": others(trainer, encoder),
+        "learned": learned(trainer, encoder, out),
+        "fine": fine(trainer, encoder),
+    }
 
 
 OTHERS: dict[str, dict[str, Any]] = {
@@ -98,12 +121,16 @@ OTHERS: dict[str, dict[str, Any]] = {
 
 
 def others(trainer: Trainer, encoder: Encoder) -> dict[str, dict[str, Any]]:
-    """The first update once more, by trainers with other settings: its statistics, its gradient, and how often a layer ran for it."""
+    """The first update once more, by trainers with other settings: its statistics, its gradient, and how often a layer
+    ran for it.
+    """
     found = {}
     for name, settings in OTHERS.items():
         other = Trainer(trainer.source, encoder, TRAIN.model_copy(update=settings), Algorithm(), trainer.ranks)
         ran: list[int] = []  # tokens of each call
-        other.student.model.language_model.layers[0].mlp.register_forward_pre_hook(lambda _, args, ran=ran: ran.append(args[0].shape[1]))
+        other.student.model.language_model.layers[0].mlp.register_forward_pre_hook(
+            lambda _, args, ran=ran: ran.append(args[0].shape[1])
+        )
         stats = other.update(make_items(encoder, BATCHES[0], 0))
         found[name] = {"stats": stats, "gradient": gradient(other), "ran": ran}
     return found
@@ -116,8 +143,16 @@ def gradient(trainer: Trainer) -> torch.Tensor:
 
 
 def learned(trainer: Trainer, encoder: Encoder, out: Path) -> dict[str, Any]:
-    """A step of the loop with recomputed log-probs and two minibatches; what the trainer says of each just before its update."""
-    overrides = ["train.old_logprobs=recompute", "train.minibatches=2", "train.warmup=0", "train.lr=0.003", "algorithm.balance=null"]
+    """A step of the loop with recomputed log-probs and two minibatches; what the trainer says of each just before its
+    update.
+    """
+    overrides = [
+        "train.old_logprobs=recompute",
+        "train.minibatches=2",
+        "train.warmup=0",
+        "train.lr=0.003",
+        "algorithm.balance=null",
+    ]
     recipe = load_recipe("recipes/demo.yaml", overrides=overrides)
     learner = Trainer(trainer.source, encoder, recipe.train, recipe.algorithm, trainer.ranks)
     items = make_items(encoder, "TIIT", 5)
@@ -139,7 +174,12 @@ def as_sample(item: Item, group: int, k: int) -> Sample:
     """The item as a rollout of an engine that is a little off, right every other time."""
     old = item.old.tolist()
     score = Score("t", tuple(x + a for x, a in zip(old, item.advantage.tolist(), strict=True)))
-    return Sample(group, Response(item.tokens, tuple(old), "", "stop", (("step-3", len(item.tokens)),)), Outcome(float(k % 2)), score)
+    return Sample(
+        group,
+        Response(item.tokens, tuple(old), "", "stop", (("step-3", len(item.tokens)),)),
+        Outcome(float(k % 2)),
+        score,
+    )
 
 
 def fine(trainer: Trainer, encoder: Encoder) -> dict[str, Any]:
@@ -163,7 +203,9 @@ def fine(trainer: Trainer, encoder: Encoder) -> dict[str, Any]:
 
 
 def resumed(trainer: Trainer, encoder: Encoder, out: Path) -> dict[str, Any]:
-    """What goes wrong with broken checkpoints; then the whole one, and its two remaining updates, each after two that are skipped."""
+    """What goes wrong with broken checkpoints; then the whole one, and its two remaining updates, each after two that
+    are skipped.
+    """
     checkpoints = Checkpoints(out / "checkpoints", keep=2)
     path = checkpoints.latest()
     assert path is not None
@@ -204,11 +246,19 @@ def resized(trainer: Trainer, encoder: Encoder, out: Path) -> dict[str, Any]:
     checkpoints.save(trainer, done + 1, state)
     decay = [group["weight_decay"] for group in trainer.engine.optimizer.param_groups]
     left = sorted(p.name for p in checkpoints.folder.iterdir())
-    return {"stats": stats, "state": state, "decay": decay, "left": left, "after": trainer.logprobs(make_items(encoder, "TiI", 7))}
+    return {
+        "stats": stats,
+        "state": state,
+        "decay": decay,
+        "left": left,
+        "after": trainer.logprobs(make_items(encoder, "TiI", 7)),
+    }
 
 
 def guarded(trainer: Trainer, encoder: Encoder, out: Path) -> dict[str, Any]:
-    """Steps with an advantage that is infinite, a weight that is not a number, and whole ones, under the guard, until it stops."""
+    """Steps with an advantage that is infinite, a weight that is not a number, and whole ones, under the guard, until
+    it stops.
+    """
     guard = Guard(RunFolder(out), trainer)
     whole = make_items(encoder, "Ti", 3)
     made = [len(guard.update(0, [whole, whole])), len(guard.update(1, [whole, infinite(whole), infinite(whole)]))]
@@ -218,11 +268,19 @@ def guarded(trainer: Trainer, encoder: Encoder, out: Path) -> dict[str, Any]:
     spoil(trainer)
     made.append(len(again.update(2, [make_items(encoder, "tI", 5)])))
     stopped = _refusal(lambda: again.update(3, [whole]))
-    return {"made": made, "state": again.state(), "stopped": stopped, "tokens": [item.tokens for item in whole], "logprobs": logprobs}
+    return {
+        "made": made,
+        "state": again.state(),
+        "stopped": stopped,
+        "tokens": [item.tokens for item in whole],
+        "logprobs": logprobs,
+    }
 
 
 def full(trainer: Trainer, encoder: Encoder, out: Path) -> dict[str, Any]:
-    """A checkpoint; then one that does not fit by what the disk says, and one that turns out not to fit while rank 1 writes it."""
+    """A checkpoint; then one that does not fit by what the disk says, and one that turns out not to fit while rank 1
+    writes it.
+    """
     checkpoints = Checkpoints(out / "checkpoints", keep=2)
     trainer.update(make_items(encoder, "t", 1))
     checkpoints.save(trainer, 1, {})

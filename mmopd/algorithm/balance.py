@@ -1,7 +1,7 @@
 """Online balancing of right and wrong responses (paper 3.3, A.2): which responses of a step to keep.
 
-A draw is a hash of (seed, group number, number of the response in its group), not a stream of random numbers: it depends neither on the
-order of the groups nor on the rank that asks. N responses, S groups.
+A draw is a hash of (seed, group number, number of the response in its group), not a stream of random numbers: it
+depends neither on the order of the groups nor on the rank that asks. N responses, S groups.
 """
 
 import math
@@ -27,17 +27,21 @@ def balance_online(
     key: Int[Tensor, " N"] | None = None,
     threshold: float = 0.5,
 ) -> Bool[Tensor, " N"]:
-    """Drop responses of the over-represented side, drawn at random. True = keep. Unknown outcomes are kept, and counted nowhere.
+    """Drop responses of the over-represented side, drawn at random. True = keep. Unknown outcomes are kept, and counted
+    nowhere.
 
-    Scope `group` cuts each group that has both outcomes to right : wrong = `ratio`, to the nearest whole number and never to none, so that
-    the group keeps its margin. Two ratios ask for one side alone, and there the other one goes: 0 keeps the wrong, infinity the right
-    responses of such a group. Groups with one outcome stay whole, at any ratio.
+    Scope `group` cuts each group that has both outcomes to right : wrong = `ratio`, to the nearest whole number and
+        never to none, so that
+    the group keeps its margin. Two ratios ask for one side alone, and there the other one goes: 0 keeps the wrong,
+    infinity the right responses of such a group. Groups with one outcome stay whole, at any ratio.
 
-    Scope `batch` looks at the share of right ones among all: outside `ratio / (1 + ratio)` +- `tolerance` it drops, from each group in
-    proportion to what the group has of that side (to one response), the fewest that bring the share inside, or, where no number of drops
-    does, to the nearest point. A batch with one outcome stays whole.
+    Scope `batch` looks at the share of right ones among all: outside `ratio / (1 + ratio)` +- `tolerance` it drops,
+        from each group in
+    proportion to what the group has of that side (to one response), the fewest that bring the share inside, or, where
+    no number of drops does, to the nearest point. A batch with one outcome stays whole.
 
-    How many of a group's right and wrong responses stay depends on (outcomes, seed) alone; which ones depends also on `key`.
+    How many of a group's right and wrong responses stay depends on (outcomes, seed) alone; which ones depends also on
+    `key`.
 
     Args:
         outcome: 1 right, 0 wrong, between cut at `threshold`, NaN unknown.
@@ -46,12 +50,14 @@ def balance_online(
         ratio: right : wrong to reach, 0 to infinity.
         tolerance: allowed distance of the share (scope `batch`), 0..1.
         seed: of the run and the step, so that a resumed run drops the same.
-        key: number of the response inside its group. Without it the position among the group's responses counts: then the result follows
-            the responses wherever a group is moved, but not when a group's own responses change places.
+        key: number of the response inside its group. Without it the position among the group's responses counts: then
+            the result follows the responses wherever a group is moved, but not when a group's own responses change
+            places.
         threshold: a soft outcome at or above it is right.
 
     Raises:
-        ValueError: an outcome outside 0..1 (with its index), `ratio` < 0, `tolerance` outside 0..1, a key twice in a group.
+        ValueError: an outcome outside 0..1 (with its index), `ratio` < 0, `tolerance` outside 0..1, a key twice in a
+            group.
     """
     same_length(outcome=outcome, group=group)
     one_of("scope", scope, ("group", "batch"))
@@ -74,7 +80,9 @@ def balance_online(
             keep[index] = place < _quota(have, other, aim)[row[index]]
         else:
             drops = int(have.sum()) - _nearest(int(have.sum()), int(other.sum()), aim, tolerance)
-            spread = (place + offset[index]) / have[row[index]]  # evenly over 0..1 in every group: a prefix takes from each its share
+            spread = (place + offset[index]) / have[
+                row[index]
+            ]  # evenly over 0..1 in every group: a prefix takes from each its share
             keep[index[spread.argsort(stable=True)[:drops]]] = False
     return keep
 
@@ -127,7 +135,9 @@ def _unit(bits: NDArray[np.uint64]) -> Tensor:
 
 
 def _mix(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """One step of SplitMix64 (Steele, Lea, Flood 2014): a bijection of 64 bits in which every bit of x reaches every bit out."""
+    """One step of SplitMix64 (Steele, Lea, Flood 2014): a bijection of 64 bits in which every bit of x reaches every
+    bit out.
+    """
     x = x + np.uint64(0x9E3779B97F4A7C15)
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)

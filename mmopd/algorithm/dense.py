@@ -1,10 +1,11 @@
 """Divergences over the teacher's likeliest tokens (GKD's family), with all other tokens as one bucket.
 
-At each position the teacher tells the log-probs of its K likeliest tokens. Those, and the rest of the vocabulary as one, are a
-distribution over K + 1 outcomes for teacher and student alike, and a divergence between the two is a lower bound of that over the
-vocabulary. Without the bucket nothing would hold the student's mass inside the K.
+At each position the teacher tells the log-probs of its K likeliest tokens. Those, and the rest of the vocabulary as
+one, are a distribution over K + 1 outcomes for teacher and student alike, and a divergence between the two is a lower
+bound of that over the vocabulary. Without the bucket nothing would hold the student's mass inside the K.
 
-There is no reverse KL here: it is the student's mass in the bucket that it must weigh, by log-probs that nobody has told.
+There is no reverse KL here: it is the student's mass in the bucket that it must weigh, by log-probs that nobody has
+    told.
 
 M tokens, K likeliest of each.
 """
@@ -23,7 +24,9 @@ def forward_kl(teacher: Float[Tensor, "M K"], student: Float[Tensor, "M K"]) -> 
 
 
 def jsd(teacher: Float[Tensor, "M K"], student: Float[Tensor, "M K"], beta: float) -> Float[Tensor, " M"]:
-    """Generalised Jensen-Shannon: `beta KL(p_T | m) + (1 - beta) KL(p | m)`, `m = beta p_T + (1 - beta) p`, in nats (GKD, Eq. 1)."""
+    """Generalised Jensen-Shannon: `beta KL(p_T | m) + (1 - beta) KL(p | m)`, `m = beta p_T + (1 - beta) p`, in nats
+    (GKD, Eq. 1).
+    """
     p, q = with_tail(teacher), with_tail(student)
     m = torch.logaddexp(p + torch.tensor(beta).log(), q + torch.tensor(1 - beta).log())
     return (beta * p.exp() * (p - m) + (1 - beta) * q.exp() * (q - m)).sum(-1)

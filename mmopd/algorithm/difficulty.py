@@ -25,14 +25,15 @@ def difficulty_weights(
 ) -> Float[Tensor, " P"]:
     """Sampling weights of the prompts, 1..cap: none is ever dropped, some are drawn more often.
 
-    `u` raises the middle, 1 <= c <= K - 1; `mirrored_j` all with c <= K - 1; `flat` nothing. A raised bin goes up to the fullest bin
-    that is not raised (of `u`: to the lower of its two ends), by at most `cap`; a bin that is fuller already stays. So the emptier a bin
-    the larger its weight, never past a fuller one: the histogram gets flatter by any measure.
+    `u` raises the middle, 1 <= c <= K - 1; `mirrored_j` all with c <= K - 1; `flat` nothing. A raised bin goes up to
+    the fullest bin that is not raised (of `u`: to the lower of its two ends), by at most `cap`; a bin that is fuller
+    already stays. So the emptier a bin the larger its weight, never past a fuller one: the histogram gets flatter by
+    any measure.
 
     Args:
         correct: right answers of each prompt.
-        attempts: answers of each prompt that could be judged; K is the largest. A prompt with fewer is put in the bin nearest to its share
-            of right answers, and one with none keeps weight 1.
+        attempts: answers of each prompt that could be judged; K is the largest. A prompt with fewer is put in the bin
+            nearest to its share of right answers, and one with none keeps weight 1.
         shape: what the histogram looks like, or `auto` to detect it with `difficulty_shape`.
         cap: largest weight, >= 1.
         heavy: as in `difficulty_shape`.
@@ -70,8 +71,8 @@ def drop_easy_weights(correct: Int[Tensor, " P"], attempts: int | Int[Tensor, " 
 def frontier_weights(correct: Int[Tensor, " P"], attempts: int | Int[Tensor, " P"]) -> Float[Tensor, " P"]:
     """4 p (1 - p), p the share of right answers: 1 where the student is right half of the time, 0 at both ends.
 
-    The weighting of PACED (arXiv 2603.11178) with its exponents at 1; here to be compared with. A prompt that could not be judged has the
-    mean weight of the others (1 if there are none).
+    The weighting of PACED (arXiv 2603.11178) with its exponents at 1; here to be compared with. A prompt that could not
+    be judged has the mean weight of the others (1 if there are none).
 
     Raises:
         ValueError: counts that cannot be (with the prompt's index).
@@ -87,9 +88,9 @@ def frontier_weights(correct: Int[Tensor, " P"], attempts: int | Int[Tensor, " P
 def difficulty_shape(correct: Int[Tensor, " P"], attempts: int | Int[Tensor, " P"], *, heavy: float = 1.5) -> Shape:
     """`u`, `mirrored_j` or `flat`: where the prompts lie between never right (c = 0) and always right (c = K).
 
-    An end is heavy if it holds more than one bin's equal share of the prompts, and at least `heavy` times the mean of the middle bins.
-    Both ends: `u`. The easy one alone: `mirrored_j`. Everything else, K = 1 included, is `flat`. The paper names the shapes and gives no
-    rule; this one is ours.
+    An end is heavy if it holds more than one bin's equal share of the prompts, and at least `heavy` times the mean of
+    the middle bins. Both ends: `u`. The easy one alone: `mirrored_j`. Everything else, K = 1 included, is `flat`. The
+    paper names the shapes and gives no rule; this one is ours.
 
     Raises:
         ValueError: counts that cannot be (with the prompt's index).

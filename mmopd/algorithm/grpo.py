@@ -13,11 +13,15 @@ from mmopd.algorithm.objective import Targets
 EPSILON = 1e-6  # on the standard deviation
 
 
-def grpo(response: Int[Tensor, " M"], *, outcome: Float[Tensor, " N"], group: Int[Tensor, " N"], threshold: float) -> Targets:
-    """`A_i = (o_i - mean o) / (std o + 1e-6)` over the responses of a prompt, the same for each token; no KL and no entropy bonus.
+def grpo(
+    response: Int[Tensor, " M"], *, outcome: Float[Tensor, " N"], group: Int[Tensor, " N"], threshold: float
+) -> Targets:
+    """`A_i = (o_i - mean o) / (std o + 1e-6)` over the responses of a prompt, the same for each token; no KL and no
+    entropy bonus.
 
-    Soft outcomes are used as they are. A response with an unknown outcome takes part in nothing, like one without a token. In a
-    group of one response, or of equal outcomes, nobody has an advantage; they count in the mean over the responses all the same.
+    Soft outcomes are used as they are. A response with an unknown outcome takes part in nothing, like one without a
+    token. In a group of one response, or of equal outcomes, nobody has an advantage; they count in the mean over the
+    responses all the same.
 
     Args:
         response: which response the token belongs to, 0..N-1.
@@ -47,5 +51,10 @@ def grpo(response: Int[Tensor, " M"], *, outcome: Float[Tensor, " N"], group: In
         advantage=advantage.float()[response],
         token_weight=weight.float()[response],
         keep=keep,
-        diagnostics={"responses": float(N), "responses_kept": float(keep.sum()), "two_sided_groups_before": float((std > 0).sum())} | known,
+        diagnostics={
+            "responses": float(N),
+            "responses_kept": float(keep.sum()),
+            "two_sided_groups_before": float((std > 0).sum()),
+        }
+        | known,
     )

@@ -30,6 +30,10 @@ def token_loss(
         return likelihood_loss(logprob, weight)
     if isinstance(objective, Dense) and likeliest is not None:
         teacher, student = likeliest
-        divergence = forward_kl(teacher, student) if objective.divergence == "forward_kl" else jsd(teacher, student, objective.beta)
+        divergence = (
+            forward_kl(teacher, student)
+            if objective.divergence == "forward_kl"
+            else jsd(teacher, student, objective.beta)
+        )
         return (weight * divergence).sum()
     return clipped_loss(logprob, old, advantage, weight, clip_low=settings.clip_low, clip_high=settings.clip_high)

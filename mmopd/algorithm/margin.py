@@ -1,10 +1,12 @@
 """Outcome-guided margin calibration (paper 3.4, A.4): does the teacher's return put right above wrong, and what if not?
 
-The margin of a group is `mean R(Y+) - mean R(Y-)`, or `min R(Y+) - max R(Y-)` (Eq. 9); the criterion is `margin >= delta` (Eq. 10).
-Scope `group` takes each prompt's responses, scope `global` the whole batch as one group. A group without both outcomes has no margin
-and passes unchanged. An unknown outcome (NaN) is on neither side: it counts nowhere, is never moved and never masked.
+The margin of a group is `mean R(Y+) - mean R(Y-)`, or `min R(Y+) - max R(Y-)` (Eq. 9); the criterion is `margin >=
+delta` (Eq. 10). Scope `group` takes each prompt's responses, scope `global` the whole batch as one group. A group
+without both outcomes has no margin and passes unchanged. An unknown outcome (NaN) is on neither side: it counts
+nowhere, is never moved and never masked.
 
-All of it is a function of the values alone: sums run over sorted returns, so neither the order of the responses nor the rank they lie on
+All of it is a function of the values alone: sums run over sorted returns, so neither the order of the responses nor the
+    rank they lie on
 changes a bit (but which of two responses with the same return the mask drops).
 N responses, S groups, W responses of the largest side, D drops.
 """
@@ -23,7 +25,11 @@ Scope = Literal["group", "global"]
 Mode = Literal["mean", "minmax"]
 Direction = Literal["lift", "suppress", "spread"]
 
-MOVES = {"lift": (1.0, 0.0), "suppress": (0.0, 1.0), "spread": (0.5, 0.5)}  # of s: onto the right ones, off the wrong ones
+MOVES = {
+    "lift": (1.0, 0.0),
+    "suppress": (0.0, 1.0),
+    "spread": (0.5, 0.5),
+}  # of s: onto the right ones, off the wrong ones
 
 
 def margin_shift(
@@ -39,8 +45,9 @@ def margin_shift(
 ) -> Float[Tensor, " N"]:
     """What to add to every token of each response, so that its group's margin is at least `delta` (Eq. 11, 12).
 
-    `s = max(0, delta - margin)`: `lift` adds s to every right response, `suppress` takes s from every wrong one, `spread` does half of
-    each. A return is a mean over tokens, so the same number moves the return by as much; the order inside a side stays.
+    `s = max(0, delta - margin)`: `lift` adds s to every right response, `suppress` takes s from every wrong one,
+    `spread` does half of each. A return is a mean over tokens, so the same number moves the return by as much; the
+    order inside a side stays.
 
     Args:
         returns: mean token reward of each response, in nats (Eq. 5).
@@ -53,7 +60,8 @@ def margin_shift(
         threshold: a soft outcome at or above it is right.
 
     Raises:
-        ValueError: a return that is NaN or infinite, an outcome outside 0..1 (both with the index), lengths that differ, `delta` < 0.
+        ValueError: a return that is NaN or infinite, an outcome outside 0..1 (both with the index), lengths that
+            differ, `delta` < 0.
     """
     one_of("direction", direction, MOVES)
     pos, neg = _both_sides(returns, outcome, group, scope=scope, mode=mode, delta=delta, threshold=threshold)
@@ -78,9 +86,10 @@ def margin_mask(
 ) -> Bool[Tensor, " N"]:
     """Which responses to keep, so that the margin of their group rises to `delta` (Algorithm 1, greedy). True = keep.
 
-    Dropped are the worst right and the best wrong responses, one at a time, each time the one that raises the margin more (a tie drops the
-    right one), until the margin holds or no drop raises it. A side at its floor, `max(1, floor(n * retain))` of its n, gives up no more.
-    Numbers that differ by the rounding of the returns' dtype count as equal. Of responses with the same return, the later goes first.
+    Dropped are the worst right and the best wrong responses, one at a time, each time the one that raises the margin
+    more (a tie drops the right one), until the margin holds or no drop raises it. A side at its floor, `max(1, floor(n
+    * retain))` of its n, gives up no more. Numbers that differ by the rounding of the returns' dtype count as equal. Of
+    responses with the same return, the later goes first.
 
     Args and errors as in `margin_shift`; `retain` is a share, 0..1.
     """
@@ -91,8 +100,10 @@ def margin_mask(
     rounding = 4 * torch.finfo(returns.dtype).eps * torch.maximum(pos.scale, neg.scale)[:, None]
 
     gain_pos, gain_neg = pos.gains(retain), neg.gains(retain)
-    # Always taking the better of the two next drops merges two lists. An entry that beats the one before it in its own list is taken right
-    # after it, so the merged order is that of the running minima; the sort is stable, so that a tie takes the right response.
+    # Always taking the better of the two next drops merges two lists. An entry that beats the one before it in its own
+    # list is taken right
+    # after it, so the merged order is that of the running minima; the sort is stable, so that a tie takes the right
+    # response.
     running = torch.cat([gain_pos.cummin(1).values + rounding, gain_neg.cummin(1).values], 1)
     order = running.argsort(stable=True, dim=1, descending=True)
     gain = torch.cat([gain_pos, gain_neg], 1).gather(1, order)
@@ -116,7 +127,9 @@ def margins(
     mode: Mode,
     threshold: float = 0.5,
 ) -> Float[Tensor, " S"]:
-    """The margins of the groups that have both outcomes, by group number, in nats; float64. Args and errors as in `margin_shift`."""
+    """The margins of the groups that have both outcomes, by group number, in nats; float64. Args and errors as in
+    `margin_shift`.
+    """
     pos, neg = _both_sides(returns, outcome, group, scope=scope, mode=mode, delta=0.0, threshold=threshold)
     margin = pos.whole + neg.whole
     return margin[~margin.isnan()]
@@ -164,7 +177,9 @@ def _both_sides(
     finite = returns.isfinite()
     if not finite.all():
         i = first(~finite)
-        raise ValueError(f"returns[{i}] is {returns[i]:g}: a response without a score is left out before, it has no return")
+        raise ValueError(
+            f"returns[{i}] is {returns[i]:g}: a response without a score is left out before, it has no return"
+        )
     row, groups = rows(group if scope == "group" else torch.zeros_like(group))
     right, wrong = sides(outcome, threshold)
     exact = returns.double()

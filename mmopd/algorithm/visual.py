@@ -1,7 +1,7 @@
 """Visual advantage: what the image does for each token of a response.
 
-`v_t = log pi_T(y_t | with the image) - log pi_T(y_t | without)`, in nats, of the same teacher on the same words; without: every image
-is an even grey of its size. N responses, M tokens of all of them.
+`v_t = log pi_T(y_t | with the image) - log pi_T(y_t | without)`, in nats, of the same teacher on the same words;
+without: every image is an even grey of its size. N responses, M tokens of all of them.
 """
 
 import torch
@@ -14,16 +14,22 @@ CAP = 3.0  # nats: e^3 = 20 times likelier with the image counts in full
 
 
 def visual_weights(
-    weight: Float[Tensor, " M"], advantage: Float[Tensor, " M"], response: Int[Tensor, " M"], *, strength: float, cap: float = CAP
+    weight: Float[Tensor, " M"],
+    advantage: Float[Tensor, " M"],
+    response: Int[Tensor, " M"],
+    *,
+    strength: float,
+    cap: float = CAP,
 ) -> Float[Tensor, " M"]:
     """Token weights that favour the tokens that need the image; a response as a whole weighs what it weighed.
 
-    `w'_t = w_t g_t sum_s(w_s) / sum_s(w_s g_s)` with `g_t = 1 + strength * clip(v_t, 0, cap)`, the sums over the tokens of the response.
-    A token that is likelier without the image (v_t < 0) is not punished: it is only not favoured.
+    `w'_t = w_t g_t sum_s(w_s) / sum_s(w_s g_s)` with `g_t = 1 + strength * clip(v_t, 0, cap)`, the sums over the tokens
+    of the response. A token that is likelier without the image (v_t < 0) is not punished: it is only not favoured.
 
     Args:
         weight: of each token in the loss, >= 0.
-        advantage: v_t; NaN for every token of a response that was not scored without the image: it keeps its weights, bit by bit.
+        advantage: v_t; NaN for every token of a response that was not scored without the image: it keeps its weights,
+            bit by bit.
         response: which response the token belongs to.
         strength: 0 returns the weights themselves.
 

@@ -6,16 +6,16 @@ from typing import NamedTuple
 
 from mmopd import catalog
 from mmopd.capacity import memory
-from mmopd.config import ExPO, Fleet, Mixture, Recipe
-from mmopd.errors import UserError
 from mmopd.capacity.memory import GIB, Gpu, Load, Part, ceil_gib
-from mmopd.settings_file import suggest
 from mmopd.capacity.model_size import Model, read_model
 from mmopd.capacity.step_time import Served, Share, Time, Work, step_times
+from mmopd.config import ExPO, Fleet, Mixture, Recipe
+from mmopd.errors import UserError
+from mmopd.serving.servers import ServerSpec, place
+from mmopd.settings_file import suggest
 from mmopd.task.base import Task
 from mmopd.teacher.fleet import student_specs, to_specs
 from mmopd.teacher.router import find_judges, load_teachers, references, routed
-from mmopd.serving.servers import ServerSpec, place
 
 
 class Role(NamedTuple):
@@ -53,7 +53,9 @@ class Budget:
 
     @property
     def step(self) -> float:
-        """Seconds: teachers score while the student samples; the update comes behind them, or beside them; then the weights are sent."""
+        """Seconds: teachers score while the student samples; the update comes behind them, or beside them; then the
+        weights are sent.
+        """
         seconds = {time.what: time.seconds for time in self.times}
         rolled, learnt = max(seconds["rollout"], seconds["scoring"]), seconds["update"]
         return (max(rolled, learnt) if self.ahead else rolled + learnt) + seconds["weight sync"]
@@ -81,10 +83,20 @@ def budget(recipe: Recipe, machines: Machines, *, response: int | None = None, e
     slots = memory.ranks_by_node(recipe.train.ranks, machines.gpus, machines.nodes)
     roles = [_trainer(recipe, student, load, slots), *(_server(server, machines.gpu) for server in servers)]
     roles[1] = roles[1]._replace(sleeps=recipe.student.sync == "ipc")
-    refusals = [*_too_many(recipe, machines, slots), *_too_long(recipe, servers, load), *_too_small(servers, machines.gpu)]
+    refusals = [
+        *_too_many(recipe, machines, slots),
+        *_too_long(recipe, servers, load),
+        *_too_small(servers, machines.gpu),
+    ]
     refusals += _overfull(roles, machines)
     shares = _shares(fleet, before, mixture, tasks)
-    work = Work(recipe.rollout.prompts, recipe.rollout.group, max(1, load.prompt // 2), response or max(1, load.response // 2), load)
+    work = Work(
+        recipe.rollout.prompts,
+        recipe.rollout.group,
+        max(1, load.prompt // 2),
+        response or max(1, load.response // 2),
+        load,
+    )
     times = step_times(recipe, machines.gpu, servers, work, shares)
     refusals += _too_slow(recipe, times)
     away = [name for name, teacher in teachers.items() if elsewhere or teacher.model is None]
@@ -111,11 +123,15 @@ def largest(recipe: Recipe, mixture: Mixture, tasks: Mapping[str, Task], servers
 
 def _servers(recipe: Recipe, fleet: Fleet, student: Model, gpus: int, elsewhere: bool) -> list[Served]:
     engines, specs = student_specs(recipe.student), to_specs(fleet)
-    here = [spec.engine.tensor_parallel for spec in engines] + [0 if elsewhere else spec.engine.tensor_parallel for spec in specs]
+    here = [spec.engine.tensor_parallel for spec in engines] + [
+        0 if elsewhere else spec.engine.tensor_parallel for spec in specs
+    ]
     where = place(here, gpus, [0] if recipe.student.sync == "ipc" else [])
     models = {spec.model: read_model(spec.model) for spec in specs}
     teachers = [
-        Served(spec.name, _teachers(spec), f"teachers.{_teachers(spec)[0]}.engine", models[spec.model], spec.engine, places)
+        Served(
+            spec.name, _teachers(spec), f"teachers.{_teachers(spec)[0]}.engine", models[spec.model], spec.engine, places
+        )
         for spec, places in zip(specs, where[len(engines) :], strict=True)
     ]
     sampling = [place for places in where[: len(engines)] for place in places]
@@ -137,7 +153,9 @@ def _trainer(recipe: Recipe, student: Model, load: Load, slots: Sequence[int]) -
     elif sum(part.size for part in parts[:-2]) > above.size:
         way_out = f"raise train.ranks (now {train.ranks}), or set train.offload=true"
     elif train.micro_tokens > load.tokens or train.micro_patches > load.patches > 0:
-        way_out = f"lower train.micro_tokens (now {train.micro_tokens:,}) or train.micro_patches ({train.micro_patches:,})"
+        way_out = (
+            f"lower train.micro_tokens (now {train.micro_tokens:,}) or train.micro_patches ({train.micro_patches:,})"
+        )
     else:
         way_out = f"lower rollout.max_tokens (now {load.response:,}): one response is a micro-batch"
     where = [(node, gpu) for node, n in enumerate(slots) for gpu in range(n)]
@@ -149,20 +167,32 @@ def _trainer(recipe: Recipe, student: Model, load: Load, slots: Sequence[int]) -
 def _server(server: Served, gpu: Gpu) -> Role:
     parts = memory.server(server.model, server.engine, gpu, scores=server.scores)
     peak, engine = sum(part.size for part in parts), server.engine
-    more = f", or --max-num-batched-tokens (now {memory.batched_tokens(engine, gpu):,}) in its extra_args" if server.scores else ""
-    setting = f"kv_cache_mib (now {engine.kv_cache_mib:,})" if engine.kv_cache_mib else f"gpu_share (now {engine.gpu_share:g})"
+    more = (
+        f", or --max-num-batched-tokens (now {memory.batched_tokens(engine, gpu):,}) in its extra_args"
+        if server.scores
+        else ""
+    )
+    setting = (
+        f"kv_cache_mib (now {engine.kv_cache_mib:,})"
+        if engine.kv_cache_mib
+        else f"gpu_share (now {engine.gpu_share:g})"
+    )
     title = "Engine of the student" if not server.scores else f"Teacher {server.name}"
     title += f", {server.replicas} replicas" if server.replicas > 1 else ""
     title += f", on each of {n} GPUs" if (n := server.replicas * engine.tensor_parallel) > 1 else ""
     where = [(0, place) for place in server.gpus]
-    return Role(title + ("" if where else " (elsewhere)"), parts, peak, where, f"lower {setting} of {server.key}{more}", peak)
+    return Role(
+        title + ("" if where else " (elsewhere)"), parts, peak, where, f"lower {setting} of {server.key}{more}", peak
+    )
 
 
 def _too_many(recipe: Recipe, machines: Machines, slots: Sequence[int]) -> list[str]:
     """More ranks than GPUs."""
     over = max(slots) - machines.gpus
     has = f"{machines.nodes} x {machines.gpus} GPUs"
-    return [f"train.ranks is {recipe.train.ranks}, and there are {has}: {over} too many; lower train.ranks, or add nodes"] * (over > 0)
+    return [
+        f"train.ranks is {recipe.train.ranks}, and there are {has}: {over} too many; lower train.ranks, or add nodes"
+    ] * (over > 0)
 
 
 def _too_long(recipe: Recipe, servers: Sequence[Served], load: Load) -> list[str]:
@@ -184,7 +214,9 @@ def _too_small(servers: Sequence[Served], gpu: Gpu) -> list[str]:
     for server in servers:
         engine, heads = server.engine, server.model.text.heads
         if heads % engine.tensor_parallel:
-            found.append(f"{server.name}: {heads} heads do not split over tensor_parallel={engine.tensor_parallel} ({server.key})")
+            found.append(
+                f"{server.name}: {heads} heads do not split over tensor_parallel={engine.tensor_parallel} ({server.key})"
+            )
         short = memory.short_of_kv(server.model, engine, gpu)
         if short > 0:
             found.append(
@@ -215,7 +247,9 @@ def _overfull(roles: Sequence[Role], machines: Machines) -> list[str]:
             found[f"{what}: {ceil_gib(over):.1f} GiB more than {machines.gpu.memory:g} GiB; {way_out}"] = None
     elsewhere = [role for role in roles if not role.where and role.peak > memory]
     for role in elsewhere:
-        found[f"{role.title} {role.peak / GIB:.1f} GiB: {ceil_gib(role.peak - memory):.1f} GiB too much; {role.way_out}"] = None
+        found[
+            f"{role.title} {role.peak / GIB:.1f} GiB: {ceil_gib(role.peak - memory):.1f} GiB too much; {role.way_out}"
+        ] = None
     return list(found)
 
 

@@ -1,7 +1,10 @@
-"""What a recipe needs of GPUs: memory by role and a step's time, by arithmetic. Nothing in here has been measured on a GPU.
+"""What a recipe needs of GPUs: memory by role and a step's time, by arithmetic. Nothing in here has been measured on a
+GPU.
 
-What is exact: the numbers of a model (`sizes`), the state of ZeRO-3, the bytes of a KV cache. What is a bound: activations, buffers, the
-full log-probs of a teacher. What is assumed is a constant with a name, and `mmopd plan` prints it. Bytes unless said otherwise.
+What is exact: the numbers of a model (`sizes`), the state of ZeRO-3, the bytes of a KV cache. What is a bound:
+    activations, buffers, the
+full log-probs of a teacher. What is assumed is a constant with a name, and `mmopd plan` prints it. Bytes unless said
+otherwise.
 """
 
 import itertools
@@ -10,10 +13,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from mmopd.capacity.model_size import Model
 from mmopd.config import Dense, Engine, Recipe, Train
 from mmopd.errors import UserError
 from mmopd.settings_file import suggest
-from mmopd.capacity.model_size import Model
 from mmopd.train.logprob import GPU_CHUNK, ROWS
 from mmopd.train.prefix_tree import KEYS
 
@@ -61,7 +64,9 @@ GPUS = {
 }
 
 
-def find_gpu(name: str, memory: float | None = None, tflops: float | None = None, bandwidth: float | None = None) -> Gpu:
+def find_gpu(
+    name: str, memory: float | None = None, tflops: float | None = None, bandwidth: float | None = None
+) -> Gpu:
     """A known GPU by its name, or another one by its three numbers.
 
     Raises:
@@ -100,7 +105,9 @@ class Load(NamedTuple):
 
 
 def zero_state(model: Model, train: Train, ranks: int) -> dict[str, int]:
-    """What ZeRO-3 keeps on each rank between steps: weights, small weights that stay whole, gradients, optimiser; pieces are rounded up."""
+    """What ZeRO-3 keeps on each rank between steps: weights, small weights that stay whole, gradients, optimiser;
+    pieces are rounded up.
+    """
     from mmopd.train.trainer import RESIDENT
 
     width = WIDTH[train.dtype]
@@ -110,12 +117,15 @@ def zero_state(model: Model, train: Train, ranks: int) -> dict[str, int]:
         "weights": width * shard,
         "small weights": width * sum(weight.numbers for weight in model.weights if weight.numbers <= RESIDENT),
         "gradients": width * trained,
-        "optimiser": 12 * trained,  # two moments and the weights in float32, also beside weights that are float32 already
+        "optimiser": 12
+        * trained,  # two moments and the weights in float32, also beside weights that are float32 already
     }
 
 
 def offloaded(state: Mapping[str, int], train: Train) -> int:
-    """Host memory of a rank with train.offload: its state, and the gradients once more, in float32, for DeepSpeed's Adam on the CPU."""
+    """Host memory of a rank with train.offload: its state, and the gradients once more, in float32, for DeepSpeed's
+    Adam on the CPU.
+    """
     whole = state["gradients"] * 4 // WIDTH[train.dtype]
     return state["weights"] + state["gradients"] + whole + state["optimiser"]
 
@@ -135,20 +145,42 @@ def trainer(model: Model, recipe: Recipe, ranks: int, load: Load) -> list[Part]:
     ]
     live = min(model.numbers, MAX_LIVE + largest)
     if train.offload:
-        parts.append(Part("host memory", 0, f"{offloaded(state, train) / GIB:.1f} GiB at least of the machine's own, for each rank"))
+        parts.append(
+            Part(
+                "host memory",
+                0,
+                f"{offloaded(state, train) / GIB:.1f} GiB at least of the machine's own, for each rank",
+            )
+        )
     parts.append(Part("gathered weights", width * live, "DeepSpeed's limit of 1e9 live numbers and the largest weight"))
-    parts.append(Part("gradients in flight", width * (REDUCE_BUCKET + largest), "reduce bucket of 5e8 numbers and the largest gradient"))
+    parts.append(
+        Part(
+            "gradients in flight",
+            width * (REDUCE_BUCKET + largest),
+            "reduce bucket of 5e8 numbers and the largest gradient",
+        )
+    )
     parts.append(Part("CUDA, NCCL, fragments", TRAINER_OWN, "assumed"))
     how = f"{tokens:,} tokens and {patches:,} patches, {'recomputed' if train.gradient_checkpointing else 'all kept'}"
     parts.append(Part("activations", activations(model, train, tokens, patches), how))
-    parts.append(Part("log-prob head", head(model, recipe, tokens), "float32 gradients of head and hidden states, tiles of logits"))
+    parts.append(
+        Part(
+            "log-prob head", head(model, recipe, tokens), "float32 gradients of head and hidden states, tiles of logits"
+        )
+    )
     return parts
 
 
 def step_memory(model: Model, train: Train, ranks: int) -> float:
-    """What the optimiser's step needs beside the state, when activations are gone: gradient and denominator of a sub-group in float32."""
+    """What the optimiser's step needs beside the state, when activations are gone: gradient and denominator of a
+    sub-group in float32.
+    """
     trained = sum(-(-weight.numbers // ranks) for weight in model.weights if weight.trained)
-    return 0 if train.offload else 8.0 * min(trained, SUB_GROUP + -(-max(weight.numbers for weight in model.weights) // ranks))
+    return (
+        0
+        if train.offload
+        else 8.0 * min(trained, SUB_GROUP + -(-max(weight.numbers for weight in model.weights) // ranks))
+    )
 
 
 def peak(parts: Sequence[Part], step: float) -> float:
@@ -158,15 +190,21 @@ def peak(parts: Sequence[Part], step: float) -> float:
 
 
 def layer(model: Model, width: int) -> tuple[float, float]:
-    """Bytes that autograd keeps of one layer: for a token of the language model, for a patch of the tower; with flash attention."""
+    """Bytes that autograd keeps of one layer: for a token of the language model, for a patch of the tower; with flash
+    attention.
+    """
     text, tower = model.text, model.vision
-    norms = (4 + width) * (2 * text.hidden + text.query + text.key)  # each keeps its input in float32, and what it multiplies
+    norms = (4 + width) * (
+        2 * text.hidden + text.query + text.key
+    )  # each keeps its input in float32, and what it multiplies
     token = norms + width * (2 * text.query + 2 * text.key + 2 * text.hidden + 4 * text.intermediate)
     return token, width * (11 * tower.hidden + 2 * tower.intermediate) if tower else 0.0
 
 
 def activations(model: Model, train: Train, tokens: int, patches: int) -> float:
-    """Of forward and backward pass over a micro-batch, the head apart; at most, where short responses share long prompts (`tree.KEYS`)."""
+    """Of forward and backward pass over a micro-batch, the head apart; at most, where short responses share long
+    prompts (`tree.KEYS`).
+    """
     width, text, tower = WIDTH[train.dtype], model.text, model.vision
     token, patch = layer(model, width)
     token += width * 2 * text.key * (KEYS - 1)
@@ -179,10 +217,16 @@ def activations(model: Model, train: Train, tokens: int, patches: int) -> float:
 
 
 def head(model: Model, recipe: Recipe, tokens: int) -> float:
-    """Of the log-prob head: V x H and T x H gradients in float32 and again in the model's width, and the logits that exist at once."""
+    """Of the log-prob head: V x H and T x H gradients in float32 and again in the model's width, and the logits that
+    exist at once.
+    """
     text, width = model.text, WIDTH[recipe.train.dtype]
     tied = not model.embedding
-    trained = any(weight.trained for weight in model.weights if weight.name.endswith("embed_tokens.weight" if tied else "lm_head.weight"))
+    trained = any(
+        weight.trained
+        for weight in model.weights
+        if weight.name.endswith("embed_tokens.weight" if tied else "lm_head.weight")
+    )
     several = isinstance(recipe.algorithm.objective, Dense)
     logits = 4 * ROWS * text.vocabulary * 4 if several else 4 * HEAD_ROWS * GPU_CHUNK * 4
     return trained * (4 + width) * text.vocabulary * text.hidden + (4 + 2 * width) * tokens * text.hidden + logits
@@ -202,16 +246,23 @@ def batched_tokens(engine: Engine, gpu: Gpu) -> int:
 
 
 def server(model: Model, engine: Engine, gpu: Gpu, *, scores: bool) -> list[Part]:
-    """Memory of a vLLM server on each of its GPUs. The KV cache takes what its share leaves, unless engine.kv_cache_mib says how much.
+    """Memory of a vLLM server on each of its GPUs. The KV cache takes what its share leaves, unless engine.kv_cache_mib
+    says how much.
 
     Args:
         scores: it is a teacher, whose full log-probs of a pass are not in what vLLM reserves for itself.
     """
     width, split, at_once = WIDTH[engine.dtype], engine.tensor_parallel, batched_tokens(engine, gpu)
     text = model.text
-    work = width * at_once * (6 * text.hidden + 3 * text.intermediate / split) + 10 * engine.max_num_seqs * text.vocabulary
+    work = (
+        width * at_once * (6 * text.hidden + 3 * text.intermediate / split) + 10 * engine.max_num_seqs * text.vocabulary
+    )
     parts = [
-        Part("weights", width * model.numbers / split, f"{model.numbers / 1e9:.2f} G numbers" + (f" / {split}" if split > 1 else "")),
+        Part(
+            "weights",
+            width * model.numbers / split,
+            f"{model.numbers / 1e9:.2f} G numbers" + (f" / {split}" if split > 1 else ""),
+        ),
         Part("work of a pass", work, f"{at_once:,} tokens, logits of {engine.max_num_seqs} sequences"),
     ]
     if model.vision:
@@ -236,7 +287,9 @@ def server(model: Model, engine: Engine, gpu: Gpu, *, scores: bool) -> list[Part
     )
     if scores:
         full = (4 + width) * at_once * text.vocabulary
-        parts.append(Part("prompt log-probs", full, f"{at_once:,} x {text.vocabulary:,} logits and float32, beyond gpu_share"))
+        parts.append(
+            Part("prompt log-probs", full, f"{at_once:,} x {text.vocabulary:,} logits and float32, beyond gpu_share")
+        )
     return parts
 
 
@@ -247,7 +300,9 @@ def kv_tokens(parts: Iterable[Part], per_token: int) -> int:
 
 
 def short_of_kv(model: Model, engine: Engine, gpu: Gpu) -> float:
-    """Bytes by which a KV cache is too small for one sequence of max_model_len, which vLLM refuses; negative if it is not."""
+    """Bytes by which a KV cache is too small for one sequence of max_model_len, which vLLM refuses; negative if it is
+    not.
+    """
     parts = server(model, engine, gpu, scores=False)
     left = engine.gpu_share * gpu.memory * GIB - sum(part.size for part in parts if part.what != "KV cache")
     have = engine.kv_cache_mib * (1 << 20) if engine.kv_cache_mib else left
@@ -255,7 +310,9 @@ def short_of_kv(model: Model, engine: Engine, gpu: Gpu) -> float:
 
 
 def ranks_by_node(ranks: int, gpus: int, nodes: int) -> list[int]:
-    """Ranks of each node: the others are filled first, since the servers are on the first one, which has rank 0 at least."""
+    """Ranks of each node: the others are filled first, since the servers are on the first one, which has rank 0 at
+    least.
+    """
     others = min(ranks - 1, gpus * (nodes - 1))
     rest = [min(gpus, max(0, others - gpus * node)) for node in range(nodes - 1)]
     return [ranks - others, *rest]

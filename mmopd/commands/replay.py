@@ -1,7 +1,8 @@
 """`mmopd replay RUN STEP`: an update that was skipped, once more, response by response.
 
-A batch is kept as `batch.json`, with its tensors and images in `batch.safetensors`, beside the student as it was then. Here every response
-is computed by itself, forwards and backwards: packed into one row with others, one that is not finite spoils them all.
+A batch is kept as `batch.json`, with its tensors and images in `batch.safetensors`, beside the student as it was then.
+Here every response is computed by itself, forwards and backwards: packed into one row with others, one that is not
+finite spoils them all.
 """
 
 import json
@@ -25,10 +26,10 @@ from mmopd.errors import UserError
 from mmopd.modality import Encoder
 from mmopd.records import Encoded
 from mmopd.runtime.run_folder import RunFolder, step_of
-from mmopd.train.trainer import collator, loss_of
 from mmopd.train.pack import Collator
-from mmopd.train.students import load_student
 from mmopd.train.prefix_tree import Item
+from mmopd.train.students import load_student
+from mmopd.train.trainer import collator, loss_of
 
 TEXT, TENSORS, MODEL = "batch.json", "batch.safetensors", "model"
 TENSOR, BYTES = "$tensor", "$bytes"  # keys of what stands in the other file
@@ -54,7 +55,12 @@ class Found:
     def wrong(self) -> dict[str, list[int]]:
         """Positions of tokens whose numbers are not finite, by the number."""
         item = self.item
-        numbers = {"log-prob": self.logprob, "sampled log-prob": item.old, "advantage": item.advantage, "weight": item.weight}
+        numbers = {
+            "log-prob": self.logprob,
+            "sampled log-prob": item.old,
+            "advantage": item.advantage,
+            "weight": item.weight,
+        }
         if item.likeliest is not None:
             numbers["teacher's likeliest"] = item.likeliest[1].sum(1)
         return {name: at for name, x in numbers.items() if (at := (~x.isfinite()).nonzero().flatten().tolist())}
@@ -70,7 +76,9 @@ def write_batch(folder: Path, items: Sequence[Item], **about: str | int) -> None
     tensors: dict[str, Tensor] = {}
     prompts = {id(item.encoded): item.encoded for item in items}
     number = {one: i for i, one in enumerate(prompts)}
-    rows = [{f.name: _plain(getattr(item, f.name), tensors) for f in fields(item) if f.name != "encoded"} for item in items]
+    rows = [
+        {f.name: _plain(getattr(item, f.name), tensors) for f in fields(item) if f.name != "encoded"} for item in items
+    ]
     batch = [row | {"encoded": number[id(item.encoded)]} for row, item in zip(rows, items, strict=True)]
     text = {**about, "prompts": [_plain(encoded, tensors) for encoded in prompts.values()], "items": batch}
     (folder / TEXT).write_text(json.dumps(text, ensure_ascii=False))
@@ -91,7 +99,9 @@ def read_batch(folder: Path) -> tuple[list[Item], dict[str, Any]]:
     prompts = [ENCODED.validate_python(_whole(prompt, tensors)) for prompt in text.pop("prompts")]
     items = []
     for row in text.pop("items"):
-        values = {name: tuple(value) if isinstance(value, list) else value for name, value in _whole(row, tensors).items()}
+        values = {
+            name: tuple(value) if isinstance(value, list) else value for name, value in _whole(row, tensors).items()
+        }
         items.append(Item(**values | {"encoded": prompts[row["encoded"]]}))
     return items, text
 
@@ -105,7 +115,9 @@ def replay(run: RunFolder, step: int, console: Console) -> list[Found]:
     folder, recipe = run.replay_of(step), run.recipe()
     if not folder.is_dir():
         there = ", ".join(str(step_of(path.name)) for path in sorted(run.replay.glob("step-*")))
-        raise UserError(f"{run.root}: no update of step {step} was skipped, or it is not kept any more; there is {there or 'none'}")
+        raise UserError(
+            f"{run.root}: no update of step {step} was skipped, or it is not kept any more; there is {there or 'none'}"
+        )
     items, about = read_batch(folder)
     console.print(f"step {step}: {about['reason']}. {len(items)} responses, with the weights of {folder / MODEL}")
     encoder, student = Encoder(folder / MODEL), _load(folder / MODEL, recipe)
@@ -115,7 +127,9 @@ def replay(run: RunFolder, step: int, console: Console) -> list[Found]:
     found = sorted((compute(item) for item in items), key=lambda one: (one.finite, -_largest(one.ratio)[0]))
     console.print(table(found[:SHOWN], lambda token: repr(encoder.tokenizer.decode([token]))))
     wrong = sum(not one.finite for one in found)
-    console.print(f"{wrong} of {len(found)} responses are not finite" + (f"; {SHOWN} are shown" if len(found) > SHOWN else ""))
+    console.print(
+        f"{wrong} of {len(found)} responses are not finite" + (f"; {SHOWN} are shown" if len(found) > SHOWN else "")
+    )
     return found
 
 
@@ -131,15 +145,27 @@ def table(found: Sequence[Found], text: Callable[[int], str]) -> Table:
     for one in found:
         tokens = one.item.tokens
         ratio, at = _largest(one.ratio)
-        largest = f"{math.exp(min(ratio, 700.0)):.4g} at {at} {text(tokens[at])}" if at is not None else "none is finite"
-        wrong = "; ".join(f"{name} of {len(at)}, the first at {at[0]} {text(tokens[at[0]])}" for name, at in one.wrong.items())
-        numbers = (str(len(tokens)), f"{one.loss:.4g}", f"{one.gradient:.4g}", largest, wrong or ("" if one.finite else "its gradient"))
+        largest = (
+            f"{math.exp(min(ratio, 700.0)):.4g} at {at} {text(tokens[at])}" if at is not None else "none is finite"
+        )
+        wrong = "; ".join(
+            f"{name} of {len(at)}, the first at {at[0]} {text(tokens[at[0]])}" for name, at in one.wrong.items()
+        )
+        numbers = (
+            str(len(tokens)),
+            f"{one.loss:.4g}",
+            f"{one.gradient:.4g}",
+            largest,
+            wrong or ("" if one.finite else "its gradient"),
+        )
         head.add_row(escape(one.item.encoded.prompt.key), *map(escape, numbers), style="" if one.finite else "red")
     return head
 
 
 def _load(folder: Path, recipe: Recipe) -> Any:
-    student = load_student(folder, getattr(torch, recipe.train.dtype)).to("cuda" if torch.cuda.is_available() else "cpu")
+    student = load_student(folder, getattr(torch, recipe.train.dtype)).to(
+        "cuda" if torch.cuda.is_available() else "cpu"
+    )
     if recipe.train.gradient_checkpointing:
         student.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return student.train()
@@ -170,7 +196,11 @@ def _plain(value: Any, tensors: dict[str, Tensor]) -> Any:
     """`value` as JSON has it; tensors and bytes go to `tensors`."""
     if isinstance(value, (Tensor, bytes)):
         key = str(len(tensors))
-        tensors[key] = value.detach().cpu().clone() if isinstance(value, Tensor) else torch.frombuffer(bytearray(value), dtype=torch.uint8)
+        tensors[key] = (
+            value.detach().cpu().clone()
+            if isinstance(value, Tensor)
+            else torch.frombuffer(bytearray(value), dtype=torch.uint8)
+        )
         return {TENSOR if isinstance(value, Tensor) else BYTES: key}
     if is_dataclass(value):
         return {field.name: _plain(getattr(value, field.name), tensors) for field in fields(value)}

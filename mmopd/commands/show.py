@@ -24,16 +24,24 @@ def show(recipe: Recipe, console: Console) -> None:
     table = Table(title="What it would start", title_justify="left")
     for column in ("process", "model", "gets"):
         table.add_column(column)
-    table.add_row("student engine", str(recipe.student.model), f"{rollout.prompts} prompts x {rollout.group} responses a step")
+    table.add_row(
+        "student engine", str(recipe.student.model), f"{rollout.prompts} prompts x {rollout.group} responses a step"
+    )
     for name, teacher in fleet.teachers.items():
         routes = ", ".join(f"{r.task}/{r.modality}" for r in fleet.routes if name in r.teachers)
         where = f"{teacher.model} x {teacher.replicas}" if teacher.model else ", ".join(teacher.endpoints)
-        as_reference = "responses, as a reference" if reference and name in reference.teachers else "not started: no route"
+        as_reference = (
+            "responses, as a reference" if reference and name in reference.teachers else "not started: no route"
+        )
         table.add_row(f"teacher {name}", where, f"responses to {routes}" if routes else as_reference)
-    table.add_row(f"{train.ranks} training ranks", str(recipe.student.model), f"{train.steps} steps, ZeRO-3, {train.dtype}")
+    table.add_row(
+        f"{train.ranks} training ranks", str(recipe.student.model), f"{train.steps} steps, ZeRO-3, {train.dtype}"
+    )
     total = sum(source.weight for source in mixture.sources.values())
     for name, source in mixture.sources.items():
-        table.add_row(f"source {name}", str(source.shards), f"{source.weight / total:.0%} of the prompts, task {source.task}")
+        table.add_row(
+            f"source {name}", str(source.shards), f"{source.weight / total:.0%} of the prompts, task {source.task}"
+        )
     console.print(table)
     if fleet.routes:
         console.print(judges_table(fleet, mixture))
@@ -61,4 +69,6 @@ def judges_table(fleet: Fleet, mixture: Mixture) -> Table:
 def _shown(judge: Judge) -> str:
     """The keys of its view that are set."""
     keys = judge.view.model_dump(exclude_defaults=True)
-    return ", ".join(f"{key}: {value if key == 'images' else repr(value)}" for key, value in keys.items()) or "all of it"
+    return (
+        ", ".join(f"{key}: {value if key == 'images' else repr(value)}" for key, value in keys.items()) or "all of it"
+    )

@@ -1,4 +1,6 @@
-"""`mmopd train`: the stages of a run in order, on this machine. `launch` is the summary; each stage is a function below it."""
+"""`mmopd train`: the stages of a run in order, on this machine. `launch` is the summary; each stage is a function below
+it.
+"""
 
 import asyncio
 import dataclasses
@@ -14,36 +16,36 @@ import torch
 from rich.console import Console
 
 from mmopd import catalog
-from mmopd.report.model_card import CARD, model_card
-from mmopd.config import SFT, Dense, ExPO, Fleet, Recipe, Suite
 from mmopd.commands.doctor import Check
+from mmopd.commands.merge import Checkpoint, merge
+from mmopd.config import SFT, Dense, ExPO, Fleet, Recipe, Suite
 from mmopd.errors import UserError
 from mmopd.evaluate.calls import warm_up
 from mmopd.evaluate.candidates import Candidate, check_results, evaluate_all, print_results
 from mmopd.evaluate.lmms import read_suite
 from mmopd.evaluate.table import Results, Row
-from mmopd.commands.merge import Checkpoint, merge
 from mmopd.modality import Encoder
-from mmopd.runtime.processes import Children
-from mmopd.runtime.progress import Stages
+from mmopd.passes.answers import run_answers
+from mmopd.passes.difficulty import run_pass
+from mmopd.passes.each_row import answering
+from mmopd.preflight.questions import look
+from mmopd.preflight.run import answers, insist, preflight, save, summary
 from mmopd.prompts import difficulty_counts
 from mmopd.prompts.shards import Shards, open_mixture
 from mmopd.prompts.tokens import hash_processor
-from mmopd.runtime.rank_processes import Pulses, check_ranks, last_metrics, one_line, start_ranks
 from mmopd.report.html import write_report
-from mmopd.passes.answers import run_answers
-from mmopd.passes.difficulty import run_pass
+from mmopd.report.model_card import CARD, model_card
 from mmopd.rollout.student_client import EngineError
-from mmopd.passes.each_row import answering
 from mmopd.rollout.sync import FRESH, FileSync, SyncError
+from mmopd.runtime.processes import Children
+from mmopd.runtime.progress import Stages
+from mmopd.runtime.rank_processes import Pulses, check_ranks, last_metrics, one_line, start_ranks
 from mmopd.runtime.run_folder import RunFolder, alone_in
-from mmopd.serving.endpoint import Endpoint
-from mmopd.teacher.fleet import Standing, from_files, serve_fleet, serve_in_stage, student_specs, warn_of
-from mmopd.preflight.run import answers, insist, preflight, save, summary
-from mmopd.preflight.questions import look
-from mmopd.teacher.router import check_routes, check_tokenizers, load_teachers, references, routed
-from mmopd.serving.servers import HOST, Servers
 from mmopd.runtime.watchdog import asked_to_stop
+from mmopd.serving.endpoint import Endpoint
+from mmopd.serving.servers import HOST, Servers
+from mmopd.teacher.fleet import Standing, from_files, serve_fleet, serve_in_stage, student_specs, warn_of
+from mmopd.teacher.router import check_routes, check_tokenizers, load_teachers, references, routed
 
 UNTRAINED, MERGED = "untrained", "merged"  # versions of weights that do not come from a trainer
 
@@ -81,13 +83,16 @@ def launch(
         changed: sources that were added to the mixture or removed from it on purpose, before a resume.
         launcher: a command that starts the ranks on several machines, such as `deepspeed --hostfile hosts --module`.
         host: the address that the servers listen on, for ranks on other machines.
-        standing: servers of the run before, used if they are those that this one needs; else they are started for this run alone.
+        standing: servers of the run before, used if they are those that this one needs; else they are started for this
+            run alone.
 
     Raises:
         UserError: anything that a user can put right; whatever was started is stopped, what was measured is kept.
     """
     if not torch.cuda.is_available():
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed, which transformers imports, would warn that it found nothing else
+        os.environ.setdefault(
+            "DS_ACCELERATOR", "cpu"
+        )  # DeepSpeed, which transformers imports, would warn that it found nothing else
     warn_of(host, console)
     with alone_in(run.root), Stages(console, run.timings) as stages:
         prepare(recipe, stages)
@@ -115,7 +120,8 @@ def prepare(recipe: Recipe, stages: Stages) -> None:
 
 
 def check(recipe: Recipe, endpoints: Sequence[Path] = ()) -> Job:
-    """Open all that the recipe names, before anything is started; the models of teachers in `endpoints` need not be on this machine.
+    """Open all that the recipe names, before anything is started; the models of teachers in `endpoints` need not be on
+    this machine.
 
     Raises:
         UserError: a file, a model, a shard, a task, a route or a tokenizer is missing or wrong; names it.
@@ -128,9 +134,13 @@ def check(recipe: Recipe, endpoints: Sequence[Path] = ()) -> Job:
     folders = {name: t.model for name, t in used.items() if t.model is not None and name not in there}
     for name, folder in {"student": recipe.student.model, **folders}.items():
         if not (folder / "config.json").is_file():
-            raise UserError(f"{folder}: no model in this folder (of {name}); it needs a config.json and weights in safetensors")
+            raise UserError(
+                f"{folder}: no model in this folder (of {name}); it needs a config.json and weights in safetensors"
+            )
     tasks = catalog.load_tasks()
-    sources = open_mixture(catalog.load_mixture(recipe.mixture), tasks, Path.cwd(), hash_processor(recipe.student.model))
+    sources = open_mixture(
+        catalog.load_mixture(recipe.mixture), tasks, Path.cwd(), hash_processor(recipe.student.model)
+    )
     for one in (fleet, before):
         if one and one.routes:
             check_routes(one, tasks, [pair for shards in sources.values() for pair in shards.kinds])
@@ -144,13 +154,18 @@ def say_left_out(job: Job, console: Console) -> None:
     for name, shards in job.sources.items():
         if shards.left_out:
             console.print(
-                f"source {name}: {shards.left_out:,} rows are left out by max_prompt_tokens, {len(shards):,} are used", highlight=False
+                f"source {name}: {shards.left_out:,} rows are left out by max_prompt_tokens, {len(shards):,} are used",
+                highlight=False,
             )
 
 
 @contextmanager
-def serving(job: Job, run: RunFolder, children: Children, stages: Stages, standing: Standing | None = None) -> Iterator[Servers]:
-    """The student's engines and the replicas of every teacher, by name (student, student-2, TEACHER.NUMBER), while the block lasts."""
+def serving(
+    job: Job, run: RunFolder, children: Children, stages: Stages, standing: Standing | None = None
+) -> Iterator[Servers]:
+    """The student's engines and the replicas of every teacher, by name (student, student-2, TEACHER.NUMBER), while the
+    block lasts.
+    """
     settings = job.recipe.student
     students = student_specs(settings)
     teachers = {**job.fleet.teachers, **(job.references.teachers if job.references else {})}
@@ -228,14 +243,17 @@ def prove_alone(recipe: Recipe, out: Path, console: Console, endpoints: Sequence
 
 
 def measure_difficulty(job: Job, servers: Servers, run: RunFolder, stages: Stages) -> None:
-    """Offline balancing: the untrained student answers every prompt; counts, weights and the picture go to the run folder.
+    """Offline balancing: the untrained student answers every prompt; counts, weights and the picture go to the run
+    folder.
 
     Raises:
         UserError: the engine ended; with the last lines of its log.
     """
     if job.recipe.algorithm.difficulty is None:
         return
-    if (run.difficulty / difficulty_counts.FILE).is_file() and difficulty_counts.load(run.difficulty / difficulty_counts.FILE).keys() == job.sources.keys():
+    if (run.difficulty / difficulty_counts.FILE).is_file() and difficulty_counts.load(
+        run.difficulty / difficulty_counts.FILE
+    ).keys() == job.sources.keys():
         return
     with stages.stage("difficulty") as stage, answering(servers, run.logs):
         run_pass(job.recipe, job.sources, run.read_endpoints()[0], run.difficulty, stage)
@@ -266,7 +284,11 @@ def difficulty_alone(recipe: Recipe, out: Path, console: Console) -> None:
         prepare(recipe, stages)
         job = check(recipe)
         specs = [dataclasses.replace(spec, updatable=False, sync="file") for spec in student_specs(recipe.student)]
-        with serve_in_stage(specs, children, logs, stages) as servers, stages.stage("difficulty") as stage, answering(servers, logs):
+        with (
+            serve_in_stage(specs, children, logs, stages) as servers,
+            stages.stage("difficulty") as stage,
+            answering(servers, logs),
+        ):
             measured = run_pass(recipe, job.sources, list(servers.values()), out, stage)
     console.print(difficulty_counts.table(measured))
     console.print(f"Before and after: {out / difficulty_counts.PICTURE}", highlight=False, markup=False)
@@ -274,7 +296,9 @@ def difficulty_alone(recipe: Recipe, out: Path, console: Console) -> None:
 
 def starting_points(job: Job, servers: Mapping[str, Endpoint]) -> list[Candidate]:
     """The student before training, and the first replica of each teacher."""
-    unknown = {endpoint.teacher for endpoint in job.elsewhere} | {name for name, t in job.fleet.teachers.items() if t.adapter}
+    unknown = {endpoint.teacher for endpoint in job.elsewhere} | {
+        name for name, t in job.fleet.teachers.items() if t.adapter
+    }
     teachers = [
         Candidate(name, "teacher", servers[f"{name}.0"], None if name in unknown else teacher.model)
         for name, teacher in job.fleet.teachers.items()
@@ -302,7 +326,8 @@ def distil(job: Job, run: RunFolder, children: Children, servers: Servers, stage
     """Start the ranks and follow them to their end; SIGTERM lets them end their step and save it.
 
     Raises:
-        UserError: a rank or a server ended early, with the last lines of its log; or a step that was to be the last takes too long.
+        UserError: a rank or a server ended early, with the last lines of its log; or a step that was to be the last
+            takes too long.
         SystemExit: the ranks have stopped before their last step, as they were asked to; status 0.
     """
     ranks, timeout = job.recipe.train.ranks, job.recipe.train.timeout
@@ -329,7 +354,9 @@ def distil(job: Job, run: RunFolder, children: Children, servers: Servers, stage
                     for rank in running:
                         rank.terminate()
             if time.monotonic() > until:
-                raise UserError(f"the ranks have not ended their step within train.timeout = {timeout} s; the last checkpoint is as it was")
+                raise UserError(
+                    f"the ranks have not ended their step within train.timeout = {timeout} s; the last checkpoint is as it was"
+                )
             if (latest := last_metrics(run.metrics)) is not None:
                 done = int(latest["step"]) + 1
                 stage.total(job.recipe.train.steps, done=done)
@@ -348,12 +375,18 @@ def extrapolate(job: Job, run: RunFolder, children: Children, servers: Servers, 
     Raises:
         UserError: a teacher's weights are not on this machine, or not of the student's architecture.
     """
-    if elsewhere := [name for name, teacher in job.fleet.teachers.items() if teacher.model is None or teacher.adapter is not None]:
-        raise UserError(f"teacher {elsewhere[0]!r}: expo merges whole weights, so that every teacher needs a `model` here and no adapter")
+    if elsewhere := [
+        name for name, teacher in job.fleet.teachers.items() if teacher.model is None or teacher.adapter is not None
+    ]:
+        raise UserError(
+            f"teacher {elsewhere[0]!r}: expo merges whole weights, so that every teacher needs a `model` here and no adapter"
+        )
     objective = job.recipe.algorithm.objective
     assert isinstance(objective, ExPO)
     with stages.stage("merge") as stage:
-        weights = {teacher.model: teacher.weight for teacher in job.fleet.teachers.values() if teacher.model is not None}
+        weights = {
+            teacher.model: teacher.weight for teacher in job.fleet.teachers.values() if teacher.model is not None
+        }
         if not run.export.exists():
             merge(job.recipe.student.model, weights, objective.alpha, run.export, stage)
         give(run, run.export, MERGED)

@@ -15,7 +15,12 @@ import torch
 from PIL import Image
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
-from transformers import AutoProcessor, Qwen3VLForConditionalGeneration, Qwen3VLProcessor, get_cosine_schedule_with_warmup
+from transformers import (
+    AutoProcessor,
+    Qwen3VLForConditionalGeneration,
+    Qwen3VLProcessor,
+    get_cosine_schedule_with_warmup,
+)
 
 from mmopd.demo.world import Row, Split
 

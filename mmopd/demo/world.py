@@ -131,7 +131,10 @@ def digit_sums(split: Split, n: int, seed: int, careless: float = 0.0) -> list[R
     """
     rng = random.Random(f"digit_sums-{split}-{seed}")
     scans = SCAN_SPLITS[split]
-    return [_digit_sum(rng.choice(scans), rng.choice(scans), (rng.random() < careless, rng.random() < careless)) for _ in range(n)]
+    return [
+        _digit_sum(rng.choice(scans), rng.choice(scans), (rng.random() < careless, rng.random() < careless))
+        for _ in range(n)
+    ]
 
 
 def _draw(pairs: list[tuple[int, int]], n: int, rng: random.Random) -> list[tuple[int, int]]:
@@ -193,7 +196,9 @@ def build_student(folder: str | Path, seed: int = 0, *, scale: int = 1) -> None:
     processor = build_processor()
     torch.manual_seed(seed)
     model = Qwen3VLForConditionalGeneration(_model_config(processor.tokenizer, scale))
-    model.generation_config = GenerationConfig(eos_token_id=processor.tokenizer.eos_token_id, pad_token_id=processor.tokenizer.pad_token_id)
+    model.generation_config = GenerationConfig(
+        eos_token_id=processor.tokenizer.eos_token_id, pad_token_id=processor.tokenizer.pad_token_id
+    )
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
 
@@ -233,7 +238,9 @@ def build_tokenizer() -> Qwen2Tokenizer:
     tokenizer.add_tokens([AddedToken(token, special=True, normalized=False) for token in CONTROL_TOKENS])
     tokenizer.add_tokens([AddedToken(token, special=False, normalized=False) for token in ADDED_TOKENS])
     if len(tokenizer) != VOCAB_SIZE:
-        raise RuntimeError(f"the tokenizer has {len(tokenizer)} entries, not {VOCAB_SIZE}: the English text is too short")
+        raise RuntimeError(
+            f"the tokenizer has {len(tokenizer)} entries, not {VOCAB_SIZE}: the English text is too short"
+        )
     return tokenizer
 
 

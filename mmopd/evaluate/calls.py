@@ -1,4 +1,6 @@
-"""Calls of lmms-eval, each in a process that is forked from one that has imported it: the import takes longer than many a benchmark."""
+"""Calls of lmms-eval, each in a process that is forked from one that has imported it: the import takes longer than many
+a benchmark.
+"""
 
 import contextlib
 import multiprocessing
@@ -36,14 +38,19 @@ class Calls:
         warm_up()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         with self._changing:
             self._stopped = True
             for process in self._running:
                 _kill(process)
 
-    def run(self, arguments: Sequence[str], log: Path, env: Mapping[str, str], *, offline: bool, timeout: float) -> int | None:
-        """The exit status of `python -m lmms_eval ARGUMENTS`, minus n if signal n ended it; None if it was not done in time.
+    def run(
+        self, arguments: Sequence[str], log: Path, env: Mapping[str, str], *, offline: bool, timeout: float
+    ) -> int | None:
+        """The exit status of `python -m lmms_eval ARGUMENTS`, minus n if signal n ended it; None if it was not done in
+        time.
 
         Args:
             log: its output is appended to it.
@@ -54,7 +61,9 @@ class Calls:
         Raises:
             RuntimeError: the block has ended; a thread was too late.
         """
-        process = _CONTEXT.Process(target=_call, args=(list(arguments), str(log.absolute()), dict(env), offline, Path.cwd()))
+        process = _CONTEXT.Process(
+            target=_call, args=(list(arguments), str(log.absolute()), dict(env), offline, Path.cwd())
+        )
         with self._changing:
             if self._stopped:
                 raise RuntimeError("lmms-eval: not called, since its siblings have been stopped")
@@ -92,7 +101,9 @@ def _call(arguments: Sequence[str], log: str, env: Mapping[str, str], offline: b
     from lmms_eval.__main__ import cli_evaluate
 
     if offline:  # read from the environment long ago
-        huggingface_hub.constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = datasets.config.HF_DATASETS_OFFLINE = True
+        huggingface_hub.constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = (
+            datasets.config.HF_DATASETS_OFFLINE
+        ) = True
     sys.argv = ["lmms_eval", *arguments]
     cli_evaluate()
 

@@ -1,4 +1,6 @@
-"""Served models through a suite, one row of a table each: base, teachers, the distilled student, or any folders (`mmopd eval`)."""
+"""Served models through a suite, one row of a table each: base, teachers, the distilled student, or any folders (`mmopd
+eval`).
+"""
 
 import dataclasses
 from collections.abc import Callable, Sequence
@@ -17,8 +19,8 @@ from mmopd.runtime.fingerprint import hash_model
 from mmopd.runtime.processes import Children
 from mmopd.runtime.progress import Stages
 from mmopd.serving.endpoint import Endpoint
-from mmopd.teacher.fleet import serve_in_stage
 from mmopd.serving.servers import ServerSpec
+from mmopd.teacher.fleet import serve_in_stage
 
 CACHE = Path(".mmopd") / "eval"  # of the workspace: what several runs share
 
@@ -50,7 +52,9 @@ def evaluate_all(suite: Suite | None, candidates: Sequence[Candidate], out: Path
         for candidate in candidates:
             endpoint = dataclasses.replace(candidate.endpoint, name=candidate.name)
             weights = hash_model(candidate.model) if candidate.model else ""
-            records = evaluate(endpoint, suite, out=out, weights=weights, cache=CACHE, objection=candidate.objection, on_event=show)
+            records = evaluate(
+                endpoint, suite, out=out, weights=weights, cache=CACHE, objection=candidate.objection, on_event=show
+            )
             rows.append(Row(candidate.name, candidate.kind, tuple(records)))
         reused = sum(record.reused for row in rows for record in row.records)
         stage.outcome = f"{len(rows) * len(suite.benchmarks) - reused} lmms-eval calls, {reused} results from the cache"
@@ -70,7 +74,9 @@ def check_results(results: Results) -> None:
         UserError: one has none; says why.
     """
     if failed := results.failures():
-        raise UserError("\n".join(f"{record.column} of {record.endpoint} has no score: {record.reason}" for record in failed))
+        raise UserError(
+            "\n".join(f"{record.column} of {record.endpoint} has no score: {record.reason}" for record in failed)
+        )
 
 
 def evaluate_models(suite: Path, models: Sequence[Path], recipe: Recipe, out: Path, console: Console) -> None:

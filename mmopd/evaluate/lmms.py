@@ -28,8 +28,20 @@ from mmopd.evaluate.validate import InvalidRunError, Measured, last_words, valid
 from mmopd.serving.endpoint import Endpoint
 
 SIDE_BY_SIDE = 2  # calls at once: one waits for the server while the other judges
-PACKAGES = ("lmms-eval", "math-verify", "latex2sympy2_extended", "transformers", "datasets", "openai")  # what can move a score
-NOT_A_NAME = ("o1", "o3", "o4", "gpt-5")  # lmms-eval takes a model whose name contains one for OpenAI's, and drops the temperature
+PACKAGES = (
+    "lmms-eval",
+    "math-verify",
+    "latex2sympy2_extended",
+    "transformers",
+    "datasets",
+    "openai",
+)  # what can move a score
+NOT_A_NAME = (
+    "o1",
+    "o3",
+    "o4",
+    "gpt-5",
+)  # lmms-eval takes a model whose name contains one for OpenAI's, and drops the temperature
 
 OnEvent = Callable[[Benchmark, "Record | None"], None]  # None when a benchmark starts, its record when it is done
 
@@ -105,17 +117,20 @@ def evaluate(
     """Measure a served model on every benchmark of a suite (of `read_suite`).
 
     Args:
-        out: gets a folder per benchmark with the log, lmms-eval's own results and the record; an earlier one is replaced.
+        out: gets a folder per benchmark with the log, lmms-eval's own results and the record; an earlier one is
+            replaced.
         weights: hash of the served model's files (`hash_model`), part of the key under which a record is reused.
         cache: where valid records are kept and found again; only used with `weights`.
         objection: asked behind each measurement, for a reason why it does not count; "" if there is none.
         on_event: called from two threads.
 
     Returns:
-        A record per benchmark, in the suite's order. A benchmark that could not be measured is a record with status failed.
+        A record per benchmark, in the suite's order. A benchmark that could not be measured is a record with status
+        failed.
 
     Raises:
-        UserError: lmms-eval is not installed, a task or its data is missing, or the model has a name that lmms-eval mistakes.
+        UserError: lmms-eval is not installed, a task or its data is missing, or the model has a name that lmms-eval
+            mistakes.
     """
     versions = _versions()
     _check_name(endpoint.model)
@@ -123,8 +138,23 @@ def evaluate(
     for benchmark in suite.benchmarks:
         folder = out / _slug(endpoint.name) / _slug(benchmark.column)
         shutil.rmtree(folder, ignore_errors=True)
-        jobs.append(_Job(endpoint, suite, benchmark, prepare(benchmark, folder / "task"), folder, weights, versions, cache, objection))
-    with ThreadPoolExecutor(SIDE_BY_SIDE) as pool, Calls() as calls:  # left in reverse: first the calls end, then the threads
+        jobs.append(
+            _Job(
+                endpoint,
+                suite,
+                benchmark,
+                prepare(benchmark, folder / "task"),
+                folder,
+                weights,
+                versions,
+                cache,
+                objection,
+            )
+        )
+    with (
+        ThreadPoolExecutor(SIDE_BY_SIDE) as pool,
+        Calls() as calls,
+    ):  # left in reverse: first the calls end, then the threads
         running = [pool.submit(job.run, calls, on_event) for job in jobs]
         try:
             return [future.result() for future in running]
@@ -152,7 +182,9 @@ class _Job:
         kept = self.cache / f"{self._key()}.json" if self.cache is not None and self.weights else None
         if kept is not None and kept.is_file():
             name, role = self.endpoint.name, self.endpoint.role
-            record = dataclasses.replace(Record.read(kept), endpoint=name, role=role, column=self.benchmark.column, reused=True)
+            record = dataclasses.replace(
+                Record.read(kept), endpoint=name, role=role, column=self.benchmark.column, reused=True
+            )
         else:
             record = self._measure(calls)
             if kept is not None and record.status == "ok":
@@ -206,7 +238,8 @@ class _Job:
             "--model_args": f"model={self.endpoint.model},num_concurrent={self.suite.concurrency},max_retries=3",
             "--tasks": self.task.name,
             "--output_path": str(output),
-            "--process_docs_parallel": "1",  # math-verify's time limit is a signal, and raises in threads: every answer would be wrong
+            # math-verify's time limit is a signal, and raises in threads: every answer would be wrong
+            "--process_docs_parallel": "1",
             "--verbosity": "DEBUG",  # with any other, an exception ends with status 0
         }
         if b.reasoning_tags == "none":  # the default strips <think>...</think>, before the format is judged

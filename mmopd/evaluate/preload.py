@@ -10,7 +10,9 @@ from typing import Any
 
 _PR_SET_PDEATHSIG = 1
 
-os.environ["CUDA_VISIBLE_DEVICES"] = ""  # a call needs no GPU, and one that was looked for before a fork cannot be used behind it
+os.environ["CUDA_VISIBLE_DEVICES"] = (
+    ""  # a call needs no GPU, and one that was looked for before a fork cannot be used behind it
+)
 ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
 _nowhere = os.open(os.devnull, os.O_WRONLY)
 os.dup2(_nowhere, 1)  # each call has a log of its own

@@ -66,11 +66,16 @@ class Results:
 
     def to_dict(self) -> dict[str, Any]:
         """Everything, with the gaps that were closed, as JSON types."""
-        rows = [{"name": r.name, "kind": r.kind, "records": [dataclasses.asdict(record) for record in r.records]} for r in self.rows]
+        rows = [
+            {"name": r.name, "kind": r.kind, "records": [dataclasses.asdict(record) for record in r.records]}
+            for r in self.rows
+        ]
         return {"columns": list(self.columns), "rows": rows, "gap_closed": self.gaps_closed()}
 
     def gap_closed(self, column: str) -> float | None:
-        """(distilled - base) / (best teacher - base); None where one has no score, or no teacher leads by `NO_GAP` points."""
+        """(distilled - base) / (best teacher - base); None where one has no score, or no teacher leads by `NO_GAP`
+        points.
+        """
         base, distilled = self._best("base", column), self._best("distilled", column)
         teacher = self._best("teacher", column)
         if base is None or distilled is None or teacher is None or teacher - base < NO_GAP:
@@ -100,7 +105,9 @@ class Results:
     def markdown(self) -> str:
         """A table for a README or an issue, and under it why anything failed."""
         lines = ["| " + " | ".join(["", *self.columns]) + " |", "|---|" + "---:|" * len(self.columns)]
-        lines += ["| " + " | ".join([row.name, *(_cell(row.record(c)) for c in self.columns)]) + " |" for row in self.rows]
+        lines += [
+            "| " + " | ".join([row.name, *(_cell(row.record(c)) for c in self.columns)]) + " |" for row in self.rows
+        ]
         if self._compares():
             lines.append("| " + " | ".join([f"*{GAP_CLOSED}*", *(self._gap(c) for c in self.columns)]) + " |")
         lines += [f"\n{r.endpoint}, {r.column}: failed: {r.reason}" for r in self.failures()]

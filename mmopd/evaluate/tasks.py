@@ -120,4 +120,7 @@ def count_rows(data: Path) -> int:
 def _sources(task: Path) -> list[Path]:
     """Everything a task of one's own may be made of: the files beside it, and mmopd's verifiers."""
     verifiers = Path(mmopd.__path__[0]) / "task"
-    return [*sorted(p for p in task.parent.iterdir() if p.suffix in {".yaml", ".yml", ".py"}), *sorted(verifiers.glob("*.py"))]
+    return [
+        *sorted(p for p in task.parent.iterdir() if p.suffix in {".yaml", ".yml", ".py"}),
+        *sorted(verifiers.glob("*.py")),
+    ]

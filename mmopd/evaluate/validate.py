@@ -44,7 +44,9 @@ def validate(output: Path, task: str, benchmark: Benchmark, rows: int | None) ->
     results = json.loads(files[0].read_text())
     score = _number(results, task, benchmark.metric)
     if not 0 <= score <= benchmark.scale * (1 + 1e-9):
-        raise InvalidRunError(f"{benchmark.metric} is {score:g}, outside 0 to {benchmark.scale:g} (`scale` of the benchmark)")
+        raise InvalidRunError(
+            f"{benchmark.metric} is {score:g}, outside 0 to {benchmark.scale:g} (`scale` of the benchmark)"
+        )
     n = _check_samples(output, task, _expected(results, task, benchmark, rows))
     name, _, filtered = benchmark.metric.partition(",")
     stderr = results["results"][task].get(f"{name}_stderr,{filtered}")

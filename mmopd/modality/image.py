@@ -1,4 +1,6 @@
-"""Images: opened by their headers within bounds, sized as a person sees them, cut into patches as the processor does it."""
+"""Images: opened by their headers within bounds, sized as a person sees them, cut into patches as the processor does
+it.
+"""
 
 import io
 from dataclasses import dataclass
@@ -41,7 +43,9 @@ def open_image(data: bytes) -> Image.Image:
     Raises:
         ValueError: no image, or larger than MAX_SIDE or MAX_PIXELS.
     """
-    ImageFile.LOAD_TRUNCATED_IMAGES = False  # importing lmms-eval switches it on for the process: half an image would be whole
+    ImageFile.LOAD_TRUNCATED_IMAGES = (
+        False  # importing lmms-eval switches it on for the process: half an image would be whole
+    )
     try:
         image = Image.open(io.BytesIO(data))
     except Exception as error:
@@ -65,7 +69,9 @@ def size_of(image: Image.Image) -> tuple[int, int]:
 
 
 def _has_notes(image: Image.Image) -> bool:
-    """Whether a PNG may say an orientation: to find out, Pillow would decode all of its pixels, since notes may follow them."""
+    """Whether a PNG may say an orientation: to find out, Pillow would decode all of its pixels, since notes may follow
+    them.
+    """
     assert isinstance(image, ImageFile.ImageFile)
     assert isinstance(image.fp, io.BytesIO)
     data, at = image.fp.getbuffer(), 8

@@ -1,8 +1,9 @@
 """Clips: what a sequence of frames becomes as ids, patches and JSON. All that is particular to video is here.
 
-A clip is a tuple of encoded images (PNG, JPEG, ...), `FPS` of them a second: no video is decoded anywhere, so that student, teachers
-and trainer see the same pixels. The arithmetic is that of Qwen3-VL's processor, which vLLM runs too: frames are merged in twos; each
-two become the mean of their times, `<0.2 seconds>`, and one grid of visual tokens between the tokens that begin and end vision.
+A clip is a tuple of encoded images (PNG, JPEG, ...), `FPS` of them a second: no video is decoded anywhere, so that
+student, teachers and trainer see the same pixels. The arithmetic is that of Qwen3-VL's processor, which vLLM runs too:
+frames are merged in twos; each two become the mean of their times, `<0.2 seconds>`, and one grid of visual tokens
+between the tokens that begin and end vision.
 """
 
 import base64
@@ -31,7 +32,8 @@ def clip_size(frames: Sequence[bytes]) -> tuple[int, int]:
     """(width, height) of each frame of a clip, in pixels, from headers alone.
 
     Raises:
-        ValueError: too few or too many frames, one that is no image, too small or too large, or frames of different sizes.
+        ValueError: too few or too many frames, one that is no image, too small or too large, or frames of different
+            sizes.
     """
     if not MIN_FRAMES <= len(frames) <= MAX_FRAMES:
         raise ValueError(f"{len(frames)} frames; a clip has {MIN_FRAMES} to {MAX_FRAMES}, {FPS} a second")
@@ -41,7 +43,9 @@ def clip_size(frames: Sequence[bytes]) -> tuple[int, int]:
         raise ValueError(f"{len(frames)} frames of {width} x {height} pixels; {limits}")
     for i in range(1, len(frames)):
         if (other := _frame_size(frames, i)) != first:
-            raise ValueError(f"frame {i} has {other[0]} x {other[1]} pixels, and frame 0 {width} x {height}: make them alike")
+            raise ValueError(
+                f"frame {i} has {other[0]} x {other[1]} pixels, and frame 0 {width} x {height}: make them alike"
+            )
     return first
 
 
@@ -53,7 +57,9 @@ def _frame_size(frames: Sequence[bytes], i: int) -> tuple[int, int]:
 
 
 def data_url(frames: Sequence[bytes]) -> bytes:
-    """A clip as vLLM takes it without a video decoder; it reads the kind of each frame from its bytes, not from the media type."""
+    """A clip as vLLM takes it without a video decoder; it reads the kind of each frame from its bytes, not from the
+    media type.
+    """
     return b"data:video/jpeg;base64," + b",".join(map(base64.b64encode, frames))
 
 
@@ -85,7 +91,9 @@ class VideoPolicy:
         return grid[0] * grid[1] * grid[2] // self.merge**2
 
     def seconds(self, frames: int) -> list[float]:
-        """The time of each row of the grid: the mean of its first and last frame. The last frame is repeated to fill one."""
+        """The time of each row of the grid: the mean of its first and last frame. The last frame is repeated to fill
+        one.
+        """
         starts = range(0, frames, self.temporal)
         return [(start + min(start + self.temporal, frames) - 1) / 2 / FPS for start in starts]
 
@@ -132,7 +140,9 @@ class Clips:
             ValueError: the processor cuts it into another grid.
             OSError: a frame ends before its pixels do, or they are damaged.
         """
-        pixels = torch.stack([torch.from_numpy(np.array(to_rgb(open_image(frame)))).permute(2, 0, 1) for frame in frames])
+        pixels = torch.stack(
+            [torch.from_numpy(np.array(to_rgb(open_image(frame)))).permute(2, 0, 1) for frame in frames]
+        )
         capped = self.policy.frame_tokens is not None
         said = {"do_sample_frames": False, "input_data_format": "channels_first", "cap_pixels_per_frame": capped}
         batch = self._processor([pixels], **said, return_tensors="pt")

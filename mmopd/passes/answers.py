@@ -1,7 +1,8 @@
-"""The teachers' own answers (for SFT): each prompt is answered by the teachers that it is routed to, and what is right is kept.
+"""The teachers' own answers (for SFT): each prompt is answered by the teachers that it is routed to, and what is right
+is kept.
 
-Once, before training, in a file beside the shards that says what it is made from; every seed and mixture shares it. Ids are kept, not
-text, with the teacher's own log-probs.
+Once, before training, in a file beside the shards that says what it is made from; every seed and mixture shares it. Ids
+are kept, not text, with the teacher's own log-probs.
 """
 
 import asyncio
@@ -15,17 +16,17 @@ from typing import Any
 from mmopd import catalog
 from mmopd.config import SFT, Fleet, Recipe
 from mmopd.errors import UserError
-from mmopd.runtime.fingerprint import hash_model
 from mmopd.modality import Encoder
-from mmopd.runtime.progress import Stage
+from mmopd.passes.each_row import each_row
 from mmopd.prompts.ledger import Ledger, Origin, ledger_file
 from mmopd.prompts.shards import Shards
 from mmopd.records import Encoded, Outcome, Response, Sample, Score
 from mmopd.rollout.collect import seed_of
 from mmopd.rollout.student_client import StudentEngine
-from mmopd.passes.each_row import each_row
-from mmopd.task.verifier_pool import VerifierPool
+from mmopd.runtime.fingerprint import hash_model
+from mmopd.runtime.progress import Stage
 from mmopd.serving.endpoint import Endpoint
+from mmopd.task.verifier_pool import VerifierPool
 from mmopd.teacher.router import find_judges, load_teachers
 from mmopd.teacher.view import encode_view
 
@@ -43,7 +44,9 @@ def settings_of(recipe: Recipe) -> SFT:
         UserError: it is another one.
     """
     if not isinstance(recipe.algorithm.objective, SFT):
-        raise UserError(f"algorithm.objective.kind is {recipe.algorithm.objective.kind}: only sft learns from the teachers' own answers")
+        raise UserError(
+            f"algorithm.objective.kind is {recipe.algorithm.objective.kind}: only sft learns from the teachers' own answers"
+        )
     return recipe.algorithm.objective
 
 
@@ -55,18 +58,30 @@ def find_answers(recipe: Recipe, sources: Mapping[str, Shards]) -> dict[str, tup
     """
     rollout, fleet, tasks = recipe.rollout, load_teachers(recipe), catalog.load_tasks()
     found: dict[str, tuple[Path, Origin]] = {}
-    sampling = {"attempts": settings_of(recipe).attempts} | rollout.model_dump(include={"temperature", "top_p", "top_k", "max_tokens"})
+    sampling = {"attempts": settings_of(recipe).attempts} | rollout.model_dump(
+        include={"temperature", "top_p", "top_k", "max_tokens"}
+    )
     for name, shards in sources.items():
-        judges = {f"{task}/{modality}": find_judges(fleet, tasks, task, modality) for task, modality in sorted(shards.kinds)}
-        asked = {
-            kind: [[_weights(fleet, j.teacher), j.share, j.weight, j.view.model_dump()] for j in some] for kind, some in judges.items()
+        judges = {
+            f"{task}/{modality}": find_judges(fleet, tasks, task, modality) for task, modality in sorted(shards.kinds)
         }
-        made_from = {"data": shards.fingerprint, "teachers": asked, "sampling": sampling, "threshold": recipe.algorithm.outcome_threshold}
+        asked = {
+            kind: [[_weights(fleet, j.teacher), j.share, j.weight, j.view.model_dump()] for j in some]
+            for kind, some in judges.items()
+        }
+        made_from = {
+            "data": shards.fingerprint,
+            "teachers": asked,
+            "sampling": sampling,
+            "threshold": recipe.algorithm.outcome_threshold,
+        }
         found[name] = ledger_file(shards, "answers", made_from), made_from
     return found
 
 
-def run_answers(recipe: Recipe, sources: Mapping[str, Shards], teachers: Mapping[str, Sequence[Endpoint]], stage: Stage) -> None:
+def run_answers(
+    recipe: Recipe, sources: Mapping[str, Shards], teachers: Mapping[str, Sequence[Endpoint]], stage: Stage
+) -> None:
     """Let the teachers answer what they have not answered yet.
 
     Raises:
@@ -100,7 +115,10 @@ async def _ask(
     fleet, tasks = load_teachers(recipe), catalog.load_tasks()
     async with AsyncExitStack() as stack:
         engines = {
-            name: [await stack.enter_async_context(StudentEngine(one, encoder, timeout=recipe.train.timeout)) for one in replicas]
+            name: [
+                await stack.enter_async_context(StudentEngine(one, encoder, timeout=recipe.train.timeout))
+                for one in replicas
+            ]
             for name, replicas in teachers.items()
         }
         verifiers = stack.enter_context(VerifierPool())
@@ -122,7 +140,9 @@ async def _ask(
                     top_p=rollout.top_p,
                     top_k=rollout.top_k,
                 )
-                outcomes = await asyncio.gather(*(verifiers.verify(prompt.task, r.text, prompt.answer) for r in responses))
+                outcomes = await asyncio.gather(
+                    *(verifiers.verify(prompt.task, r.text, prompt.answer) for r in responses)
+                )
                 kept += [
                     [judge.teacher, judge.weight, r.tokens, [round(x, 6) for x in r.logprobs]]
                     for r, outcome in zip(responses, outcomes, strict=True)
@@ -148,11 +168,20 @@ class Library:
         """Up to G right answers to a prompt, drawn without replacement; none where its teachers had none."""
         key = encoded.prompt.key
         source = key.rpartition("/")[0]
-        found, draw = self._answers[source][self._sources[source].row_of(key)], Random(seed_of(self._recipe.seed, step, key))
+        found, draw = (
+            self._answers[source][self._sources[source].row_of(key)],
+            Random(seed_of(self._recipe.seed, step, key)),
+        )
         return [
             Sample(
                 number,
-                Response(tuple(tokens), tuple(logprobs), self._encoder.decode(tuple(tokens)), "stop", ((teacher, len(tokens)),)),
+                Response(
+                    tuple(tokens),
+                    tuple(logprobs),
+                    self._encoder.decode(tuple(tokens)),
+                    "stop",
+                    ((teacher, len(tokens)),),
+                ),
                 Outcome(1.0),
                 score,
             )

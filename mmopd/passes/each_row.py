@@ -1,4 +1,6 @@
-"""A pass over all rows of a mixture, before training: what is found about a row is kept beside the shards (`prompts.ledger`)."""
+"""A pass over all rows of a mixture, before training: what is found about a row is kept beside the shards
+(`prompts.ledger`).
+"""
 
 import asyncio
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
@@ -8,12 +10,12 @@ from typing import Any
 
 from mmopd.errors import UserError
 from mmopd.modality import Encoder
-from mmopd.runtime.progress import Stage
 from mmopd.prompts.ledger import Ledger
 from mmopd.prompts.rows import RowError
 from mmopd.prompts.shards import Shards
 from mmopd.records import Encoded
 from mmopd.rollout.student_client import EngineError
+from mmopd.runtime.progress import Stage
 from mmopd.serving.servers import Servers
 
 Find = Callable[[Encoded], Awaitable[Sequence[Any]]]

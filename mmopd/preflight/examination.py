@@ -21,10 +21,10 @@ import msgspec
 from mmopd.commands.doctor import Check
 from mmopd.modality import Encoder
 from mmopd.modality.video import MEDIA_SETTINGS
+from mmopd.preflight.questions import Questions
 from mmopd.records import Encoded
 from mmopd.serving import wire
 from mmopd.serving.endpoint import Endpoint
-from mmopd.preflight.questions import Questions
 from mmopd.serving.wire import ReplyError
 
 CHUNK = 1000  # ids of the vocabulary that are compared by one request
@@ -43,12 +43,16 @@ WAY_OUT = {
 
 
 class Vocabulary:
-    """The student's ids in chunks, each with the text that its tokenizer makes of them; and ids that may stand in a response."""
+    """The student's ids in chunks, each with the text that its tokenizer makes of them; and ids that may stand in a
+    response.
+    """
 
     def __init__(self, encoder: Encoder) -> None:
         self.tokenizer = encoder.tokenizer
         self.ids = sorted(encoder.tokenizer.get_vocab().values())
-        self.chunks = [(chunk, self.decode(chunk)) for chunk in (self.ids[i : i + CHUNK] for i in range(0, len(self.ids), CHUNK))]
+        self.chunks = [
+            (chunk, self.decode(chunk)) for chunk in (self.ids[i : i + CHUNK] for i in range(0, len(self.ids), CHUNK))
+        ]
         special = {i for i, token in encoder.tokenizer.added_tokens_decoder.items() if token.special}
         self.legal = sorted(set(self.ids) - special - set(encoder.banned))
         self.image, self.end = encoder.image_token, int(encoder.tokenizer.eos_token_id)
@@ -122,7 +126,10 @@ class Examination:
                 if self._key
                 else "the server wants a key"
             )
-            return fail(f"{self.endpoint.url} refuses the key ({status})", env + ": `api_key_env` names the variable that holds it")
+            return fail(
+                f"{self.endpoint.url} refuses the key ({status})",
+                env + ": `api_key_env` names the variable that holds it",
+            )
         if status != 200:
             raise ReplyError("status", f"{status}: {_message(reply)}")
         try:
@@ -141,7 +148,9 @@ class Examination:
         return ok(f"{self.endpoint.url} serves {self.endpoint.model!r}", seconds=seconds)
 
     async def _same_vocabulary(self) -> Check:
-        """Each of the student's ids is the same text for the server. Tokens that are part of a character all look alike by themselves."""
+        """Each of the student's ids is the same text for the server. Tokens that are part of a character all look alike
+        by themselves.
+        """
         ids = self._vocabulary.ids
         for chunk, text in self._vocabulary.chunks:
             found = await self._detokenize(chunk)
@@ -177,10 +186,17 @@ class Examination:
         """An image or a clip of each awkward size becomes the tokens that it is here."""
         if not self._asked.sizes:
             return None
-        fit = [one for one in self._asked.sizes if self._length is None or len(one.encoded.expanded) + 2 <= self._length]
-        left_out = "".join(f"; {one.name} ({one.size}) not asked: {one.tokens:,} tokens" for one in self._asked.sizes if one not in fit)
+        fit = [
+            one for one in self._asked.sizes if self._length is None or len(one.encoded.expanded) + 2 <= self._length
+        ]
+        left_out = "".join(
+            f"; {one.name} ({one.size}) not asked: {one.tokens:,} tokens" for one in self._asked.sizes if one not in fit
+        )
         for one in fit:
-            got, expected = _prompt_ids(await self._generate(self._body(one.encoded, (self._vocabulary.end,)))), one.encoded.expanded
+            got, expected = (
+                _prompt_ids(await self._generate(self._body(one.encoded, (self._vocabulary.end,)))),
+                one.encoded.expanded,
+            )
             if got != [*expected, self._vocabulary.end]:
                 theirs = got.count(one.token)
                 way_out = (
@@ -208,11 +224,17 @@ class Examination:
         need = prompt + self._max_tokens + 1
         what = f"prompt {prompt:,} + response {self._max_tokens:,} + 1 spare = {need:,} tokens"
         what += f", {self._length:,} allowed" if self._length else ""
-        numbers = {"needed": need, "prompt": prompt, "max_tokens": self._max_tokens} | ({"allowed": self._length} if self._length else {})
+        numbers = {"needed": need, "prompt": prompt, "max_tokens": self._max_tokens} | (
+            {"allowed": self._length} if self._length else {}
+        )
         way_out = f"raise `engine.max_model_len` (--max-model-len) to {need:,}"
         if self._length is not None and self._length < need:
             less -= need - self._length
-            return fail(f"{what}; {self._asked.looked}", way_out + f", or lower rollout.max_tokens to {less:,}" * (less > 0), **numbers)
+            return fail(
+                f"{what}; {self._asked.looked}",
+                way_out + f", or lower rollout.max_tokens to {less:,}" * (less > 0),
+                **numbers,
+            )
         tried = "not tried with its images, which fail"
         if self._images_agree or not longest.prompt.is_visual:
             tokens = random.Random(0).choices(self._vocabulary.legal, k=self._max_tokens)
@@ -221,7 +243,11 @@ class Examination:
             except ReplyError as fault:
                 if fault.cause in AWAY:
                     raise
-                return fail(f"{what}, and refused: {fault}", way_out + "; if it is short of memory, lower `engine.gpu_share`", **numbers)
+                return fail(
+                    f"{what}, and refused: {fault}",
+                    way_out + "; if it is short of memory, lower `engine.gpu_share`",
+                    **numbers,
+                )
             tried = "tried"
         return ok(f"{what}, {tried}; {self._asked.looked}", **numbers)
 
@@ -235,14 +261,24 @@ class Examination:
             if fault.cause in AWAY:
                 raise
             if self._top_k:
-                return fail(f"{k} needed, refused ({fault})", f"serve it with --max-logprobs {k} (`engine.extra_args`)", needed=k)
+                return fail(
+                    f"{k} needed, refused ({fault})",
+                    f"serve it with --max-logprobs {k} (`engine.extra_args`)",
+                    needed=k,
+                )
             return ok(f"{k} refused, none needed", needed=0)
         return ok(f"{k} given, {self._top_k or 'none'} needed", needed=self._top_k, given=k)
 
     async def _same_twice(self) -> Check:
         """The same requests again give the same numbers."""
-        probes = {i: probe for i, probe in enumerate(self._asked.probes) if self._images_agree or not probe.encoded.prompt.is_visual}
-        first, again = [{i: await self._score(probe.encoded, probe.tokens) for i, probe in probes.items()} for _ in range(2)]
+        probes = {
+            i: probe
+            for i, probe in enumerate(self._asked.probes)
+            if self._images_agree or not probe.encoded.prompt.is_visual
+        }
+        first, again = [
+            {i: await self._score(probe.encoded, probe.tokens) for i, probe in probes.items()} for _ in range(2)
+        ]
         mean, self._noise = apart(first, again)
         found = f"{len(probes)} responses: {difference(mean, self._noise)}"
         numbers = {"mean": mean, "largest": self._noise, "tolerance": self.tolerance}
@@ -308,7 +344,9 @@ class Examination:
             raise ReplyError("status", f"{status}: {_message(reply)}")
         return reply
 
-    async def _send(self, method: str, path: str, body: bytes | None = None, headers: Mapping[str, str] | None = None) -> tuple[int, bytes]:
+    async def _send(
+        self, method: str, path: str, body: bytes | None = None, headers: Mapping[str, str] | None = None
+    ) -> tuple[int, bytes]:
         headers = {"Content-Type": "application/json", **self.endpoint.headers, **(headers or {})}
         url = self.endpoint.url.rstrip("/") + path
         try:
@@ -336,7 +374,8 @@ def fail(found: str, way_out: str, **numbers: float) -> Check:
 def apart(a: Mapping[int, Sequence[float]], b: Mapping[int, Sequence[float]]) -> tuple[float, float]:
     """How far scores of the same responses differ: (mean over the tokens of the worst response, largest of all).
 
-    The mean is what is judged: a bf16 logit between 16 and 32 has steps of 0.125, so that one token may move by more than a
+    The mean is what is judged: a bf16 logit between 16 and 32 has steps of 0.125, so that one token may move by more
+        than a
     response ever should, on two GPUs of different kinds or in two batches of different size.
     """
     differences = [[abs(x - y) for x, y in zip(a[i], b[i], strict=True)] for i in a]

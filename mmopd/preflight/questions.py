@@ -1,4 +1,5 @@
-"""What the preflight asks with: the longest prompts of a mixture, images and clips of awkward sizes, and such as are not the real ones.
+"""What the preflight asks with: the longest prompts of a mixture, images and clips of awkward sizes, and such as are
+not the real ones.
 
 All of it as a teacher is shown it, through its view.
 """
@@ -29,8 +30,12 @@ LOOKED_AT = 1000  # rows of a source that are read, evenly spaced, to find the l
 LONGEST = 32  # of them, the largest of each (task, modality), that are encoded
 SHOWN = 4  # prompts of each source that are scored with a response
 CHARACTERS = 3  # of a token, about; only ranks prompts before they are encoded
-# (what log-probs that ought to be equal may differ by, mean over a response; what another image must change one by, at least)
-PRECISE, COARSE = (1e-4, 1e-2), (5e-2, 0.25)  # of a server that computes in float32; in 16 bits, or nobody knows in what
+# (what log-probs that ought to be equal may differ by, mean over a response; what another image must change one by, at
+# least)
+PRECISE, COARSE = (
+    (1e-4, 1e-2),
+    (5e-2, 0.25),
+)  # of a server that computes in float32; in 16 bits, or nobody knows in what
 BAD_ROW = (UserError, ValueError, OSError)  # a row that cannot be read or shown; OSError: pixels that do not decode
 BLOCKS = 4  # a shuffled image is cut into blocks of a quarter of its shorter side
 
@@ -48,7 +53,8 @@ class Kind:
 
 
 def look(sources: Mapping[str, Sequence[Prompt]], encoder: Encoder) -> list[Kind]:
-    """The kinds of prompts that there are: of each the largest, by the size of their text and images, and some typical ones.
+    """The kinds of prompts that there are: of each the largest, by the size of their text and images, and some typical
+    ones.
 
     A row that cannot be read is counted; what becomes of it in a run is decided where rows are read in earnest.
 
@@ -78,7 +84,9 @@ def look(sources: Mapping[str, Sequence[Prompt]], encoder: Encoder) -> list[Kind
             if len(heap) > LONGEST:
                 heapq.heappop(heap)
         if not here:
-            raise UserError(f"sources.{name}: none of the {len(rows)} rows that were tried can be read; write the source again")
+            raise UserError(
+                f"sources.{name}: none of the {len(rows)} rows that were tried can be read; write the source again"
+            )
         for key, heap in here.items():
             kinds[key].rows += len(shards) - len(rows) if counted else 0
             kinds[key].unreadable += unreadable
@@ -87,16 +95,26 @@ def look(sources: Mapping[str, Sequence[Prompt]], encoder: Encoder) -> list[Kind
 
 
 def _counted(shards: Sequence[Prompt]) -> list[int]:
-    """The longest rows by the tokens that the index counts, so that few shards are read; none if it does not tell the rows' kinds too."""
+    """The longest rows by the tokens that the index counts, so that few shards are read; none if it does not tell the
+    rows' kinds too.
+    """
     if not isinstance(shards, Shards) or shards.processor is None or len(shards.kinds) > 1:
         return []
     return heapq.nlargest(SHOWN, range(len(shards)), key=lambda row: shards.tokens(row) or 0)
 
 
 def _size(prompt: Prompt, encoder: Encoder) -> int:
-    text = sum(len(str(message["content"])) for message in prompt.messages) + sum(map(len, prompt.extra.values())) + len(prompt.answer)
+    text = (
+        sum(len(str(message["content"])) for message in prompt.messages)
+        + sum(map(len, prompt.extra.values()))
+        + len(prompt.answer)
+    )
     seen = sum(encoder.pixels.tokens(encoder.pixels.grid(*size_of(open_image(data)))) for data in prompt.images)
-    return text // CHARACTERS + seen + sum(encoder.clips.policy.tokens(encoder.clips.grid(frames)) for frames in prompt.videos)
+    return (
+        text // CHARACTERS
+        + seen
+        + sum(encoder.clips.policy.tokens(encoder.clips.grid(frames)) for frames in prompt.videos)
+    )
 
 
 def awkward_sizes(pixels: PixelPolicy) -> dict[str, tuple[int, int]]:
@@ -113,7 +131,9 @@ def awkward_sizes(pixels: PixelPolicy) -> dict[str, tuple[int, int]]:
 
 
 def awkward_clips(unit: int) -> dict[str, tuple[int, int, int]]:
-    """(frames, width, height) that a server with other settings reads in other ways, by name; `unit` pixels are a visual token's side."""
+    """(frames, width, height) that a server with other settings reads in other ways, by name; `unit` pixels are a
+    visual token's side.
+    """
     return {"odd clip": (5, 3 * unit + 5, 2 * unit + 3), "long clip": (35, unit, unit)}  # vLLM's own limit is 32 frames
 
 
@@ -133,14 +153,18 @@ def blank(size: tuple[int, int]) -> bytes:
 
 
 def shuffled(image: bytes, seed: int) -> bytes:
-    """The same pixels at other places: square blocks of the image, permuted; what does not fill a block stays where it is."""
+    """The same pixels at other places: square blocks of the image, permuted; what does not fill a block stays where it
+    is.
+    """
     pixels = np.array(to_rgb(open_image(image)))  # [height, width, 3]
     side = max(1, min(pixels.shape[:2]) // BLOCKS)
     rows, columns = pixels.shape[0] // side, pixels.shape[1] // side
     inner = pixels[: rows * side, : columns * side]
     blocks = inner.reshape(rows, side, columns, side, 3).swapaxes(1, 2).reshape(-1, side, side, 3)
     blocks = blocks[np.random.default_rng(seed).permutation(len(blocks))]
-    pixels[: rows * side, : columns * side] = blocks.reshape(rows, columns, side, side, 3).swapaxes(1, 2).reshape(inner.shape)
+    pixels[: rows * side, : columns * side] = (
+        blocks.reshape(rows, columns, side, side, 3).swapaxes(1, 2).reshape(inner.shape)
+    )
     return _png(Image.fromarray(pixels))
 
 
@@ -203,17 +227,23 @@ def questions(
     *,
     responses: Mapping[str, Sequence[tuple[int, ...]]],
 ) -> Questions:
-    """What to ask the teacher `name`: about the prompts that are routed to it, or a plain question where there are none.
+    """What to ask the teacher `name`: about the prompts that are routed to it, or a plain question where there are
+    none.
 
     Raises:
         UserError: it is to see more clips of a prompt than it is served for.
     """
     routed = [
-        (kind, judge.view) for kind in kinds for judge in find_judges(fleet, tasks, kind.task, kind.modality) if judge.teacher == name
+        (kind, judge.view)
+        for kind in kinds
+        for judge in find_judges(fleet, tasks, kind.task, kind.modality)
+        if judge.teacher == name
     ]
     _check_clips(name, fleet.teachers[name], routed)
     end = int(encoder.tokenizer.eos_token_id)
-    plain = encoder.encode(Prompt("preflight", "", "text", ({"role": "user", "content": "What is 12 + 30?"},), (), "42"))
+    plain = encoder.encode(
+        Prompt("preflight", "", "text", ({"role": "user", "content": "What is 12 + 30?"},), (), "42")
+    )
     tolerance, alive = PRECISE if in_float32(fleet.teachers[name]) else COARSE
     asked = Questions(Probe(plain, (*encoder.tokenizer.encode("42", add_special_tokens=False), end)), tolerance, alive)
     asked.probes.append(asked.plain)
@@ -234,7 +264,9 @@ def in_float32(teacher: Teacher) -> bool:
 
 
 def _check_clips(name: str, teacher: Teacher, routed: Sequence[tuple[Kind, View]]) -> None:
-    clips = max((len(prompt.videos) for kind, view in routed if view.images != "drop" for prompt in kind.shown), default=0)
+    clips = max(
+        (len(prompt.videos) for kind, view in routed if view.images != "drop" for prompt in kind.shown), default=0
+    )
     if teacher.model is not None and clips > teacher.engine.videos:
         raise UserError(
             f"teachers.{name}.engine.videos: {teacher.engine.videos}, and prompts with {clips} are routed to it: set it to {clips}"
@@ -242,11 +274,19 @@ def _check_clips(name: str, teacher: Teacher, routed: Sequence[tuple[Kind, View]
 
 
 def _show(
-    asked: Questions, encoder: Encoder, routed: Sequence[tuple[Kind, View]], responses: Mapping[str, Sequence[tuple[int, ...]]], end: int
+    asked: Questions,
+    encoder: Encoder,
+    routed: Sequence[tuple[Kind, View]],
+    responses: Mapping[str, Sequence[tuple[int, ...]]],
+    end: int,
 ) -> None:
-    """Some prompts of each sort, the first of every kind before the second of any: `SHOWN` with images to see, as many without."""
+    """Some prompts of each sort, the first of every kind before the second of any: `SHOWN` with images to see, as many
+    without.
+    """
     left = {True: SHOWN, False: SHOWN}
-    ranked = sorted(((i, prompt, view) for kind, view in routed for i, prompt in enumerate(kind.shown)), key=lambda one: one[0])
+    ranked = sorted(
+        ((i, prompt, view) for kind, view in routed for i, prompt in enumerate(kind.shown)), key=lambda one: one[0]
+    )
     for i, prompt, view in ranked:
         sees = sees_image(view) and prompt.is_visual
         if not left[sees]:
@@ -257,13 +297,17 @@ def _show(
             if sees:
                 others["blank"] = _through(encoder, prompt, blinded(view))
                 mixed = with_images(prompt, [shuffled(image, i) for image in prompt.images])
-                others["shuffled"] = _through(encoder, with_clips(mixed, [reordered(clip, i) for clip in prompt.videos]), view)
+                others["shuffled"] = _through(
+                    encoder, with_clips(mixed, [reordered(clip, i) for clip in prompt.videos]), view
+                )
         except BAD_ROW as error:
             asked.unusable[prompt.key] = str(error)
             continue
         left[sees] -= 1
         answer = (*encoder.tokenizer.encode(prompt.answer, add_special_tokens=False), end)
-        asked.probes += [Probe(shown, tokens, others) for tokens in dict.fromkeys([*responses.get(prompt.key, ()), answer])]
+        asked.probes += [
+            Probe(shown, tokens, others) for tokens in dict.fromkeys([*responses.get(prompt.key, ()), answer])
+        ]
 
 
 def _measure_images(asked: Questions, encoder: Encoder, kinds: Sequence[Kind], view: View) -> None:
@@ -274,7 +318,9 @@ def _measure_images(asked: Questions, encoder: Encoder, kinds: Sequence[Kind], v
         changed = with_images(prompt, [blank((width, height))] * len(prompt.images))
         _measure(asked, encoder, changed, view, (name, f"{width}x{height}", encoder.image_token))
     films = [prompt for kind in kinds for prompt in kind.shown if prompt.videos]
-    for name, (frames, width, height) in awkward_clips(encoder.pixels.patch * encoder.pixels.merge).items() if films else ():
+    for name, (frames, width, height) in (
+        awkward_clips(encoder.pixels.patch * encoder.pixels.merge).items() if films else ()
+    ):
         prompt = min(films, key=lambda p: (len(p.videos), len(str(p.messages))))
         changed = with_clips(prompt, [[blank((width, height))] * frames] * len(prompt.videos))
         _measure(asked, encoder, changed, view, (name, f"{frames} of {width}x{height}", encoder.video_token))

@@ -14,16 +14,16 @@ from pathlib import Path
 import aiohttp
 from rich.console import Console
 
-from mmopd.config import Fleet
 from mmopd.commands.doctor import Check, render
+from mmopd.config import Fleet
 from mmopd.errors import UserError
 from mmopd.modality import Encoder
-from mmopd.records import Prompt, Response
-from mmopd.rollout.student_client import StudentEngine
-from mmopd.task.base import Task
-from mmopd.serving.endpoint import Endpoint
 from mmopd.preflight.examination import Examination, Vocabulary, apart, difference
 from mmopd.preflight.questions import Kind, Questions, questions
+from mmopd.records import Prompt, Response
+from mmopd.rollout.student_client import StudentEngine
+from mmopd.serving.endpoint import Endpoint
+from mmopd.task.base import Task
 
 RESPONSES = 2  # of the student, to each prompt that is shown
 RESPONSE_TOKENS = 64  # of them, at most: enough to tell an image from a blank
@@ -42,7 +42,8 @@ async def preflight(
     responses: Mapping[str, Sequence[tuple[int, ...]]] | None = None,
     done: Callable[[Endpoint], None] = lambda endpoint: None,
 ) -> list[Check]:
-    """What is found of each replica of each teacher, in the fleet's order; `of` is the replica, or the teacher for all of them.
+    """What is found of each replica of each teacher, in the fleet's order; `of` is the replica, or the teacher for all
+    of them.
 
     Args:
         endpoints: the replicas of each teacher, by its name in the fleet.
@@ -57,7 +58,9 @@ async def preflight(
         UserError: a teacher that a route leads to has no endpoint.
     """
     if missing := sorted({name for route in fleet.routes for name in route.teachers if not endpoints.get(name)}):
-        raise UserError(f"teacher {missing[0]!r} has no endpoint; it must be served before the run, or name its `endpoints`")
+        raise UserError(
+            f"teacher {missing[0]!r} has no endpoint; it must be served before the run, or name its `endpoints`"
+        )
     vocabulary = Vocabulary(encoder)
     # A connection for each request: uvicorn ends one after an error without saying so, and nothing here is tried again.
     connector = aiohttp.TCPConnector(limit=0, force_close=True)
@@ -96,7 +99,11 @@ def showable(teacher: str, asked: Questions) -> list[Check]:
     found = f"{_count(len(asked.unusable), 'prompt')} cannot be shown as its view says: {next(iter(asked.unusable.values()))}"
     return [
         Check(
-            "view", "warn" if asked.longest else "fail", found, "correct the view or the row; without it a response has no score", teacher
+            "view",
+            "warn" if asked.longest else "fail",
+            found,
+            "correct the view or the row; without it a response has no score",
+            teacher,
         )
     ]
 
@@ -119,7 +126,9 @@ def agreement(teacher: str, group: Sequence[Examination]) -> list[Check]:
     return [Check("same on replicas", "ok", what, "", teacher, numbers)]
 
 
-async def answers(student: Endpoint, encoder: Encoder, kinds: Sequence[Kind], *, max_tokens: int) -> dict[str, list[tuple[int, ...]]]:
+async def answers(
+    student: Endpoint, encoder: Encoder, kinds: Sequence[Kind], *, max_tokens: int
+) -> dict[str, list[tuple[int, ...]]]:
     """Some responses of the student to each prompt that the preflight shows, by the prompt's key.
 
     Raises:

@@ -1,4 +1,6 @@
-"""What converters of `data/` are written with: reading public data where it lies, columns by name, images as they are encoded."""
+"""What converters of `data/` are written with: reading public data where it lies, columns by name, images as they are
+encoded.
+"""
 
 import io
 import json
@@ -29,17 +31,25 @@ PLACEHOLDER = "<image>"  # where an image stands in a text
 class SourceSettings(Config):
     """The settings that all converters have; each adds the names of its columns."""
 
-    data: str = Field(description="a file (.parquet, .jsonl, .json), a folder of them or of `save_to_disk`, or a name on the hub")
-    subset: str | None = Field(None, description="a configuration on the hub; of a folder, the files whose names begin with it")
+    data: str = Field(
+        description="a file (.parquet, .jsonl, .json), a folder of them or of `save_to_disk`, or a name on the hub"
+    )
+    subset: str | None = Field(
+        None, description="a configuration on the hub; of a folder, the files whose names begin with it"
+    )
     split: str = Field("train", description="of a folder, the files whose names begin with it, if there are any")
     task: str = Field(description="a task of modalities/")
     limit: Positive | None = Field(None, description="only so many examples, from the start")
-    root: Path | None = Field(None, description="what image paths in a column start from; the folder of the data if not set")
+    root: Path | None = Field(
+        None, description="what image paths in a column start from; the folder of the data if not set"
+    )
 
 
 @dataclass(frozen=True)
 class Examples:
-    """Examples that can be gone through again; a line of a .jsonl file is bytes, which are parsed where it is converted."""
+    """Examples that can be gone through again; a line of a .jsonl file is bytes, which are parsed where it is
+    converted.
+    """
 
     read: Callable[[], Iterator[Any]]
     count: int  # 0 if it is not known
@@ -81,7 +91,11 @@ def column(example: Mapping[str, Any], name: str) -> Any:
     value: Any = example
     for part in [name] if name in example else name.split("."):
         if not isinstance(value, Mapping) or value.get(part) is None:
-            there = f"there is {', '.join(map(str, value))}" if isinstance(value, Mapping) else f"{type(value).__name__} has no parts"
+            there = (
+                f"there is {', '.join(map(str, value))}"
+                if isinstance(value, Mapping)
+                else f"{type(value).__name__} has no parts"
+            )
             raise RowError(f"no {name}", f"the column {name!r} is missing or empty; {there}")
         value = value[part]
     return value
@@ -113,7 +127,8 @@ def answers(example: Mapping[str, Any], name: str) -> str:
 
 
 def images(example: Mapping[str, Any], name: str, settings: SourceSettings) -> list[bytes]:
-    """A column with one image or several, as the files that they are: bytes, a path, what the hub stores, or an image in memory.
+    """A column with one image or several, as the files that they are: bytes, a path, what the hub stores, or an image
+    in memory.
 
     Raises:
         RowError: there is none, or a file cannot be read.
@@ -127,8 +142,17 @@ def images(example: Mapping[str, Any], name: str, settings: SourceSettings) -> l
     return found
 
 
-def ask(task: Task, key: str, question: str, answer: str, files: Sequence[bytes] = (), *, extra: Mapping[str, str] | None = None) -> Prompt:
-    """A row as the task puts it; where the question has `<image>` in it, the images stand there, and before it otherwise.
+def ask(
+    task: Task,
+    key: str,
+    question: str,
+    answer: str,
+    files: Sequence[bytes] = (),
+    *,
+    extra: Mapping[str, str] | None = None,
+) -> Prompt:
+    """A row as the task puts it; where the question has `<image>` in it, the images stand there, and before it
+    otherwise.
 
     Raises:
         RowError: more or fewer `<image>` than images.
@@ -136,7 +160,10 @@ def ask(task: Task, key: str, question: str, answer: str, files: Sequence[bytes]
     if PLACEHOLDER not in question:
         return task.prompt(key, question, answer, files, extra)
     if question.count(PLACEHOLDER) != len(files):
-        raise RowError("images do not match", f"{question.count(PLACEHOLDER)} {PLACEHOLDER} in the question, and {len(files)} images")
+        raise RowError(
+            "images do not match",
+            f"{question.count(PLACEHOLDER)} {PLACEHOLDER} in the question, and {len(files)} images",
+        )
     messages = tuple(_with_images(message) for message in task.messages(question, 0))
     return Prompt(key, task.name, task.modality, messages, tuple(files), answer, dict(extra or {}))
 
@@ -226,7 +253,9 @@ def _pictures(folder: Path) -> Examples:
     files = sorted(file for file in folder.rglob("*") if file.suffix.lower() in PICTURES)
     if not files:
         raise UserError(f"{folder}: neither {', '.join(TABLES)} files nor images in it")
-    rows = [{"file_name": str(file.relative_to(folder)), "name": file.stem, "label": file.parent.name} for file in files]
+    rows = [
+        {"file_name": str(file.relative_to(folder)), "name": file.stem, "label": file.parent.name} for file in files
+    ]
     return Examples(lambda: iter(rows), len(rows))
 
 
@@ -234,7 +263,9 @@ def _hub(settings: SourceSettings, folder: Path | None, wanted: set[str] | None)
     try:
         import datasets
     except ImportError:
-        raise UserError(f"{settings.data}: no file or folder here, and the package `datasets` is not installed") from None
+        raise UserError(
+            f"{settings.data}: no file or folder here, and the package `datasets` is not installed"
+        ) from None
     try:
         if folder is None:
             data = datasets.load_dataset(settings.data, settings.subset, split=settings.split)

@@ -1,9 +1,9 @@
 """Bookkeeping of the offline difficulty pass (paper 3.3, A.1): counts, weights, the picture; no model runs here.
 
-The counts of a source lie beside its shards, in `difficulty/NAME.jsonl`, NAME for the student and the way it was sampled:
-every mixture, policy and run shares them. The file grows while the student answers, and is where a stopped pass goes on.
-From the counts come a run's `difficulty.json` (counts, shape and weights for each row of each source) and the histograms
-before and after (Fig. 3). The files say what they are made from, and are refused for anything else.
+The counts of a source lie beside its shards, in `difficulty/NAME.jsonl`, NAME for the student and the way it was
+sampled: every mixture, policy and run shares them. The file grows while the student answers, and is where a stopped
+pass goes on. From the counts come a run's `difficulty.json` (counts, shape and weights for each row of each source) and
+the histograms before and after (Fig. 3). The files say what they are made from, and are refused for anything else.
 """
 
 import json
@@ -37,7 +37,9 @@ class Measured:
     weights: tuple[float, ...]  # [P] for `Rows.weights`
 
 
-def origin(shards: Shards, student: str, settings: config.Difficulty, *, max_tokens: int, threshold: float) -> dict[str, Any]:
+def origin(
+    shards: Shards, student: str, settings: config.Difficulty, *, max_tokens: int, threshold: float
+) -> dict[str, Any]:
     """What the counts of a source are made from; what is done with them later (policy, shape, cap) is no part of it.
 
     Args:
@@ -46,7 +48,12 @@ def origin(shards: Shards, student: str, settings: config.Difficulty, *, max_tok
         threshold: of an outcome that counts as right.
     """
     sampling = settings.model_dump(mode="json", include={"attempts", "temperature", "top_p", "top_k"})
-    return {"data": shards.fingerprint, "student": student, "sampling": sampling | {"max_tokens": max_tokens}, "threshold": threshold}
+    return {
+        "data": shards.fingerprint,
+        "student": student,
+        "sampling": sampling | {"max_tokens": max_tokens},
+        "threshold": threshold,
+    }
 
 
 def counts_file(shards: Shards, made_from: Origin) -> Path:
@@ -84,7 +91,9 @@ def measure(counts: Counts, rows: int, settings: config.Difficulty) -> Measured:
     else:
         weights = {"drop_easy": drop_easy_weights, "frontier": frontier_weights}[settings.policy](c, k)
     if not weights.any():
-        raise UserError(f"algorithm.difficulty.policy: {settings.policy} leaves no prompt of a source, all are {shape}; choose flatten")
+        raise UserError(
+            f"algorithm.difficulty.policy: {settings.policy} leaves no prompt of a source, all are {shape}; choose flatten"
+        )
     return Measured(tuple(correct), tuple(attempts), shape, tuple(weights.tolist()))
 
 
@@ -153,7 +162,9 @@ def draw(path: Path, measured: Mapping[str, Measured]) -> None:
     figure = Figure(figsize=(6.4, 0.6 + 2.4 * max(1, len(shown))), layout="constrained")
     if not shown:
         figure.text(0.5, 0.5, "no answer could be judged", ha="center")
-    for axes, (name, one) in zip(figure.subplots(max(1, len(shown)), squeeze=False)[:, 0] if shown else (), shown.items(), strict=True):
+    for axes, (name, one) in zip(
+        figure.subplots(max(1, len(shown)), squeeze=False)[:, 0] if shown else (), shown.items(), strict=True
+    ):
         before, after = histogram(one)
         x = np.arange(len(before))
         axes.bar(x - 0.2, before, 0.4, color="#b8c4d0", label="before: rows")

@@ -1,8 +1,8 @@
 """The index beside a tar: where each row's members lie, and what can be known without decoding anything.
 
-`NAME.tar` has `NAME.index.safetensors`. Filters, budgets and the plan read only the index; a row is one `pread` for each of
-its members. The tar itself is plain WebDataset (`mmopd.prompts.rows`): `KEY.json`, `KEY.0.png`, `KEY.1.jpg`, ... in a row, with one key
-for each row. Here the frames of clips are images like others, behind the row's own.
+`NAME.tar` has `NAME.index.safetensors`. Filters, budgets and the plan read only the index; a row is one `pread` for
+each of its members. The tar itself is plain WebDataset (`mmopd.prompts.rows`): `KEY.json`, `KEY.0.png`, `KEY.1.jpg`,
+... in a row, with one key for each row. Here the frames of clips are images like others, behind the row's own.
 """
 
 import collections
@@ -22,10 +22,10 @@ from safetensors.numpy import load, save
 from webdataset.tariterators import base_plus_ext
 
 from mmopd.errors import UserError
-from mmopd.runtime.fingerprint import hash_file
 from mmopd.modality.video import clip_size
 from mmopd.prompts.rows import RowError, check_image, unpack
 from mmopd.prompts.tokens import Counter
+from mmopd.runtime.fingerprint import hash_file
 
 VERSION = 2
 SUFFIX = ".index.safetensors"
@@ -39,7 +39,9 @@ def index_path(tar: Path) -> Path:
 
 @dataclass(frozen=True, slots=True)
 class Index:
-    """The index of one tar of R rows, M members (one json and the images of each row, in order) and I images, frames included."""
+    """The index of one tar of R rows, M members (one json and the images of each row, in order) and I images, frames
+    included.
+    """
 
     tar: Path
     size: int  # bytes of the tar
@@ -65,7 +67,9 @@ class Index:
     def row_images(self, row: int) -> list[tuple[int, int]]:
         """(width, height) of each image of a row, in pixels."""
         before = int(self.first[row]) - row  # each earlier row has one member that is no image
-        return [(w, h) for w, h in self.images[before : before + int(self.first[row + 1] - self.first[row]) - 1].tolist()]
+        return [
+            (w, h) for w, h in self.images[before : before + int(self.first[row + 1] - self.first[row]) - 1].tolist()
+        ]
 
     def read(self, tar: Path, row: int) -> list[bytes]:
         """The json and the images of a row, from the tar or a copy of it.
@@ -96,7 +100,9 @@ class Index:
             raise UserError(f"{tar}: this shard is missing, though its index is there; write the source again")
         index = cls.load_alone(tar)
         if (size := tar.stat().st_size) != index.size:
-            raise UserError(f"{tar}: {size} bytes, and its index says {index.size}: truncated or replaced; write the source again")
+            raise UserError(
+                f"{tar}: {size} bytes, and its index says {index.size}: truncated or replaced; write the source again"
+            )
         return index
 
     @classmethod
@@ -114,7 +120,14 @@ class Index:
             if about["version"] != VERSION:
                 raise ValueError(f"version {about['version']}, and this is made for {VERSION}")
             kinds = tuple((task, modality) for task, modality in about["kinds"])
-            index = cls(tar=tar, size=about["bytes"], sha256=about["sha256"], kinds=kinds, processor=about["processor"], **arrays)
+            index = cls(
+                tar=tar,
+                size=about["bytes"],
+                sha256=about["sha256"],
+                kinds=kinds,
+                processor=about["processor"],
+                **arrays,
+            )
             index._check()
         except FileNotFoundError:
             if tar.with_suffix(OLD_SUFFIX).exists():
@@ -122,7 +135,9 @@ class Index:
                 raise UserError(f"{old}; write the source again, or run {_command(tar)}") from None
             raise UserError(f"{path}: the shard {tar.name} has no index; make it with {_command(tar)}") from None
         except (ValueError, KeyError, TypeError, SafetensorError) as error:
-            raise UserError(f"{path}: not an index of a shard ({type(error).__name__}: {error}); write the source again") from None
+            raise UserError(
+                f"{path}: not an index of a shard ({type(error).__name__}: {error}); write the source again"
+            ) from None
         return index
 
     def _check(self) -> None:
@@ -144,7 +159,9 @@ class Index:
             UserError: the content is not what was indexed.
         """
         if hash_file(tar) != self.sha256:
-            raise UserError(f"{tar}: its content is not what {index_path(self.tar).name} was made from; write the source again")
+            raise UserError(
+                f"{tar}: its content is not what {index_path(self.tar).name} was made from; write the source again"
+            )
 
 
 def index_tar(tar: Path, counter: Counter | None = None) -> None:
@@ -154,8 +171,8 @@ def index_tar(tar: Path, counter: Counter | None = None) -> None:
         counter: counts the tokens of each row, in order; they are left out of the index without one.
 
     Raises:
-        UserError: no tar or a truncated one, a row without json, an unknown member, a key that occurs twice, or an image
-            that cannot be used; names the file and the row.
+        UserError: no tar or a truncated one, a row without json, an unknown member, a key that occurs twice, or an
+            image that cannot be used; names the file and the row.
     """
     kinds: dict[tuple[str, str], int] = {}
     kind: list[int] = []
@@ -200,7 +217,9 @@ def _command(tar: Path) -> str:
 
 
 def _rows(tar: Path) -> Iterator[tuple[str, list[tarfile.TarInfo], list[bytes], list[int]]]:
-    """(key, members, contents, frames of each clip) of each row; members: its json, its images, the frames of its clips, by number."""
+    """(key, members, contents, frames of each clip) of each row; members: its json, its images, the frames of its
+    clips, by number.
+    """
     seen: set[str] = set()
     try:
         with tarfile.open(tar, "r:") as archive:
@@ -238,20 +257,30 @@ def _check_end(tar: Path, offset: int) -> None:
 def _read(
     tar: Path, archive: tarfile.TarFile, key: str, row: list[tuple[str, tarfile.TarInfo]]
 ) -> tuple[str, list[tarfile.TarInfo], list[bytes], list[int]]:
-    numbered: dict[tuple[int, int], tarfile.TarInfo] = {}  # (-1, number) of an image, (clip, number) of a frame; the json is (-1, -1)
+    numbered: dict[
+        tuple[int, int], tarfile.TarInfo
+    ] = {}  # (-1, number) of an image, (clip, number) of a frame; the json is (-1, -1)
     for extension, info in row:
         member = re.fullmatch(r"(?:clip(?P<clip>\d+)\.)?(?P<number>\d+)\.\w+", extension)
-        place = (-1, -1) if extension == "json" else (int(member["clip"] or -1), int(member["number"])) if member else None
+        place = (
+            (-1, -1) if extension == "json" else (int(member["clip"] or -1), int(member["number"])) if member else None
+        )
         if place is None or place in numbered:
             what = "is neither KEY.json, KEY.NUMBER.FORMAT nor KEY.clipNUMBER.NUMBER.FORMAT, or occurs twice"
             raise UserError(f"{tar}: row {key!r}: member {info.name!r} {what}")
         numbered[place] = info
     found = collections.Counter(clip for clip, _ in numbered)
-    if sorted(numbered) != [(clip, number - (clip < 0)) for clip in range(-1, len(found) - 1) for number in range(found[clip])]:
+    if sorted(numbered) != [
+        (clip, number - (clip < 0)) for clip in range(-1, len(found) - 1) for number in range(found[clip])
+    ]:
         names = [info.name for _, info in row]
-        raise UserError(f"{tar}: row {key!r}: it has the members {names}; needed are one json, images from 0 on, and frames from 0 on")
+        raise UserError(
+            f"{tar}: row {key!r}: it has the members {names}; needed are one json, images from 0 on, and frames from 0 on"
+        )
     infos = [numbered[place] for place in sorted(numbered)]
     contents = [stream.read() if (stream := archive.extractfile(info)) else b"" for info in infos]
-    if short := next((info.name for info, content in zip(infos, contents, strict=True) if len(content) != info.size), None):
+    if short := next(
+        (info.name for info, content in zip(infos, contents, strict=True) if len(content) != info.size), None
+    ):
         raise UserError(f"{tar}: truncated inside {short!r}")
     return key, infos, contents, [found[clip] for clip in range(len(found) - 1)]

@@ -1,7 +1,8 @@
-"""What was found out about the rows of a source, kept beside its shards in a file that only grows: where a stopped pass goes on.
+"""What was found out about the rows of a source, kept beside its shards in a file that only grows: where a stopped pass
+goes on.
 
-The name stands for what the findings are made from, so that every mixture, recipe and run shares them; the first line says it in
-words, and the file is refused for anything else. A line more is a row more.
+The name stands for what the findings are made from, so that every mixture, recipe and run shares them; the first line
+says it in words, and the file is refused for anything else. A line more is a row more.
 """
 
 import hashlib
@@ -12,8 +13,8 @@ from pathlib import Path
 from typing import Any, Self, TextIO
 
 from mmopd.errors import UserError
-from mmopd.runtime.locks import claim
 from mmopd.prompts.shards import Shards
+from mmopd.runtime.locks import claim
 
 VERSION = 2
 Origin = Mapping[str, Any]

@@ -1,4 +1,6 @@
-"""What is in a source, and in a mixture of them, as `mmopd prepare` and `mmopd show data/MIX.yaml` print it; reads indices only."""
+"""What is in a source, and in a mixture of them, as `mmopd prepare` and `mmopd show data/MIX.yaml` print it; reads
+indices only.
+"""
 
 from pathlib import Path
 
@@ -53,10 +55,14 @@ def mixture_tree(mixture: Mixture, title: str, prompts: int | None) -> Tree:
     shares = {name: source.weight / total for name, source in mixture.sources.items()}
     if prompts is None:
         prompts = int(min(len(opened[name]) / share for name, share in shares.items() if share))
-    tree = Tree(f"[bold]{escape(title)}[/]  {contents(_sum([shards.totals() for shards in opened.values()]))}; in {prompts:,} prompts:")
+    tree = Tree(
+        f"[bold]{escape(title)}[/]  {contents(_sum([shards.totals() for shards in opened.values()]))}; in {prompts:,} prompts:"
+    )
     for name, shards in opened.items():
         epochs = prompts * shares[name] / len(shards)
-        branch = tree.add(f"[bold]{escape(name)}[/]  {shares[name]:.1%} of the prompts, {epochs:,.2f} epochs; {contents(shards.totals())}")
+        branch = tree.add(
+            f"[bold]{escape(name)}[/]  {shares[name]:.1%} of the prompts, {epochs:,.2f} epochs; {contents(shards.totals())}"
+        )
         branch.add(escape(f"{mixture.sources[name].shards}, {shards.bytes / 2**20:,.1f} MiB"))
         for (task, modality), rows in sorted(shards.kinds.items()):
             branch.add(escape(f"task {task} ({modality}): {rows:,} rows"))
@@ -73,4 +79,9 @@ def _sum(parts: list[Totals]) -> Totals:
         known = [value for value in values if value is not None]
         return sum(known) if len(known) == len(values) else None
 
-    return Totals(sum(p.rows for p in parts), sum(p.images for p in parts), add([p.text for p in parts]), add([p.visual for p in parts]))
+    return Totals(
+        sum(p.rows for p in parts),
+        sum(p.images for p in parts),
+        add([p.text for p in parts]),
+        add([p.visual for p in parts]),
+    )

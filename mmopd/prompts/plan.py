@@ -7,12 +7,13 @@ is owed its weight's share of every draw; drawn is the one that must come first,
 sources no count is ever further than 1 - 1/(2K - 2) from its share, so that any window of draws, of whatever length, is
 within 2 rows of its weights. The state is one number for each source: what it is owed.
 
-*Which row of it*: epochs. In an epoch a row of weight w (relative to the source's mean) occurs floor(w) or ceil(w) times:
-after E epochs always within one of E * w. Without weights that is every row once. The order of an epoch is drawn from
-(seed, source, epoch), and spreads the copies of a row over the epoch. The state is two numbers: epoch and position.
+*Which row of it*: epochs. In an epoch a row of weight w (relative to the source's mean) occurs floor(w) or ceil(w)
+times: after E epochs always within one of E * w. Without weights that is every row once. The order of an epoch is drawn
+from (seed, source, epoch), and spreads the copies of a row over the epoch. The state is two numbers: epoch and
+position.
 
-A row that cannot be used is replaced by the next one of its source, so that windows keep their composition; it is counted by source
-and cause, and its place in the epoch is used up, so that a resume goes on behind it.
+A row that cannot be used is replaced by the next one of its source, so that windows keep their composition; it is
+counted by source and cause, and its place in the epoch is used up, so that a resume goes on behind it.
 """
 
 import hashlib
@@ -67,15 +68,20 @@ class Plan:
         self.reweight(weights)
 
     def reweight(self, weights: Mapping[str, float]) -> None:
-        """From the next draw on, draw sources by these weights. A source that returns from 0 starts level, without a burst.
+        """From the next draw on, draw sources by these weights. A source that returns from 0 starts level, without a
+        burst.
 
         Raises:
             UserError: as above.
         """
         if wrong := set(weights) ^ set(self._names):
-            raise UserError(f"weights for {sorted(weights)}, and the sources are {self._names}: {sorted(wrong)} is in one of them only")
+            raise UserError(
+                f"weights for {sorted(weights)}, and the sources are {self._names}: {sorted(wrong)} is in one of them only"
+            )
         values = np.array([weights[name] for name in self._names], dtype=np.float64)
-        if bad := [name for name, value in zip(self._names, values, strict=True) if not (value >= 0 and math.isfinite(value))]:
+        if bad := [
+            name for name, value in zip(self._names, values, strict=True) if not (value >= 0 and math.isfinite(value))
+        ]:
             raise UserError(f"source {bad[0]!r}: a weight of {weights[bad[0]]}; a weight is 0 or more")
         if not values.any():
             raise UserError(f"the weights of the sources {self._names} are all zero")
@@ -91,7 +97,8 @@ class Plan:
         return [(source, self._streams[source].next()) for source in sources]
 
     def read(self, n: int, read: Callable[[str, int], T]) -> list[T]:
-        """`read(source, row)` of the next n. A row that cannot be read is replaced by the next of its source, and counted in `replaced`.
+        """`read(source, row)` of the next n. A row that cannot be read is replaced by the next of its source, and
+        counted in `replaced`.
 
         Args:
             read: raises RowError or ValueError for a row that cannot be used; must do so on every rank, or on none.
@@ -111,7 +118,9 @@ class Plan:
                 self.replaced[source, error.cause if isinstance(error, RowError) else "unusable"] += 1
                 stream.bad += 1
                 if stream.bad >= min(MAX_BAD, stream.count):
-                    raise UserError(f"source {source!r}: {stream.bad} rows in a row cannot be used; the last one: {error}") from None
+                    raise UserError(
+                        f"source {source!r}: {stream.bad} rows in a row cannot be used; the last one: {error}"
+                    ) from None
             else:
                 stream.bad = 0
                 return value
@@ -122,12 +131,19 @@ class Plan:
 
     def state(self) -> dict[str, Any]:
         """Where the plan stands, for `restore`: a few numbers for each source, ready for json."""
-        replaced = {name: {cause: n for (source, cause), n in self.replaced.items() if source == name} for name in self._names}
+        replaced = {
+            name: {cause: n for (source, cause), n in self.replaced.items() if source == name} for name in self._names
+        }
         return {
             "version": VERSION,
             "seed": self._seed,
             "sources": {
-                name: {"weight": float(weight), "owed": float(owed), "replaced": replaced[name], **self._streams[name].state()}
+                name: {
+                    "weight": float(weight),
+                    "owed": float(owed),
+                    "replaced": replaced[name],
+                    **self._streams[name].state(),
+                }
                 for name, weight, owed in zip(self._names, self._weights, self._owed, strict=True)
             },
         }
@@ -136,27 +152,33 @@ class Plan:
         """Go on where `state` was taken; the weights of the sources are those of the state.
 
         Args:
-            change: sources that are added or removed on purpose. A new one starts level with the others, and all take the weights that
-                this plan was made with.
+            change: sources that are added or removed on purpose. A new one starts level with the others, and all take
+                the weights that this plan was made with.
 
         Raises:
             UserError: the state is of another version or seed, or its sources, their content or row weights are others.
         """
         for key, mine in (("version", VERSION), ("seed", self._seed)):
             if state[key] != mine:
-                raise UserError(f"the plan's {key} is {mine}, and that of the checkpoint {state[key]}: this run cannot be continued")
+                raise UserError(
+                    f"the plan's {key} is {mine}, and that of the checkpoint {state[key]}: this run cannot be continued"
+                )
         kept: Mapping[str, Mapping[str, Any]] = state["sources"]
         changed = set(kept) ^ set(self._names)
         if wrong := changed ^ set(change):
             was = f"the sources were {sorted(kept)} and are now {self._names}"
-            raise UserError(f"{was}: {sorted(wrong)} {'was added or removed' if wrong & changed else 'was neither added nor removed'}")
+            raise UserError(
+                f"{was}: {sorted(wrong)} {'was added or removed' if wrong & changed else 'was neither added nor removed'}"
+            )
         for name in set(kept) & set(self._names):
             self._streams[name].restore(kept[name])
         if not changed:
             self.reweight({name: kept[name]["weight"] for name in self._names})
         owed = np.array([kept[name]["owed"] if name in kept else 0.0 for name in self._names])
         self._owed = self._level(owed) if changed else owed
-        self.replaced = Counter({(name, cause): n for name in self._names for cause, n in kept.get(name, {}).get("replaced", {}).items()})
+        self.replaced = Counter(
+            {(name, cause): n for name in self._names for cause, n in kept.get(name, {}).get("replaced", {}).items()}
+        )
 
     def _level(self, owed: NDArray[np.float64]) -> NDArray[np.float64]:
         """What is owed sums to zero over the sources that are drawn."""
@@ -164,7 +186,9 @@ class Plan:
         return np.where(live, owed - owed[live].mean(), 0.0)
 
     def _next_source(self) -> int:
-        """Index of the source to draw: the earliest deadline among those that are owed enough (Tijdeman 1980, section 2)."""
+        """Index of the source to draw: the earliest deadline among those that are owed enough (Tijdeman 1980, section
+        2).
+        """
         self._owed += self._share
         live = self._share > 0
         least = 1 / max(2, 2 * int(np.count_nonzero(live)) - 2)
@@ -208,7 +232,9 @@ class _Stream:
     def restore(self, state: Mapping[str, Any]) -> None:
         for key, what in (("fingerprint", "content"), ("row_weights", "difficulty weights")):
             if state[key] != self.state()[key]:
-                raise UserError(f"source {self._name!r}: its {what} changed since the checkpoint: this run cannot be continued on it")
+                raise UserError(
+                    f"source {self._name!r}: its {what} changed since the checkpoint: this run cannot be continued on it"
+                )
         self._epoch, self._position = state["epoch"], state["position"]
         self._order = self._order_of(self._epoch)
 

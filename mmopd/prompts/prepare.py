@@ -2,14 +2,17 @@
 
 A converter is a file of `data/` with three names (`mmopd.prompts.convert` has what they are written with):
 
-    class Settings(SourceSettings): ...           its keys are what `--set KEY=VALUE` changes; one is `task`, others name columns
-    def examples(settings) -> Iterable            what there is, always in the same order; cheap, since one process reads it
-    def convert(example, settings, task) -> Prompt | None      runs in many processes; an empty key becomes the example's number
+    class Settings(SourceSettings): ...           its keys are what `--set KEY=VALUE` changes; one is `task`, others
+    name columns def examples(settings) -> Iterable            what there is, always in the same order; cheap, since one
+    process reads it def convert(example, settings, task) -> Prompt | None      runs in many processes; an empty key
+    becomes the example's number
 
-`convert` returns None for an example that is not wanted, and raises RowError (or ValueError, KeyError, ...) for one that is bad: it
-is left out and counted by cause. A line of bytes, as the reader of .jsonl files gives it, arrives parsed.
+`convert` returns None for an example that is not wanted, and raises RowError (or ValueError, KeyError, ...) for one
+that is bad: it is left out and counted by cause. A line of bytes, as the reader of .jsonl files gives it, arrives
+parsed.
 
-Shards are cut by rows and bytes alone, and what was read up to the end of each is written down: a call that is continued gives the
+Shards are cut by rows and bytes alone, and what was read up to the end of each is written down: a call that is
+    continued gives the
 same bytes as one that was not interrupted, with any number of workers.
 """
 
@@ -28,9 +31,6 @@ from typing import Any
 
 from mmopd import catalog, settings_file
 from mmopd.errors import UserError
-from mmopd.runtime.fingerprint import hash_file
-from mmopd.runtime.locks import claim
-from mmopd.runtime.progress import Stage
 from mmopd.prompts import index
 from mmopd.prompts.convert import SourceSettings
 from mmopd.prompts.index import Index, index_tar
@@ -39,6 +39,9 @@ from mmopd.prompts.tokens import hash_processor
 from mmopd.prompts.work import Job, Left, convert_all, tools_of
 from mmopd.prompts.writer import MAX_BYTES, MAX_ROWS, ShardWriter, check_free, partial_folder, publish
 from mmopd.records import Prompt
+from mmopd.runtime.fingerprint import hash_file
+from mmopd.runtime.locks import claim
+from mmopd.runtime.progress import Stage
 
 SHOWN = 3  # of the rows that were left out, for each cause
 HOPELESS = 500  # examples without one row
@@ -65,7 +68,9 @@ class Count:
     def lines(self) -> list[str]:
         """Why examples were left out."""
         return [
-            line for cause, n in self.left_out.most_common() for line in (f"{n:,} x {cause}", *(f"  {one}" for one in self.shown[cause]))
+            line
+            for cause, n in self.left_out.most_common()
+            for line in (f"{n:,} x {cause}", *(f"  {one}" for one in self.shown[cause]))
         ]
 
 
@@ -183,10 +188,14 @@ def _check(count: Count, max_bad: float, folder: Path) -> None:
     bad = sum(count.left_out.values())
     lines = "".join(f"\n  {line}" for line in count.lines())
     if not count.rows:
-        raise UserError(f"{folder}: no row came of {count.examples:,} examples, {count.not_wanted:,} of them not wanted{lines}")
+        raise UserError(
+            f"{folder}: no row came of {count.examples:,} examples, {count.not_wanted:,} of them not wanted{lines}"
+        )
     if bad > max_bad * (count.rows + bad):
         share = f"{bad:,} of {count.rows + bad:,} examples ({bad / (count.rows + bad):.1%}) are bad, more than --max-bad {max_bad:.1%}"
-        raise UserError(f"{folder}: {share}; what is done is kept, so that a call with a higher one ends at once{lines}")
+        raise UserError(
+            f"{folder}: {share}; what is done is kept, so that a call with a higher one ends at once{lines}"
+        )
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,8 @@
 """Shards that lie elsewhere (http, S3, GCS, ...: whatever fsspec opens), with local copies of bounded total size.
 
-The indices are small and are read whenever a source is opened; a tar is copied when a row of it is needed. A copy is named after
-its hash, appears when it is whole and right, and may be shared by sources, runs and processes. The least recently used go first.
+The indices are small and are read whenever a source is opened; a tar is copied when a row of it is needed. A copy is
+named after its hash, appears when it is whole and right, and may be shared by sources, runs and processes. The least
+recently used go first.
 """
 
 import fcntl
@@ -67,7 +68,9 @@ class Cache:
 
     def _evict(self, coming: int) -> None:
         """Make room; a copy that someone is reading stays readable until it is closed."""
-        copies = sorted((stat.st_mtime_ns, stat.st_size, path) for path in self.folder.glob("*.tar") if (stat := path.stat()))
+        copies = sorted(
+            (stat.st_mtime_ns, stat.st_size, path) for path in self.folder.glob("*.tar") if (stat := path.stat())
+        )
         total = coming + sum(size for _, size, _ in copies)
         for _, size, path in copies:
             if total <= self.max_bytes:
@@ -97,7 +100,11 @@ class Remote:
         folder.mkdir(parents=True, exist_ok=True)
         try:
             system, path = fsspec.core.url_to_fs(self.url)
-            found = {name.rstrip("/").rpartition("/")[2]: name for name in system.ls(path, detail=False) if name.endswith(SUFFIX)}
+            found = {
+                name.rstrip("/").rpartition("/")[2]: name
+                for name in system.ls(path, detail=False)
+                if name.endswith(SUFFIX)
+            }
             for name, remote in found.items():
                 unfinished = folder / f".{name}.{os.getpid()}"
                 unfinished.write_bytes(system.cat_file(remote))
@@ -122,7 +129,9 @@ class Remote:
                 return index.read(self.fetch(index), row)
             except FileNotFoundError:
                 pass  # another process needed the room just now
-        raise UserError(f"{self._cache.folder}: copies of shards go before they are read; set cache_gib of the mixture to more")
+        raise UserError(
+            f"{self._cache.folder}: copies of shards go before they are read; set cache_gib of the mixture to more"
+        )
 
 
 def _download(url: str, size: int, sha256: str, target: Path) -> None:
@@ -130,7 +139,9 @@ def _download(url: str, size: int, sha256: str, target: Path) -> None:
     try:
         digest = _copy(url, size, unfinished)
         if digest != sha256:
-            raise UserError(f"{url}: its content is not what {index_path(Path(url)).name} was made from; write the source again")
+            raise UserError(
+                f"{url}: its content is not what {index_path(Path(url)).name} was made from; write the source again"
+            )
         unfinished.replace(target)
     except UserError:
         raise
@@ -140,7 +151,12 @@ def _download(url: str, size: int, sha256: str, target: Path) -> None:
         unfinished.unlink(missing_ok=True)
 
 
-@retry(stop=stop_after_attempt(ATTEMPTS), wait=wait_exponential(0.2, max=5), retry=retry_if_not_exception_type(UserError), reraise=True)
+@retry(
+    stop=stop_after_attempt(ATTEMPTS),
+    wait=wait_exponential(0.2, max=5),
+    retry=retry_if_not_exception_type(UserError),
+    reraise=True,
+)
 def _copy(url: str, size: int, target: Path) -> str:
     """Copy a file of a known size; returns its hash."""
     digest, copied = hashlib.sha256(), 0

@@ -1,6 +1,7 @@
 """One row: when it is well formed, and the members that it has in a tar.
 
-`KEY.json`, the images as `KEY.0.png`, `KEY.1.jpg`, ..., and the frames of clips as `KEY.clip0.000.png`, `KEY.clip0.001.png`, ...
+`KEY.json`, the images as `KEY.0.png`, `KEY.1.jpg`, ..., and the frames of clips as `KEY.clip0.000.png`,
+`KEY.clip0.001.png`, ...
 """
 
 import json
@@ -16,15 +17,26 @@ from mmopd.modality.video import clip_size
 from mmopd.records import Message, Prompt
 
 FIELDS = ("task", "modality", "messages", "answer")  # of a row's json
-FORMATS = {"PNG": "png", "JPEG": "jpg", "MPO": "mpo", "WEBP": "webp", "GIF": "gif", "BMP": "bmp", "TIFF": "tiff"}  # others may run programs
-DEEP = frozenset({"I", "F", "I;16", "I;16B", "I;16L", "I;16N"})  # modes whose values above 255 all become white when an image is made RGB
+FORMATS = {
+    "PNG": "png",
+    "JPEG": "jpg",
+    "MPO": "mpo",
+    "WEBP": "webp",
+    "GIF": "gif",
+    "BMP": "bmp",
+    "TIFF": "tiff",
+}  # others may run programs
+DEEP = frozenset(
+    {"I", "F", "I;16", "I;16B", "I;16L", "I;16N"}
+)  # modes whose values above 255 all become white when an image is made RGB
 MAX_RATIO = 200  # of an image's sides: longer ones the processors of Qwen-VL refuse
 MAX_TEXT = 1_000_000  # characters of a row's messages
 MAX_ANSWER = 16_000_000  # characters of an answer key; unit tests are long
 
 
 class RowError(UserError):
-    """A row that cannot be used: left out and counted when shards are prepared, replaced and counted when they are read.
+    """A row that cannot be used: left out and counted when shards are prepared, replaced and counted when they are
+    read.
 
     Args:
         cause: short and countable.
@@ -46,8 +58,8 @@ def pack(row: Prompt, *, decode: bool = False) -> dict[str, bytes]:
         decode: read the pixels of images and frames, too, and not only their headers.
 
     Raises:
-        RowError: no messages or no text, images or clips that do not match the messages or the modality or cannot be used, or too much
-            text.
+        RowError: no messages or no text, images or clips that do not match the messages or the modality or cannot be
+            used, or too much text.
     """
     if not row.messages:
         raise RowError("no messages", "it has no messages")
@@ -64,7 +76,13 @@ def pack(row: Prompt, *, decode: bool = False) -> dict[str, bytes]:
             members |= {f"clip{i}.{name}": frame for name, frame in _name_frames(frames, decode=decode).items()}
         except ValueError as error:
             raise RowError("bad clip", f"clip {i}: {error}") from None
-    fields: dict[str, object] = {"id": row.key, "task": row.task, "modality": row.modality, "messages": row.messages, "answer": row.answer}
+    fields: dict[str, object] = {
+        "id": row.key,
+        "task": row.task,
+        "modality": row.modality,
+        "messages": row.messages,
+        "answer": row.answer,
+    }
     fields |= {"extra": row.extra} if row.extra else {}
     fields |= {"frames": [len(frames) for frames in row.videos]} if row.videos else {}
     try:
@@ -106,7 +124,16 @@ def unpack(key: str, content: bytes, files: Sequence[bytes]) -> Prompt:
     """
     data = parse(content)
     images, videos = _split(files, data["frames"]) if "frames" in data else (tuple(files), ())
-    return Prompt(key, data["task"], data["modality"], tuple(data["messages"]), images, data["answer"], data.get("extra", {}), videos)
+    return Prompt(
+        key,
+        data["task"],
+        data["modality"],
+        tuple(data["messages"]),
+        images,
+        data["answer"],
+        data.get("extra", {}),
+        videos,
+    )
 
 
 def _split(files: Sequence[bytes], counts: Sequence[int]) -> tuple[tuple[bytes, ...], tuple[tuple[bytes, ...], ...]]:
@@ -127,7 +154,9 @@ def parse(content: bytes) -> dict[str, Any]:
         raise ValueError(f"its json is {type(row).__name__}, not an object")
     for field in FIELDS:
         if not isinstance(row.get(field), list if field == "messages" else str):
-            raise ValueError(f"its json has {row[field]!r} as {field!r}" if field in row else f"its json has no {field!r}")
+            raise ValueError(
+                f"its json has {row[field]!r} as {field!r}" if field in row else f"its json has no {field!r}"
+            )
     frames = row.get("frames", [])  # of each clip
     if not isinstance(frames, list) or not all(isinstance(count, int) and count > 0 for count in frames):
         raise ValueError(f"its json has {frames!r} as 'frames'; needed is how many each clip has")
@@ -167,7 +196,9 @@ def check_image(data: bytes, *, decode: bool = False) -> tuple[str, tuple[int, i
     if max(image.size) > MAX_RATIO * min(image.size):
         raise ValueError(f"{image.size[0]} x {image.size[1]} pixels; at most {MAX_RATIO} times as long as wide")
     try:
-        frames = 1 if form == "MPO" else getattr(image, "n_frames", 1)  # a phone's photo has its depth in a second frame
+        frames = (
+            1 if form == "MPO" else getattr(image, "n_frames", 1)
+        )  # a phone's photo has its depth in a second frame
         size = size_of(image)
         if decode:
             image.load()
@@ -192,4 +223,10 @@ def texts(messages: Iterable[Message]) -> list[str]:
 
 def _parts(messages: Iterable[Message]) -> list[Mapping[str, Any]]:
     contents = (message.get("content") for message in messages if isinstance(message, Mapping))
-    return [part for content in contents if isinstance(content, list | tuple) for part in content if isinstance(part, Mapping)]
+    return [
+        part
+        for content in contents
+        if isinstance(content, list | tuple)
+        for part in content
+        if isinstance(part, Mapping)
+    ]

@@ -12,8 +12,9 @@ MEMORY = 0.9  # how much of what was known of a source outlives a step in which 
 class Schedule:
     """Gives `Plan.reweight` its weights, and is told how the rollouts ended.
 
-    A source's weight is that of the mixture at the step, times `(1 - a) + a * 4 p (1 - p)`, where p is the running mean of its outcomes
-    and a the mixture's `adapt`: sources that are all right or all wrong teach least. Without outcomes a source keeps its weight.
+    A source's weight is that of the mixture at the step, times `(1 - a) + a * 4 p (1 - p)`, where p is the running mean
+    of its outcomes and a the mixture's `adapt`: sources that are all right or all wrong teach least. Without outcomes a
+    source keeps its weight.
     """
 
     def __init__(self, mixture: Mixture) -> None:

@@ -64,7 +64,9 @@ class Shards(Sequence[Prompt]):
         tars = sorted({*folder.glob("*.tar"), *indexed})
         totals = [int(match[1]) for tar in tars if (match := NUMBERED.fullmatch(tar.name))]
         if totals and (len(set(totals)) > 1 or len(totals) != totals[0]):
-            raise UserError(f"{folder}: {len(totals)} shards, and their names say there are {max(totals)}; write the source again")
+            raise UserError(
+                f"{folder}: {len(totals)} shards, and their names say there are {max(totals)}; write the source again"
+            )
         self._indices = [Index.load_alone(tar) if remote else Index.load(tar) for tar in tars]
         self._starts = [0, *np.cumsum([len(index) for index in self._indices]).tolist()]
         self._kept: NDArray[np.int64] | None = None  # numbers of the rows that `filtered` kept; all without
@@ -91,7 +93,9 @@ class Shards(Sequence[Prompt]):
             raise UserError(f"{index.tar}: the shard cannot be read any more ({error.strerror or error})") from None
         except (ValueError, RowError) as error:
             cause = error.cause if isinstance(error, RowError) else "unreadable"
-            raise RowError(cause, f"{index.tar}: row {number} cannot be read ({error}); write the source again") from None
+            raise RowError(
+                cause, f"{index.tar}: row {number} cannot be read ({error}); write the source again"
+            ) from None
 
     def row_of(self, key: str) -> int:
         """The number under which the prompt of this key is found here."""
@@ -99,13 +103,16 @@ class Shards(Sequence[Prompt]):
         return number if self._kept is None else int(np.searchsorted(self._kept, number))
 
     def filtered(self, max_tokens: int) -> Self:
-        """The rows with at most so many tokens, images included; the others are counted in `left_out`. Reads the index only.
+        """The rows with at most so many tokens, images included; the others are counted in `left_out`. Reads the index
+        only.
 
         Raises:
             UserError: the tokens have not been counted, or no row is left.
         """
         if self.processor is None:
-            raise UserError(f"{self.folder}: its tokens have not been counted; `mmopd index {self.folder} --processor MODEL` does it")
+            raise UserError(
+                f"{self.folder}: its tokens have not been counted; `mmopd index {self.folder} --processor MODEL` does it"
+            )
         total = np.concatenate([index.text + index.visual for index in self._indices])
         before = np.arange(len(total)) if self._kept is None else self._kept
         shorter = copy.copy(self)
@@ -127,7 +134,9 @@ class Shards(Sequence[Prompt]):
 
     @property
     def processor(self) -> str | None:
-        """For which processor the tokens of all rows have been counted, see `tokens.hash_processor`; None if for none, or for several."""
+        """For which processor the tokens of all rows have been counted, see `tokens.hash_processor`; None if for none,
+        or for several.
+        """
         processors = {index.processor for index in self._indices}
         return processors.pop() if len(processors) == 1 else None
 
@@ -144,7 +153,10 @@ class Shards(Sequence[Prompt]):
         """Rows, images and tokens, from the index alone."""
         counted = self.processor is not None
         sums = [
-            (int(index.image_counts()[chosen].sum()), *(int(part[chosen].sum()) if counted else 0 for part in (index.text, index.visual)))
+            (
+                int(index.image_counts()[chosen].sum()),
+                *(int(part[chosen].sum()) if counted else 0 for part in (index.text, index.visual)),
+            )
             for index, chosen in self._chosen()
         ]
         images, text, visual = (sum(column) for column in zip(*sums, strict=True))
@@ -157,7 +169,9 @@ class Shards(Sequence[Prompt]):
 
     @property
     def fingerprint(self) -> str:
-        """Names the content: changes with any byte of any shard, with their order, and with the rows that `filtered` kept."""
+        """Names the content: changes with any byte of any shard, with their order, and with the rows that `filtered`
+        kept.
+        """
         digest = hashlib.sha256("\n".join(index.sha256 for index in self._indices).encode())
         if self._kept is not None and len(self._kept) < self._starts[-1]:
             digest.update(self._kept.tobytes())
@@ -197,7 +211,8 @@ def open_mixture(mixture: Mixture, tasks: Iterable[str], root: Path, processor: 
     Args:
         tasks: names that there are.
         root: what relative `shards` paths start from, and where copies of remote shards are kept.
-        processor: of the student (`tokens.hash_processor`); a limit on tokens that were counted for another one is refused.
+        processor: of the student (`tokens.hash_processor`); a limit on tokens that were counted for another one is
+            refused.
 
     Raises:
         UserError: an unknown task, shards that cannot be opened, or rows of another task than the mixture says.
@@ -208,9 +223,15 @@ def open_mixture(mixture: Mixture, tasks: Iterable[str], root: Path, processor: 
     for name, source in mixture.sources.items():
         if source.task not in tasks:
             raise UserError(f"sources.{name}.task: no task {source.task!r} in modalities/{suggest(source.task, tasks)}")
-        shards = open_remote(str(source.shards), cache, name) if is_remote(source.shards) else Shards(root / source.shards, name)
+        shards = (
+            open_remote(str(source.shards), cache, name)
+            if is_remote(source.shards)
+            else Shards(root / source.shards, name)
+        )
         if found := {task for task, _ in shards.kinds} - {source.task}:
-            raise UserError(f"sources.{name}.task: {source.task!r}, and {shards.folder} has rows of task {', '.join(sorted(found))}")
+            raise UserError(
+                f"sources.{name}.task: {source.task!r}, and {shards.folder} has rows of task {', '.join(sorted(found))}"
+            )
         if source.max_prompt_tokens is not None:
             if processor and shards.processor and processor != shards.processor:
                 where = f"sources.{name}.max_prompt_tokens: its tokens were counted for another processor than the student's"

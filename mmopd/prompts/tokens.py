@@ -3,11 +3,19 @@
 from pathlib import Path
 from typing import Protocol
 
-from mmopd.runtime.fingerprint import hash_files
 from mmopd.modality import Encoder
 from mmopd.records import Prompt
+from mmopd.runtime.fingerprint import hash_files
 
-PROCESSOR_FILES = ("*processor_config.json", "tokenizer*", "vocab*", "merges*", "special_tokens_map*", "added_tokens*", "chat_template*")
+PROCESSOR_FILES = (
+    "*processor_config.json",
+    "tokenizer*",
+    "vocab*",
+    "merges*",
+    "special_tokens_map*",
+    "added_tokens*",
+    "chat_template*",
+)
 
 
 def hash_processor(model: Path) -> str:
@@ -23,8 +31,8 @@ class Counter(Protocol):
         """`hash_processor` of the model for which is counted."""
 
     def __call__(self, prompt: Prompt) -> tuple[int, int]:
-        """(text tokens, visual tokens) of a prompt up to and with the assistant's header; their sum is its length. The times of a clip's
-        frames are counted with what is seen of them.
+        """(text tokens, visual tokens) of a prompt up to and with the assistant's header; their sum is its length. The
+        times of a clip's frames are counted with what is seen of them.
 
         Raises:
             ValueError: the processor cannot take it.

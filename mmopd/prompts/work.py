@@ -70,7 +70,9 @@ def tools_of(job: Job) -> Tools:
     settings: SourceSettings = module.Settings.model_validate_json(job.settings)
     tasks = catalog.load_tasks(job.workspace)
     if settings.task not in tasks:
-        raise UserError(f"{job.converter}: task: no task {settings.task!r} in modalities/{settings_file.suggest(settings.task, tasks)}")
+        raise UserError(
+            f"{job.converter}: task: no task {settings.task!r} in modalities/{settings_file.suggest(settings.task, tasks)}"
+        )
     return Tools(module, settings, tasks[settings.task], TokenCounter(job.processor) if job.processor else None)
 
 
@@ -95,7 +97,9 @@ def convert_all(job: Job, examples: Iterator[tuple[int, Any]], workers: int) -> 
             waiting.popleft()
     except BrokenProcessPool:
         where = f"while examples from {waiting[0][0]} on were converted"
-        raise UserError(f"a worker process died {where}: out of memory, or a fault in a library; finished shards are kept") from None
+        raise UserError(
+            f"a worker process died {where}: out of memory, or a fault in a library; finished shards are kept"
+        ) from None
     finally:
         pool.shutdown(cancel_futures=True)
 

@@ -18,7 +18,8 @@ MAX_ROWS, MAX_BYTES = 10_000, 1 << 28
 
 
 class ShardWriter:
-    """Appends rows to tars `00000.tar`, `00001.tar`, ... of a folder; a tar is closed when it has `max_rows`, or `max_bytes` of content.
+    """Appends rows to tars `00000.tar`, `00001.tar`, ... of a folder; a tar is closed when it has `max_rows`, or
+    `max_bytes` of content.
 
     The end of a `with` block that is left by an exception closes the file, but does not finish it.
 
@@ -27,7 +28,9 @@ class ShardWriter:
         rows: rows in them. The tar key of a row is its number.
     """
 
-    def __init__(self, folder: Path, *, max_rows: int = MAX_ROWS, max_bytes: int = MAX_BYTES, shards: int = 0, rows: int = 0) -> None:
+    def __init__(
+        self, folder: Path, *, max_rows: int = MAX_ROWS, max_bytes: int = MAX_BYTES, shards: int = 0, rows: int = 0
+    ) -> None:
         self._folder, self._max_rows, self._max_bytes = folder, max_rows, max_bytes
         self._shards, self.rows = shards, rows
         self._writer: TarWriter | None = None
@@ -91,7 +94,12 @@ def partial_folder(folder: Path) -> Path:
 
 
 def write_shards(
-    rows: Iterable[Prompt], folder: Path, *, max_rows: int = MAX_ROWS, max_bytes: int = MAX_BYTES, counter: Counter | None = None
+    rows: Iterable[Prompt],
+    folder: Path,
+    *,
+    max_rows: int = MAX_ROWS,
+    max_bytes: int = MAX_BYTES,
+    counter: Counter | None = None,
 ) -> Shards:
     """Write rows as `shard-00000-of-00002.tar`, ... with their indices; the folder appears when it is complete.
 

@@ -39,7 +39,9 @@ class TokenRow:
     outcome: float | None  # 1 right, 0 wrong, between for soft scores, None unknown
     teacher_name: str
     kept: bool  # whether it was in the loss
-    visual: list[float] | None = None  # [T] log-prob by the teacher with minus without the image; None where that was not asked
+    visual: list[float] | None = (
+        None  # [T] log-prob by the teacher with minus without the image; None where that was not asked
+    )
     reason: str = ""  # why the outcome is unknown, or what else its verifier says of it
 
     @property
@@ -83,7 +85,10 @@ def token_row(
         task=prompt.task,
         modality=prompt.modality,
         prompt="\n".join(_texts(prompt.messages)),
-        images=[base64.b64encode(data).decode() for data in (*prompt.images, *chain.from_iterable(map(_some_frames, prompt.videos)))],
+        images=[
+            base64.b64encode(data).decode()
+            for data in (*prompt.images, *chain.from_iterable(map(_some_frames, prompt.videos)))
+        ],
         tokens=list(tokens),
         student=list(sample.response.logprobs),
         teacher=list(sample.score.logprobs),
@@ -114,7 +119,9 @@ def choose(rows: Sequence[TokenRow], limit: int = 12) -> list[TokenRow]:
     for task in dict.fromkeys(row.task for row in rows):
         of_task = [row for row in rows if row.task == task and row.tokens]
         for step in sorted({row.step for row in of_task})[:: max(1, len({row.step for row in of_task}) - 1)]:
-            for row in sorted((r for r in of_task if r.step == step), key=lambda r: (not r.kept, r.visual is None, -_spread(r))):
+            for row in sorted(
+                (r for r in of_task if r.step == step), key=lambda r: (not r.kept, r.visual is None, -_spread(r))
+            ):
                 chosen.setdefault((task, step, row.verdict), row)
     return sorted(chosen.values(), key=lambda r: (r.step, r.task, r.verdict))[:limit]
 
@@ -125,7 +132,9 @@ def cells(row: TokenRow) -> Iterable[Mapping[str, Any]]:
     `visual` is None where it was not asked; `line` is its colour, from -1 (likelier without the image) to 1 (with it).
     """
     visuals = row.visual if row.visual is not None else [None] * len(row.tokens)
-    for text, student, teacher, advantage, visual in zip(row.tokens, row.student, row.teacher, row.advantage, visuals, strict=True):
+    for text, student, teacher, advantage, visual in zip(
+        row.tokens, row.student, row.teacher, row.advantage, visuals, strict=True
+    ):
         difference = teacher - student
         yield {
             "text": _visible(text),
@@ -172,7 +181,9 @@ def _visible(text: str) -> str:
     """Blanks that a reader can see; anything that is not printable as its escape."""
     if text.strip(" \n\t") == "" and text:
         return text.replace(" ", "␣").replace("\n", "⏎").replace("\t", "⇥")
-    return "".join(c if c.isprintable() or c in " \n" else c.encode("unicode_escape").decode() for c in text).replace("\n", "⏎")
+    return "".join(c if c.isprintable() or c in " \n" else c.encode("unicode_escape").decode() for c in text).replace(
+        "\n", "⏎"
+    )
 
 
 def _texts(messages: Iterable[Mapping[str, Any]]) -> Iterable[str]:

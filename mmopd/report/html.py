@@ -46,7 +46,12 @@ CHARTS = (
     Chart("Response length", "tokens", ("response_length",)),
     Chart("Order consistency", "share of two-sided groups with a margin ≥ 0", ("order_consistency/*",), share=True),
     Chart("Margin reached", "share of two-sided groups with a margin ≥ δ", ("order_delta/*",), share=True),
-    Chart("Margins", "median and middle 80 % of two-sided groups, nats", ("margin/p50_before", "margin/p50_after"), band=True),
+    Chart(
+        "Margins",
+        "median and middle 80 % of two-sided groups, nats",
+        ("margin/p50_before", "margin/p50_after"),
+        band=True,
+    ),
     Chart("Shift", "mean size over the kept responses, nats per token", ("shift",)),
     Chart("Where responses went", "share of the responses", ("share/*",), share=True),
     Chart("Visual advantage", "teacher with minus without the image, nats per token", ("visual_advantage/*",)),
@@ -68,7 +73,11 @@ def write_report(run: Path) -> Path:
     if not (run / "recipe.yaml").is_file():
         raise UserError(f"{run}: not a run folder, there is no recipe.yaml in it")
     environment = Environment(
-        loader=PackageLoader("mmopd.report", "."), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+        loader=PackageLoader("mmopd.report", "."),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
     )
     recipe_text = (run / "recipe.yaml").read_text()
     metrics = read_lines(run / "metrics.jsonl")
@@ -122,7 +131,12 @@ def difficulty(path: Path) -> list[dict[str, Any]]:
             before, after = histogram(measured)
             shares = {"before": before / before.sum(), "after": after / after.sum()}
             shown.append(
-                {"source": name, "shape": measured.shape, "rows": len(measured.correct), "largest": max(measured.weights)}
+                {
+                    "source": name,
+                    "shape": measured.shape,
+                    "rows": len(measured.correct),
+                    "largest": max(measured.weights),
+                }
                 | {when: share.round(5).tolist() for when, share in shares.items()}
             )
     return shown
@@ -138,7 +152,10 @@ def results_view(path: Path) -> dict[str, Any] | None:
     gaps = results.gaps_closed()
     return {
         "columns": results.columns,
-        "rows": [{"name": row.name, "kind": row.kind, "cells": [_cell(row.record(c)) for c in results.columns]} for row in results.rows],
+        "rows": [
+            {"name": row.name, "kind": row.kind, "cells": [_cell(row.record(c)) for c in results.columns]}
+            for row in results.rows
+        ],
         "tracks": [_track(results, column, gaps[column]) for column in results.columns],
         "gap_closed": GAP_CLOSED,
         "failures": results.failures(),
@@ -174,7 +191,11 @@ def script_json(data: object) -> Markup:
 
 
 def _series(metrics: Sequence[Mapping[str, Any]], name: str) -> dict[str, Any]:
-    return {"name": name.partition("/")[2] or name, "x": [row["step"] for row in metrics], "y": [row.get(name) for row in metrics]}
+    return {
+        "name": name.partition("/")[2] or name,
+        "x": [row["step"] for row in metrics],
+        "y": [row.get(name) for row in metrics],
+    }
 
 
 def _band(metrics: Sequence[Mapping[str, Any]], median: str) -> dict[str, Any]:

@@ -117,7 +117,9 @@ class MetricsWriter:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.close()
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
@@ -130,7 +132,9 @@ class MetricsWriter:
             if not documented(name):
                 raise ValueError(f"metric {name!r} is not explained in METRICS of {__name__}")
         numbers = {name: float(value) for name, value in metrics.items() if name != "step"}
-        self._lines.append({"step": step} | {name: value if math.isfinite(value) else None for name, value in numbers.items()})
+        self._lines.append(
+            {"step": step} | {name: value if math.isfinite(value) else None for name, value in numbers.items()}
+        )
         for name, value in numbers.items():
             if math.isfinite(value):
                 self._board.add_scalar(name, value, step)

@@ -13,12 +13,21 @@ from mmopd.runtime.run_folder import RunFolder
 from mmopd.teacher.router import load_teachers, references, routed
 
 CARD = "README.md"
-SHOWN = ("loss", "reverse_kl", "return", "correct/sampled", "accuracy/*", "response_length", "skipped_updates")  # of the last step
+SHOWN = (
+    "loss",
+    "reverse_kl",
+    "return",
+    "correct/sampled",
+    "accuracy/*",
+    "response_length",
+    "skipped_updates",
+)  # of the last step
 LAST = 10  # steps that these are the mean of
 
 
 def model_card(run: RunFolder, recipe: Recipe, step: int | None = None) -> str:
-    """The card of a run's export, in Markdown with the front matter of model hubs; with the scores, once they are there.
+    """The card of a run's export, in Markdown with the front matter of model hubs; with the scores, once they are
+    there.
 
     Args:
         step: how many steps the model has behind it; None for the last one, which is the one that is evaluated.
@@ -27,7 +36,9 @@ def model_card(run: RunFolder, recipe: Recipe, step: int | None = None) -> str:
     steps = read_lines(run.metrics)[:step]
     done = f"{steps[-1]['step'] + 1} of {train.steps} steps" if steps else f"{train.steps} steps"
     batch = f"{recipe.rollout.prompts} prompts x {recipe.rollout.group} responses a step"
-    front = yaml.safe_dump({"base_model": str(recipe.student.model), "library_name": "transformers", "tags": ["distillation", "mmopd"]})
+    front = yaml.safe_dump(
+        {"base_model": str(recipe.student.model), "library_name": "transformers", "tags": ["distillation", "mmopd"]}
+    )
     parts = [
         f"---\n{front}---",
         f"# {run.root.resolve().name}",
@@ -37,7 +48,8 @@ def model_card(run: RunFolder, recipe: Recipe, step: int | None = None) -> str:
         _sources(recipe),
         _scores(run) if step is None else "",
         _metrics(steps),
-        "## Versions\n\n" + "\n".join(f"- {name} {version}" for name, version in json.loads(run.versions.read_text()).items()),
+        "## Versions\n\n"
+        + "\n".join(f"- {name} {version}" for name, version in json.loads(run.versions.read_text()).items()),
         f"## Recipe\n\n```yaml\n{settings_file.dump(recipe)}```",
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
@@ -46,18 +58,25 @@ def model_card(run: RunFolder, recipe: Recipe, step: int | None = None) -> str:
 def _teachers(recipe: Recipe) -> str:
     fleet = load_teachers(recipe)
     before = references(fleet, recipe.algorithm.objective)
-    routes = {name: [f"{route.task}/{route.modality}" for route in fleet.routes if name in route.teachers] for name in fleet.teachers}
+    routes = {
+        name: [f"{route.task}/{route.modality}" for route in fleet.routes if name in route.teachers]
+        for name in fleet.teachers
+    }
     lines = []
     for name, teacher in {**routed(fleet).teachers, **(before.teachers if before else {})}.items():
         what = f"`{teacher.model}`" if teacher.model else f"served elsewhere ({len(teacher.endpoints)} endpoints)"
         adapter = f" with adapter `{teacher.adapter}`" if teacher.adapter else ""
-        lines.append(f"- **{name}**: {what}{adapter}, {'for ' + ', '.join(routes[name]) if routes[name] else 'as a reference'}")
+        lines.append(
+            f"- **{name}**: {what}{adapter}, {'for ' + ', '.join(routes[name]) if routes[name] else 'as a reference'}"
+        )
     return "## Teachers\n\n" + "\n".join(lines) if lines else ""
 
 
 def _sources(recipe: Recipe) -> str:
     sources = catalog.load_mixture(recipe.mixture).sources
-    return "## Prompts\n\n" + "\n".join(f"- **{name}**: task {source.task}, weight {source.weight:g}" for name, source in sources.items())
+    return "## Prompts\n\n" + "\n".join(
+        f"- **{name}**: task {source.task}, weight {source.weight:g}" for name, source in sources.items()
+    )
 
 
 def _scores(run: RunFolder) -> str:

@@ -1,7 +1,7 @@
 """Weights on their way, by buckets of a bounded size: many small tensors behind each other in one piece of memory.
 
-A tensor is copied once, from wherever it is to its place in the bucket, before the next one is asked for. Trainer (`sync`) and server
-(`vllm_plugin`) both use this.
+A tensor is copied once, from wherever it is to its place in the bucket, before the next one is asked for. Trainer
+(`sync`) and server (`vllm_plugin`) both use this.
 """
 
 import json
@@ -23,8 +23,8 @@ Place = tuple[str, str, list[int], int]  # name, dtype, shape, first byte: what 
 class MemoryFile:
     """A safetensors file in memory, which other processes of this user read by its `path` while it is open.
 
-    What the file says of its tensors has HEADER bytes before them, filled up with blanks, as the format allows. It is written, not mapped:
-    new pages cost half as much that way.
+    What the file says of its tensors has HEADER bytes before them, filled up with blanks, as the format allows. It is
+    written, not mapped: new pages cost half as much that way.
 
     Args:
         room: bytes of tensors that fit; memory is taken as they come.
@@ -39,7 +39,9 @@ class MemoryFile:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         os.close(self._file)
 
     def has_room(self, tensor: torch.Tensor) -> bool:
@@ -50,14 +52,20 @@ class MemoryFile:
         """Copy a tensor that fits."""
         end = self._used + tensor.nbytes
         self._write(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data, HEADER + self._used)
-        self._header[name] = {"dtype": DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [self._used, end]}
+        self._header[name] = {
+            "dtype": DTYPES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [self._used, end],
+        }
         self._used = end
 
     def finish(self) -> str:
         """Make it whole; its path."""
         header = json.dumps(self._header).encode()
         if len(header) > HEADER - 8:
-            raise ValueError(f"{len(self._header)} tensors in one file: their names take {len(header)} bytes of {HEADER}")
+            raise ValueError(
+                f"{len(self._header)} tensors in one file: their names take {len(header)} bytes of {HEADER}"
+            )
         self._write(memoryview((HEADER - 8).to_bytes(8, "little") + header.ljust(HEADER - 8)), 0)
         return self.path
 
@@ -87,7 +95,9 @@ class DeviceBucket:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         """Nothing to close."""
 
     @property

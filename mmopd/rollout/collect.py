@@ -49,7 +49,8 @@ async def collect(
         reference: scores by the teachers' references, where the objective has them.
 
     Raises:
-        EngineError: an engine is gone, or has sampled from other weights than it should: it was started again on the way.
+        EngineError: an engine is gone, or has sampled from other weights than it should: it was started again on the
+            way.
     """
     rollout, visual = recipe.rollout, recipe.algorithm.visual
     gate = asyncio.Semaphore(rollout.concurrency)
@@ -79,7 +80,9 @@ async def collect(
                 top_k=rollout.top_k,
             )
             if strange := {version for response in responses for version, _ in response.versions or UNNAMED} - allowed:
-                raise EngineError(f"the student's engine sampled from weights {strange.pop()!r} in step {step}: it was started again")
+                raise EngineError(
+                    f"the student's engine sampled from weights {strange.pop()!r} in step {step}: it was started again"
+                )
             return [spawn(judge(number, encoded, first + i, response)) for i, response in enumerate(responses)]
 
         async with gate:
@@ -88,7 +91,9 @@ async def collect(
 
     async def judge(number: int, encoded: Encoded, i: int, response: Response) -> Sample:
         prompt = encoded.prompt
-        chosen = visual and scorer and scorer.sees_image(encoded) and _draw(recipe.seed, step, prompt.key, i) < visual.share
+        chosen = (
+            visual and scorer and scorer.sees_image(encoded) and _draw(recipe.seed, step, prompt.key, i) < visual.share
+        )
         score, blind, before, outcome = await asyncio.gather(
             _score(scorer, encoded, response),
             _score(scorer if chosen else None, encoded, response, blind=True),
@@ -113,5 +118,7 @@ def _draw(*parts: object) -> float:
     return seed_of("visual", *parts) / 2**31
 
 
-async def _score(scorer: Scorer | None, encoded: Encoded, response: Response, *, blind: bool = False) -> Score | Absent | None:
+async def _score(
+    scorer: Scorer | None, encoded: Encoded, response: Response, *, blind: bool = False
+) -> Score | Absent | None:
     return await scorer.score(encoded, response.tokens, blind=blind) if scorer else None

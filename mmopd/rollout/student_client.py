@@ -14,7 +14,8 @@ from mmopd.serving import wire
 from mmopd.serving.endpoint import Endpoint
 from mmopd.serving.replicas import Pool, connect
 
-TIMEOUT = 3600.0  # seconds for a group of responses: one attempt may take it all, since others would wait behind the same queue
+# seconds for a group of responses: one attempt may take it all, since others would wait behind the same queue
+TIMEOUT = 3600.0
 PATIENCE = 30.0  # seconds for an engine in which nothing answers
 T = TypeVar("T")
 
@@ -33,13 +34,20 @@ class StudentEngine:
     """
 
     def __init__(
-        self, endpoint: Endpoint, encoder: Encoder, *, concurrency: int = 4096, timeout: float = TIMEOUT, patience: float = PATIENCE
+        self,
+        endpoint: Endpoint,
+        encoder: Encoder,
+        *,
+        concurrency: int = 4096,
+        timeout: float = TIMEOUT,
+        patience: float = PATIENCE,
     ) -> None:
         self._endpoint, self._encoder = endpoint, encoder
         self._limits = {"timeout": timeout, "attempt": timeout, "patience": patience}
         self._concurrency = concurrency
         self._end = int(encoder.tokenizer.eos_token_id)
-        # Special tokens never belong in an answer, and one that stands for an image would break the trainer. Added tokens that
+        # Special tokens never belong in an answer, and one that stands for an image would break the trainer. Added
+        # tokens that
         # are not special (`</think>`, `<tool_call>`) stay: models that reason write them.
         special = {i for i, token in encoder.tokenizer.added_tokens_decoder.items() if token.special}
         self.banned = tuple(sorted((special | set(encoder.banned)) - {self._end}))
@@ -49,11 +57,21 @@ class StudentEngine:
         self._pool = Pool([self._endpoint], self._http, **self._limits, concurrency=self._concurrency, counts=Counter())
         return self
 
-    async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         await self._http.close()
 
     async def sample(
-        self, encoded: Encoded, n: int, seed: int, *, max_tokens: int, temperature: float = 1.0, top_p: float = 1.0, top_k: int = 0
+        self,
+        encoded: Encoded,
+        n: int,
+        seed: int,
+        *,
+        max_tokens: int,
+        temperature: float = 1.0,
+        top_p: float = 1.0,
+        top_k: int = 0,
     ) -> list[Response]:
         """n responses to a prompt, in one request; the same (weights, prompt, seed) gives the same responses.
 
@@ -89,7 +107,9 @@ class StudentEngine:
 
         return list(await self._call("score", encoded, build, parse))
 
-    async def _call(self, what: str, encoded: Encoded, build: Callable[[str], bytes], parse: Callable[[bytes, str], T]) -> T:
+    async def _call(
+        self, what: str, encoded: Encoded, build: Callable[[str], bytes], parse: Callable[[bytes, str], T]
+    ) -> T:
         try:
             return await self._pool.call(build, parse)
         except wire.ReplyError as fault:

@@ -2,10 +2,11 @@
 
 pause -> start -> update (one per bucket) -> finish(version) -> resume, then the server must report the version. Pausing
 waits for running requests and clears the prefix, image and encoder caches, all of which hold what old weights computed.
-Several servers get each bucket at the same time; one that fails on the way is left out, and the others are whole all the same.
+Several servers get each bucket at the same time; one that fails on the way is left out, and the others are whole all
+the same.
 
-- `FileSync`: files in memory (memfd) that the server opens by /proc/PID/fd: nothing is left behind however the trainer ends, no
-  other user can read them, and the size of /dev/shm does not matter. With GPUs or without.
+- `FileSync`: files in memory (memfd) that the server opens by /proc/PID/fd: nothing is left behind however the trainer
+  ends, no other user can read them, and the size of /dev/shm does not matter. With GPUs or without.
 - `BroadcastSync`: by NCCL from GPU to GPU [not run on GPU]; by gloo without one, where it only proves the protocol.
 - `IpcSync`: out of the memory of a GPU that trainer and server share, and take in turns [not run on GPU].
 
@@ -49,7 +50,9 @@ class WeightSync(ABC, Generic[B]):
 
     shares_gpu: ClassVar[bool] = False  # with the trainer
 
-    def __init__(self, endpoints: Sequence[Endpoint], timeout: float = TIMEOUT, bucket_bytes: int = BUCKET_BYTES) -> None:
+    def __init__(
+        self, endpoints: Sequence[Endpoint], timeout: float = TIMEOUT, bucket_bytes: int = BUCKET_BYTES
+    ) -> None:
         self._servers = [Server(endpoint, timeout) for endpoint in endpoints]
         self._timeout, self._bucket_bytes = timeout, bucket_bytes
         self._threads = ThreadPoolExecutor(len(endpoints))
@@ -57,7 +60,9 @@ class WeightSync(ABC, Generic[B]):
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self._threads.shutdown()
         for server in self._servers:
             server.client.close()
@@ -69,11 +74,12 @@ class WeightSync(ABC, Generic[B]):
             weights: every tensor of the Hugging Face checkpoint by its name there, a tied head left out. A tensor is
                 copied before the next one is asked for, so it may be gathered for that moment only.
             version: comes back with every token that is sampled from these weights.
-            partial: these are some of the tensors, with all that the server fuses with them (q, k and v); the others are as they were
-                in the full set that this server got before.
+            partial: these are some of the tensors, with all that the server fuses with them (q, k and v); the others
+                are as they were in the full set that this server got before.
 
         Raises:
-            SyncError: on a server a step failed, a parameter was missing, or it reports another version. The others have the weights.
+            SyncError: on a server a step failed, a parameter was missing, or it reports another version. The others
+                have the weights.
         """
         sound, faults = list(self._servers), list[SyncError]()
 
@@ -112,7 +118,8 @@ class WeightSync(ABC, Generic[B]):
     def rest(self) -> None:
         """The servers are asked nothing until the next `send`: one that shares a GPU gives its memory back.
 
-        Its weights wait in the memory of the host, since a partial set leaves some of them as they are; its KV cache is gone.
+        Its weights wait in the memory of the host, since a partial set leaves some of them as they are; its KV cache is
+        gone.
 
         Raises:
             SyncError: it does not.
@@ -166,7 +173,8 @@ class Server:
 
     def __init__(self, endpoint: Endpoint, timeout: float) -> None:
         self.name = endpoint.name
-        # A connection for each step: the server closes those that idle for some seconds, and a step must not be sent twice.
+        # A connection for each step: the server closes those that idle for some seconds, and a step must not be sent
+        # twice.
         limits = httpx.Limits(max_keepalive_connections=0)
         self._look = min(LOOK, timeout / 10)
         self.client = httpx.Client(base_url=endpoint.url, headers=endpoint.headers, timeout=timeout, limits=limits)
@@ -232,9 +240,14 @@ class BroadcastSync(WeightSync[DeviceBucket]):
         joiner = ThreadPoolExecutor(1)
         with socket.create_server((HOST, 0)) as listening:
             port = listening.getsockname()[1]
-            joining = joiner.submit(join, port, 0, self._size, self._device, timeout=self._timeout, listening=listening.detach())
+            joining = joiner.submit(
+                join, port, 0, self._size, self._device, timeout=self._timeout, listening=listening.detach()
+            )
         try:
-            server.post("init_weight_transfer_engine", {"init_info": {"port": port, "size": self._size, "timeout": self._timeout}})
+            server.post(
+                "init_weight_transfer_engine",
+                {"init_info": {"port": port, "size": self._size, "timeout": self._timeout}},
+            )
             self._groups[server] = _await(server, joining.result)
         finally:
             joiner.shutdown(wait=False)  # where the server does not come, it waits for the timeout by itself

@@ -1,6 +1,8 @@
-"""Two ways for bytes from one process to another on this machine: a broadcast in a group of their own, and memory of a shared GPU.
+"""Two ways for bytes from one process to another on this machine: a broadcast in a group of their own, and memory of a
+shared GPU.
 
-The trainer is rank 0 of the group, the server's workers follow; both have other groups, with which this one has nothing to do.
+The trainer is rank 0 of the group, the server's workers follow; both have other groups, with which this one has nothing
+to do.
 """
 
 import base64

@@ -1,9 +1,9 @@
 """vLLM side of the weight sync: weight-transfer backends named `mmopd_file`, `mmopd_broadcast` and `mmopd_ipc`.
 
-vLLM's own protocol (init, start, update, finish) with transports of ours: its built-in backends need CUDA or RDMA, take no part of a
-model, and do not say which weights were not sent. vLLM finds `register` by the entry-point group `vllm.general_plugins`, in each of
-its processes; the server is started with `--weight-transfer-config '{"backend": "mmopd_file"}'`, say. The trainer side is
-`mmopd.rollout.sync`.
+vLLM's own protocol (init, start, update, finish) with transports of ours: its built-in backends need CUDA or RDMA, take
+no part of a model, and do not say which weights were not sent. vLLM finds `register` by the entry-point group
+`vllm.general_plugins`, in each of its processes; the server is started with `--weight-transfer-config '{"backend":
+"mmopd_file"}'`, say. The trainer side is `mmopd.rollout.sync`.
 """
 
 import functools
@@ -75,7 +75,9 @@ class BucketEngine(WeightTransferEngine[I, U], Generic[I, U]):
     """Loads buckets through vLLM's layer-by-layer reload, which fuses, casts, shards and re-packs as at start-up."""
 
     supports_draft_weight_update = False
-    _padded: dict[str, int] | None = None  # layers that the last full set did not fill, with how much it did; None before the first
+    _padded: dict[str, int] | None = (
+        None  # layers that the last full set did not fill, with how much it did; None before the first
+    )
 
     def tensors(self, update_info: U) -> Iterable[tuple[str, torch.Tensor]]:
         """Those of a bucket; vLLM may keep them until their layer is whole."""
@@ -90,8 +92,11 @@ class BucketEngine(WeightTransferEngine[I, U], Generic[I, U]):
 
         self._partial = False
         self._missing = {name for name, _ in self.model.named_parameters()}  # a tied head counts once, as the embedding
-        # On CPU vLLM 0.32 packs experts only where it also makes their kernel: without this a second set is used unpacked, without a word.
-        methods: list[Any] = [getattr(m, "quant_method", None) for m in self.model.modules()] if self.device.type == "cpu" else []
+        # On CPU vLLM 0.32 packs experts only where it also makes their kernel: without this a second set is used
+        # unpacked, without a word.
+        methods: list[Any] = (
+            [getattr(m, "quant_method", None) for m in self.model.modules()] if self.device.type == "cpu" else []
+        )
         self._kernels = [(method, method.moe_kernel) for method in methods if getattr(method, "moe_kernel", None)]
         for method, _ in self._kernels:
             method.moe_kernel = None
@@ -113,8 +118,8 @@ class BucketEngine(WeightTransferEngine[I, U], Generic[I, U]):
         """Swap the new weights in; layers of which nothing was sent keep theirs.
 
         Raises:
-            RuntimeError: a parameter of a full set was not sent, or a layer in part: vLLM would keep its old value, or none, with a mere
-                warning. Or a partial set came before any full one.
+            RuntimeError: a parameter of a full set was not sent, or a layer in part: vLLM would keep its old value, or
+                none, with a mere warning. Or a partial set came before any full one.
         """
         from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
         from vllm.model_executor.model_loader.reload import finalize_layerwise_reload
@@ -124,11 +129,15 @@ class BucketEngine(WeightTransferEngine[I, U], Generic[I, U]):
         for method, kernel in self._kernels:
             method.moe_kernel = method.moe_kernel or kernel  # of experts that were not sent
         for layer in self.model.modules():
-            if isinstance(layer, ParallelLMHead):  # tied to the embedding, it is never "loaded"; its packed copy on CPU would stay old
+            if isinstance(
+                layer, ParallelLMHead
+            ):  # tied to the embedding, it is never "loaded"; its packed copy on CPU would stay old
                 layer.quant_method.process_weights_after_loading(layer)
         if not self._partial:
             if self._missing:
-                raise RuntimeError(f"{len(self._missing)} parameters were not sent, such as {sorted(self._missing)[:3]}")
+                raise RuntimeError(
+                    f"{len(self._missing)} parameters were not sent, such as {sorted(self._missing)[:3]}"
+                )
             self._padded = filled
         if self._padded is None:
             raise RuntimeError("a partial set of weights came first; this server holds those of its folder")
@@ -140,7 +149,11 @@ class BucketEngine(WeightTransferEngine[I, U], Generic[I, U]):
         from vllm.model_executor.layers.attention import is_deferred_attention_layer
         from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
 
-        infos = {name: get_layerwise_info(layer) for name, layer in self.model.named_modules() if not is_deferred_attention_layer(layer)}
+        infos = {
+            name: get_layerwise_info(layer)
+            for name, layer in self.model.named_modules()
+            if not is_deferred_attention_layer(layer)
+        }
         return {name: info.load_numel for name, info in infos.items() if info.can_load() and info.load_numel > 0}
 
     def shutdown(self) -> None:
@@ -186,7 +199,11 @@ class IpcEngine(BucketEngine[Init, IpcUpdate]):
         return [(name, tensor.clone()) for name, tensor in unpack(data, update_info.table)]
 
 
-ENGINES: dict[str, type[WeightTransferEngine[Any, Any]]] = {"file": FileEngine, "broadcast": BroadcastEngine, "ipc": IpcEngine}
+ENGINES: dict[str, type[WeightTransferEngine[Any, Any]]] = {
+    "file": FileEngine,
+    "broadcast": BroadcastEngine,
+    "ipc": IpcEngine,
+}
 
 
 @functools.cache  # vLLM may call a plugin more than once in a process

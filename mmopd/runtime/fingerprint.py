@@ -4,7 +4,9 @@ import hashlib
 from collections.abc import Iterable
 from pathlib import Path
 
-MODEL_FILES = frozenset({".safetensors", ".bin", ".json", ".jinja", ".txt", ".model"})  # what can change a model's answers
+MODEL_FILES = frozenset(
+    {".safetensors", ".bin", ".json", ".jinja", ".txt", ".model"}
+)  # what can change a model's answers
 
 
 def hash_file(path: Path) -> str:

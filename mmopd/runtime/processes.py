@@ -44,7 +44,12 @@ class Child:
         guard = [sys.executable, "-I", "-S", __file__, str(os.getpid()), *argv]
         with log.open("ab") as out:
             self._guard = subprocess.Popen(
-                guard, env={**os.environ, **env}, stdin=subprocess.DEVNULL, stdout=out, stderr=out, start_new_session=True
+                guard,
+                env={**os.environ, **env},
+                stdin=subprocess.DEVNULL,
+                stdout=out,
+                stderr=out,
+                start_new_session=True,
             )
 
     @property
@@ -104,7 +109,9 @@ class Children:
     def __enter__(self) -> "Children":
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.stop_all()
 
     def __iter__(self) -> Iterator[Child]:
@@ -157,7 +164,12 @@ def _guard(parent: int, start: Callable[[], None]) -> int:
         os._exit(127)
     status, deadline = None, None
     while status is None and (deadline is None or time.monotonic() < deadline):
-        ready = [fd for fd, _ in poll.poll(None if deadline in (None, math.inf) else 1000 * max(0.0, deadline - time.monotonic()))]
+        ready = [
+            fd
+            for fd, _ in poll.poll(
+                None if deadline in (None, math.inf) else 1000 * max(0.0, deadline - time.monotonic())
+            )
+        ]
         asked = not _STOP.isdisjoint(os.read(wake, 4096)) if wake in ready else False
         if watched in ready:
             poll.unregister(watched)

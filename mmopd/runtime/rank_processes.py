@@ -13,11 +13,16 @@ from typing import Any
 
 from mmopd.errors import UserError
 from mmopd.runtime.processes import Child, Children
+from mmopd.runtime.watchdog import HUNG, LAST, LATER, LEFT, TOGETHER, WAITED, pulse_of
 from mmopd.serving.servers import HOST
 from mmopd.train.distributed import free_port
-from mmopd.runtime.watchdog import HUNG, LAST, LATER, LEFT, TOGETHER, WAITED, pulse_of
 
-COUNTS = {"kept": "kept", "masked": "masked", "absent": "failed", "unknown": "unknown"}  # of responses, in the line of a step
+COUNTS = {
+    "kept": "kept",
+    "masked": "masked",
+    "absent": "failed",
+    "unknown": "unknown",
+}  # of responses, in the line of a step
 DYING = 5.0  # seconds
 NCCL_SAYS = b"Watchdog caught collective operation timeout"
 
@@ -48,12 +53,17 @@ def check_ranks(running: Sequence[Child], timeout: float, *, stopping: bool) -> 
     causes = causes or [rank for rank in running if rank.alive] or failed
     # One that knows why it ended, or else one that a signal ended.
     blamed = max(causes, key=lambda rank: (rank.returncode in {2, HUNG}, rank.returncode or 0))
-    ended = f"ended with status {blamed.returncode}" if not blamed.alive else f"has not answered for train.timeout = {timeout:.0f} s"
+    ended = (
+        f"ended with status {blamed.returncode}"
+        if not blamed.alive
+        else f"has not answered for train.timeout = {timeout:.0f} s"
+    )
     raise UserError(f"{blamed.name} {ended}; the last lines of {blamed.log}:\n{blamed.tail()}")
 
 
 class Pulses:
-    """Signs of life of ranks on this machine: what is stopped, or hangs in the kernel, cannot end itself, and nobody misses a single rank.
+    """Signs of life of ranks on this machine: what is stopped, or hangs in the kernel, cannot end itself, and nobody
+    misses a single rank.
 
     Args:
         running: as `start_ranks` gave them; a launcher, whose ranks may be elsewhere, gives no sign and is not missed.
@@ -62,7 +72,9 @@ class Pulses:
 
     def __init__(self, running: Sequence[Child], timeout: float) -> None:
         self._timeout = timeout
-        self._seen: dict[Child, tuple[int, float]] = dict.fromkeys(running, (0, math.inf))  # rank -> its last sign, and when we saw it
+        self._seen: dict[Child, tuple[int, float]] = dict.fromkeys(
+            running, (0, math.inf)
+        )  # rank -> its last sign, and when we saw it
 
     def check(self) -> None:
         """All that have given a sign still do.
@@ -88,7 +100,14 @@ def _waited(rank: Child) -> bool:
 
 
 def start_ranks(
-    what: Sequence[str], ranks: int, logs: Path, children: Children, *, name: str = "rank", launcher: Sequence[str] = (), host: str = HOST
+    what: Sequence[str],
+    ranks: int,
+    logs: Path,
+    children: Children,
+    *,
+    name: str = "rank",
+    launcher: Sequence[str] = (),
+    host: str = HOST,
 ) -> list[Child]:
     """The processes of a module, all on this machine; or the one launcher that starts them, wherever it likes.
 
@@ -99,7 +118,11 @@ def start_ranks(
         launcher: a command that starts them.
         host: the address that servers listen on.
     """
-    env = {"MASTER_PORT": str(free_port()), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
+    env = {
+        "MASTER_PORT": str(free_port()),
+        "HF_HUB_OFFLINE": "1",
+        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"),
+    }
     if launcher:
         env["MASTER_ADDR"] = HOST if host == HOST else socket.gethostname()  # srun passes it on; others set their own
         return [children.start("launcher", [*launcher, *what], logs / "ranks.log", env)]
@@ -107,7 +130,12 @@ def start_ranks(
     for n in range(ranks):
         pulse_of(logs / f"{name}{n}.log").unlink(missing_ok=True)
     return [
-        children.start(f"{name}{n}", [sys.executable, "-m", *what], logs / f"{name}{n}.log", env | {"RANK": str(n), "LOCAL_RANK": str(n)})
+        children.start(
+            f"{name}{n}",
+            [sys.executable, "-m", *what],
+            logs / f"{name}{n}.log",
+            env | {"RANK": str(n), "LOCAL_RANK": str(n)},
+        )
         for n in range(ranks)
     ]
 
@@ -126,7 +154,9 @@ def last_metrics(path: Path) -> dict[str, Any] | None:
 
 def one_line(metrics: Mapping[str, Any]) -> str:
     """What a person wants to see of a step while it runs."""
-    accuracy = "  ".join(f"{key.removeprefix('accuracy/')} {value:.2f}" for key, value in metrics.items() if key.startswith("accuracy/"))
+    accuracy = "  ".join(
+        f"{key.removeprefix('accuracy/')} {value:.2f}" for key, value in metrics.items() if key.startswith("accuracy/")
+    )
     counts = "  ".join(f"{what} {metrics[key]:.0f}" for key, what in COUNTS.items() if key in metrics)
     learnt = f"return {metrics['return']:+.3f}" if "return" in metrics else f"loss {metrics.get('loss', math.nan):.3f}"
     right = f"right: {accuracy}  " if accuracy else ""

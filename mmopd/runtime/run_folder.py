@@ -86,7 +86,9 @@ class RunFolder:
         return settings_file.read(Recipe, self.recipe_file)
 
     def write_endpoints(self, endpoints: Mapping[str, Endpoint]) -> None:
-        """Tell the ranks where everything is served; readable by this user alone, and removed when the servers are gone."""
+        """Tell the ranks where everything is served; readable by this user alone, and removed when the servers are
+        gone.
+        """
         endpoint.save(self.endpoints, endpoints.values())
 
     def read_endpoints(self) -> tuple[list[Endpoint], dict[str, list[Endpoint]]]:
@@ -119,7 +121,12 @@ def step_of(name: str) -> int:
 
 def versions() -> dict[str, str]:
     """Versions of everything whose change could change a result."""
-    found = {"mmopd": __version__, "python": sys.version.split()[0], "platform": platform.platform(), "cores": str(os.cpu_count())}
+    found = {
+        "mmopd": __version__,
+        "python": sys.version.split()[0],
+        "platform": platform.platform(),
+        "cores": str(os.cpu_count()),
+    }
     for package in PACKAGES:
         try:
             found[package] = importlib.metadata.version(package)

@@ -1,8 +1,10 @@
-"""How a rank ends before its time: asked by SIGTERM, after its step; or by its own watchdog, where it makes no progress any more.
+"""How a rank ends before its time: asked by SIGTERM, after its step; or by its own watchdog, where it makes no progress
+any more.
 
-An engine is given train.timeout to answer. A rank that waits for another one is ended by the process group a little later, since the other
-may have waited for an engine, and knows why. One that hangs by itself is not seen by anybody: its watchdog writes the stacks of all
-threads to the log, and ends the process. It waits longest, so that no rank that waits for a hanging one is taken for it.
+An engine is given train.timeout to answer. A rank that waits for another one is ended by the process group a little
+later, since the other may have waited for an engine, and knows why. One that hangs by itself is not seen by anybody:
+its watchdog writes the stacks of all threads to the log, and ends the process. It waits longest, so that no rank that
+waits for a hanging one is taken for it.
 """
 
 import asyncio
@@ -18,14 +20,20 @@ from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Self
 
-HUNG, WAITED, LEFT = 124, 123, 122  # exit statuses: no progress, as timeout(1) has it; another rank did not come; or has ended
+HUNG, WAITED, LEFT = (
+    124,
+    123,
+    122,
+)  # exit statuses: no progress, as timeout(1) has it; another rank did not come; or has ended
 TRAINER = "trainer"  # name of the thread that computes while rollouts run ahead
-# Of train.timeout: for a rank that waits for others, for the watchdog, and for the launcher where a watchdog has stopped, too.
+# Of train.timeout: for a rank that waits for others, for the watchdog, and for the launcher where a watchdog has
+# stopped, too.
 TOGETHER, LATER, LAST = 1.1, 1.2, 1.5
 
 
 class Watchdog:
-    """Ends this process when nothing calls `beat` for LATER times `timeout` seconds; from a thread, while the `with` block lasts.
+    """Ends this process when nothing calls `beat` for LATER times `timeout` seconds; from a thread, while the `with`
+    block lasts.
 
     Args:
         pulse: a file that the thread touches as long as it runs.
@@ -43,7 +51,9 @@ class Watchdog:
         threading.Thread(target=self._watch, daemon=True).start()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self._over.set()
 
     def beat(self, where: str | None = None) -> None:
@@ -78,8 +88,13 @@ class Watchdog:
             silent = time.monotonic() - self._last
             if silent > self._limit:
                 faulthandler.dump_traceback(sys.stderr, all_threads=True)
-                print(f"error: rank {self._rank} has made no progress for {silent:.0f} s, at {self.where}; it was here:", file=sys.stderr)
-                aside = [t for t in threading.enumerate() if t.name.startswith(TRAINER)] if not self._loop_counts else []
+                print(
+                    f"error: rank {self._rank} has made no progress for {silent:.0f} s, at {self.where}; it was here:",
+                    file=sys.stderr,
+                )
+                aside = (
+                    [t for t in threading.enumerate() if t.name.startswith(TRAINER)] if not self._loop_counts else []
+                )
                 busy = (aside or [threading.main_thread()])[0]
                 print("".join(_stack(sys._current_frames()[busy.ident or 0])), file=sys.stderr, flush=True)
                 os._exit(HUNG)

@@ -11,7 +11,11 @@ from mmopd.errors import UserError
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 MAX_CONFIG_BYTES = 1 << 20
-NOT_SERVED = (".patch_embed.", ".embed_tokens.", ".lm_head.")  # the first was measured: vLLM leaves it out without a word
+NOT_SERVED = (
+    ".patch_embed.",
+    ".embed_tokens.",
+    ".lm_head.",
+)  # the first was measured: vLLM leaves it out without a word
 RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # that vLLM 0.32 makes room for
 
 
@@ -41,7 +45,9 @@ def read_adapter(path: Path) -> Adapter:
         settings = json.loads(config.read_text())
         kind, rank = settings["peft_type"], max(settings["r"], *(settings.get("rank_pattern") or {}).values(), 0)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{config}: not the configuration of a LoRA adapter ({type(error).__name__}: {error})") from None
+        raise UserError(
+            f"{config}: not the configuration of a LoRA adapter ({type(error).__name__}: {error})"
+        ) from None
     if kind != "LORA":
         raise UserError(f"{config}: peft_type is {kind!r}; vLLM serves LORA alone: merge this adapter into its model")
     if not isinstance(rank, int) or not 0 < rank <= RANKS[-1]:
@@ -51,7 +57,11 @@ def read_adapter(path: Path) -> Adapter:
             keys = list(file.keys())
     except SafetensorError as error:
         raise UserError(f"{weights}: not a safetensors file ({error})") from None
-    left_out = [key for key in keys if not key.endswith((".lora_A.weight", ".lora_B.weight")) or any(part in key for part in NOT_SERVED)]
+    left_out = [
+        key
+        for key in keys
+        if not key.endswith((".lora_A.weight", ".lora_B.weight")) or any(part in key for part in NOT_SERVED)
+    ]
     if left_out:
         raise UserError(
             f"{weights}: {left_out[0]!r} is nothing that vLLM is known to serve, and it would say nothing: "
@@ -62,7 +72,9 @@ def read_adapter(path: Path) -> Adapter:
 
 
 def _module(name: str) -> str:
-    """By its last part, which stands for packed modules too; `proj` in full, since vLLM cannot adapt the one of the patches."""
+    """By its last part, which stands for packed modules too; `proj` in full, since vLLM cannot adapt the one of the
+    patches.
+    """
     last = name.rpartition(".")[2]
     return last if last != "proj" else "visual." + name.partition(".visual.")[2]
 
@@ -73,6 +85,7 @@ def lora_flags(adapters: Mapping[str, Adapter]) -> list[str]:
     flags = ["--enable-lora", "--max-loras", str(len(adapters)), "--max-lora-rank", str(room)]
     # Without this flag vLLM leaves the vision part of an adapter out, and says nothing.
     flags += ["--enable-tower-connector-lora"] * any(adapter.vision for adapter in adapters.values())
-    # Unless it is told what to adapt, vLLM 0.32 adapts the output layer too, and dies (on CPU) of prompt log-probs of two requests at once.
+    # Unless it is told what to adapt, vLLM 0.32 adapts the output layer too, and dies (on CPU) of prompt log-probs of
+    # two requests at once.
     flags += ["--lora-target-modules", *sorted(frozenset().union(*(adapter.modules for adapter in adapters.values())))]
     return [*flags, "--lora-modules", *(f"{name}={adapter.path.resolve()}" for name, adapter in adapters.items())]

@@ -1,13 +1,15 @@
 """The replicas behind one name: who gets the next request, when to try again, and when to stop trying.
 
-- The replica with the fewest requests in flight gets the next one, never more than `concurrency` at once. Requests that show
-  the same images go to the same replica, which encodes them once, as long as it is not much busier than the others.
+- The replica with the fewest requests in flight gets the next one, never more than `concurrency` at once. Requests that
+  show the same images go to the same replica, which encodes them once, as long as it is not much busier than the
+  others.
 - A request that failed goes to a replica that has not had it yet, after a jittered pause; where a server is merely away
   or busy, trying goes on until the deadline, and no caller waits longer than that for a pool in which nothing answers.
   A server that asks for a pause (Retry-After) gets it from everybody; what can go elsewhere meanwhile does.
-- An answer that is late by the measure of the last ones is asked for at another replica too; the first good one counts, and
-  the other request is called off.
-- A replica that keeps failing, or being late, is left alone for a while (circuit breaker), then gets one request to prove itself.
+- An answer that is late by the measure of the last ones is asked for at another replica too; the first good one counts,
+  and the other request is called off.
+- A replica that keeps failing, or being late, is left alone for a while (circuit breaker), then gets one request to
+  prove itself.
 
 The HTTP client is aiohttp: 0.26 ms of CPU a request with 32 in flight, where httpx takes 4.8 (its pool looks at every
 connection for every other one) and vLLM itself about 13.
@@ -38,15 +40,25 @@ COOLDOWN = (0.5, 30.0)  # seconds that it stays open: at first, at most
 LONGEST_PAUSE = 10.0  # seconds; of what a server may ask for by Retry-After
 SLACK = 8  # requests that the replica which knows an image may have more in flight than the least busy one
 LATENCIES = 200  # of the last good answers, by which lateness is measured ...
-LATE_AFTER, LATE_FACTOR, LATE_AT_LEAST = 20, 3.0, 1.0  # ... from so many on: 3 times their 95th percentile, and never under a second
-KEEP_ALIVE = 3.0  # seconds; shorter than the 5 of vLLM's HTTP server, which otherwise closes a connection as it is reused
+LATE_AFTER, LATE_FACTOR, LATE_AT_LEAST = (
+    20,
+    3.0,
+    1.0,
+)  # ... from so many on: 3 times their 95th percentile, and never under a second
+KEEP_ALIVE = (
+    3.0  # seconds; shorter than the 5 of vLLM's HTTP server, which otherwise closes a connection as it is reused
+)
 T = TypeVar("T")
 
 
 def connect() -> aiohttp.ClientSession:
-    """A client without proxies, cookies or limits of its own (a `Pool` has them), for the running event loop; its owner closes it."""
+    """A client without proxies, cookies or limits of its own (a `Pool` has them), for the running event loop; its owner
+    closes it.
+    """
     connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEP_ALIVE)
-    return aiohttp.ClientSession(connector=connector, timeout=aiohttp.ClientTimeout(total=None), cookie_jar=aiohttp.DummyCookieJar())
+    return aiohttp.ClientSession(
+        connector=connector, timeout=aiohttp.ClientTimeout(total=None), cookie_jar=aiohttp.DummyCookieJar()
+    )
 
 
 class Replica:
@@ -78,7 +90,9 @@ class Replica:
         self.strikes, self._cooldown, self.retry_at, self.doubted_until = 0, COOLDOWN[0], 0.0, 0.0
 
     def failed(self, now: float, pause: float = 0.0) -> None:
-        """Count a failure, and open the circuit (or keep it open, for longer) when there are many in a row; `pause`: what it asks for."""
+        """Count a failure, and open the circuit (or keep it open, for longer) when there are many in a row; `pause`:
+        what it asks for.
+        """
         self.strikes += 1
         self.doubted_until = now + COOLDOWN[0]
         self.paused_until = max(self.paused_until, now + min(pause, LONGEST_PAUSE))
@@ -97,8 +111,8 @@ class Pool:
         attempt: seconds that one may take; half of it if not given.
         patience: seconds for which a pool in which nothing answers is waited for.
         concurrency: requests in flight at once, per replica.
-        counts: where attempts are counted: `requests`, of which `failed/<cause>` and `cancelled` (called off, or not needed any more);
-            `hedged` of them were sent since another was late.
+        counts: where attempts are counted: `requests`, of which `failed/<cause>` and `cancelled` (called off, or not
+            needed any more); `hedged` of them were sent since another was late.
     """
 
     def __init__(
@@ -113,14 +127,22 @@ class Pool:
         counts: Counter[str],
     ) -> None:
         self.replicas = [Replica(endpoint) for endpoint in endpoints]
-        self._http, self._timeout, self._patience, self._concurrency, self._counts = http, timeout, patience, concurrency, counts
+        self._http, self._timeout, self._patience, self._concurrency, self._counts = (
+            http,
+            timeout,
+            patience,
+            concurrency,
+            counts,
+        )
         self._attempt_timeout = timeout / 2 if attempt is None else attempt
         self._changed = asyncio.Condition()
         self._silent_since = math.inf  # time of the first of the failures since a replica last worked
         self._last_failure: tuple[float, ReplyError] | None = None
         self._latencies: deque[float] = deque(maxlen=LATENCIES)
 
-    async def call(self, build: Callable[[str], bytes], parse: Callable[[bytes, str], T], *, affinity: bytes = b"") -> T:
+    async def call(
+        self, build: Callable[[str], bytes], parse: Callable[[bytes, str], T], *, affinity: bytes = b""
+    ) -> T:
         """`parse(reply, request id)` of the first good reply to `build(model)`.
 
         Args:
@@ -129,10 +151,14 @@ class Pool:
         Raises:
             ReplyError: the last failure, when nothing is left to try.
         """
-        home = max(self.replicas, key=lambda r: hashlib.blake2b(affinity + r.url.encode()).digest()) if affinity else None
+        home = (
+            max(self.replicas, key=lambda r: hashlib.blake2b(affinity + r.url.encode()).digest()) if affinity else None
+        )
         call = _Call(home)
         attempts = tenacity.AsyncRetrying(
-            retry=tenacity.retry_if_exception(lambda error: self._is_worth_retrying(error, call)), wait=_PAUSE, reraise=True
+            retry=tenacity.retry_if_exception(lambda error: self._is_worth_retrying(error, call)),
+            wait=_PAUSE,
+            reraise=True,
         )
         return await attempts(self._attempt, call, build, parse)
 
@@ -180,7 +206,9 @@ class Pool:
         except ReplyError as fault:
             self._counts[f"failed/{fault.cause}"] += 1
             now = time.monotonic()
-            if fault.transient or len(self.replicas) > 1:  # one alone is not avoided for what may be the request's own fault
+            if (
+                fault.transient or len(self.replicas) > 1
+            ):  # one alone is not avoided for what may be the request's own fault
                 replica.failed(now, fault.pause)
             self._silent_since, self._last_failure = min(self._silent_since, now), (now, fault)
             raise
@@ -207,7 +235,9 @@ class Pool:
             ):
                 status, pause, reply = response.status, response.headers.get("Retry-After", ""), await response.read()
         except TimeoutError:
-            raise ReplyError("timeout", f"{name}: no answer within {self._attempt_timeout:g} s", transient=True) from None
+            raise ReplyError(
+                "timeout", f"{name}: no answer within {self._attempt_timeout:g} s", transient=True
+            ) from None
         except (aiohttp.ClientError, OSError) as error:
             raise ReplyError("connection", f"{name}: {type(error).__name__} {error}".rstrip(), transient=True) from None
         if status != HTTPStatus.OK:
@@ -225,7 +255,12 @@ class Pool:
                 if free:
                     best = min(
                         free,
-                        key=lambda r: (r in call.tried, now < r.doubted_until, r.in_flight - SLACK * (r is call.home), random.random()),
+                        key=lambda r: (
+                            r in call.tried,
+                            now < r.doubted_until,
+                            r.in_flight - SLACK * (r is call.home),
+                            random.random(),
+                        ),
                     )
                     best.in_flight += 1
                     return best
@@ -242,7 +277,11 @@ class Pool:
     def _spare(self, call: "_Call") -> Replica | None:
         """A healthy replica that has room and has not had this call, leased."""
         now = time.monotonic()
-        spare = [r for r in self.replicas if r not in call.tried and not r.opens_at(now) and r.is_free(self._concurrency, now)]
+        spare = [
+            r
+            for r in self.replicas
+            if r not in call.tried and not r.opens_at(now) and r.is_free(self._concurrency, now)
+        ]
         best = min(spare, key=lambda r: r.in_flight, default=None)
         if best is not None:
             best.in_flight += 1
@@ -256,7 +295,11 @@ class Pool:
 
     def _give_up_if_silent(self, call: "_Call", now: float) -> None:
         """Nobody waits for a pool that has answered nothing for `patience`, and failed again since this call was made."""
-        if self._last_failure is not None and self._last_failure[0] > call.made and now - self._silent_since > self._patience:
+        if (
+            self._last_failure is not None
+            and self._last_failure[0] > call.made
+            and now - self._silent_since > self._patience
+        ):
             call.given_up, fault = True, self._last_failure[1]
             raise ReplyError(fault.cause, f"{fault.detail} (no replica has worked for {self._patience:g} s)")
 
@@ -266,7 +309,9 @@ class Pool:
             return False
         if not error.transient:
             return len(call.tried) < len(self.replicas)
-        return call.attempts < TRIES or (error.cause == "connection" and elapsed < self._patience)  # it may be restarting
+        return call.attempts < TRIES or (
+            error.cause == "connection" and elapsed < self._patience
+        )  # it may be restarting
 
 
 @dataclass(eq=False)

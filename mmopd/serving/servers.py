@@ -1,8 +1,8 @@
 """vLLM servers for teachers and student: started together, watched, stopped together.
 
 On the loopback interface unless told otherwise, on free ports, with an API key that is passed by environment. They run
-under supervisors (`vllm_main`), which start a dead teacher again: on CPU one for all servers, which has imported vLLM once;
-on GPU one for each. GPU flags are read from vLLM 0.32, not run.
+under supervisors (`vllm_main`), which start a dead teacher again: on CPU one for all servers, which has imported vLLM
+once; on GPU one for each. GPU flags are read from vLLM 0.32, not run.
 """
 
 import itertools
@@ -27,8 +27,8 @@ from mmopd.config import Engine, Sync
 from mmopd.errors import UserError
 from mmopd.modality.video import MEDIA_SETTINGS
 from mmopd.runtime.processes import Children, stop
-from mmopd.serving.lora import Adapter, lora_flags
 from mmopd.serving.endpoint import Endpoint
+from mmopd.serving.lora import Adapter, lora_flags
 from mmopd.serving.supervisor import KEY_VARIABLE, READY, RequireKey, Server
 
 HOST, ANY_HOST = "127.0.0.1", "0.0.0.0"
@@ -61,20 +61,25 @@ OnEvent = Callable[[str, str], None]  # server's name, what happened
 
 @dataclass(frozen=True, slots=True)
 class ServerSpec:
-    """A model to serve; `updatable` opens the routes that change its weights, which are those of the folder again where it dies."""
+    """A model to serve; `updatable` opens the routes that change its weights, which are those of the folder again where
+    it dies.
+    """
 
     name: str
     model: Path
     engine: Engine
     updatable: bool
-    adapters: Mapping[str, Adapter] = field(default_factory=dict)  # by the names of their endpoints; the model itself has none then
+    adapters: Mapping[str, Adapter] = field(
+        default_factory=dict
+    )  # by the names of their endpoints; the model itself has none then
     sync: Sync = "file"  # how new weights come, if it is updatable
 
     @property
     def served(self) -> Sequence[str]:
         """The names of its endpoints.
 
-        With adapters the model itself is not among them: on CPU vLLM 0.32 scores it with the last adapter when both are in one batch.
+        With adapters the model itself is not among them: on CPU vLLM 0.32 scores it with the last adapter when both are
+            in one batch.
         """
         return list(self.adapters) or [self.name]
 
@@ -87,7 +92,9 @@ class Servers(dict[str, Endpoint]):
         gpus: of each endpoint, by its name, such as `3,2`; empty on CPU.
     """
 
-    def __init__(self, endpoints: Mapping[str, Sequence[Endpoint]], gpus: Mapping[str, str], logs: Path, on_event: OnEvent) -> None:
+    def __init__(
+        self, endpoints: Mapping[str, Sequence[Endpoint]], gpus: Mapping[str, str], logs: Path, on_event: OnEvent
+    ) -> None:
         super().__init__({endpoint.name: endpoint for group in endpoints.values() for endpoint in group})
         self.restarts: Counter[str] = Counter()
         self.gpus = gpus
@@ -115,7 +122,9 @@ class Servers(dict[str, Endpoint]):
                 break
             if time.monotonic() > deadline:
                 name = next(iter(self._away))
-                raise UserError(f"server {name!r} is not ready in time; the last lines of its log:\n{_last_words(self.log(name))}")
+                raise UserError(
+                    f"server {name!r} is not ready in time; the last lines of its log:\n{_last_words(self.log(name))}"
+                )
             time.sleep(0.1)
         for supervisor in self._supervisors:
             supervisor.all_ready()
@@ -132,7 +141,9 @@ class Servers(dict[str, Endpoint]):
                 self._heed(said["what"], said["name"], said["status"])
             if status is not None:
                 raise self._lost(supervisor.child.name, status, supervisor.child.log)
-        for name in [name for name in self._away if all(_ready(self._http, endpoint) for endpoint in self._endpoints[name])]:
+        for name in [
+            name for name in self._away if all(_ready(self._http, endpoint) for endpoint in self._endpoints[name])
+        ]:
             self._on_event(name, f"ready after {time.monotonic() - self._away.pop(name):.1f} s")
 
     def stop(self) -> None:
@@ -153,7 +164,9 @@ class Servers(dict[str, Endpoint]):
 
     def _lost(self, name: str, status: int, log: Path) -> UserError:
         again = f", after {self.restarts[name]} restarts" if self.restarts[name] else ""
-        return UserError(f"server {name!r} ended with status {status}{again}; the last lines of {log}:\n{_last_words(log)}")
+        return UserError(
+            f"server {name!r} ended with status {status}{again}; the last lines of {log}:\n{_last_words(log)}"
+        )
 
 
 class _Supervisor:
@@ -229,7 +242,13 @@ def serve(
         to_run = [_server(spec, (host, reserved[spec.name]), logs, gpus[spec.name]) for spec in specs]
         endpoints = {
             spec.name: [
-                Endpoint(name, f"http://{local(host)}:{reserved[spec.name]}", name, key, "student" if spec.updatable else "teacher")
+                Endpoint(
+                    name,
+                    f"http://{local(host)}:{reserved[spec.name]}",
+                    name,
+                    key,
+                    "student" if spec.updatable else "teacher",
+                )
                 for name in spec.served
             ]
             for spec in specs
@@ -275,7 +294,9 @@ def _weights_mib(spec: ServerSpec) -> int:
 
 @contextmanager
 def _reserve(spec: ServerSpec, host: str) -> Iterator[int]:
-    """A port that nobody else is given: bound but not listening, so that the server (SO_REUSEADDR too) can still take it, also again."""
+    """A port that nobody else is given: bound but not listening, so that the server (SO_REUSEADDR too) can still take
+    it, also again.
+    """
     with socket.socket() as held:
         held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
@@ -294,8 +315,24 @@ def _reserve(spec: ServerSpec, host: str) -> Iterator[int]:
 def _server(spec: ServerSpec, address: tuple[str, int], logs: Path, gpus: str) -> Server:
     """vLLM's arguments for a spec (without GPUs: on CPU); the engine's own extra arguments come last, and win."""
     engine = spec.engine
-    argv = ["--model", str(spec.model), "--served-model-name", spec.name, "--host", address[0], "--port", str(address[1])]
-    argv += ["--dtype", engine.dtype, "--max-model-len", str(engine.max_model_len), "--max-num-seqs", str(engine.max_num_seqs)]
+    argv = [
+        "--model",
+        str(spec.model),
+        "--served-model-name",
+        spec.name,
+        "--host",
+        address[0],
+        "--port",
+        str(address[1]),
+    ]
+    argv += [
+        "--dtype",
+        engine.dtype,
+        "--max-model-len",
+        str(engine.max_model_len),
+        "--max-num-seqs",
+        str(engine.max_num_seqs),
+    ]
     argv += ["--limit-mm-per-prompt", json.dumps({"video": engine.videos}), "--enable-scale-out"]
     argv += ["--media-io-kwargs", json.dumps(MEDIA_SETTINGS)] if engine.videos else []
     argv += ["--disable-uvicorn-access-log", "--disable-log-stats"]
@@ -304,10 +341,20 @@ def _server(spec: ServerSpec, address: tuple[str, int], logs: Path, gpus: str) -
         # The class by its path: under the name "uni" vLLM would replace it, on CPU, by one more process.
         argv += ["--distributed-executor-backend", "vllm.v1.executor.uniproc_executor.UniProcExecutor"]
         argv += ["--enforce-eager", "--kv-cache-memory-bytes", str((engine.kv_cache_mib or KV_CACHE_MIB) << 20)]
-        # A prompt whose prefill is cut in two, and whose request has a seed, ends vLLM 0.32 on CPU ("CPU Generator does not use offset").
-        argv += ["--no-enable-chunked-prefill", "--max-num-batched-tokens", str(max(BATCHED_TOKENS, engine.max_model_len))]
+        # A prompt whose prefill is cut in two, and whose request has a seed, ends vLLM 0.32 on CPU ("CPU Generator does
+        # not use offset").
+        argv += [
+            "--no-enable-chunked-prefill",
+            "--max-num-batched-tokens",
+            str(max(BATCHED_TOKENS, engine.max_model_len)),
+        ]
     else:
-        argv += ["--tensor-parallel-size", str(engine.tensor_parallel), "--gpu-memory-utilization", str(engine.gpu_share)]
+        argv += [
+            "--tensor-parallel-size",
+            str(engine.tensor_parallel),
+            "--gpu-memory-utilization",
+            str(engine.gpu_share),
+        ]
         argv += ["--enforce-eager"] * engine.enforce_eager
         argv += ["--kv-cache-memory-bytes", str(engine.kv_cache_mib << 20)] if engine.kv_cache_mib else []
     if spec.updatable:
@@ -331,10 +378,14 @@ def place(sizes: Sequence[int], gpus: int, sharing: Collection[int] = ()) -> lis
 
 
 def _assign_gpus(specs: Sequence[ServerSpec]) -> dict[str, str]:
-    """GPUs for each server, of those that this process may use: training ranks take theirs from the first one up. [not run]"""
+    """GPUs for each server, of those that this process may use: training ranks take theirs from the first one up. [not
+    run]
+    """
     sharing = [i for i, spec in enumerate(specs) if spec.sync == "ipc"]
     places = place([spec.engine.tensor_parallel for spec in specs], torch.cuda.device_count(), sharing)
-    mine = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")  # numbers or UUIDs; a server's own variable counts from the machine's
+    mine = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(
+        ","
+    )  # numbers or UUIDs; a server's own variable counts from the machine's
     names = mine if mine != [""] else [str(i) for i in range(torch.cuda.device_count())]
     return {spec.name: ",".join(names[i] for i in gpus) for spec, gpus in zip(specs, places, strict=True)}
 

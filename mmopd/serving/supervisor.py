@@ -1,11 +1,14 @@
-"""Runs vLLM's API servers and keeps them running: `python -m mmopd.serving.supervisor [--preload] SERVERS`, SERVERS a JSON list of `Server`.
+"""Runs vLLM's API servers and keeps them running: `python -m mmopd.serving.supervisor [--preload] SERVERS`, SERVERS a
+JSON list of `Server`.
 
-This process is the supervisor: each server is forked from it, and forks its engine in turn. With `--preload` (on CPU) it
-has imported vLLM first, once for all: that is most of a small server's start-up time and memory. Without it (on GPU, one
+This process is the supervisor: each server is forked from it, and forks its engine in turn. With `--preload` (on CPU)
+    it
+has imported vLLM first, once for all: that is most of a small server's start-up time and memory. Without it (on GPU,
+    one
 supervisor for each server) it imports nothing, since a process that has touched CUDA cannot be forked. [not run on GPU]
 
-Until the launcher says that all are ready (SIGUSR1), the first server that ends takes the others with it. After that one
-that may be restarted is, on the same port, and what happens is said in lines of this process's output (`started`,
+Until the launcher says that all are ready (SIGUSR1), the first server that ends takes the others with it. After that
+one that may be restarted is, on the same port, and what happens is said in lines of this process's output (`started`,
 `restarted`, `ended`).
 
 This calls the API server's module, because the `vllm` command of the CPU wheel cannot find its own version.
@@ -48,13 +51,17 @@ class Server(TypedDict):
 
 
 class RequireKey:
-    """ASGI middleware: no route without the API key; vLLM leaves those that pause, update and call into the engine open."""
+    """ASGI middleware: no route without the API key; vLLM leaves those that pause, update and call into the engine
+    open.
+    """
 
     def __init__(self, app: Callable[..., Awaitable[None]]) -> None:
         self._app = app
         self._expected = f"Bearer {os.environ[KEY_VARIABLE]}".encode()
 
-    async def __call__(self, scope: dict[str, Any], receive: Callable[..., Any], send: Callable[..., Awaitable[None]]) -> None:
+    async def __call__(
+        self, scope: dict[str, Any], receive: Callable[..., Any], send: Callable[..., Awaitable[None]]
+    ) -> None:
         """Answer 401, or pass on."""
         given = dict(scope.get("headers", [])).get(b"authorization", b"")
         if scope["type"] == "lifespan" or hmac.compare_digest(given, self._expected):
@@ -78,9 +85,13 @@ def preload(models: set[Path]) -> None:
 
     context = multiprocessing.get_context("fork")
     vllm.v1.engine.utils.get_mp_context = lambda: context  # type: ignore[attr-defined]
-    for architecture in {a for model in models for a in json.loads((model / "config.json").read_text())["architectures"]}:
+    for architecture in {
+        a for model in models for a in json.loads((model / "config.json").read_text())["architectures"]
+    }:
         lazy = ModelRegistry.models.get(architecture)
-        if lazy is not None:  # otherwise each server would inspect the class in a process of its own, with imports of its own
+        if (
+            lazy is not None
+        ):  # otherwise each server would inspect the class in a process of its own, with imports of its own
             ModelRegistry.register_model(architecture, lazy.load_model_cls())
     gc.collect()
     gc.freeze()  # a collection would write to, and so copy, the pages that the servers share
@@ -95,7 +106,8 @@ def run(server: Server) -> None:
     import uvicorn
     from vllm.entrypoints.launchers.api_server import entry
 
-    # An engine that dies leaves a call into it (a pause, new weights) without an answer, for which its API server would wait for ever.
+    # An engine that dies leaves a call into it (a pause, new weights) without an answer, for which its API server would
+    # wait for ever.
     uvicorn.Config.__init__ = functools.partialmethod(uvicorn.Config.__init__, timeout_graceful_shutdown=CLOSING)  # type: ignore
     sys.argv = ["vllm", *server["argv"]]
     entry.main()  # type: ignore[no-untyped-call]

@@ -60,7 +60,9 @@ class Choice:
     tokens: tuple[int, ...]
     logprobs: tuple[float, ...]  # of the unscaled, unbiased distribution
     finish: str  # stop | length
-    versions: tuple[tuple[str, int], ...]  # weight versions, each with the number of tokens that it sampled, in order; () if unknown
+    versions: tuple[
+        tuple[str, int], ...
+    ]  # weight versions, each with the number of tokens that it sampled, in order; () if unknown
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,17 +70,31 @@ class Scored:
     """What a server says of the T tokens of a response."""
 
     logprobs: tuple[float, ...]  # [T]
-    top: tuple[Mapping[int, float], ...] | None = None  # [T] id -> log-prob of the K likeliest ids, if they were asked for
+    top: tuple[Mapping[int, float], ...] | None = (
+        None  # [T] id -> log-prob of the K likeliest ids, if they were asked for
+    )
 
 
 def scoring_body(
-    model: str, ids: Sequence[int], images: Sequence[bytes], tokens: Sequence[int], top_k: int = 0, *, videos: Sequence[Clip] = ()
+    model: str,
+    ids: Sequence[int],
+    images: Sequence[bytes],
+    tokens: Sequence[int],
+    top_k: int = 0,
+    *,
+    videos: Sequence[Clip] = (),
 ) -> bytes:
-    """The request for the log-probs of `tokens` after the prompt `ids`, and of the `top_k` likeliest ids in their places."""
-    return _body(model, [*ids, *tokens], images, videos, {"max_tokens": 1, "prompt_logprobs": top_k, "detokenize": False})
+    """The request for the log-probs of `tokens` after the prompt `ids`, and of the `top_k` likeliest ids in their
+    places.
+    """
+    return _body(
+        model, [*ids, *tokens], images, videos, {"max_tokens": 1, "prompt_logprobs": top_k, "detokenize": False}
+    )
 
 
-def sampling_body(model: str, ids: Sequence[int], images: Sequence[bytes], sampling: Sampling, *, videos: Sequence[Clip] = ()) -> bytes:
+def sampling_body(
+    model: str, ids: Sequence[int], images: Sequence[bytes], sampling: Sampling, *, videos: Sequence[Clip] = ()
+) -> bytes:
     """The request for `n` responses to the prompt `ids`; response i is drawn with seed `seed + i` (vLLM's rule)."""
     settings: dict[str, object] = {
         "n": sampling.n,
@@ -99,7 +115,9 @@ def parse_scores(reply: bytes, request_id: str, expanded: Sequence[int], tokens:
     return parse_scored(reply, request_id, expanded, tokens).logprobs
 
 
-def parse_scored(reply: bytes, request_id: str, expanded: Sequence[int], tokens: Sequence[int], top_k: int = 0) -> Scored:
+def parse_scored(
+    reply: bytes, request_id: str, expanded: Sequence[int], tokens: Sequence[int], top_k: int = 0
+) -> Scored:
     """Log-prob of each of `tokens` after the prompt `expanded`, and of the likeliest ids if `top_k` were asked for.
 
     Raises:
@@ -177,7 +195,9 @@ _ROW = msgspec.json.Decoder(dict[int, _Token] | None)
 T = TypeVar("T")
 
 
-def _body(model: str, ids: Sequence[int], images: Sequence[bytes], videos: Sequence[Clip], settings: dict[str, object]) -> bytes:
+def _body(
+    model: str, ids: Sequence[int], images: Sequence[bytes], videos: Sequence[Clip], settings: dict[str, object]
+) -> bytes:
     body: dict[str, object] = {"model": model, "token_ids": ids, "sampling_params": settings, "return_token_ids": True}
     if images or videos:
         body["content_parts"] = [*map(_image_part, images), *map(_video_part, videos)]
@@ -186,7 +206,9 @@ def _body(model: str, ids: Sequence[int], images: Sequence[bytes], videos: Seque
 
 @cached(LRUCache(PARTS_BYTES, getsizeof=lambda part: len(bytes(part))), lock=Lock())
 def _image_part(image: bytes) -> msgspec.Raw:
-    """JSON of the image as its own bytes, made once for a group; vLLM reads their kind from them, not from the media type."""
+    """JSON of the image as its own bytes, made once for a group; vLLM reads their kind from them, not from the media
+    type.
+    """
     return msgspec.Raw(b'{"type":"image_url","url":"data:image/*;base64,' + base64.b64encode(image) + b'"}')
 
 
@@ -201,7 +223,9 @@ def _decode(decoder: "msgspec.json.Decoder[T]", data: bytes | msgspec.Raw) -> T:
         return decoder.decode(data)
     except (msgspec.DecodeError, UnicodeDecodeError) as error:  # NaN is no JSON, but a lenient server may write it
         cause = "non_finite" if b"NaN" in bytes(data) or b"Infinity" in bytes(data) else "malformed"
-        raise ReplyError(cause, f"{error}; the reply begins {bytes(data)[:80]!r}", transient=cause == "malformed") from None
+        raise ReplyError(
+            cause, f"{error}; the reply begins {bytes(data)[:80]!r}", transient=cause == "malformed"
+        ) from None
 
 
 def _check_ids(reply: _Reply, request_id: str, expected: list[int]) -> None:
@@ -209,16 +233,24 @@ def _check_ids(reply: _Reply, request_id: str, expected: list[int]) -> None:
         raise ReplyError("ids", f"a reply to request {reply.request_id}, not to {request_id}")
     got = reply.prompt_token_ids
     if got != expected:
-        at = next((i for i, (a, b) in enumerate(zip(got, expected, strict=False)) if a != b), min(len(got), len(expected)))
-        raise ReplyError("ids", f"the server saw {len(got)} prompt tokens, expected {len(expected)}; the first difference is at {at}")
+        at = next(
+            (i for i, (a, b) in enumerate(zip(got, expected, strict=False)) if a != b), min(len(got), len(expected))
+        )
+        raise ReplyError(
+            "ids", f"the server saw {len(got)} prompt tokens, expected {len(expected)}; the first difference is at {at}"
+        )
 
 
 def _choice(choice: _Choice, banned: frozenset[int], end: int) -> Choice:
     tokens = choice.token_ids
     if choice.finish_reason not in ("stop", "length") or not tokens:
-        raise ReplyError("malformed", f"a response of {len(tokens)} tokens that finished by {choice.finish_reason!r}", transient=True)
+        raise ReplyError(
+            "malformed", f"a response of {len(tokens)} tokens that finished by {choice.finish_reason!r}", transient=True
+        )
     if not banned.isdisjoint(tokens):
-        raise ReplyError("ids", f"the banned token {min(banned.intersection(tokens))} was sampled: the server ignores logit_bias")
+        raise ReplyError(
+            "ids", f"the banned token {min(banned.intersection(tokens))} was sampled: the server ignores logit_bias"
+        )
     if choice.finish_reason == "stop" and tokens[-1] != end:
         raise ReplyError("ids", f"a response stopped at token {tokens[-1]}, not at the end token {end}")
     content = choice.logprobs.content
@@ -231,12 +263,18 @@ def _choice(choice: _Choice, banned: frozenset[int], end: int) -> Choice:
 def _likeliest(row: Mapping[int, _Token], k: int) -> Mapping[int, float]:
     ids = [token for token, entry in row.items() if 0 < entry.rank <= k]
     if len(ids) != k:
-        raise ReplyError("malformed", f"{len(ids)} of the {k} likeliest ids at a position; does the server allow as many (--max-logprobs)?")
+        raise ReplyError(
+            "malformed",
+            f"{len(ids)} of the {k} likeliest ids at a position; does the server allow as many (--max-logprobs)?",
+        )
     return dict(zip(ids, _finite([row[token].logprob for token in ids]), strict=True))
 
 
 def _finite(logprobs: Sequence[float | None]) -> tuple[float, ...]:
     finite = tuple(value for value in logprobs if value is not None and FLOOR < value <= CEILING)
     if len(finite) != len(logprobs):
-        raise ReplyError("non_finite", f"{len(logprobs) - len(finite)} of {len(logprobs)} are no log-probs (NaN, infinite or above 0)")
+        raise ReplyError(
+            "non_finite",
+            f"{len(logprobs) - len(finite)} of {len(logprobs)} are no log-probs (NaN, infinite or above 0)",
+        )
     return finite

@@ -34,7 +34,9 @@ class Task:
     verify: Verify = unverified
     messages: Template = user_turn
     timeout: float | None = None  # seconds for one answer; the pool's own if not set
-    views: Mapping[str, View] = field(default_factory=dict)  # what a teacher may be shown of its prompts, beside the built-in views
+    views: Mapping[str, View] = field(
+        default_factory=dict
+    )  # what a teacher may be shown of its prompts, beside the built-in views
 
     def prompt(
         self,
@@ -54,4 +56,6 @@ class Task:
             videos: clips, each the encoded frames in their order, two a second.
         """
         messages = tuple(self.messages(question, len(images) + len(videos)))
-        return Prompt(key, self.name, self.modality, messages, tuple(images), answer, dict(extra or {}), tuple(map(tuple, videos)))
+        return Prompt(
+            key, self.name, self.modality, messages, tuple(images), answer, dict(extra or {}), tuple(map(tuple, videos))
+        )

@@ -1,9 +1,11 @@
-"""The verifier of programs: run against unit tests in the sandbox; outputs are compared here, where the program cannot see it.
+"""The verifier of programs: run against unit tests in the sandbox; outputs are compared here, where the program cannot
+see it.
 
 The answer key is JSON as in Eurus-2-RL-Data, TACO and APPS:
 
-    {"inputs": ["1 2\\n", ...], "outputs": ["3\\n", ...]}                  standard input, and the output that is expected of it
-    {"fn_name": "add", "inputs": [[1, 2], ...], "outputs": [3, ...]}      arguments, and what the function (or `Solution().add`) returns
+    {"inputs": ["1 2\\n", ...], "outputs": ["3\\n", ...]}                  standard input, and the output that is
+    expected of it {"fn_name": "add", "inputs": [[1, 2], ...], "outputs": [3, ...]}      arguments, and what the
+    function (or `Solution().add`) returns
 
 An input of a function may also be text with one JSON value in a line, with JSON text as its output (LiveCodeBench), and
 an output may be the value in a list of one (APPS). A text may be given as a list of its lines.
@@ -138,7 +140,11 @@ def _judge(source: str, tests: Tests, sandbox: Sandbox) -> Outcome:
         else:
             run = sandbox.run(source, function=tests.function, arguments=given)
             passed = _returned(run, expected)
-        why = run.failure or ("" if passed else "another output") or ("out of time for all" if time.monotonic() > end else "")
+        why = (
+            run.failure
+            or ("" if passed else "another output")
+            or ("out of time for all" if time.monotonic() > end else "")
+        )
         if why:
             return Outcome(0.0, f"test {number} of {len(tests.inputs)}: {why}")
     return RIGHT

@@ -12,7 +12,8 @@ LONGEST = 2000  # characters of a gold answer
 
 
 def relaxed_number(response: str, answer: str) -> Outcome:
-    """ChartQA's relaxed accuracy (arXiv 2203.10244, section 5.1): numbers within 5 % of the key, texts exactly once normalised.
+    """ChartQA's relaxed accuracy (arXiv 2203.10244, section 5.1): numbers within 5 % of the key, texts exactly once
+    normalised.
 
     As published, years are numbers too: 1990 passes for 2010. Thousands separators, a currency sign and a percent sign
     may be there or not; where only one side has a percent sign, 25 % is 25 or 0.25. A key of 0 takes 0 alone.
@@ -27,7 +28,8 @@ def relaxed_number(response: str, answer: str) -> Outcome:
 def anls(response: str, answer: str) -> Outcome:
     """DocVQA's average normalised Levenshtein similarity (arXiv 1907.00490, Eq. 1): the best over the gold answers.
 
-    A soft score: 1 minus the edit distance over the longer length, of texts in lower case with single blanks; 0 where half or more differs.
+    A soft score: 1 minus the edit distance over the longer length, of texts in lower case with single blanks; 0 where
+        half or more differs.
     """
     golds = [_folded(gold) for gold in gold_answers(answer)]
     if not any(golds) or max(map(len, golds)) > LONGEST:

@@ -4,8 +4,9 @@ It shuts itself in once, and then forks for each program: a fork of a small, war
 where a new interpreter takes tens. Around all programs: user, mount, process, network, IPC, host-name and cgroup
 namespaces, and a root of their own, read-only, with the interpreter's libraries and nothing else (no /proc, /dev, /sys,
 /home). Around each program: an empty memory-backed directory, limits, no capability, and a seccomp filter under which
-it cannot fork, execute, signal another process or open a socket. What it is given comes as sealed files in memory that are read
-after the fork, so nothing of one program is in the memory of the next, and what is expected of it never comes here.
+it cannot fork, execute, signal another process or open a socket. What it is given comes as sealed files in memory that
+are read after the fork, so nothing of one program is in the memory of the next, and what is expected of it never comes
+here.
 """
 
 import atexit
@@ -35,13 +36,43 @@ Request = dict[str, Any]
 
 LIBRARIES = ("/lib", "/lib64", "/usr/lib", "/usr/lib64")  # for what the interpreter loads while a program runs
 # What programs import: once here instead of in each of them.
-PRELOADED = ["bisect", "cmath", "collections", "copy", "dataclasses", "datetime", "decimal", "fractions", "functools", "heapq", "io",
-    "itertools", "math", "operator", "queue", "random", "re", "statistics", "string", "threading", "typing"]  # fmt: skip
+PRELOADED = [
+    "bisect",
+    "cmath",
+    "collections",
+    "copy",
+    "dataclasses",
+    "datetime",
+    "decimal",
+    "fractions",
+    "functools",
+    "heapq",
+    "io",
+    # fmt: skip
+    "itertools",
+    "math",
+    "operator",
+    "queue",
+    "random",
+    "re",
+    "statistics",
+    "string",
+    "threading",
+    "typing",
+]
 ROOM = "/room"  # the programs' directory, inside
 NOBODY = 65534
 JOB, INPUT, OUTPUT, ERRORS, RESULT = range(5)  # the files of a request, in this order
 
-NEWNS, NEWCGROUP, NEWUTS, NEWIPC, NEWUSER, NEWPID, NEWNET = 1 << 17, 1 << 25, 1 << 26, 1 << 27, 1 << 28, 1 << 29, 1 << 30
+NEWNS, NEWCGROUP, NEWUTS, NEWIPC, NEWUSER, NEWPID, NEWNET = (
+    1 << 17,
+    1 << 25,
+    1 << 26,
+    1 << 27,
+    1 << 28,
+    1 << 29,
+    1 << 30,
+)
 NOSUID, NODEV, BIND, DETACH, RECURSIVE, PRIVATE = 2, 4, 1 << 12, 2, 1 << 14, 1 << 18
 CLONE_THREAD = 1 << 16
 PDEATHSIG, DUMPABLE, SECCOMP, NO_NEW_PRIVS = 1, 4, 22, 38
@@ -162,7 +193,10 @@ def forbid() -> None:
     for numbers in FORBIDDEN.values():
         if (number := numbers[column]) is not None:
             rules += [(EQUAL, 0, 1, number), (RETURN, 0, 0, EPERM)]
-    rules += [(EQUAL, 0, 1, CLONE3[column]), (RETURN, 0, 0, ENOSYS)]  # its flags are in memory; the C library takes clone instead
+    rules += [
+        (EQUAL, 0, 1, CLONE3[column]),
+        (RETURN, 0, 0, ENOSYS),
+    ]  # its flags are in memory; the C library takes clone instead
     spaces = NEWNS | NEWCGROUP | NEWUTS | NEWIPC | NEWUSER | NEWPID | NEWNET
     thread = [
         (LOAD, 0, 0, 16),
@@ -183,14 +217,23 @@ def forbid() -> None:
 
 
 def serve(channel: socket.socket, room: str, apart: bool) -> Request | None:
-    """Run what is asked for until the channel ends. Returns in two processes: here with None, in each program's with its job."""
+    """Run what is asked for until the channel ends. Returns in two processes: here with None, in each program's with
+    its job.
+    """
     while True:
         message, files, _, _ = socket.recv_fds(channel, 1 << 16, 8)
         if not message:
             return None
         request = json.loads(message)
         if apart:
-            check("mount", b"room", room.encode(), b"tmpfs", NOSUID | NODEV, f"mode=700,nr_inodes=1k,size={request['disk']}".encode())
+            check(
+                "mount",
+                b"room",
+                room.encode(),
+                b"tmpfs",
+                NOSUID | NODEV,
+                f"mode=700,nr_inodes=1k,size={request['disk']}".encode(),
+            )
         else:
             Path(room).mkdir(mode=0o700, exist_ok=True)
         begin = time.monotonic()
@@ -213,7 +256,9 @@ def serve(channel: socket.socket, room: str, apart: bool) -> Request | None:
 
 
 def _wait(child: int, channel: socket.socket, seconds: float) -> set[int | socket.socket]:
-    """What was first: the program's end, or that of the channel; nothing if the time was. The program has ended, or is killed."""
+    """What was first: the program's end, or that of the channel; nothing if the time was. The program has ended, or is
+    killed.
+    """
     ended = os.pidfd_open(child)
     watched: list[int | socket.socket] = [ended, channel]
     ready, _, _ = select.select(watched, [], [], seconds)
@@ -262,7 +307,9 @@ def _contents(file: int) -> bytes:
 
 
 def execute(job: Request) -> None:
-    """Run the program as a script; then call its function, if one is named, and write what it returns to file 3 as JSON."""
+    """Run the program as a script; then call its function, if one is named, and write what it returns to file 3 as
+    JSON.
+    """
     module = types.ModuleType("__main__")
     sys.modules["__main__"] = module
     sys.argv = ["program.py"]
@@ -277,7 +324,9 @@ def execute(job: Request) -> None:
 
 
 def end(job: Request) -> None:
-    """Run a program and leave as an interpreter does, but without taking it apart, which would be most of the time of a short program."""
+    """Run a program and leave as an interpreter does, but without taking it apart, which would be most of the time of a
+    short program.
+    """
     status: object = 0
     try:
         try:

@@ -3,8 +3,9 @@
     from mmopd.task.llm import judge
     task = Task(name="essays", modality="text", verify=judge("http://127.0.0.1:8000/v1", "Qwen3-32B"), timeout=90.0)
 
-What is judged was written by a model that is rewarded for the verdict, so it may speak to the judge. It stands between marks that
-hold a number drawn for this one question, and the verdict has to be JSON with that number in it. Anything else is no verdict.
+What is judged was written by a model that is rewarded for the verdict, so it may speak to the judge. It stands between
+marks that hold a number drawn for this one question, and the verdict has to be JSON with that number in it. Anything
+else is no verdict.
 """
 
 import json
@@ -30,7 +31,13 @@ Reply with one JSON object and nothing else: {{"id": "{number}", "correct": true
 
 
 def judge(
-    url: str, model: str, *, api_key_env: str | None = None, after: Verify | None = None, timeout: float = 60.0, attempts: int = 3
+    url: str,
+    model: str,
+    *,
+    api_key_env: str | None = None,
+    after: Verify | None = None,
+    timeout: float = 60.0,
+    attempts: int = 3,
 ) -> Verify:
     """A task's `verify` that asks an OpenAI-compatible endpoint.
 
@@ -54,7 +61,9 @@ def judge(
         messages = [{"role": "system", "content": RULES.format(number=number)}, {"role": "user", "content": text}]
         body = {"model": model, "messages": messages, "temperature": 0.0, "max_tokens": ANSWER_TOKENS}
         try:
-            return verdict(_ask(f"{url.rstrip('/')}/chat/completions", body, _headers(api_key_env), timeout, attempts), number)
+            return verdict(
+                _ask(f"{url.rstrip('/')}/chat/completions", body, _headers(api_key_env), timeout, attempts), number
+            )
         except (httpx.HTTPError, ValueError, LookupError) as error:
             return Outcome(UNKNOWN, f"judge: {type(error).__name__}: {error}")
 
@@ -62,13 +71,20 @@ def judge(
 
 
 def verdict(said: str, number: str) -> Outcome:
-    """What the judge's words amount to: right or wrong if they are the JSON that was asked for, after its thoughts; or else unknown."""
+    """What the judge's words amount to: right or wrong if they are the JSON that was asked for, after its thoughts; or
+    else unknown.
+    """
     bare = re.sub(r"^```(?:json)?\s*|\s*```$", "", without_thoughts(said).strip())
     try:
         given = json.loads(bare, object_pairs_hook=_once)
     except ValueError:
         given = None
-    if not isinstance(given, dict) or given.keys() != {"id", "correct"} or given["id"] != number or not isinstance(given["correct"], bool):
+    if (
+        not isinstance(given, dict)
+        or given.keys() != {"id", "correct"}
+        or given["id"] != number
+        or not isinstance(given["correct"], bool)
+    ):
         return Outcome(UNKNOWN, f"judge: no verdict in {said[-80:]!r}")
     return Outcome(float(given["correct"]))
 

@@ -1,7 +1,7 @@
 """Programs that nobody has read, run apart from everything: `Sandbox.run`.
 
-The process that runs them is `mmopd.task.jail`, one for each sandbox, started when it is first needed and kept. What a program
-gets and gives goes through files in memory, of bounded size. Linux only, 5.14 or newer.
+The process that runs them is `mmopd.task.jail`, one for each sandbox, started when it is first needed and kept. What a
+program gets and gives goes through files in memory, of bounded size. Linux only, 5.14 or newer.
 """
 
 import contextlib
@@ -73,8 +73,8 @@ class Sandbox:
 
     Args:
         limits: for each run.
-        namespaces: False does without them where the machine has none: there are the limits, no network, no other process and
-            no signal, but a program can read what the user can.
+        namespaces: False does without them where the machine has none: there are the limits, no network, no other
+            process and no signal, but a program can read what the user can.
     """
 
     def __init__(self, limits: Limits = Limits(), *, namespaces: bool = True) -> None:
@@ -84,7 +84,8 @@ class Sandbox:
         self._channel: socket.socket | None = None
 
     def run(self, program: str, stdin: str = "", *, function: str | None = None, arguments: Sequence[Any] = ()) -> Run:
-        """Run a Python program as a script, and then call its function (or that of its class `Solution`) if one is named.
+        """Run a Python program as a script, and then call its function (or that of its class `Solution`) if one is
+        named.
 
         Raises:
             UserError: the machine does not allow what it takes to keep programs apart.
@@ -180,7 +181,9 @@ def _memory(files: contextlib.ExitStack, contents: bytes | None = None) -> int:
     if contents is not None:
         with Path(f"/proc/self/fd/{file}").open("wb") as out:
             out.write(contents)
-        fcntl.fcntl(file, fcntl.F_ADD_SEALS, fcntl.F_SEAL_WRITE | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_SEAL)
+        fcntl.fcntl(
+            file, fcntl.F_ADD_SEALS, fcntl.F_SEAL_WRITE | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_SEAL
+        )
     return file
 
 

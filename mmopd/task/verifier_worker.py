@@ -1,4 +1,6 @@
-"""The process behind `mmopd.task.verifier_pool`: reads questions as lines of json, writes outcomes. Ends with its input."""
+"""The process behind `mmopd.task.verifier_pool`: reads questions as lines of json, writes outcomes. Ends with its
+input.
+"""
 
 import json
 import os
@@ -28,10 +30,14 @@ def main(workspace: Path | None) -> None:
     print("ready", file=replies, flush=True)
     for line in sys.stdin:
         task, response, answer, timeout = json.loads(line)
-        signal.setitimer(signal.ITIMER_REAL, timeout + 1)  # the parent kills before; this is for when the parent is gone
+        signal.setitimer(
+            signal.ITIMER_REAL, timeout + 1
+        )  # the parent kills before; this is for when the parent is gone
         outcome = judge(tasks[task], response, answer)
         signal.setitimer(signal.ITIMER_REAL, 0)
-        print(json.dumps([outcome.value if outcome.known else None, outcome.reason[:LONGEST]]), file=replies, flush=True)
+        print(
+            json.dumps([outcome.value if outcome.known else None, outcome.reason[:LONGEST]]), file=replies, flush=True
+        )
 
 
 def judge(task: Task, response: str, answer: str) -> Outcome:

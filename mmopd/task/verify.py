@@ -50,7 +50,8 @@ def exact(response: str, answer: str) -> Outcome:
 def choice(response: str, answer: str) -> Outcome:
     """The final answer names the option of the key, and no other.
 
-    Strict on both sides: the key is one letter, and the final answer is that letter alone, in brackets, or followed by a
+    Strict on both sides: the key is one letter, and the final answer is that letter alone, in brackets, or followed by
+        a
     mark: `B`, `(B)`, `B.`, `B: because`. "Blue" names no option.
     """
     key = answer.strip().strip("().").upper()
@@ -64,15 +65,17 @@ def choice(response: str, answer: str) -> Outcome:
 def math(response: str, answer: str) -> Outcome:
     """The final answer equals the key as a mathematical expression (math-verify); a key in words is compared as words.
 
-    math-verify's own time limits are signals, which threads cannot have and whose failure it reports as "wrong"; they are
-    off, and errors are raised. What bounds the time is the pool. A response that it cannot read is wrong.
+    math-verify's own time limits are signals, which threads cannot have and whose failure it reports as "wrong"; they
+    are off, and errors are raised. What bounds the time is the pool. A response that it cannot read is wrong.
     """
     outcomes = [_math(response, gold) for gold in gold_answers(answer)]
     return max(outcomes, key=lambda outcome: outcome.value if outcome.known else -1.0)
 
 
 def puzzle(response: str, answer: str) -> Outcome:
-    """The key decides: the letter of an option, strictly (`choice`); words, exactly (`exact`); or else mathematics (`math`)."""
+    """The key decides: the letter of an option, strictly (`choice`); words, exactly (`exact`); or else mathematics
+    (`math`).
+    """
     if re.fullmatch(r"\s*\(?[A-Z]\)?\.?\s*", answer):
         return choice(response, answer)
     return math(response, answer) if re.search(r"\d|\\[a-z]", answer) else exact(response, answer)
@@ -97,7 +100,9 @@ def marked_answer(response: str) -> str | None:
 
 
 def final_answer(response: str) -> str:
-    r"""What is marked as the answer, or else what follows "answer is", "option:" or the like in the last line, or else that line."""
+    r"""What is marked as the answer, or else what follows "answer is", "option:" or the like in the last line, or else
+    that line.
+    """
     marked = marked_answer(response)
     if marked is not None:
         return marked[:LONGEST]

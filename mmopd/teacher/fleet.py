@@ -1,4 +1,6 @@
-"""What a fleet file stands for: the servers to start, and those that run elsewhere. `mmopd serve` runs a fleet on its own."""
+"""What a fleet file stands for: the servers to start, and those that run elsewhere. `mmopd serve` runs a fleet on its
+own.
+"""
 
 import dataclasses
 import ipaddress
@@ -20,10 +22,10 @@ from mmopd.config import Engine, Fleet, Student
 from mmopd.errors import UserError
 from mmopd.runtime.processes import Children
 from mmopd.runtime.progress import Stages
-from mmopd.settings_file import suggest
-from mmopd.serving.lora import read_adapter
 from mmopd.serving.endpoint import Endpoint, load, save
+from mmopd.serving.lora import read_adapter
 from mmopd.serving.servers import ANY_HOST, HOST, Servers, ServerSpec, serve
+from mmopd.settings_file import suggest
 
 WATCH_EVERY = 0.5  # seconds
 LONGEST_NAME = 80  # of a server that several teachers share: it is the name of its log
@@ -45,7 +47,8 @@ def serve_fleet(
     Args:
         elsewhere: of teachers that are not served here, such as `from_files` finds them.
         also: more servers to start, such as the student's engine.
-        host: the address that the servers started here listen on; their URLs are those by which other machines reach it.
+        host: the address that the servers started here listen on; their URLs are those by which other machines reach
+            it.
 
     Raises:
         UserError: as `running_elsewhere`, `to_specs` and `serve`.
@@ -53,15 +56,20 @@ def serve_fleet(
     elsewhere, known = list(elsewhere), {endpoint.teacher for endpoint in elsewhere}
     for name, teacher in fleet.teachers.items():
         if name not in known:
-            elsewhere += [running_elsewhere(f"{name}.{i}", url, teacher.api_key_env) for i, url in enumerate(teacher.endpoints)]
+            elsewhere += [
+                running_elsewhere(f"{name}.{i}", url, teacher.api_key_env) for i, url in enumerate(teacher.endpoints)
+            ]
     with serve_in_stage([*also, *to_specs(fleet, known)], children, logs, stages, host=host) as servers:
-        servers.update({name: dataclasses.replace(endpoint, url=_public(endpoint.url, host)) for name, endpoint in servers.items()})
+        servers.update(
+            {name: dataclasses.replace(endpoint, url=_public(endpoint.url, host)) for name, endpoint in servers.items()}
+        )
         servers.update({endpoint.name: endpoint for endpoint in elsewhere})
         yield servers
 
 
 class Standing:
-    """Servers that stay up from one run to the next, as long as the next one needs the same: large teachers take minutes to load.
+    """Servers that stay up from one run to the next, as long as the next one needs the same: large teachers take
+    minutes to load.
 
     Args:
         children: where their processes are kept.
@@ -78,7 +86,9 @@ class Standing:
     def __enter__(self) -> "Standing":
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self._stop()
 
     def _stop(self) -> None:
@@ -87,16 +97,23 @@ class Standing:
 
     @contextmanager
     def serve(self, fleet: Fleet, students: list[ServerSpec]) -> Iterator[Servers]:
-        """Those of a fleet and a student, with whatever weights it was last given; they are left up if the block ends well.
+        """Those of a fleet and a student, with whatever weights it was last given; they are left up if the block ends
+        well.
 
         Raises:
             UserError: as `serve_fleet`.
         """
         # Only weights that come by a file can be put back without a GPU, which belongs to the ranks.
-        if self._servers is None or (fleet, students) != self._of or any(student.sync != "file" for student in students):
+        if (
+            self._servers is None
+            or (fleet, students) != self._of
+            or any(student.sync != "file" for student in students)
+        ):
             self._stop()
             self._logs.mkdir(parents=True, exist_ok=True)
-            self._servers = self._up.enter_context(serve_fleet(fleet, self._children, self._logs, self._stages, also=students))
+            self._servers = self._up.enter_context(
+                serve_fleet(fleet, self._children, self._logs, self._stages, also=students)
+            )
             self._of = fleet, students
         self._servers.restarts.clear()
         try:
@@ -108,7 +125,13 @@ class Standing:
 
 @contextmanager
 def serve_in_stage(
-    specs: Sequence[ServerSpec], children: Children, logs: Path, stages: Stages, *, host: str = HOST, key: str | None = None
+    specs: Sequence[ServerSpec],
+    children: Children,
+    logs: Path,
+    stages: Stages,
+    *,
+    host: str = HOST,
+    key: str | None = None,
 ) -> Iterator[Servers]:
     """`serve`, its start shown as a stage, and what happens later as lines."""
     with ExitStack() as stack:
@@ -133,7 +156,8 @@ def serve_in_stage(
 def to_specs(fleet: Fleet, elsewhere: Collection[str] = ()) -> list[ServerSpec]:
     """The servers of the teachers that have a `model`.
 
-    Teachers with adapters on the same model, with the same engine settings and number of replicas, share their servers: each is an
+    Teachers with adapters on the same model, with the same engine settings and number of replicas, share their servers:
+        each is an
     endpoint of its own there, and is asked for by its own name. A teacher without an adapter has servers of its own.
 
     Args:
@@ -152,14 +176,22 @@ def to_specs(fleet: Fleet, elsewhere: Collection[str] = ()) -> list[ServerSpec]:
         adapters = {name: read_adapter(folder) for name, folder in group.items() if folder}
         for i in range(replicas):
             served = {f"{name}.{i}": adapter for name, adapter in adapters.items()}
-            specs.append(ServerSpec(f"{_joined(list(group))}.{i}", model, _numbered(engine, i), updatable=False, adapters=served))
+            specs.append(
+                ServerSpec(f"{_joined(list(group))}.{i}", model, _numbered(engine, i), updatable=False, adapters=served)
+            )
     return specs
 
 
 def student_specs(student: Student) -> list[ServerSpec]:
     """The student's engines: `student`, `student-2`, ..."""
     return [
-        ServerSpec(f"student-{i + 1}" if i else "student", student.model, _numbered(student.engine, i), updatable=True, sync=student.sync)
+        ServerSpec(
+            f"student-{i + 1}" if i else "student",
+            student.model,
+            _numbered(student.engine, i),
+            updatable=True,
+            sync=student.sync,
+        )
         for i in range(student.replicas)
     ]
 
@@ -170,7 +202,8 @@ def _numbered(engine: Engine, i: int) -> Engine:
 
 
 def from_files(fleet: Fleet, files: Sequence[Path]) -> list[Endpoint]:
-    """The endpoints of teachers in files that `mmopd serve` wrote, asked for their models; a teacher in several files has more replicas.
+    """The endpoints of teachers in files that `mmopd serve` wrote, asked for their models; a teacher in several files
+    has more replicas.
 
     Raises:
         UserError: a file cannot be used, the fleet has no such teacher, or a server does not answer; names the file.
@@ -184,9 +217,15 @@ def from_files(fleet: Fleet, files: Sequence[Path]) -> list[Endpoint]:
                 )
             models = _models(endpoint, f"{path}: {endpoint.name}")
             if endpoint.model not in models:
-                raise UserError(f"{path}: {endpoint.name}: {endpoint.url} serves {', '.join(models)}, and not {endpoint.model!r}")
+                raise UserError(
+                    f"{path}: {endpoint.name}: {endpoint.url} serves {', '.join(models)}, and not {endpoint.model!r}"
+                )
             found.setdefault(endpoint.teacher, []).append(endpoint)
-    return [dataclasses.replace(one, name=f"{teacher}.{i}") for teacher, group in found.items() for i, one in enumerate(group)]
+    return [
+        dataclasses.replace(one, name=f"{teacher}.{i}")
+        for teacher, group in found.items()
+        for i, one in enumerate(group)
+    ]
 
 
 def running_elsewhere(name: str, url: str, key_variable: str | None) -> Endpoint:
@@ -210,12 +249,15 @@ def key_in(variable: str, owner: str, setting: str) -> str:
     if not key:
         raise UserError(f"{owner}: the environment variable {variable} ({setting}) is not set")
     if not re.fullmatch(r"[!-~]+", key):  # else no HTTP header could carry it
-        raise UserError(f"{owner}: the environment variable {variable} ({setting}) holds blanks, line ends or other signs that no key has")
+        raise UserError(
+            f"{owner}: the environment variable {variable} ({setting}) holds blanks, line ends or other signs that no key has"
+        )
     return key
 
 
 def serve_alone(fleet: Fleet, *, host: str, out: Path, key_variable: str | None, console: Console) -> None:
-    """`mmopd serve`: serve every teacher that has a `model`, write their endpoints to `out`, and stay until interrupted.
+    """`mmopd serve`: serve every teacher that has a `model`, write their endpoints to `out`, and stay until
+    interrupted.
 
     Raises:
         UserError: there is nothing to serve, a server did not start, or one died too often.
@@ -223,7 +265,9 @@ def serve_alone(fleet: Fleet, *, host: str, out: Path, key_variable: str | None,
     key = key_in(key_variable, "mmopd serve", "--api-key-env") if key_variable else None
     specs = to_specs(fleet)
     if not specs:
-        raise UserError("no teacher of this fleet has a `model`: all of them run elsewhere, and there is nothing to serve")
+        raise UserError(
+            "no teacher of this fleet has a `model`: all of them run elsewhere, and there is nothing to serve"
+        )
     warn_of(host, console)
     logs = out.with_name(f"{out.stem}-logs")
     logs.mkdir(parents=True, exist_ok=True)
@@ -235,7 +279,8 @@ def serve_alone(fleet: Fleet, *, host: str, out: Path, key_variable: str | None,
         save(out, shown)
         console.print(_table(fleet, shown, servers))
         console.print(
-            f"The endpoints and their key: {out}\nUse them: mmopd train RECIPE --endpoints {out}\nLogs: {logs}\nCtrl-C stops.", markup=False
+            f"The endpoints and their key: {out}\nUse them: mmopd train RECIPE --endpoints {out}\nLogs: {logs}\nCtrl-C stops.",
+            markup=False,
         )
         while True:
             servers.check()
@@ -246,7 +291,9 @@ def warn_of(host: str, console: Console) -> None:
     """Say who else reaches servers that listen on `host`, unless it is this machine alone."""
     if not _is_loopback(host):
         advice = "use a private network or a tunnel"
-        console.print(f"[yellow]warning:[/] others reach --host {host} too; they need the key, and it travels in plain HTTP: {advice}")
+        console.print(
+            f"[yellow]warning:[/] others reach --host {host} too; they need the key, and it travels in plain HTTP: {advice}"
+        )
 
 
 def _joined(teachers: Sequence[str]) -> str:
@@ -263,7 +310,9 @@ def _models(endpoint: Endpoint, owner: str) -> list[str]:
             raise UserError(f"{owner}: {endpoint.url} does not take the key (status {reply.status_code})")
         models = [str(model["id"]) for model in reply.raise_for_status().json()["data"]]
     except (httpx.HTTPError, httpx.InvalidURL, ValueError, LookupError, TypeError) as error:
-        raise UserError(f"{owner}: {endpoint.url} does not answer as a vLLM server ({type(error).__name__}: {error})") from error
+        raise UserError(
+            f"{owner}: {endpoint.url} does not answer as a vLLM server ({type(error).__name__}: {error})"
+        ) from error
     if not models:
         raise UserError(f"{owner}: {endpoint.url} serves no model")
     return models

@@ -34,8 +34,13 @@ def find_route(fleet: Fleet, task: str, modality: str) -> Route:
     for route in fleet.routes:
         if fnmatchcase(task, route.task) and fnmatchcase(modality, route.modality):
             return route
-    routes = "".join(f"\n  - {{task: {r.task!r}, modality: {r.modality!r}, teacher: {r.teacher}}}" for r in fleet.routes) or " none"
-    raise UserError(f"no route for prompts of task {task!r} and modality {modality!r}; add one to the fleet's routes, which are:{routes}")
+    routes = (
+        "".join(f"\n  - {{task: {r.task!r}, modality: {r.modality!r}, teacher: {r.teacher}}}" for r in fleet.routes)
+        or " none"
+    )
+    raise UserError(
+        f"no route for prompts of task {task!r} and modality {modality!r}; add one to the fleet's routes, which are:{routes}"
+    )
 
 
 def find_view(fleet: Fleet, tasks: Mapping[str, Task], task: str, name: str) -> View:
@@ -49,7 +54,9 @@ def find_view(fleet: Fleet, tasks: Mapping[str, Task], task: str, name: str) -> 
         if name in views:
             return views[name]
     known = [known for views in layers for known in views]
-    raise UserError(f"no view {name!r} for prompts of task {task!r}, in the fleet, the task, or built in{suggest(name, known)}")
+    raise UserError(
+        f"no view {name!r} for prompts of task {task!r}, in the fleet, the task, or built in{suggest(name, known)}"
+    )
 
 
 def find_judges(fleet: Fleet, tasks: Mapping[str, Task], task: str, modality: str) -> tuple[Judge, ...]:
@@ -60,7 +67,12 @@ def find_judges(fleet: Fleet, tasks: Mapping[str, Task], task: str, modality: st
     """
     route = find_route(fleet, task, modality)
     return tuple(
-        Judge(name, share, fleet.teachers[name].weight, find_view(fleet, tasks, task, route.view or fleet.teachers[name].view))
+        Judge(
+            name,
+            share,
+            fleet.teachers[name].weight,
+            find_view(fleet, tasks, task, route.view or fleet.teachers[name].view),
+        )
         for name, share in route.teachers.items()
     )
 
@@ -79,11 +91,14 @@ def load_teachers(recipe: Recipe) -> Fleet:
 def routed(fleet: Fleet) -> Fleet:
     """The fleet without the teachers that no route leads to."""
     used = {name for route in fleet.routes for name in route.teachers}
-    return fleet.model_copy(update={"teachers": {name: teacher for name, teacher in fleet.teachers.items() if name in used}})
+    return fleet.model_copy(
+        update={"teachers": {name: teacher for name, teacher in fleet.teachers.items() if name in used}}
+    )
 
 
 def references(fleet: Fleet, objective: Objective) -> Fleet | None:
-    """The fleet in which each route leads to its teachers' references instead; None for an objective that has no reference.
+    """The fleet in which each route leads to its teachers' references instead; None for an objective that has no
+    reference.
 
     Raises:
         UserError: a teacher has no reference, or the fleet has no teacher of a reference's name.
@@ -106,7 +121,8 @@ def references(fleet: Fleet, objective: Objective) -> Fleet | None:
 
 
 def check_routes(fleet: Fleet, tasks: Mapping[str, Task], pairs: Iterable[tuple[str, str]]) -> None:
-    """Every (task, modality) of a mixture has its teachers, and every view of the fleet and of these tasks is well formed.
+    """Every (task, modality) of a mixture has its teachers, and every view of the fleet and of these tasks is well
+    formed.
 
     Whether a row has the texts that its view shows is known when the row is read.
 
@@ -126,7 +142,8 @@ def check_routes(fleet: Fleet, tasks: Mapping[str, Task], pairs: Iterable[tuple[
 
 
 def check_tokenizers(student: Path, teachers: Mapping[str, Path]) -> None:
-    """Every token of the student has the same id in each teacher; a teacher may know more tokens, or fewer padding rows.
+    """Every token of the student has the same id in each teacher; a teacher may know more tokens, or fewer padding
+    rows.
 
     Scoring is by ids alone, so that a teacher with other ids would judge another text, without any error.
 
@@ -136,7 +153,11 @@ def check_tokenizers(student: Path, teachers: Mapping[str, Path]) -> None:
     ours = _vocabulary(student)
     for name, folder in teachers.items():
         theirs = _vocabulary(folder)
-        differing = [(token, i, theirs.get(token)) for token, i in sorted(ours.items(), key=lambda item: item[1]) if theirs.get(token) != i]
+        differing = [
+            (token, i, theirs.get(token))
+            for token, i in sorted(ours.items(), key=lambda item: item[1])
+            if theirs.get(token) != i
+        ]
         if differing:
             shown = ", ".join(
                 f"{token!r} is {i} for the student and {'unknown' if their is None else their} for the teacher"

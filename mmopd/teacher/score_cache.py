@@ -1,7 +1,8 @@
 """Scores on disk, so that a run that is killed and resumed asks for none of them again.
 
-A resumed run rolls out the same responses from its last checkpoint on. Each rank appends to a file of its own, and all files are read
-at the start, however many ranks there were; a checkpoint makes what came before it useless, and empties them.
+A resumed run rolls out the same responses from its last checkpoint on. Each rank appends to a file of its own, and all
+files are read at the start, however many ranks there were; a checkpoint makes what came before it useless, and empties
+them.
 """
 
 import os
@@ -36,7 +37,9 @@ class ScoreCache:
         self._size = os.fstat(self._writer).st_size
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         for file in self._files:
             os.close(file)
 

@@ -1,7 +1,8 @@
 """Scoring: the log-prob that a teacher gives to each token of a response, or an `Absent` that says why there is none.
 
-Token-exact, by ids and image bytes (see `wire`); over replicas that may fail (see `pool`). A score depends on nothing but
-(teacher, what it is shown, response), so that what is asked twice is computed once: short answers repeat a lot in a group.
+Token-exact, by ids and image bytes (see `wire`); over replicas that may fail (see `pool`). A score depends on nothing
+but (teacher, what it is shown, response), so that what is asked twice is computed once: short answers repeat a lot in a
+group.
 """
 
 import asyncio
@@ -20,12 +21,12 @@ from mmopd.config import Fleet, View
 from mmopd.errors import UserError
 from mmopd.modality import Encoder
 from mmopd.records import Absent, Encoded, Score
-from mmopd.task.base import Task
 from mmopd.serving import wire
-from mmopd.teacher.score_cache import ScoreCache
 from mmopd.serving.endpoint import Endpoint
 from mmopd.serving.replicas import Pool, connect
+from mmopd.task.base import Task
 from mmopd.teacher.router import Judge, find_judges
+from mmopd.teacher.score_cache import ScoreCache
 from mmopd.teacher.view import BUILT_IN, ViewError, blinded, encode_view, sees_image
 
 CACHE_TOKENS = 1_000_000  # log-probs that are remembered; about 32 MB
@@ -36,9 +37,10 @@ class Scorer:
     """Scores responses with the teachers of a fleet. An async context manager; it lives in one event loop.
 
     Attributes:
-        counts: `asked` = `scored` + sum of `absent/<cause>`, one for each call of `score`. `answers` of single teachers stand behind
-            them, of which `reused` cost no request. `requests` were sent, of which `failed/<cause>` failed and `cancelled` were called
-            off: `answers` - `reused` = `requests` - the failed - the cancelled ones. `hedged` requests went out since one was late.
+        counts: `asked` = `scored` + sum of `absent/<cause>`, one for each call of `score`. `answers` of single teachers
+            stand behind them, of which `reused` cost no request. `requests` were sent, of which `failed/<cause>` failed
+            and `cancelled` were called off: `answers` - `reused` = `requests` - the failed - the cancelled ones.
+            `hedged` requests went out since one was late.
 
     Args:
         fleet: teachers and routes.
@@ -49,8 +51,8 @@ class Scorer:
         kept: scores of an earlier life of the run; new ones are added to it (not with `top_k`).
 
     Raises:
-        UserError: a teacher that a route leads to has no endpoint; or `top_k` with a route to several teachers, whose likeliest
-            ids differ, so that no mean of them could be known.
+        UserError: a teacher that a route leads to has no endpoint; or `top_k` with a route to several teachers, whose
+            likeliest ids differ, so that no mean of them could be known.
     """
 
     def __init__(
@@ -65,11 +67,15 @@ class Scorer:
     ) -> None:
         if top_k and (shared := next((route for route in fleet.routes if len(route.teachers) > 1), None)):
             names = ", ".join(shared.teachers)
-            raise UserError(f"the {top_k} likeliest tokens of {names} cannot be mixed: each knows its own only; route to one teacher")
+            raise UserError(
+                f"the {top_k} likeliest tokens of {names} cannot be mixed: each knows its own only; route to one teacher"
+            )
         self._used = sorted({name for route in fleet.routes for name in route.teachers})
         for name in self._used:
             if not endpoints.get(name):
-                raise UserError(f"teacher {name!r} has no endpoint; it must be served before the run, or name its `endpoints`")
+                raise UserError(
+                    f"teacher {name!r} has no endpoint; it must be served before the run, or name its `endpoints`"
+                )
         self.counts: Counter[str] = Counter()
         self._fleet, self._tasks, self._endpoints, self._encoder, self._top_k = fleet, tasks, endpoints, encoder, top_k
         self._kept = None if top_k else kept
@@ -84,13 +90,19 @@ class Scorer:
         for name in self._used:
             teacher = self._fleet.teachers[name]
             limits = {"timeout": teacher.timeout, "patience": teacher.timeout}
-            self._pools[name] = Pool(self._endpoints[name], self._http, **limits, concurrency=teacher.concurrency, counts=self.counts)
+            self._pools[name] = Pool(
+                self._endpoints[name], self._http, **limits, concurrency=teacher.concurrency, counts=self.counts
+            )
         return self
 
-    async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         for task in self._running.values():
             task.cancel()
-        await asyncio.gather(*self._running.values(), *(view for _, view in self._shown.values()), return_exceptions=True)
+        await asyncio.gather(
+            *self._running.values(), *(view for _, view in self._shown.values()), return_exceptions=True
+        )
         await self._http.close()
 
     def sees_image(self, encoded: Encoded) -> bool:
@@ -100,8 +112,8 @@ class Scorer:
     async def score(self, encoded: Encoded, tokens: tuple[int, ...], *, blind: bool = False) -> Score | Absent:
         """The score of a response (its ids, end token included) by the teachers that its prompt is routed to.
 
-        Of several, it is the mean of their log-probs by their shares; if one of them gives none there is none, since the target
-        must not change from response to response. Never raises for what a teacher does or fails to do.
+        Of several, it is the mean of their log-probs by their shares; if one of them gives none there is none, since
+        the target must not change from response to response. Never raises for what a teacher does or fails to do.
 
         Args:
             blind: with blank images in place of the prompt's.
@@ -129,7 +141,9 @@ class Scorer:
             self._judges[kind] = find_judges(self._fleet, self._tasks, *kind)
         return self._judges[kind]
 
-    async def _score_by(self, judge: Judge, encoded: Encoded, tokens: tuple[int, ...], *, blind: bool) -> wire.Scored | Absent:
+    async def _score_by(
+        self, judge: Judge, encoded: Encoded, tokens: tuple[int, ...], *, blind: bool
+    ) -> wire.Scored | Absent:
         try:
             shown = await self._show(encoded, blinded(judge.view) if blind else judge.view)
         except ViewError as fault:
@@ -154,13 +168,20 @@ class Scorer:
         if view == BUILT_IN["full"]:
             return encoded
         key = (id(encoded), view)
-        if (found := self._shown.get(key)) is None:  # what is kept holds the prompt too, so that its id is not given to another
-            found = self._shown[key] = encoded, asyncio.create_task(asyncio.to_thread(encode_view, self._encoder, encoded, view))
+        if (
+            found := self._shown.get(key)
+        ) is None:  # what is kept holds the prompt too, so that its id is not given to another
+            found = self._shown[key] = (
+                encoded,
+                asyncio.create_task(asyncio.to_thread(encode_view, self._encoder, encoded, view)),
+            )
         return await asyncio.shield(found[1])
 
     async def _ask(self, teacher: str, shown: Encoded, tokens: tuple[int, ...], images: bytes) -> wire.Scored | Absent:
         def build(model: str) -> bytes:
-            return wire.scoring_body(model, shown.ids, shown.prompt.images, tokens, self._top_k, videos=shown.prompt.videos)
+            return wire.scoring_body(
+                model, shown.ids, shown.prompt.images, tokens, self._top_k, videos=shown.prompt.videos
+            )
 
         def parse(reply: bytes, request_id: str) -> wire.Scored:
             return wire.parse_scored(reply, request_id, shown.expanded, tokens, self._top_k)

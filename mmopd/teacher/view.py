@@ -1,7 +1,7 @@
 """What a teacher is shown of a prompt: all of it, or a rewriting of its images and words.
 
-Only the prompt is rewritten. The ids of the response are the student's own under every view, so that a score has one number for
-each of the student's tokens, whatever stands before them.
+Only the prompt is rewritten. The ids of the response are the student's own under every view, so that a score has one
+number for each of the student's tokens, whatever stands before them.
 """
 
 from collections.abc import Mapping, Sequence
@@ -68,12 +68,12 @@ def blinded(view: View) -> View:
 def encode_view(encoder: Encoder, encoded: Encoded, view: View) -> Encoded:
     """The prompt as a teacher with this view reads it; `encoded` itself if that is all of it as it stands.
 
-    Under a pixel budget the images are sent in the size that the budget gives them, as PNG, and are expected to become that many
-    visual tokens: a server whose own budget is smaller answers with other ids, which is an error there.
+    Under a pixel budget the images are sent in the size that the budget gives them, as PNG, and are expected to become
+    that many visual tokens: a server whose own budget is smaller answers with other ids, which is an error there.
 
     Raises:
-        ViewError: the row lacks a text that the view shows (names the row and the text), or has an image or a clip that cannot be
-            redrawn, as no clip can under a pixel budget.
+        ViewError: the row lacks a text that the view shows (names the row and the text), or has an image or a clip that
+            cannot be redrawn, as no clip can under a pixel budget.
     """
     prompt = encoded.prompt
     budget = _budget(encoder.pixels, view)
@@ -87,7 +87,9 @@ def encode_view(encoder: Encoder, encoded: Encoded, view: View) -> Encoded:
             messages, images, videos = _without_images(messages, _fill(view.instead, prompt)), (), ()
         if redraws:
             if videos and budget is not None:
-                raise ViewError("a pixel budget is for images, and the prompt has a clip; give clips a route with another view")
+                raise ViewError(
+                    "a pixel budget is for images, and the prompt has a clip; give clips a route with another view"
+                )
             images = tuple(_redraw(image, budget, blank=view.images == "blank") for image in images)
             videos = tuple((_draw(None, clip_size(frames)),) * len(frames) for frames in videos)
         if view.hint:
@@ -112,7 +114,9 @@ def _budget(own: PixelPolicy, view: View) -> PixelPolicy | None:
 
 
 def _redraw(image: bytes, budget: PixelPolicy | None, *, blank: bool) -> bytes:
-    """The image in the size of the budget, or its own; grey if blank. What would not change stays as it is, byte for byte."""
+    """The image in the size of the budget, or its own; grey if blank. What would not change stays as it is, byte for
+    byte.
+    """
     size = own = size_of(open_image(image))
     if budget is not None:
         _, rows, columns = budget.grid(*own)
@@ -130,7 +134,11 @@ def _key(image: bytes | None, size: tuple[int, int]) -> tuple[bytes | None, tupl
 @cached(LRUCache(CACHE_BYTES, getsizeof=len), key=_key, lock=Lock())
 def _draw(image: bytes | None, size: tuple[int, int]) -> bytes:
     """A PNG of this (width, height): of the image, upright and resized as Qwen's processor does, or grey without one."""
-    drawn = Image.new("L", size, GREY) if image is None else to_rgb(open_image(image)).resize(size, Image.Resampling.BICUBIC)
+    drawn = (
+        Image.new("L", size, GREY)
+        if image is None
+        else to_rgb(open_image(image)).resize(size, Image.Resampling.BICUBIC)
+    )
     file = BytesIO()
     drawn.save(file, "PNG", compress_level=1)  # lossless at every level; the smallest files take ten times as long
     return file.getvalue()
@@ -187,5 +195,7 @@ def _parse(template: str) -> list[tuple[str, str | None]]:
         raise ViewError(f"{template!r}: {error}; a brace that is meant is written twice") from None
     for _, name, form, conversion in pieces:
         if name is not None and (not name.isidentifier() or form or conversion):
-            raise ViewError(f"{template!r}: a field is a plain name such as {{caption}}; a brace that is meant is written twice")
+            raise ViewError(
+                f"{template!r}: a field is a plain name such as {{caption}}; a brace that is meant is written twice"
+            )
     return [(literal, name) for literal, name, _, _ in pieces]

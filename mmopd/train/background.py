@@ -9,15 +9,16 @@ from typing import Any, ParamSpec, Self, TypeVar
 
 import torch
 
-from mmopd.train.distributed import Ranks
 from mmopd.runtime.watchdog import TRAINER, Watchdog
+from mmopd.train.distributed import Ranks
 
 P = ParamSpec("P")
 T = TypeVar("T")
 
 
 class Aside:
-    """`await aside(work, *arguments)` is the result of `work`. With `ahead` the event loop turns meanwhile, so that requests go on.
+    """`await aside(work, *arguments)` is the result of `work`. With `ahead` the event loop turns meanwhile, so that
+    requests go on.
 
     A context manager. Collectives stay in order, since each `work` is awaited before anything else of this rank begins.
     """
@@ -29,7 +30,9 @@ class Aside:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         if self._thread is not None:
             self._thread.shutdown(cancel_futures=True)
 

@@ -26,14 +26,17 @@ class Batch:
     old: Tensor  # [M] log-probs by the policy that learns, before its update
 
 
-def build_batch(samples: Sequence[Sample], settings: Algorithm, seed: int, old: Sequence[Tensor] | None = None) -> Batch:
+def build_batch(
+    samples: Sequence[Sample], settings: Algorithm, seed: int, old: Sequence[Tensor] | None = None
+) -> Batch:
     """What the objective makes of a step; samples that were to have a score and have none take no part.
 
     Args:
         samples: of the whole step, over all ranks, in one order on every rank.
         seed: of the balance's draws: (run seed, step).
-        old: log-probs [T] of each sample's tokens by the trainer, if they are to be used and not the engine's. What was sampled is then
-            weighted by `min(pi_old / pi_engine, ratio_cap)`, token by token (truncated importance sampling).
+        old: log-probs [T] of each sample's tokens by the trainer, if they are to be used and not the engine's. What was
+            sampled is then weighted by `min(pi_old / pi_engine, ratio_cap)`, token by token (truncated importance
+            sampling).
 
     Raises:
         ValueError: no sample has what the objective needs.
@@ -56,12 +59,21 @@ def build_batch(samples: Sequence[Sample], settings: Algorithm, seed: int, old: 
     else:
         targets = _distil(usable, student, response, outcome=outcome, group=group, settings=settings, seed=seed)
     if old is not None:
-        targets = replace(targets, token_weight=targets.token_weight * (student - sampled).exp().clamp(max=settings.ratio_cap))
+        targets = replace(
+            targets, token_weight=targets.token_weight * (student - sampled).exp().clamp(max=settings.ratio_cap)
+        )
     return Batch(usable, [slice(e - n, e) for e, n in zip(ends, lengths.tolist(), strict=True)], targets, student)
 
 
 def _distil(
-    scored: Sequence[Sample], student: Tensor, response: Tensor, *, outcome: Tensor, group: Tensor, settings: Algorithm, seed: int
+    scored: Sequence[Sample],
+    student: Tensor,
+    response: Tensor,
+    *,
+    outcome: Tensor,
+    group: Tensor,
+    settings: Algorithm,
+    seed: int,
 ) -> Targets:
     """Balance, calibrate and turn scores into advantages and weights."""
     exopd = settings.objective if isinstance(settings.objective, ExOPD) else None
@@ -79,12 +91,16 @@ def _distil(
     )
     if visual := settings.visual:
         seen = torch.tensor([x for s in scored for x in visual_advantage(s) or [math.nan] * len(s.response.tokens)])
-        targets = replace(targets, token_weight=visual_weights(targets.token_weight, seen, response, strength=visual.token_weight))
+        targets = replace(
+            targets, token_weight=visual_weights(targets.token_weight, seen, response, strength=visual.token_weight)
+        )
     return targets
 
 
 def visual_advantage(sample: Sample) -> list[float] | None:
-    """[T] log-prob of each token by the teacher with minus without the image, in nats; None unless both scores are there."""
+    """[T] log-prob of each token by the teacher with minus without the image, in nats; None unless both scores are
+    there.
+    """
     if not (isinstance(sample.score, Score) and isinstance(sample.blind, Score)):
         return None
     return [seeing - blind for seeing, blind in zip(sample.score.logprobs, sample.blind.logprobs, strict=True)]
@@ -93,7 +109,8 @@ def visual_advantage(sample: Sample) -> list[float] | None:
 def minibatches(batch: Batch, encoded: Sequence[Encoded], n: int) -> list[list[Item]]:
     """What each of at most `n` optimiser steps is given: the kept samples, whole groups dealt in turn.
 
-    Each is scaled to a step of its own, "mean over tokens, then mean over its responses": however few they are, it is a whole step.
+    Each is scaled to a step of its own, "mean over tokens, then mean over its responses": however few they are, it is a
+    whole step.
     """
     kept = [i for i, keep in enumerate(batch.targets.keep.tolist()) if keep]
     turn = {group: k % n for k, group in enumerate(dict.fromkeys(batch.samples[i].group for i in kept))}
@@ -116,7 +133,9 @@ def _item(batch: Batch, i: int, encoded: Sequence[Encoded], scale: float) -> Ite
 
 
 def _likeliest(sample: Sample) -> tuple[Tensor, Tensor] | None:
-    """(ids [T, K], log-probs [T, K]) of the tokens that the teacher finds likeliest at each position, where they were asked for."""
+    """(ids [T, K], log-probs [T, K]) of the tokens that the teacher finds likeliest at each position, where they were
+    asked for.
+    """
     if not isinstance(sample.score, Score) or sample.score.top is None:
         return None
     top = sample.score.top

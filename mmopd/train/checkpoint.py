@@ -1,7 +1,9 @@
-"""Checkpoints that are whole or not there: ZeRO shards, optimiser, schedule, every rank's random state, and the caller's state.
+"""Checkpoints that are whole or not there: ZeRO shards, optimiser, schedule, every rank's random state, and the
+caller's state.
 
 A checkpoint is written under a temporary name with a manifest of sizes and SHA-256 sums, flushed to disk, and then
-renamed. A save that was torn by a kill keeps its temporary name and is removed by the next one. Loading checks every byte.
+renamed. A save that was torn by a kill keeps its temporary name and is removed by the next one. Loading checks every
+byte.
 """
 
 import copy
@@ -45,7 +47,8 @@ class Checkpoints:
         self.keep, self.best = keep, best
 
     def save(self, trainer: Trainer, step: int, state: dict[str, Any], score: float | None = None) -> Path:
-        """Write everything that step `step + 1` depends on; collective. `state` is the caller's, JSON, the same on all ranks.
+        """Write everything that step `step + 1` depends on; collective. `state` is the caller's, JSON, the same on all
+        ranks.
 
         Args:
             score: by which the best are found, more is better; one without is none of them.
@@ -57,7 +60,10 @@ class Checkpoints:
         final = self.folder / f"step-{step:08d}"
         torn = self.folder / f".{final.name}.partial"
         if ranks.rank == 0:
-            for old in (*self.folder.glob(PARTIAL), *self.folder.glob(final.name)):  # a resumed run may come by the same step again
+            for old in (
+                *self.folder.glob(PARTIAL),
+                *self.folder.glob(final.name),
+            ):  # a resumed run may come by the same step again
                 shutil.rmtree(old)
             torn.mkdir(parents=True)
         ranks.barrier()
@@ -107,17 +113,24 @@ class Checkpoints:
 
     def _prune(self) -> None:
         old = self._finished()[: -self.keep]
-        scores = {path: score for path in old if not _problem(path) and (score := _score(path)) is not None} if self.best else {}
+        scores = (
+            {path: score for path in old if not _problem(path) and (score := _score(path)) is not None}
+            if self.best
+            else {}
+        )
         best = sorted(scores, key=lambda path: scores[path])[-self.best :]
         for path in set(old) - set(best):
-            shutil.rmtree(path, ignore_errors=True)  # what cannot be removed now is tried again by the next save, and is no whole one
+            shutil.rmtree(
+                path, ignore_errors=True
+            )  # what cannot be removed now is tried again by the next save, and is no whole one
 
 
 def load(trainer: Trainer, path: Path) -> dict[str, Any]:
     """Bring trainer and random states back to where `path` was saved; collective. Returns the caller's state.
 
     Raises:
-        UserError: a file is missing, cut or changed (names it), or what another number of ranks has saved cannot be converted.
+        UserError: a file is missing, cut or changed (names it), or what another number of ranks has saved cannot be
+            converted.
     """
     ranks = trainer.ranks
     problem = _problem(path) or _changed(path, ranks)
@@ -146,7 +159,11 @@ def _write(trainer: Trainer, torn: Path, state: dict[str, Any]) -> None:
     trainer.engine.save_checkpoint(str(torn), tag=ZERO, save_latest=False)
     torch.save(_random_state(), torn / f"random-{ranks.rank:05d}.pt")
     ranks.barrier()
-    sums = dict(part for parts in ranks.gather_objects(_sums(torn, _share(_files(torn), ranks), flush=True)) for part in parts.items())
+    sums = dict(
+        part
+        for parts in ranks.gather_objects(_sums(torn, _share(_files(torn), ranks), flush=True))
+        for part in parts.items()
+    )
     if ranks.rank == 0:
         _write_flushed(torn / MANIFEST, json.dumps(sums, indent=1, sort_keys=True))
         for inner in {torn, *(torn / name for name in sums)}:
@@ -159,7 +176,8 @@ def _needed(trainer: Trainer) -> int:
 
 
 def _load_resized(trainer: Trainer, path: Path) -> None:
-    """Load what another number of ranks has saved, by way of DeepSpeed's universal format: a copy, made beside it and removed again.
+    """Load what another number of ranks has saved, by way of DeepSpeed's universal format: a copy, made beside it and
+    removed again.
 
     Weights that are not trained are not in it; they are those of the student's folder still.
     """
@@ -176,7 +194,9 @@ def _load_resized(trainer: Trainer, path: Path) -> None:
     while not any(ranks.all_max([converter is not None and converter.poll() is not None])):
         time.sleep(0.2)
     if any(ranks.all_max([converter is not None and converter.returncode != 0])):
-        raise UserError(f"{path}: cannot be converted for {ranks.size} ranks (is the disk full?); the log of rank 0 says why")
+        raise UserError(
+            f"{path}: cannot be converted for {ranks.size} ranks (is the disk full?); the log of rank 0 says why"
+        )
     decay = [group["weight_decay"] for group in engine.optimizer.param_groups]
     engine._config.load_universal_checkpoint = True
     engine.load_checkpoint(str(universal), tag=ZERO)
@@ -211,7 +231,9 @@ def _sums(folder: Path, names: Iterable[str], flush: bool) -> dict[str, tuple[in
 
 
 def _problem(path: Path) -> str:
-    """What is visibly wrong with a checkpoint: no manifest, a file that is missing or has another size; "" if nothing is."""
+    """What is visibly wrong with a checkpoint: no manifest, a file that is missing or has another size; "" if nothing
+    is.
+    """
     try:
         manifest: dict[str, tuple[int, str]] = json.loads((path / MANIFEST).read_text())
     except (OSError, ValueError):

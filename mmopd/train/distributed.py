@@ -17,7 +17,11 @@ import torch.distributed as dist
 
 from mmopd.errors import UserError
 
-SRUN = {"RANK": "SLURM_PROCID", "WORLD_SIZE": "SLURM_STEP_NUM_TASKS", "LOCAL_RANK": "SLURM_LOCALID"}  # of a task of a step
+SRUN = {
+    "RANK": "SLURM_PROCID",
+    "WORLD_SIZE": "SLURM_STEP_NUM_TASKS",
+    "LOCAL_RANK": "SLURM_LOCALID",
+}  # of a task of a step
 T = TypeVar("T")
 
 
@@ -69,7 +73,8 @@ class Ranks:
 
 
 def start(timeout: float) -> Ranks:
-    """Join the process group that RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT describe, or SLURM's srun; else alone.
+    """Join the process group that RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT describe, or SLURM's srun;
+    else alone.
 
     Args:
         timeout: seconds after which waiting for another rank is an error.
@@ -85,7 +90,9 @@ def start(timeout: float) -> Ranks:
     # Would compile C++ at start, and serves inference only: the collectives of training are gloo's or NCCL's.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.utils.logger.setLevel("WARNING")
-    warnings.filterwarnings("ignore", "`torch.distributed.*` is deprecated", FutureWarning)  # of DeepSpeed's own calls, at each of them
+    warnings.filterwarnings(
+        "ignore", "`torch.distributed.*` is deprecated", FutureWarning
+    )  # of DeepSpeed's own calls, at each of them
     limit = datetime.timedelta(seconds=timeout)
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if on_gpu else torch.device("cpu")
     if on_gpu:
@@ -101,7 +108,13 @@ def place(env: Mapping[str, str]) -> dict[str, str]:
     """
     if int(env.get("SLURM_STEP_NUM_TASKS", 1)) > 1:
         return {name: env[slurm] for name, slurm in SRUN.items()}
-    return {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    return {
+        "RANK": "0",
+        "WORLD_SIZE": "1",
+        "LOCAL_RANK": "0",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(free_port()),
+    }
 
 
 def waited_in_vain(error: RuntimeError) -> bool:

@@ -6,8 +6,8 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from mmopd.report.model_card import CARD
-from mmopd.train.trainer import Trainer
 from mmopd.train.lora import save_adapter
+from mmopd.train.trainer import Trainer
 
 ADAPTER = "adapter"
 WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json", "*.pt", "*.pth")
@@ -16,9 +16,9 @@ WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.js
 def export(trainer: Trainer, target: Path, card: str = "") -> Path:
     """Write weights, configuration, processor, tokenizer and generation settings to `target`; collective.
 
-    Written under a temporary name and then renamed, so `target` is whole or not there.
-    Everything but the weights and their configuration is the source folder's own, unchanged. If adapters were trained, the
-    weights have them merged, and they are in `target/adapter` on their own, as a peft folder for the source folder's model.
+    Written under a temporary name and then renamed, so `target` is whole or not there. Everything but the weights and
+    their configuration is the source folder's own, unchanged. If adapters were trained, the weights have them merged,
+    and they are in `target/adapter` on their own, as a peft folder for the source folder's model.
 
     Args:
         card: the text of its README.md; the source's own is of another model.
@@ -35,7 +35,9 @@ def export(trainer: Trainer, target: Path, card: str = "") -> Path:
         if trainer.settings.lora is not None:  # gathered by all before rank 0 writes it
             save_adapter(trainer.student, trainer.settings.lora, trainer.source, torn / ADAPTER, write=writes)
         if writes:
-            trainer.student.save_pretrained(torn, state_dict=state, save_original_format=False)  # it is the checkpoint's format already
+            trainer.student.save_pretrained(
+                torn, state_dict=state, save_original_format=False
+            )  # it is the checkpoint's format already
             _complete(torn, trainer.source)
             if card:
                 (torn / CARD).write_text(card)
@@ -52,5 +54,9 @@ def export(trainer: Trainer, target: Path, card: str = "") -> Path:
 def _complete(folder: Path, source: Path) -> None:
     """Copy what the model needs besides weights and configuration."""
     for file in source.iterdir():
-        if file.is_file() and file.name not in {"config.json", CARD} and not any(file.match(pattern) for pattern in WEIGHTS):
+        if (
+            file.is_file()
+            and file.name not in {"config.json", CARD}
+            and not any(file.match(pattern) for pattern in WEIGHTS)
+        ):
             shutil.copyfile(file, folder / file.name)

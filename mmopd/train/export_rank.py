@@ -1,16 +1,18 @@
-"""One rank of `mmopd export`: `python -m mmopd.train.export_rank RUN CHECKPOINT OUT`, in the environment of a training rank."""
+"""One rank of `mmopd export`: `python -m mmopd.train.export_rank RUN CHECKPOINT OUT`, in the environment of a training
+rank.
+"""
 
 import sys
 from pathlib import Path
 
-from mmopd.report.model_card import model_card
 from mmopd.errors import UserError
 from mmopd.modality import Encoder
+from mmopd.report.model_card import model_card
 from mmopd.runtime.run_folder import RunFolder, step_of
 from mmopd.train.checkpoint import load
-from mmopd.train.trainer import Trainer
 from mmopd.train.export import export
 from mmopd.train.rank import joined
+from mmopd.train.trainer import Trainer
 
 
 def main() -> int:
@@ -20,7 +22,9 @@ def main() -> int:
     recipe = run.recipe()
     try:
         with joined(run, "export", recipe.train.timeout) as (ranks, watchdog), watchdog:
-            trainer = Trainer(recipe.student.model, Encoder(recipe.student.model), recipe.train, recipe.algorithm, ranks)
+            trainer = Trainer(
+                recipe.student.model, Encoder(recipe.student.model), recipe.train, recipe.algorithm, ranks
+            )
             load(trainer, checkpoint)
             export(trainer, out, model_card(run, recipe, step_of(checkpoint.name)))
     except UserError as error:

@@ -13,7 +13,8 @@ from liger_kernel.chunked_loss.fused_linear_ppo import _ChunkedSelectiveLogProbF
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-# Columns of logits that exist at once, for up to 2,048 rows: 4 MiB of them stay in a CPU's cache, which saves a quarter of the time.
+# Columns of logits that exist at once, for up to 2,048 rows: 4 MiB of them stay in a CPU's cache, which saves a quarter
+# of the time.
 GPU_CHUNK, CPU_CHUNK = 4096, 512
 VOCABULARY_CHUNK = GPU_CHUNK if torch.cuda.is_available() else CPU_CHUNK
 ROWS = 64  # rows of logits that exist at once where several log-probs of each are asked for
@@ -29,7 +30,9 @@ class LogprobHead(nn.Linear):
         if targets.ndim == 2:
             some = zip(hidden.split(ROWS), targets.split(ROWS), strict=True)
             return torch.cat([checkpoint(self._several, rows, ids, use_reentrant=False) for rows, ids in some])
-        logprobs: Tensor = _ChunkedSelectiveLogProbFunction.apply(hidden, self.weight, targets, self.bias, 1.0, VOCABULARY_CHUNK)
+        logprobs: Tensor = _ChunkedSelectiveLogProbFunction.apply(
+            hidden, self.weight, targets, self.bias, 1.0, VOCABULARY_CHUNK
+        )
         return logprobs
 
     def _several(self, hidden: Tensor, targets: Tensor) -> Tensor:
@@ -62,18 +65,22 @@ class Student:
         video_index: Sequence[int] = (),
         **kwargs: Any,
     ) -> Any:
-        """The base class's forward, or, with `logprob_targets` [M] or [M, K], their float32 log-probs of the same shape.
+        """The base class's forward, or, with `logprob_targets` [M] or [M, K], their float32 log-probs of the same
+        shape.
 
         Args:
             logprob_index: [M] rows of the flattened [B * W] hidden states that predict the targets.
             logprob_targets: [M] token ids.
-            image_index: the row of `image_grid_thw` of each image in `input_ids`; an image that many responses share is encoded once.
+            image_index: the row of `image_grid_thw` of each image in `input_ids`; an image that many responses share is
+                encoded once.
             video_index: the same of each clip; clips stand in `pixel_values` and `image_grid_thw` as images do.
         """
         if logprob_targets is None or logprob_index is None or image_index is None:
             return super().forward(*args, **kwargs)  # type: ignore[misc]
         seen = self.model.get_image_features(kwargs.pop("pixel_values"), kwargs.pop("image_grid_thw"), return_dict=True)
-        outputs = {kind: _pick(seen, index) for kind, index in (("image", image_index), ("video", video_index)) if index}
+        outputs = {
+            kind: _pick(seen, index) for kind, index in (("image", image_index), ("video", video_index)) if index
+        }
         hidden = self.model(*args, mm_encoder_outputs=outputs, use_cache=False, **kwargs).last_hidden_state
         return self.lm_head(hidden.flatten(0, 1).index_select(0, logprob_index), logprob_targets)
 

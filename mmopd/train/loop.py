@@ -12,28 +12,28 @@ from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from statistics import fmean
 
-from mmopd.report.model_card import model_card
 from mmopd.config import Algorithm, Recipe
 from mmopd.errors import UserError
 from mmopd.modality import Encoder
 from mmopd.records import Absent, Encoded, Outcome, Sample
+from mmopd.report.model_card import model_card
 from mmopd.rollout.collect import seed_of, version_of
 from mmopd.rollout.sync import connect
 from mmopd.runtime.run_folder import RunFolder
+from mmopd.runtime.watchdog import Watchdog
 from mmopd.train.background import Aside
 from mmopd.train.batch import Batch, build_batch, minibatches
 from mmopd.train.checkpoint import Checkpoints, load
 from mmopd.train.distributed import Ranks
-from mmopd.train.trainer import Trainer
 from mmopd.train.export import export
-from mmopd.train.skipped import Guard
-from mmopd.train.weight_publisher import Handover
-from mmopd.train.weight_probe import probe_items
 from mmopd.train.recompute import recompute
 from mmopd.train.recorder import Recorder
 from mmopd.train.rollouts import Rollouts
+from mmopd.train.skipped import Guard
 from mmopd.train.stream import Stream
-from mmopd.runtime.watchdog import Watchdog
+from mmopd.train.trainer import Trainer
+from mmopd.train.weight_probe import probe_items
+from mmopd.train.weight_publisher import Handover
 
 
 async def train(
@@ -43,12 +43,13 @@ async def train(
 
     Args:
         changed: sources that were added to the mixture or removed from it on purpose, since the checkpoint.
-        stop: once it is set on a rank, or the run has a file `stop`, all end behind the step that they are in, with a checkpoint and
-            without an export.
+        stop: once it is set on a rank, or the run has a file `stop`, all end behind the step that they are in, with a
+            checkpoint and without an export.
         watchdog: is told of all progress.
 
     Raises:
-        UserError: too many responses lack a score, too many updates were skipped, or the run cannot be continued with this data.
+        UserError: too many responses lack a score, too many updates were skipped, or the run cannot be continued with
+            this data.
         EngineError: the student's engine is gone for good.
         ProbeError: engine and trainer disagree after a weight sync.
     """
@@ -61,7 +62,11 @@ async def train(
     done = restore(checkpoints, trainer, stream, guard, changed)
     ahead = recipe.rollout.async_steps > 0
     aside = Aside(ranks, watchdog, ahead=ahead)
-    link = connect(recipe.student, run.read_endpoints()[0], recipe.train.timeout, ranks.device) if ranks.rank == 0 else None
+    link = (
+        connect(recipe.student, run.read_endpoints()[0], recipe.train.timeout, ranks.device)
+        if ranks.rank == 0
+        else None
+    )
     recorder = Recorder(run, recipe, encoder, done) if ranks.rank == 0 else None
     async with Rollouts(run, recipe, stream.sources, encoder, ranks) as rollouts:
         handover = Handover(trainer, rollouts.engines, link, probe_items(list(stream.sources.values()), encoder), aside)
@@ -90,7 +95,12 @@ async def train(
                     gap = await handover.publish(version_of(step + 1))
                 counts = rollouts.spent()
                 if recorder is not None:
-                    more |= {"probe": gap, "rollout_seconds": seconds} | clock.metrics() | scoring(counts) | stream.metrics()
+                    more |= (
+                        {"probe": gap, "rollout_seconds": seconds}
+                        | clock.metrics()
+                        | scoring(counts)
+                        | stream.metrics()
+                    )
                     recorder.step(step, prompts, samples, batch, updates=updates, more=more)
                 clock = Clock(watchdog)  # a checkpoint counts in the step behind it: its own is on disk before it
                 stopping = any(ranks.all_max([stop.is_set() or run.stop.exists()]))
@@ -143,13 +153,18 @@ def check_absent(samples: Sequence[Sample], limit: float, step: int) -> None:
     if len(absent) > limit * len(samples):
         causes = Counter((a.teacher, a.cause) for a in absent)
         details = {(a.teacher, a.cause): a.detail for a in absent}
-        lines = "".join(f"\n  {n} x {cause} from {teacher}: {details[teacher, cause]}" for (teacher, cause), n in causes.most_common())
+        lines = "".join(
+            f"\n  {n} x {cause} from {teacher}: {details[teacher, cause]}"
+            for (teacher, cause), n in causes.most_common()
+        )
         share = f"{len(absent)} of {len(samples)} responses have no score"
         raise UserError(f"step {step}: {share}, more than train.max_absent = {limit} allows:{lines}")
 
 
 def scoring(counts: Counter[str]) -> dict[str, float]:
-    """What the scores of a step cost, as metrics: requests, those that failed by cause, those that were hedged or not needed."""
+    """What the scores of a step cost, as metrics: requests, those that failed by cause, those that were hedged or not
+    needed.
+    """
     always = {f"scoring/{name}": float(counts[name]) for name in ("requests", "reused", "hedged")}
     return always | {f"scoring/{name}": float(n) for name, n in sorted(counts.items()) if name.startswith("failed/")}
 
@@ -172,4 +187,6 @@ class Clock:
 
     def metrics(self) -> dict[str, float]:
         """The parts, and the whole since the step began."""
-        return {"seconds": time.perf_counter() - self._begin} | {f"seconds/{part}": s for part, s in self.seconds.items()}
+        return {"seconds": time.perf_counter() - self._begin} | {
+            f"seconds/{part}": s for part, s in self.seconds.items()
+        }

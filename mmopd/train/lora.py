@@ -1,8 +1,10 @@
 """LoRA by peft: adapters beside the student's linear layers, which alone are trained.
 
-To everyone outside, the student has the weights that it would have if the adapters were merged: engine and export know nothing of LoRA
-([docs/decisions/015](../../docs/decisions/015-adapters-reach-the-engine-merged.md)). There is no dropout: with it the policy that is
-trained would not be the one that was sampled. The experts of a mixture are no linear layers and get no adapters.
+To everyone outside, the student has the weights that it would have if the adapters were merged: engine and export know
+    nothing of LoRA
+([docs/decisions/015](../../docs/decisions/015-adapters-reach-the-engine-merged.md)). There is no dropout: with it the
+policy that is trained would not be the one that was sampled. The experts of a mixture are no linear layers and get no
+adapters.
 """
 
 from collections.abc import Iterator
@@ -30,7 +32,9 @@ class Weight:
     """A weight of the student as the checkpoint has it."""
 
     name: str  # without a trace of adapters
-    parameters: tuple[Any, ...]  # what it is made of, to be gathered: itself; A [rank, in] and B [out, rank], if it has an adapter
+    parameters: tuple[
+        Any, ...
+    ]  # what it is made of, to be gathered: itself; A [rank, in] and B [out, rank], if it has an adapter
     scale: float = 0.0
 
     @property
@@ -49,7 +53,8 @@ class Weight:
 
 
 def add_adapters(student: Any, settings: Lora) -> None:
-    """Put an adapter beside each linear layer that the settings mean, and freeze everything else. The model computes what it did before.
+    """Put an adapter beside each linear layer that the settings mean, and freeze everything else. The model computes
+    what it did before.
 
     Raises:
         UserError: no layer is meant.
@@ -59,7 +64,9 @@ def add_adapters(student: Any, settings: Lora) -> None:
     chosen = [name for name in there if not settings.targets or name.rpartition(".")[2] in settings.targets]
     if unknown := set(settings.targets) - {name.rpartition(".")[2] for name in chosen}:
         known = ", ".join(sorted({name.rpartition(".")[2] for name in there}))
-        raise UserError(f"train.lora.targets: no linear layer {sorted(unknown)[0]!r} in {', '.join(settings.parts)}; there is {known}")
+        raise UserError(
+            f"train.lora.targets: no linear layer {sorted(unknown)[0]!r} in {', '.join(settings.parts)}; there is {known}"
+        )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)  # the same adapters on every rank
         inject_adapter_in_model(_config(settings, chosen), student)
@@ -73,7 +80,9 @@ def weights(student: Any) -> Iterator[Weight]:
         path, adapted, _ = name.partition(BASE)
         if adapted and name.endswith(".weight"):
             layer: LoraLayer = student.get_submodule(path)
-            yield Weight(f"{path}.weight", (p, layer.lora_A[NAME].weight, layer.lora_B[NAME].weight), layer.scaling[NAME])
+            yield Weight(
+                f"{path}.weight", (p, layer.lora_A[NAME].weight, layer.lora_B[NAME].weight), layer.scaling[NAME]
+            )
         else:
             yield Weight(name.replace(BASE, "."), (p,))
 
@@ -88,7 +97,9 @@ def save_adapter(student: Any, settings: Lora, base: Path, folder: Path, *, writ
         pair: dict[str, Any] = {"lora_A": layer.lora_A[NAME].weight, "lora_B": layer.lora_B[NAME].weight}
         with deepspeed.zero.GatheredParameters(list(pair.values())):
             if write:
-                state |= {f"base_model.model.{name}.{key}.weight": p.detach().to("cpu", copy=True) for key, p in pair.items()}
+                state |= {
+                    f"base_model.model.{name}.{key}.weight": p.detach().to("cpu", copy=True) for key, p in pair.items()
+                }
     if write:
         config = _config(settings, [name for name, _ in layers])
         config.base_model_name_or_path, config.inference_mode = str(base), True

@@ -1,12 +1,12 @@
 """Responses as micro-batches: which rank computes which, when, and as which tensors.
 
-Three steps. `deal` gives items to (rank, micro-step), those of a prompt together, from sizes alone, so every rank knows the whole
-assignment without talking. `fill_rows` packs the trees of one micro-batch into rows. `Collator` makes the tensors; only the rank that
-computes a micro-batch decodes its images.
+Three steps. `deal` gives items to (rank, micro-step), those of a prompt together, from sizes alone, so every rank knows
+the whole assignment without talking. `fill_rows` packs the trees of one micro-batch into rows. `Collator` makes the
+tensors; only the rank that computes a micro-batch decodes its images.
 
-With flash attention one row holds all trees; torch's attention computes a W x W mask per row, so rows are short there. Every micro-batch
-has at least one image, a blank one if need be: ZeRO-3 needs the vision tower to run as often on every rank. Images and clips go through it
-in one call.
+With flash attention one row holds all trees; torch's attention computes a W x W mask per row, so rows are short there.
+Every micro-batch has at least one image, a blank one if need be: ZeRO-3 needs the vision tower to run as often on every
+rank. Images and clips go through it in one call.
 
 Letters: T tokens of a response, B rows, W width, M response tokens of a micro-batch, I images and clips.
 """
@@ -26,7 +26,9 @@ from mmopd.train.prefix_tree import Item, Tree, grow, mask, sequences
 
 # Of torch's attention, whose mask is W x W: tokens of a row, unless three of the longest sample are more.
 ROW = 256
-Layout = Literal["masked", "flash", "alone"]  # rows of torch's attention; one row of flash attention; one sample a row, no tree
+Layout = Literal[
+    "masked", "flash", "alone"
+]  # rows of torch's attention; one row of flash attention; one sample a row, no tree
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,13 +41,23 @@ class MicroBatch:
     advantage: Tensor  # [M]
     weight: Tensor  # [M]
     order: list[int]  # numbers of its items, in the order of their tokens; [] for a dummy, which has M = 1 of weight 0
-    likeliest: Tensor | None = None  # [M, K] log-probs by the teacher of its likeliest tokens, which then are asked for, too
+    likeliest: Tensor | None = (
+        None  # [M, K] log-probs by the teacher of its likeliest tokens, which then are asked for, too
+    )
 
     def to(self, device: torch.device) -> "MicroBatch":
         """The same on another device."""
         inputs = {k: v.to(device, non_blocking=True) if isinstance(v, Tensor) else v for k, v in self.inputs.items()}
         likeliest = self.likeliest.to(device) if self.likeliest is not None else None
-        return MicroBatch(inputs, self.used, self.old.to(device), self.advantage.to(device), self.weight.to(device), self.order, likeliest)
+        return MicroBatch(
+            inputs,
+            self.used,
+            self.old.to(device),
+            self.advantage.to(device),
+            self.weight.to(device),
+            self.order,
+            likeliest,
+        )
 
 
 class Size(NamedTuple):
@@ -63,7 +75,9 @@ class Cost(NamedTuple):
     patch: float  # numbers of the vision tower, by those of the language model
 
     def of(self, tree: Sequence[Item]) -> Size:
-        """In tokens that see nothing: each token that is seen by one adds 1 / (6 H), a patch what its tower's size says."""
+        """In tokens that see nothing: each token that is seen by one adds 1 / (6 H), a patch what its tower's size
+        says.
+        """
         prompt, responses = len(tree[0].encoded.expanded), [len(item.tokens) for item in tree]
         tokens = prompt + sum(responses)
         seen = prompt**2 / 2 + sum(T * (prompt + T / 2) for T in responses)
@@ -73,7 +87,8 @@ class Cost(NamedTuple):
 def deal(
     items: Sequence[Item], ranks: int, max_tokens: int, max_patches: int, cost: Cost, *, together: bool = True
 ) -> list[list[list[int]]]:
-    """Item numbers by [rank][micro-step], as `assign` has it; those of a prompt together, as far as ranks can be alike all the same.
+    """Item numbers by [rank][micro-step], as `assign` has it; those of a prompt together, as far as ranks can be alike
+    all the same.
 
     Args:
         together: False for a student that computes each sample by itself.
@@ -87,10 +102,14 @@ def deal(
 def assign(sizes: Sequence[Size], ranks: int, max_tokens: int, max_patches: int) -> list[list[list[int]]]:
     """Numbers in `sizes` by [rank][micro-step], within the budgets and balanced by cost.
 
-    The smallest number of micro-steps in which either way of `_bins` finds room; the same number on every rank, and costs that are alike
-    within a micro-step. What is larger than a budget gets a micro-batch to itself.
+    The smallest number of micro-steps in which either way of `_bins` finds room; the same number on every rank, and
+    costs that are alike within a micro-step. What is larger than a budget gets a micro-batch to itself.
     """
-    steps = max(1, -(-sum(s.tokens for s in sizes) // (ranks * max_tokens)), -(-sum(s.patches for s in sizes) // (ranks * max_patches)))
+    steps = max(
+        1,
+        -(-sum(s.tokens for s in sizes) // (ranks * max_tokens)),
+        -(-sum(s.patches for s in sizes) // (ranks * max_patches)),
+    )
     budgets = max_tokens, max_patches
     while (bins := _bins(sizes, ranks * steps, *budgets) or _bins(sizes, ranks * steps, *budgets, tight=True)) is None:
         steps += 1
@@ -104,11 +123,13 @@ def assign(sizes: Sequence[Size], ranks: int, max_tokens: int, max_patches: int)
     return plan
 
 
-def _bins(sizes: Sequence[Size], n: int, max_tokens: int, max_patches: int, *, tight: bool = False) -> list[list[int]] | None:
+def _bins(
+    sizes: Sequence[Size], n: int, max_tokens: int, max_patches: int, *, tight: bool = False
+) -> list[list[int]] | None:
     """`n` bins, or None where a piece finds no room.
 
-    Dearest first, onto the cheapest bin that has room (LPT), which makes them alike; `tight`: largest first, into the fullest that has room
-    (best fit), which may need fewer.
+    Dearest first, onto the cheapest bin that has room (LPT), which makes them alike; `tight`: largest first, into the
+    fullest that has room (best fit), which may need fewer.
     """
     bins: list[list[int]] = [[] for _ in range(n)]
     cost, tokens, patches = np.zeros(n), np.zeros(n), np.zeros(n)
@@ -166,14 +187,19 @@ class Collator:
         """The micro-batch of the `chosen` items; a dummy of weight 0 if none are."""
         room = max([ROW, *(3 * items[i].length for i in chosen)])
         limit = {"masked": room, "flash": sum(items[i].length for i in chosen), "alone": 0}[self.layout]
-        trees = [Tree.of(items, numbers, self._positions(items[numbers[0]].encoded)) for numbers in grow(items, chosen, limit)]
+        trees = [
+            Tree.of(items, numbers, self._positions(items[numbers[0]].encoded))
+            for numbers in grow(items, chosen, limit)
+        ]
         if not any(items[i].patches for i in chosen):
             trees.append(Tree.blank(self.encoder.image_token))
         lengths = [len(tree.ids) for tree in trees]
         rows = [[trees[k] for k in row] for row in fill_rows(lengths, self.layout, room)]
         width = max(sum(len(tree.ids) for tree in row) for row in rows)
         ids = torch.zeros(len(rows), width, dtype=torch.long)
-        positions = torch.zeros(4, len(rows), width, dtype=torch.long)  # without a mask, padding is samples of one token each
+        positions = torch.zeros(
+            4, len(rows), width, dtype=torch.long
+        )  # without a mask, padding is samples of one token each
         index: list[Tensor] = []
         pictures = _Pictures(self.encoder, self.patch_size, self.merge)
         for r, row in enumerate(rows):
@@ -190,7 +216,9 @@ class Collator:
         order = [i for tree in chain.from_iterable(rows) for i in tree.numbers]
         none = [torch.zeros(1)] * 3
         old, advantage, weight = (
-            [torch.cat([getattr(items[i], n) for i in order]).float() for n in ("old", "advantage", "weight")] if order else none
+            [torch.cat([getattr(items[i], n) for i in order]).float() for n in ("old", "advantage", "weight")]
+            if order
+            else none
         )
         inputs: dict[str, Any] = {
             "input_ids": ids,
@@ -208,7 +236,9 @@ class Collator:
             inputs |= sequences(rows[0])
         tops = [top for i in order if (top := items[i].likeliest) is not None]
         if tops:  # [M, 1 + K]: the sampled token, then the teacher's likeliest
-            inputs["logprob_targets"] = torch.cat([inputs["logprob_targets"][:, None], torch.cat([ids for ids, _ in tops])], 1)
+            inputs["logprob_targets"] = torch.cat(
+                [inputs["logprob_targets"][:, None], torch.cat([ids for ids, _ in tops])], 1
+            )
         likeliest = torch.cat([logprobs for _, logprobs in tops]) if tops else None
         return MicroBatch(inputs, sum(lengths), old, advantage, weight, order, likeliest)
 

@@ -1,8 +1,10 @@
-"""Responses that share a prompt, as a tree: the prompt is computed once, and each response behind it as if it were alone with it.
+"""Responses that share a prompt, as a tree: the prompt is computed once, and each response behind it as if it were
+alone with it.
 
-A group of G takes P + T_1 + ... + T_G tokens instead of G P + T_1 + ... + T_G. What a token sees, and where it stands, are what they would
-be in a sample of its own, so that log-probs and gradients are, too. Torch's attention is told by a mask; flash attention by sequences that
-have more keys than queries: a response's keys are the prompt's and its own [not run on GPU].
+A group of G takes P + T_1 + ... + T_G tokens instead of G P + T_1 + ... + T_G. What a token sees, and where it stands,
+are what they would be in a sample of its own, so that log-probs and gradients are, too. Torch's attention is told by a
+mask; flash attention by sequences that have more keys than queries: a response's keys are the prompt's and its own [not
+run on GPU].
 
 Letters: P tokens of a prompt, T of a response, B rows, W width of a row.
 """
@@ -17,7 +19,8 @@ from torch import Tensor
 
 from mmopd.records import Encoded
 
-# Flash attention is given a prompt's keys once for each response: at most so many for each token of a tree, which bounds their memory.
+# Flash attention is given a prompt's keys once for each response: at most so many for each token of a tree, which
+# bounds their memory.
 KEYS = 8
 
 
@@ -30,7 +33,9 @@ class Item:
     old: Tensor  # [T] log-probs of the policy that sampled it
     advantage: Tensor  # [T]
     weight: Tensor  # [T] of each token in the loss; 0 = left out
-    likeliest: tuple[Tensor, Tensor] | None = None  # (ids [T, K], log-probs [T, K]) of the teacher's likeliest tokens; all items or none
+    likeliest: tuple[Tensor, Tensor] | None = (
+        None  # (ids [T, K], log-probs [T, K]) of the teacher's likeliest tokens; all items or none
+    )
 
     @classmethod
     def to_score(cls, encoded: Encoded, tokens: tuple[int, ...]) -> "Item":
@@ -72,7 +77,9 @@ class Tree:
         ids = torch.tensor([*encoded.expanded, *(token for tokens in responses for token in tokens)])
         end = int(prompt[1:].max()) + 1  # mRoPE counts an image's rows and columns, not its tokens
         after = torch.tensor([[prompt.shape[1]], [end], [end], [end]])
-        return cls(tuple(numbers), ids, torch.cat([prompt, *(after + torch.arange(n) for n in lengths[1:])], 1), lengths)
+        return cls(
+            tuple(numbers), ids, torch.cat([prompt, *(after + torch.arange(n) for n in lengths[1:])], 1), lengths
+        )
 
     @property
     def branches(self) -> Tensor:
@@ -81,15 +88,21 @@ class Tree:
 
     @property
     def predictors(self) -> Tensor:
-        """For each token of the responses, in order, which token of the tree predicts it: the one before it, or the prompt's last."""
+        """For each token of the responses, in order, which token of the tree predicts it: the one before it, or the
+        prompt's last.
+        """
         prompt, *responses = self.lengths
         begins = accumulate(self.lengths[:-1])
         last = torch.tensor([prompt - 1])
-        return torch.cat([torch.cat([last, torch.arange(b, b + n - 1)])[:n] for b, n in zip(begins, responses, strict=True)])
+        return torch.cat(
+            [torch.cat([last, torch.arange(b, b + n - 1)])[:n] for b, n in zip(begins, responses, strict=True)]
+        )
 
 
 def grow(items: Sequence[Item], chosen: Sequence[int], limit: int) -> list[list[int]]:
-    """Numbers of the `chosen` items by tree: those of a prompt, cut where a tree would exceed `limit` tokens (0: an item each) or KEYS."""
+    """Numbers of the `chosen` items by tree: those of a prompt, cut where a tree would exceed `limit` tokens (0: an
+    item each) or KEYS.
+    """
     found: list[list[int]] = []
     last: dict[str, tuple[list[int], int]] = {}  # key of a prompt -> its newest tree, and the tokens of that
     for i in chosen:
@@ -121,8 +134,8 @@ def sequences(row: Sequence[Tree]) -> dict[str, Any]:
     """The same for flash attention over one row: each prompt and each response is a sequence of queries.
 
     Returns:
-        key_index: the row's tokens that are the keys, sequence after sequence; the rest is in transformers' words. Queries are
-            the last of their keys, as causal masks of flash attention (2.1 and later) have it.
+        key_index: the row's tokens that are the keys, sequence after sequence; the rest is in transformers' words.
+            Queries are the last of their keys, as causal masks of flash attention (2.1 and later) have it.
     """
     queries, keys, index, end = [], [], [], 0
     for tree in row:
@@ -147,7 +160,13 @@ def with_key_index(attend: Callable[..., Any]) -> Callable[..., Any]:
     """An attention function of transformers' that takes what `sequences` gives; without `key_index` it is what it was."""
 
     def attend_by_index(
-        module: Any, query: Tensor, key: Tensor, value: Tensor, *rest: Any, key_index: Tensor | None = None, **named: Any
+        module: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *rest: Any,
+        key_index: Tensor | None = None,
+        **named: Any,
     ) -> Any:
         if key_index is not None:  # [1, heads, W, D] -> [1, heads, keys, D]
             key, value = key.index_select(2, key_index), value.index_select(2, key_index)

@@ -1,8 +1,9 @@
-"""One training rank: `python -m mmopd.train.rank RUN [SOURCE]...`, with RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT set.
+"""One training rank: `python -m mmopd.train.rank RUN [SOURCE]...`, with RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and
+MASTER_PORT set.
 
-`mmopd train` starts the ranks of one machine; any launcher that sets these variables starts them on several (torchrun, deepspeed; srun's
-own are understood), while `mmopd train --launcher` keeps the servers up. The SOURCEs are those that were added or removed on purpose before
-a resume.
+`mmopd train` starts the ranks of one machine; any launcher that sets these variables starts them on several (torchrun,
+deepspeed; srun's own are understood), while `mmopd train --launcher` keeps the servers up. The SOURCEs are those that
+were added or removed on purpose before a resume.
 """
 
 import asyncio
@@ -21,17 +22,21 @@ import torch
 from mmopd.config import Recipe
 from mmopd.errors import UserError
 from mmopd.runtime.run_folder import RunFolder
+from mmopd.runtime.watchdog import LEFT, TOGETHER, WAITED, Watchdog, asked_to_stop, pulse_of
 from mmopd.train import distributed
 from mmopd.train.distributed import Ranks
 from mmopd.train.loop import train
-from mmopd.runtime.watchdog import LEFT, TOGETHER, WAITED, Watchdog, asked_to_stop, pulse_of
 
 
 def main() -> int:
-    """Train; a UserError ends with its message and status 2, and SIGTERM with a checkpoint, behind the running step, and status 0."""
+    """Train; a UserError ends with its message and status 2, and SIGTERM with a checkpoint, behind the running step,
+    and status 0.
+    """
     if not torch.cuda.is_available():
         torch.set_num_threads(1)  # several processes with more threads than cores slow each other down 20 times
-    folder, *changed = (argument for argument in sys.argv[1:] if not argument.startswith("--local_rank="))  # deepspeed's, beside LOCAL_RANK
+    folder, *changed = (
+        argument for argument in sys.argv[1:] if not argument.startswith("--local_rank=")
+    )  # deepspeed's, beside LOCAL_RANK
     run = RunFolder(Path(folder))
     try:
         recipe = run.recipe()
@@ -58,7 +63,8 @@ def work(run: RunFolder, recipe: Recipe, changed: Sequence[str], stop: threading
 
 @contextmanager
 def joined(run: RunFolder, name: str, timeout: float) -> Iterator[tuple[Ranks, Watchdog]]:
-    """Be one of the ranks while the block lasts; if another one is why it ends, the exit status says so (`mmopd.runtime.rank_processes.check_ranks`).
+    """Be one of the ranks while the block lasts; if another one is why it ends, the exit status says so
+    (`mmopd.runtime.rank_processes.check_ranks`).
 
     Args:
         name: of these processes and their logs, before the number.
@@ -76,7 +82,9 @@ def joined(run: RunFolder, name: str, timeout: float) -> Iterator[tuple[Ranks, W
         if not (waited or distributed.was_left(error)):
             raise
         traceback.print_exc()
-        what = f"did not come within {TOGETHER * timeout:.0f} s (train.timeout = {timeout:g})" if waited else "has ended"
+        what = (
+            f"did not come within {TOGETHER * timeout:.0f} s (train.timeout = {timeout:g})" if waited else "has ended"
+        )
         print(f"error: rank {ranks.rank}, at {watchdog.where}: another one {what}", file=sys.stderr)
         raise SystemExit(WAITED if waited else LEFT) from None
     finally:
@@ -96,9 +104,13 @@ def check_place(wanted: int, engine: str, places: Sequence[tuple[str, bool]]) ->
     """
     hosts = list(dict.fromkeys(host for host, _ in places))
     if len(places) != wanted:
-        raise UserError(f"the launcher has started {len(places)} ranks, and train.ranks is {wanted}: make them the same")
+        raise UserError(
+            f"the launcher has started {len(places)} ranks, and train.ranks is {wanted}: make them the same"
+        )
     if engine in {"127.0.0.1", "localhost"} and len(hosts) > 1:
-        raise UserError(f"ranks run on {', '.join(hosts)}, and the servers listen on one of them alone: mmopd train --host 0.0.0.0")
+        raise UserError(
+            f"ranks run on {', '.join(hosts)}, and the servers listen on one of them alone: mmopd train --host 0.0.0.0"
+        )
     if not places[0][1]:
         raise UserError(
             f"rank 0 is on {hosts[0]}, and the student's engine on {engine}: it hands over the weights through the memory of one machine, "

@@ -1,12 +1,14 @@
-"""The log-probs of a batch by the trainer itself, in the place of those of the engine that sampled it: `train.old_logprobs: recompute`."""
+"""The log-probs of a batch by the trainer itself, in the place of those of the engine that sampled it:
+`train.old_logprobs: recompute`.
+"""
 
 from collections.abc import Sequence
 
 import torch
 
 from mmopd.records import Encoded, Sample
-from mmopd.train.trainer import Trainer
 from mmopd.train.prefix_tree import Item
+from mmopd.train.trainer import Trainer
 
 
 def recompute(
@@ -14,10 +16,12 @@ def recompute(
 ) -> tuple[list[torch.Tensor] | None, dict[str, float]]:
     """log pi_theta [T] of each sample's tokens, before the update, and by how much the engine's differ. Collective.
 
-    Where one of them is not finite, none is used, but the engine's: the update meets the same, and is skipped and kept (`guard`).
+    Where one of them is not finite, none is used, but the engine's: the update meets the same, and is skipped and kept
+    (`guard`).
 
     Returns:
-        the log-probs, or None; and as metrics: mismatch and mismatch_mean, the largest and the mean |trainer - engine| of a token, in nats.
+        the log-probs, or None; and as metrics: mismatch and mismatch_mean, the largest and the mean |trainer - engine|
+        of a token, in nats.
     """
     old = trainer.logprobs([Item.to_score(prompts[s.group], s.response.tokens) for s in samples])
     gaps = (torch.cat(old) - torch.tensor([x for s in samples for x in s.response.logprobs])).abs()

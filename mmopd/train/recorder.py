@@ -40,7 +40,9 @@ class Recorder:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self._metrics.close()
         self._samples.close()
 
@@ -63,7 +65,9 @@ class Recorder:
         """
         metrics = sampled(samples)
         if self._on_policy:
-            metrics |= accuracy(prompts, samples, self._threshold) | entropy(samples) | {"staleness": staleness(samples, step)}
+            metrics |= (
+                accuracy(prompts, samples, self._threshold) | entropy(samples) | {"staleness": staleness(samples, step)}
+            )
         metrics |= visual(prompts, samples) | divergence(prompts, batch) | calibration(batch.targets.diagnostics)
         metrics |= {f"share/{name}": metrics[name] / len(samples) for name in WHERE if name in metrics}
         if updates:
@@ -126,7 +130,9 @@ def entropy(samples: Sequence[Sample]) -> dict[str, float]:
 
 
 def staleness(samples: Sequence[Sample], step: int) -> float:
-    """Mean age of the tokens: by how many updates the weights that sampled them are older than those that learn from them."""
+    """Mean age of the tokens: by how many updates the weights that sampled them are older than those that learn from
+    them.
+    """
     ages = Counter[str]()
     for sample in samples:
         ages.update(dict(sample.response.versions))
@@ -134,13 +140,17 @@ def staleness(samples: Sequence[Sample], step: int) -> float:
 
 
 def divergence(prompts: Sequence[Encoded], batch: Batch) -> dict[str, float]:
-    """The reverse KL of each task and of each teacher, over the tokens that count; nothing where no teacher is learnt from."""
+    """The reverse KL of each task and of each teacher, over the tokens that count; nothing where no teacher is learnt
+    from.
+    """
     targets = batch.targets
     if targets.log_ratio is None or targets.counted is None:
         return {}
     nats: dict[str, float] = defaultdict(float)
     tokens: Counter[str] = Counter()
-    for sample, log_ratio, counted in zip(batch.samples, targets.log_ratio.tolist(), targets.counted.tolist(), strict=True):
+    for sample, log_ratio, counted in zip(
+        batch.samples, targets.log_ratio.tolist(), targets.counted.tolist(), strict=True
+    ):
         assert isinstance(sample.score, Score)
         for name in (f"reverse_kl/{prompts[sample.group].prompt.task}", f"reverse_kl_teacher/{sample.score.teacher}"):
             nats[name] -= log_ratio
@@ -163,7 +173,9 @@ def visual(prompts: Sequence[Encoded], samples: Sequence[Sample]) -> dict[str, f
 
 
 def calibration(seen: Mapping[str, float]) -> dict[str, float]:
-    """The diagnostics of the objective, under the names of `mmopd.report.metrics`; what a step does not have stays away."""
+    """The diagnostics of the objective, under the names of `mmopd.report.metrics`; what a step does not have stays
+    away.
+    """
     shares = {"balanced_away": "balanced_away_share", "masked": "masked_share"}
     counts = {name: round(seen[share] * seen["responses"]) for name, share in shares.items() if share in seen}
     names = {
@@ -180,4 +192,6 @@ def calibration(seen: Mapping[str, float]) -> dict[str, float]:
         **{f"margin_{when}": f"margin/{when}" for when in ("before", "after")},
         **{f"margin_p{q}_{when}": f"margin/p{q}_{when}" for q in (10, 50, 90) for when in ("before", "after")},
     }
-    return {"kept": seen["responses_kept"], **counts} | {ours: seen[theirs] for theirs, ours in names.items() if theirs in seen}
+    return {"kept": seen["responses_kept"], **counts} | {
+        ours: seen[theirs] for theirs, ours in names.items() if theirs in seen
+    }

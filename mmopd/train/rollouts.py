@@ -1,4 +1,6 @@
-"""Where the samples of a step come from: the student's rollouts, scored and verified; for SFT the answers that its teachers gave."""
+"""Where the samples of a step come from: the student's rollouts, scored and verified; for SFT the answers that its
+teachers gave.
+"""
 
 import asyncio
 import time
@@ -13,17 +15,17 @@ from typing import NamedTuple, Self
 from mmopd import catalog
 from mmopd.config import Dense, Recipe
 from mmopd.modality import Encoder
+from mmopd.passes.answers import Library
 from mmopd.prompts.shards import Shards
 from mmopd.records import Encoded, Sample
-from mmopd.passes.answers import Library
 from mmopd.rollout.collect import collect, version_of
 from mmopd.rollout.student_client import EngineError, StudentEngine
 from mmopd.runtime.run_folder import RunFolder
 from mmopd.task.base import Task
 from mmopd.task.verifier_pool import VerifierPool
+from mmopd.teacher.router import load_teachers, references
 from mmopd.teacher.score_cache import ScoreCache
 from mmopd.teacher.scorer import Scorer
-from mmopd.teacher.router import load_teachers, references
 from mmopd.train.distributed import Ranks
 from mmopd.train.weight_publisher import Handover
 
@@ -41,7 +43,9 @@ class Rollouts:
         UserError: a prompt has no teacher, a teacher no endpoint, or (SFT) its answers are not there.
     """
 
-    def __init__(self, run: RunFolder, recipe: Recipe, sources: Mapping[str, Shards], encoder: Encoder, ranks: Ranks) -> None:
+    def __init__(
+        self, run: RunFolder, recipe: Recipe, sources: Mapping[str, Shards], encoder: Encoder, ranks: Ranks
+    ) -> None:
         self._recipe, self._ranks = recipe, ranks
         students, teachers = run.read_endpoints()
         tasks: Mapping[str, Task] = catalog.load_tasks()
@@ -69,7 +73,9 @@ class Rollouts:
             self._stack = stack.pop_all()
         return self
 
-    async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         if self._rolling is not None:
             await self._rolling.cancel()
         await self._stack.aclose()
@@ -81,10 +87,12 @@ class Rollouts:
         return self._rolling
 
     async def finish(self, rolling: "Rolling", handover: Handover) -> tuple[list[Sample], float]:
-        """The samples in order of their groups, the same list on all ranks and however many there are; and the seconds it took. Collective.
+        """The samples in order of their groups, the same list on all ranks and however many there are; and the seconds
+        it took. Collective.
 
-        Where the engine was lost, it gets its weights anew, and the step is rolled out once more, from the same seeds. Rollouts that ran
-        ahead of a handover may have met an engine that it has replaced since: they get a second try before any is thought lost.
+        Where the engine was lost, it gets its weights anew, and the step is rolled out once more, from the same seeds.
+        Rollouts that ran ahead of a handover may have met an engine that it has replaced since: they get a second try
+        before any is thought lost.
 
         Raises:
             EngineError: the engine is gone for good, or does not answer as it should.
@@ -113,7 +121,9 @@ class Rollouts:
         if self._library is not None:
             samples = [sample for number, encoded in share for sample in self._library.samples(number, encoded, step)]
         else:
-            samples = await collect(share, recipe=self._recipe, step=step, engines=self.engines, verifiers=self._verifiers, **self._scorers)
+            samples = await collect(
+                share, recipe=self._recipe, step=step, engines=self.engines, verifiers=self._verifiers, **self._scorers
+            )
         return samples, time.perf_counter() - begin
 
 
@@ -135,7 +145,8 @@ class Rolling:
     async def end(self, ranks: Ranks) -> "End":
         """Wait until it has ended on all ranks, or an engine has failed on one. Collective.
 
-        Ranks look at each other every second, so that none waits for another for longer, however unlike their shares are.
+        Ranks look at each other every second, so that none waits for another for longer, however unlike their shares
+        are.
         """
         while True:
             await asyncio.wait({self.task}, timeout=LOOK_EVERY)

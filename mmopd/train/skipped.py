@@ -1,6 +1,8 @@
-"""Updates that are not made: where loss or gradient is not finite, the batch is kept for `mmopd replay`, and training goes on, for a while.
+"""Updates that are not made: where loss or gradient is not finite, the batch is kept for `mmopd replay`, and training
+goes on, for a while.
 
-Not settings: a run that skips more than a few updates does not need a higher limit, it needs somebody to look at what was kept.
+Not settings: a run that skips more than a few updates does not need a higher limit, it needs somebody to look at what
+    was kept.
 """
 
 import shutil
@@ -10,12 +12,12 @@ from collections.abc import Sequence
 
 from safetensors import SafetensorError
 
-from mmopd.errors import UserError
 from mmopd.commands.replay import write_batch
+from mmopd.errors import UserError
 from mmopd.runtime.run_folder import RunFolder
-from mmopd.train.trainer import NotFiniteError, Trainer
 from mmopd.train.export import export
 from mmopd.train.prefix_tree import Item
+from mmopd.train.trainer import NotFiniteError, Trainer
 
 ALLOWED, WINDOW = 3, 20  # updates that may be skipped, of so many one after the other
 KEPT = ALLOWED + 1  # batches in RUN/replay, each with the student's weights; the oldest go
@@ -64,7 +66,9 @@ class Guard:
             )
 
     def _keep(self, step: int, items: Sequence[Item], error: NotFiniteError) -> None:
-        """The batch and the weights that it met, in RUN/replay; where there is no room for them, training goes on without."""
+        """The batch and the weights that it met, in RUN/replay; where there is no room for them, training goes on
+        without.
+        """
         folder, fault = self._run.replay_of(step), ""
         try:
             if self._trainer.ranks.rank == 0:
@@ -78,6 +82,9 @@ class Guard:
             self._trainer.ranks.agree(fault)
             export(self._trainer, folder / "model")
         except UserError as lost:
-            print(f"warning: step {step} was skipped ({error}), and is not kept for `mmopd replay`: {lost}", file=sys.stderr)
+            print(
+                f"warning: step {step} was skipped ({error}), and is not kept for `mmopd replay`: {lost}",
+                file=sys.stderr,
+            )
             if self._trainer.ranks.rank == 0:
                 shutil.rmtree(folder, ignore_errors=True)

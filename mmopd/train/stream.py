@@ -1,4 +1,6 @@
-"""The prompts of a run, step by step: the mixture's plan with its schedule, inside a source by difficulty. All ranks draw the same."""
+"""The prompts of a run, step by step: the mixture's plan with its schedule, inside a source by difficulty. All ranks
+draw the same.
+"""
 
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
@@ -32,8 +34,12 @@ class Stream:
     def __init__(self, recipe: Recipe, run: RunFolder, encoder: Encoder) -> None:
         mixture = catalog.load_mixture(recipe.mixture)
         self._n, self._encoder = recipe.rollout.prompts, encoder
-        self.sources: Mapping[str, Shards] = open_mixture(mixture, catalog.load_tasks(), Path.cwd(), hash_processor(recipe.student.model))
-        measured = difficulty_counts.load(run.difficulty / difficulty_counts.FILE) if recipe.algorithm.difficulty else {}
+        self.sources: Mapping[str, Shards] = open_mixture(
+            mixture, catalog.load_tasks(), Path.cwd(), hash_processor(recipe.student.model)
+        )
+        measured = (
+            difficulty_counts.load(run.difficulty / difficulty_counts.FILE) if recipe.algorithm.difficulty else {}
+        )
         rows = {
             name: Rows(len(shards), shards.fingerprint, measured[name].weights if measured else None)
             for name, shards in self.sources.items()
@@ -73,7 +79,9 @@ class Stream:
             UserError: a row could be read on one rank and not on another.
         """
         if len(set(ranks.gather_objects(sum(self._plan.replaced.values())))) > 1:
-            raise UserError("a row could be read on one rank and not on another: all ranks must see the same shards, whole")
+            raise UserError(
+                "a row could be read on one rank and not on another: all ranks must see the same shards, whole"
+            )
 
     def metrics(self) -> dict[str, float]:
         """How often each source has been gone through, and how many of its rows could not be used."""

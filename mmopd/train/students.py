@@ -1,8 +1,9 @@
 """Which models can be students, and their parts: vision tower, projector, language model.
 
-A student has the name of its family's class: transformers looks up weight conversions by it, and writes it into exported configurations.
-Qwen3.5 mixes attention with gated delta nets, whose state runs on from one sample of a row into the next, so that its samples have a row
-each ([docs/decisions/014](../../docs/decisions/014-one-sample-a-row-for-linear-attention.md)).
+A student has the name of its family's class: transformers looks up weight conversions by it, and writes it into
+exported configurations. Qwen3.5 mixes attention with gated delta nets, whose state runs on from one sample of a row
+into the next, so that its samples have a row each
+([docs/decisions/014](../../docs/decisions/014-one-sample-a-row-for-linear-attention.md)).
 """
 
 from collections.abc import Collection, Mapping
@@ -30,13 +31,17 @@ FAMILIES = {  # model_type -> name of the family, class in transformers
     "qwen3_5": ("Qwen3.5", "Qwen3_5ForConditionalGeneration"),
     "qwen3_5_moe": ("Qwen3.5-MoE", "Qwen3_5MoeForConditionalGeneration"),
 }
-STUDENTS: dict[str, type[Any]] = {kind: type(name, (Student, getattr(transformers, name)), {}) for kind, (_, name) in FAMILIES.items()}
+STUDENTS: dict[str, type[Any]] = {
+    kind: type(name, (Student, getattr(transformers, name)), {}) for kind, (_, name) in FAMILIES.items()
+}
 FUSED_EXPERTS = (".mlp.experts.gate_up_proj", ".mlp.experts.down_proj")
 PROJECTOR = ("model.visual.merger.", "model.visual.deepstack_merger_list.")
 
 
 def attention() -> str:
-    """The attention of this machine: flash_attention_2 (variable length, one row) where it is installed, else torch's own."""
+    """The attention of this machine: flash_attention_2 (variable length, one row) where it is installed, else torch's
+    own.
+    """
     return "flash_attention_2" if torch.cuda.is_available() and is_flash_attn_2_available() else "sdpa"
 
 
@@ -55,7 +60,9 @@ def load_student(folder: Path, dtype: torch.dtype) -> Any:
         raise UserError(f"{folder}: no student class for model_type {kind!r}; there is {there}")
     AttentionInterface.register("flash_attention_2", with_key_index(flash_attention_forward))
     try:
-        model, report = STUDENTS[kind].from_pretrained(folder, dtype=dtype, attn_implementation=attention(), output_loading_info=True)
+        model, report = STUDENTS[kind].from_pretrained(
+            folder, dtype=dtype, attn_implementation=attention(), output_loading_info=True
+        )
     except Exception as error:
         raise UserError(f"{folder}: the weights cannot be loaded: {error}") from error
     if report["missing_keys"] or report["mismatched_keys"]:
@@ -65,14 +72,18 @@ def load_student(folder: Path, dtype: torch.dtype) -> Any:
 
 
 def layout(student: Any) -> Layout:
-    """How micro-batches are laid out for a student: one sample a row where layers have a state that runs along it, or a sliding window."""
+    """How micro-batches are laid out for a student: one sample a row where layers have a state that runs along it, or a
+    sliding window.
+    """
     if set(getattr(student.config.text_config, "layer_types", None) or ()) - {"full_attention"}:
         return "alone"
     return "flash" if student.config._attn_implementation == "flash_attention_2" else "masked"
 
 
 def part_of(name: str) -> Part:
-    """The part that a weight or module of a student belongs to, by its full name; the output head is the language model's."""
+    """The part that a weight or module of a student belongs to, by its full name; the output head is the language
+    model's.
+    """
     if name.startswith(PROJECTOR):
         return "projector"
     return "vision" if name.startswith("model.visual.") else "language"
@@ -85,17 +96,24 @@ def freeze(student: Any, parts: Collection[Part]) -> None:
 
 
 def unit(name: str) -> str:
-    """What an engine may fuse with a weight: `...self_attn` for `...self_attn.q_proj.weight`. It is sent whole, or not at all."""
+    """What an engine may fuse with a weight: `...self_attn` for `...self_attn.q_proj.weight`. It is sent whole, or not
+    at all.
+    """
     return ".".join(name.split(".")[:-2])
 
 
 def as_checkpoint(student: Any, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Weights with the names and shapes that they have in the family's published checkpoints, where the model's own differ.
+    """Weights with the names and shapes that they have in the family's published checkpoints, where the model's own
+    differ.
 
     Args:
         weights: any of them, whole, by their names in the model.
     """
-    if student.config.model_type == "qwen3_vl_moe":  # transformers 5.19 reads [experts, in, out], and forgets it when it writes
-        return {name: w.transpose(1, 2).contiguous() if name.endswith(FUSED_EXPERTS) else w for name, w in weights.items()}
+    if (
+        student.config.model_type == "qwen3_vl_moe"
+    ):  # transformers 5.19 reads [experts, in, out], and forgets it when it writes
+        return {
+            name: w.transpose(1, 2).contiguous() if name.endswith(FUSED_EXPERTS) else w for name, w in weights.items()
+        }
     reverted: dict[str, Tensor] = revert_weight_conversion(student, dict(weights))
     return reverted

@@ -1,7 +1,8 @@
 """The trainer: DeepSpeed ZeRO-3 around a student, one optimiser step per `update`.
 
 All methods are collective: every rank calls them with the same items. What differs between the ranks is decided by
-`pack.deal`. Gradients are summed, not averaged, over micro-batches and ranks: the items' weights hold every normalisation.
+`pack.deal`. Gradients are summed, not averaged, over micro-batches and ranks: the items' weights hold every
+normalisation.
 """
 
 import math
@@ -22,10 +23,11 @@ from mmopd.modality import Encoder
 from mmopd.train.distributed import Ranks
 from mmopd.train.lora import Weight, add_adapters, weights
 from mmopd.train.pack import Collator, Cost, MicroBatch, deal
-from mmopd.train.students import as_checkpoint, freeze, layout, load_student, unit
 from mmopd.train.prefix_tree import Item
+from mmopd.train.students import as_checkpoint, freeze, layout, load_student, unit
 
-# A weight of up to this many numbers stays gathered between micro-steps: norms and biases of a real model, nearly all of a tiny one,
+# A weight of up to this many numbers stays gathered between micro-steps: norms and biases of a real model, nearly all
+# of a tiny one,
 # where it saves a quarter of the CPU time of four micro-steps.
 RESIDENT = 1_000_000
 SCHEDULES: dict[str, Callable[[float], float]] = {
@@ -65,7 +67,10 @@ def deepspeed_config(settings: Train, ranks: Ranks) -> dict[str, Any]:
     if settings.offload:
         if not on_gpu:
             raise UserError("train.offload: this machine has no GPU whose memory it would save; leave it out")
-        zero |= {"offload_optimizer": {"device": "cpu", "pin_memory": True}, "offload_param": {"device": "cpu", "pin_memory": True}}
+        zero |= {
+            "offload_optimizer": {"device": "cpu", "pin_memory": True},
+            "offload_param": {"device": "cpu", "pin_memory": True},
+        }
     else:
         optimizer["torch_adam"] = True
     return {
@@ -100,7 +105,9 @@ def loss_of(output: Tensor, micro: MicroBatch, settings: Algorithm) -> tuple[Ten
     logprob, likeliest = output, None
     if micro.likeliest is not None:
         logprob, likeliest = output[:, 0], (micro.likeliest, output[:, 1:])
-    return token_loss(logprob, micro.old, micro.advantage, micro.weight, likeliest=likeliest, settings=settings), logprob
+    return token_loss(
+        logprob, micro.old, micro.advantage, micro.weight, likeliest=likeliest, settings=settings
+    ), logprob
 
 
 class Trainer:
@@ -141,7 +148,9 @@ class Trainer:
             config=zero,
         )
         self._collate = collator(student, encoder)
-        self._cost = Cost(student.config.text_config.hidden_size, _size(student.model.visual) / _size(student.model.language_model))
+        self._cost = Cost(
+            student.config.text_config.hidden_size, _size(student.model.visual) / _size(student.model.language_model)
+        )
 
     @property
     def student(self) -> Any:
@@ -181,10 +190,14 @@ class Trainer:
             whole += sum(items[i].length for i in micro.order)
             computed += micro.inputs["input_ids"].numel()
         *sums, largest = zip(*torch.stack(measured).tolist(), strict=True)
-        loss_sum, tokens, clipped, apart, used, computed, whole = self.ranks.all_sum([*map(sum, sums), used, computed, whole])
+        loss_sum, tokens, clipped, apart, used, computed, whole = self.ranks.all_sum(
+            [*map(sum, sums), used, computed, whole]
+        )
         (mismatch,) = self.ranks.all_max([max(largest)])
         if not math.isfinite(loss_sum):
-            self.engine.optimizer._overflow_clean_up(None)  # what `step` does where a gradient is not finite: drop them all
+            self.engine.optimizer._overflow_clean_up(
+                None
+            )  # what `step` does where a gradient is not finite: drop them all
             raise NotFiniteError(f"the loss is {loss_sum}")
         rate = self._schedule.get_last_lr()[0]
         self.engine.step()
@@ -216,9 +229,11 @@ class Trainer:
         return [everyone[i] for i in range(len(items))]
 
     def named_weights(self, bucket_bytes: int = 64 << 20, *, trained: bool = False) -> Iterator[tuple[str, Tensor]]:
-        """The whole weights by their names in a checkpoint, on rank 0; the other ranks get nothing, but must exhaust the iterator too.
+        """The whole weights by their names in a checkpoint, on rank 0; the other ranks get nothing, but must exhaust
+        the iterator too.
 
-        Gathered in buckets of about `bucket_bytes`: a tensor is valid until the next one is asked for. A tied head is not named,
+        Gathered in buckets of about `bucket_bytes`: a tensor is valid until the next one is asked for. A tied head is
+            not named,
         adapters are merged.
 
         Args:
@@ -242,7 +257,9 @@ class Trainer:
         return deal(items, self.ranks.size, *budgets, self._cost, together=together)[self.ranks.rank]
 
     def _micro_batches(self, items: Sequence[Item], share: Sequence[Sequence[int]]) -> Iterator[MicroBatch]:
-        """Those of this rank, each made while the one before it is computed: decoding images takes as long as a part of that."""
+        """Those of this rank, each made while the one before it is computed: decoding images takes as long as a part of
+        that.
+        """
         with ThreadPoolExecutor(1) as maker:
             following = maker.submit(self._collate, items, share[0])
             for step in range(1, len(share) + 1):
@@ -252,11 +269,15 @@ class Trainer:
                 yield micro.to(self.ranks.device)
 
     def _measure(self, loss: Tensor, logprob: Tensor, micro: MicroBatch) -> Tensor:
-        """[5] loss, tokens, clipped tokens, sum and largest of |log pi - old|, of the trained tokens; the device is not waited for."""
+        """[5] loss, tokens, clipped tokens, sum and largest of |log pi - old|, of the trained tokens; the device is not
+        waited for.
+        """
         trained, high, low = micro.weight > 0, 1 + self.algorithm.clip_high, 1 - self.algorithm.clip_low
         apart = torch.where(trained, logprob - micro.old, 0.0)
         clipped = torch.where(micro.advantage > 0, apart.exp() > high, (apart.exp() < low) & (micro.advantage < 0))
-        return torch.stack([x.double() for x in (loss, trained.sum(), clipped.sum(), apart.abs().double().sum(), apart.abs().max())])
+        return torch.stack(
+            [x.double() for x in (loss, trained.sum(), clipped.sum(), apart.abs().double().sum(), apart.abs().max())]
+        )
 
 
 def _size(module: Any) -> int:

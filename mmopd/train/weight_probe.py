@@ -27,7 +27,9 @@ class ProbeError(Exception):
     """Engine and trainer disagree: the engine must not be sampled from."""
 
 
-async def probe(ours: Sequence[Tensor], engines: Sequence[StudentEngine], items: Sequence[Item], tolerance: float) -> float:
+async def probe(
+    ours: Sequence[Tensor], engines: Sequence[StudentEngine], items: Sequence[Item], tolerance: float
+) -> float:
     """Largest |log-prob of the trainer - log-prob of an engine| over the items' tokens.
 
     Args:

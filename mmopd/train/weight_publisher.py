@@ -1,7 +1,8 @@
-"""Gives the engines the trainer's weights, proves by a probe that they have them, and starts over where one was lost on the way.
+"""Gives the engines the trainer's weights, proves by a probe that they have them, and starts over where one was lost on
+the way.
 
-An engine that dies is started again by its supervisor, with the weights of its folder and no version. It is waited for, and gets everything
-once more. What it has sampled by then is told by its version, and refused (`rollout.collect`).
+An engine that dies is started again by its supervisor, with the weights of its folder and no version. It is waited for,
+and gets everything once more. What it has sampled by then is told by its version, and refused (`rollout.collect`).
 """
 
 import asyncio
@@ -14,9 +15,9 @@ from typing import Any
 from mmopd.rollout.student_client import EngineError, StudentEngine
 from mmopd.rollout.sync import FRESH, SyncError, WeightSync
 from mmopd.train.background import Aside
+from mmopd.train.prefix_tree import Item
 from mmopd.train.trainer import Trainer
 from mmopd.train.weight_probe import ProbeError, probe
-from mmopd.train.prefix_tree import Item
 
 RECOVERIES = 3  # for one version; an engine that dies more often does not die by chance
 LOOK_EVERY = 0.5  # seconds between two looks whether it is back
@@ -32,20 +33,28 @@ class Handover:
     """
 
     def __init__(
-        self, trainer: Trainer, engines: Sequence[StudentEngine], link: WeightSync[Any] | None, probes: Sequence[Item], aside: Aside
+        self,
+        trainer: Trainer,
+        engines: Sequence[StudentEngine],
+        link: WeightSync[Any] | None,
+        probes: Sequence[Item],
+        aside: Aside,
     ) -> None:
         self._trainer, self._engines, self._link, self._probes, self._aside = trainer, engines, link, probes, aside
         self._lost = Counter[str]()  # how often, on the way to a version
 
     async def publish(self, version: str, *, everything: bool = False) -> float:
-        """Give the engines the weights that updates change, or everything; the largest difference that the probe has found, in nats.
+        """Give the engines the weights that updates change, or everything; the largest difference that the probe has
+        found, in nats.
 
         Raises:
             EngineError: an engine does not take the weights, or one was lost more than RECOVERIES times.
             ProbeError: engine and trainer disagree.
         """
         while True:
-            error: Exception | None = await self._aside(publish, self._trainer, self._link, version, everything=everything)
+            error: Exception | None = await self._aside(
+                publish, self._trainer, self._link, version, everything=everything
+            )
             gap = 0.0
             if not self._anybody(error):
                 ours = await self._aside(self._trainer.logprobs, self._probes)
@@ -59,20 +68,24 @@ class Handover:
             everything = True
 
     def rest(self) -> None:
-        """The engines are asked nothing until the next `publish`: one that shares a GPU with the trainer makes room, if it lives."""
+        """The engines are asked nothing until the next `publish`: one that shares a GPU with the trainer makes room, if
+        it lives.
+        """
         if self._link:
             with suppress(SyncError):  # `publish` meets the same, and has a way out
                 self._link.rest()
 
     async def wait_for_engine(self, version: str, error: Exception | None) -> None:
-        """Go on once an engine that was lost has been started again; it has the weights of its folder then, and all answer.
+        """Go on once an engine that was lost has been started again; it has the weights of its folder then, and all
+        answer.
 
         Args:
             version: that it is to have.
             error: by which this rank has noticed; None if others have.
 
         Raises:
-            EngineError, ProbeError: they are the engines that we know, so that one has a fault; or one does not come back, or not for long.
+            EngineError, ProbeError: they are the engines that we know, so that one has a fault; or one does not come
+                back, or not for long.
         """
         ranks, until = self._trainer.ranks, time.monotonic() + self._trainer.settings.timeout
         said = next(text for text in ranks.gather_objects(str(error) if error else "") if text)
@@ -88,11 +101,15 @@ class Handover:
             if found:
                 raise error or EngineError(said)
             if any(ranks.all_max([time.monotonic() > until])):
-                raise EngineError(f"{said}\nthe engine has not come back within train.timeout = {self._trainer.settings.timeout} s")
+                raise EngineError(
+                    f"{said}\nthe engine has not come back within train.timeout = {self._trainer.settings.timeout} s"
+                )
             await asyncio.sleep(LOOK_EVERY)
 
     def _look(self) -> str:
-        """The version of the engines that answer now, FRESH where one of them is; if not all do, or it is another rank's business: ""."""
+        """The version of the engines that answer now, FRESH where one of them is; if not all do, or it is another
+        rank's business: "".
+        """
         try:
             versions = self._link.versions() if self._link else [""]
         except SyncError:
@@ -104,7 +121,9 @@ class Handover:
         return any(self._trainer.ranks.all_max([error is not None]))
 
 
-def publish(trainer: Trainer, link: WeightSync[Any] | None, version: str, *, everything: bool = False) -> SyncError | None:
+def publish(
+    trainer: Trainer, link: WeightSync[Any] | None, version: str, *, everything: bool = False
+) -> SyncError | None:
     """All ranks gather the weights, and the one with a link sends them; what went wrong, on that one."""
     partial, error = trainer.keeps_some and not everything, None
     weights = trainer.named_weights(trained=partial)
