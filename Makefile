@@ -27,6 +27,7 @@ test: check
 check: $(STAMP)
 	$(BIN)/python -m ruff check .
 	$(BIN)/python -m ruff format --check .
+	$(BIN)/lint-imports --no-logo
 	$(BIN)/python -m mypy
 
 format: $(STAMP)
@@ -37,7 +38,7 @@ lock: $(STAMP)
 	$(BIN)/python requirements/lock.py
 
 clean:
-	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis
 
 # The packages come first and complete (--no-deps: the file names them all); then what is broken on this machine is mended.
 $(STAMP):

@@ -50,7 +50,8 @@ from mmopd.rollout.student_client import StudentEngine
 from mmopd.runtime.processes import Children
 from mmopd.serving import wire
 from mmopd.serving.endpoint import Endpoint
-from mmopd.serving.servers import CPU_ENV, ENV, ServerSpec, serve
+from mmopd.serving.servers import CPU_ENV, ENV, serve
+from mmopd.serving.specs import ServerSpec
 from mmopd.teacher.scorer import Scorer
 
 GROUP = 16

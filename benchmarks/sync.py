@@ -29,6 +29,7 @@ from mmopd.demo.world import build_student
 from mmopd.modality import Encoder
 from mmopd.rollout.buckets import MemoryFile, filled
 from mmopd.rollout.sync import BUCKET_BYTES
+from mmopd.runtime.network import free_port
 from mmopd.train import distributed
 from mmopd.train.trainer import Trainer
 
@@ -93,7 +94,7 @@ def main() -> None:
         build_student(name, scale=SCALE)
         env = os.environ | {
             "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(distributed.free_port()),
+            "MASTER_PORT": str(free_port()),
             "WORLD_SIZE": str(RANKS),
         }
         command = [sys.executable, __file__, "--rank-of", name]

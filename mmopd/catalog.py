@@ -16,7 +16,6 @@ import mmopd
 from mmopd import settings_file
 from mmopd.config import Comparison, Config, Fleet, Mixture, Recipe, Suite
 from mmopd.errors import UserError
-from mmopd.task.base import Task
 
 KINDS = ("modalities", "teachers", "data", "eval", "recipes")
 
@@ -68,26 +67,6 @@ def load_comparison(name: str | Path, workspace: Path | None = None) -> Comparis
 def load_recipe(name: str | Path, workspace: Path | None = None, overrides: Iterable[str] = ()) -> Recipe:
     """A file of recipes/, with `key.path=value` overrides on top."""
     return _load(Recipe, name, workspace, overrides)
-
-
-def load_tasks(workspace: Path | None = None) -> dict[str, Task]:
-    """Every task of modalities/ by its name: a file of the workspace replaces the shipped one of the same file name.
-
-    Raises:
-        UserError: a file does not load or has no `task`, or two files have a task of the same name; names the files.
-    """
-    roots = (shipped(), workspace or Path.cwd())
-    files = {path.name: path for root in roots for path in sorted((root / "modalities").glob("*.py"))}
-    tasks: dict[str, Task] = {}
-    origin: dict[str, Path] = {}
-    for path in files.values():
-        task = getattr(load_module(path), "task", None)
-        if not isinstance(task, Task):
-            raise UserError(f"{path}: it has no `task = Task(name=..., modality=..., verify=...)`")
-        if task.name in tasks:
-            raise UserError(f"{path}: its task is named {task.name!r}, and so is that of {origin[task.name]}")
-        tasks[task.name], origin[task.name] = task, path
-    return tasks
 
 
 def load_module(path: Path) -> ModuleType:

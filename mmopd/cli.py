@@ -465,7 +465,8 @@ def doctor(
     student's vocabulary, room for the longest response, scores that repeat, and sees the images that it is sent.
     """
     from mmopd import catalog
-    from mmopd.commands.doctor import machine_report, render
+    from mmopd.commands.doctor import machine_report
+    from mmopd.preflight.check import render
 
     resolved = catalog.load_recipe(recipe, overrides=overrides or ()) if recipe is not None else None
     checks = machine_report()

@@ -30,12 +30,15 @@ from mmopd.demo.world import CHAT_TEMPLATE, VOCAB_SIZE, build_processor
 from mmopd.modality import Encoder
 from mmopd.rollout.student_client import StudentEngine
 from mmopd.rollout.sync import FileSync
+from mmopd.runtime.network import free_port
 from mmopd.runtime.processes import Children
 from mmopd.runtime.run_folder import RunFolder
+from mmopd.serving import endpoint
 from mmopd.serving.endpoint import Endpoint
-from mmopd.serving.servers import ServerSpec, serve
+from mmopd.serving.servers import serve
+from mmopd.serving.specs import ServerSpec
 from mmopd.train.checkpoint import Checkpoints, load
-from mmopd.train.distributed import Ranks, free_port, start, stop
+from mmopd.train.distributed import Ranks, start, stop
 from mmopd.train.export import export
 from mmopd.train.prefix_tree import Item
 from mmopd.train.students import part_of
@@ -155,7 +158,7 @@ def train(model: Path, out: Path, settings: Train, ranks: Ranks) -> dict[str, An
     found: dict[str, Any] = {"before": trainer.logprobs(items), "stats": [], "after": [], "gaps": [], "unsynced": []}
     found["sent"] = [{name for name, _ in trainer.named_weights(1 << 16, trained=trained)} for trained in (False, True)]
     students = (
-        RunFolder(out.parent).read_endpoints()[0]
+        endpoint.load_by_role(RunFolder(out.parent).endpoints)[0]
         if "ENGINE" in os.environ and await_file(out.parent / "endpoints.json")
         else []
     )
@@ -261,7 +264,7 @@ def serving(model: Path, out: Path, engine: Engine | None) -> Iterator[None]:
         Children() as children,
         serve([ServerSpec("student", model, engine, updatable=True)], children, out, lambda *_: None) as servers,
     ):
-        RunFolder(out).write_endpoints(servers)
+        endpoint.save(RunFolder(out).endpoints, servers.values())
         yield
 
 

@@ -12,6 +12,7 @@ from mmopd.config import OPD, Balance, Difficulty, Margin
 from mmopd.errors import UserError
 from mmopd.prompts import Shards
 from mmopd.task import Task
+from mmopd.task.load import load_tasks
 
 LOADERS = {
     "teachers": catalog.load_fleet,
@@ -54,7 +55,7 @@ def test_what_a_shipped_recipe_names_is_there(name: Path, tmp_path: Path) -> Non
     recipe = catalog.load_recipe(name, tmp_path)
     fleet, mixture = catalog.load_fleet(recipe.fleet, tmp_path), catalog.load_mixture(recipe.mixture, tmp_path)
     assert fleet.teachers
-    assert {source.task for source in mixture.sources.values()} <= catalog.load_tasks(tmp_path).keys()
+    assert {source.task for source in mixture.sources.values()} <= load_tasks(tmp_path).keys()
     if recipe.suite:
         catalog.load_suite(recipe.suite, tmp_path)
     if recipe.prepare:
@@ -102,7 +103,7 @@ def test_a_recipe_of_the_paper_has_its_hyperparameters(name: str, direction: str
 
 
 def test_every_shipped_task_loads_under_the_name_of_its_file(tmp_path: Path) -> None:
-    tasks = catalog.load_tasks(tmp_path)
+    tasks = load_tasks(tmp_path)
     assert {"additions", "digit_sum"} <= tasks.keys()
     for name, task in tasks.items():
         assert (catalog.shipped() / "modalities" / f"{name}.py").is_file()
@@ -121,7 +122,7 @@ def test_the_example_of_the_readme_works(tmp_path: Path, monkeypatch: pytest.Mon
     (tmp_path / "modalities").mkdir()
     (tmp_path / "modalities/count_letters.py").write_text(task)
     assert len(task.splitlines()) <= 25
-    judge = catalog.load_tasks(tmp_path)["count_letters"].verify
+    judge = load_tasks(tmp_path)["count_letters"].verify
     assert [judge(said, "2").value for said in ("2", "So the answer is 3", "7", "two")] == [1.0, 0.5, 0.0, 0.0]
     monkeypatch.chdir(tmp_path)
     exec(rows, {})
@@ -144,7 +145,7 @@ def workspace_with(folder: Path, **files: str) -> Path:
 
 def test_a_file_of_the_workspace_comes_before_the_shipped_one(tmp_path: Path) -> None:
     workspace_with(tmp_path, additions=BODY.format(name="additions"), mine=BODY.format(name="mine"))
-    tasks = catalog.load_tasks(tmp_path)
+    tasks = load_tasks(tmp_path)
     assert tasks["additions"].verify is tasks["mine"].verify is not tasks["digit_sum"].verify
     (tmp_path / "recipes").mkdir()
     (tmp_path / "recipes/demo.yaml").write_text("student: {model: m}\nfleet: f\nmixture: m\nseed: 41\n")
@@ -156,7 +157,7 @@ def test_the_current_folder_is_the_workspace_unless_one_is_given(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(workspace_with(tmp_path, mine=BODY.format(name="mine")))
-    assert "mine" in catalog.load_tasks()
+    assert "mine" in load_tasks()
 
 
 @pytest.mark.parametrize(
@@ -173,7 +174,7 @@ def test_the_current_folder_is_the_workspace_unless_one_is_given(
 )
 def test_a_task_that_does_not_load_is_named(tmp_path: Path, text: str, message: str) -> None:
     with pytest.raises(UserError, match=message):
-        catalog.load_tasks(workspace_with(tmp_path, mine=text))
+        load_tasks(workspace_with(tmp_path, mine=text))
 
 
 def test_a_file_that_is_not_there_is_named_with_the_nearest_one(tmp_path: Path) -> None:
@@ -195,7 +196,7 @@ def test_init_copies_everything_out_and_overwrites_nothing(tmp_path: Path) -> No
     removed.unlink()
     assert catalog.init(tmp_path / "work") == [removed]
     assert changed.read_text() == BODY.format(name="additions")
-    assert isinstance(catalog.load_tasks(tmp_path / "work")["digit_sum"], Task)
+    assert isinstance(load_tasks(tmp_path / "work")["digit_sum"], Task)
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="file: a file"):
         catalog.init(tmp_path / "file")

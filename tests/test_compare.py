@@ -14,6 +14,7 @@ from mmopd.errors import UserError
 from mmopd.evaluate.lmms import Record
 from mmopd.evaluate.table import Results, Row
 from mmopd.runtime.progress import Stages
+from mmopd.task.load import load_tasks
 from mmopd.teacher.router import check_routes
 
 GRID = {
@@ -144,7 +145,7 @@ def test_a_table_with_an_unknown_variant_is_refused(tmp_path):
 def test_every_variant_of_a_shipped_comparison_is_a_recipe_with_the_same_responses_a_step(name, steps):
     comparison = settings_file.read(Comparison, catalog.shipped() / "recipes" / f"{name}.yaml")
     assert {name for table in comparison.tables.values() for name in table.variants} == comparison.variants.keys()
-    tasks = catalog.load_tasks()
+    tasks = load_tasks()
     for run in compare.plan_runs(comparison, Path("out")).values():
         recipe = catalog.load_recipe(
             comparison.recipe, overrides=[f"{key}={json.dumps(value)}" for key, value in run.settings.items()]

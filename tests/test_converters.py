@@ -13,11 +13,11 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from mmopd import catalog
 from mmopd.errors import UserError
 from mmopd.prompts import Shards
 from mmopd.prompts.prepare import Count, prepare
 from mmopd.records import Prompt
+from mmopd.task.load import load_tasks
 
 DATA = Path(__file__).parents[1] / "data"
 TASK = """
@@ -38,7 +38,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "modalities").mkdir()
     for name, modality in {"text_code": "text", "image_chart": "image", "image_document": "image"}.items():
-        if name not in catalog.load_tasks():
+        if name not in load_tasks():
             (tmp_path / "modalities" / f"{name}.py").write_text(TASK.format(name=name, modality=modality))
     return tmp_path
 

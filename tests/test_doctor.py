@@ -6,8 +6,8 @@ from rich.console import Console
 
 from mmopd import cli
 from mmopd.commands import doctor
-from mmopd.commands.doctor import Check
 from mmopd.errors import UserError
+from mmopd.preflight.check import Check
 
 
 @pytest.fixture

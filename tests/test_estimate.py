@@ -29,6 +29,7 @@ from mmopd.capacity.step_time import Served
 from mmopd.cli import app
 from mmopd.config import Algorithm, Engine, Lora, Recipe, Train
 from mmopd.errors import UserError
+from mmopd.task.load import load_tasks
 
 RECIPES = ["cross_modal_4b", "multi_teacher_2b", "multi_teacher_4b", "strong_to_weak_text"]
 H100 = GPUS["H100-80G"]
@@ -337,25 +338,22 @@ def test_a_plan_counts_the_tiles_of_a_gpu_wherever_it_is_made(workspace: Path) -
 
 
 def test_servers_are_placed_where_mmopd_train_puts_them(monkeypatch: pytest.MonkeyPatch) -> None:
-    from mmopd.serving import servers
+    from mmopd.serving import placement
+    from mmopd.serving.specs import ServerSpec
 
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     for gpus, sizes in ((8, [4, 1, 1]), (4, [2, 1, 1, 2]), (1, [1, 1]), (8, [8, 2])):
         monkeypatch.setattr(torch.cuda, "device_count", lambda n=gpus: n)
-        specs = [
-            servers.ServerSpec(str(i), Path(), Engine(tensor_parallel=n), updatable=False) for i, n in enumerate(sizes)
-        ]
-        assert list(servers._assign_gpus(specs).values()) == [
-            ",".join(map(str, one)) for one in servers.place(sizes, gpus)
+        specs = [ServerSpec(str(i), Path(), Engine(tensor_parallel=n), updatable=False) for i, n in enumerate(sizes)]
+        assert list(placement.assign_gpus(specs).values()) == [
+            ",".join(map(str, one)) for one in placement.place(sizes, gpus)
         ]
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,6,GPU-5e,7")  # of a job that has half of a machine
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
-    two = [
-        servers.ServerSpec(name, Path(), Engine(tensor_parallel=n), updatable=False) for name, n in (("a", 2), ("b", 1))
-    ]
-    assert servers._assign_gpus(two) == {"a": "7,GPU-5e", "b": "6"}
-    assert servers.place([4, 1, 1], 8) == [[7, 6, 5, 4], [3], [2]]
-    assert servers.place([1, 1, 2], 4, sharing=[0]) == [[0], [3], [2, 1]]
+    two = [ServerSpec(name, Path(), Engine(tensor_parallel=n), updatable=False) for name, n in (("a", 2), ("b", 1))]
+    assert placement.assign_gpus(two) == {"a": "7,GPU-5e", "b": "6"}
+    assert placement.place([4, 1, 1], 8) == [[7, 6, 5, 4], [3], [2]]
+    assert placement.place([1, 1, 2], 4, sharing=[0]) == [[0], [3], [2, 1]]
 
 
 def test_ranks_fill_the_other_nodes_first_and_rank_0_is_on_the_first() -> None:
@@ -416,7 +414,7 @@ def test_a_shipped_recipe_fits_the_machine_that_it_names_and_no_small_one(name: 
 def test_the_largest_sample_of_a_shipped_recipe_fits_its_contexts(name: str, workspace: Path) -> None:
     recipe = catalog.load_recipe(f"recipes/{name}.yaml")
     student = Served("student", (), "student.engine", read_model(recipe.student.model), recipe.student.engine, [])
-    load = largest(recipe, catalog.load_mixture(recipe.mixture), catalog.load_tasks(), [student])
+    load = largest(recipe, catalog.load_mixture(recipe.mixture), load_tasks(), [student])
     assert load.tokens <= recipe.student.engine.max_model_len
     assert recipe.fleet is not None
     for teacher in catalog.load_fleet(recipe.fleet).teachers.values():

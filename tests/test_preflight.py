@@ -24,7 +24,8 @@ from mmopd.preflight.run import answers, insist, preflight, save, summary
 from mmopd.prompts import Shards, TokenCounter, write_shards
 from mmopd.records import Prompt
 from mmopd.runtime.processes import Children
-from mmopd.serving.servers import ServerSpec, serve
+from mmopd.serving.servers import serve
+from mmopd.serving.specs import ServerSpec
 
 MAX_TOKENS = 24
 TEXT = ["reachable", "vocabulary", "scores", "context", "top-k", "same score twice"]

@@ -9,6 +9,7 @@ from PIL import Image
 from mmopd import catalog, settings_file
 from mmopd.config import Fleet, Mixture, Recipe
 from mmopd.prompts.shards import open_mixture
+from mmopd.task.load import load_tasks
 from mmopd.teacher.router import check_routes, find_route
 
 README = (Path(__file__).parents[1] / "README.md").read_text()
@@ -47,7 +48,7 @@ def test_the_task_has_ten_to_twenty_lines_and_judges():
     [("It is 10:25", 1.0), ("10:21", 0.5), ("10:19", 0.0), ("I cannot say", 0.0), ("10:25 or so", 0.0)],
 )
 def test_the_task_judges_as_it_says(workspace, response, outcome):
-    assert catalog.load_tasks(workspace)["clock"].verify(response, "10:25").value == outcome
+    assert load_tasks(workspace)["clock"].verify(response, "10:25").value == outcome
 
 
 def test_the_rows_become_shards_that_the_mixture_finds(workspace):
@@ -56,9 +57,7 @@ def test_the_rows_become_shards_that_the_mixture_finds(workspace):
         Image.new("RGB", (32, 32)).save(workspace / "photos" / f"{time}.png")
     exec(blocks("python")[1], {})
     mixture = catalog.load_mixture("data/mine.yaml", workspace)
-    shards = open_mixture(
-        Mixture(sources={"clock": mixture.sources["clock"]}), catalog.load_tasks(workspace), workspace
-    )
+    shards = open_mixture(Mixture(sources={"clock": mixture.sources["clock"]}), load_tasks(workspace), workspace)
     assert sorted(row.answer for row in shards["clock"]) == ["03:40", "10:25"]
     assert shards["clock"].kinds == {("clock", "image"): 2}
 
@@ -68,7 +67,7 @@ def test_the_fleet_routes_every_task_of_the_mixture(workspace):
         catalog.load_fleet("teachers/mine.yaml", workspace),
         catalog.load_mixture("data/mine.yaml", workspace),
     )
-    tasks = catalog.load_tasks(workspace)
+    tasks = load_tasks(workspace)
     check_routes(fleet, tasks, [(source.task, tasks[source.task].modality) for source in mixture.sources.values()])
     assert find_route(fleet, "clock", "image").teacher == "vision"
     assert isinstance(fleet, Fleet)

@@ -10,12 +10,13 @@ from rich.console import Console
 from test_trainer import port
 from train_worker import TRAIN, launch, make_items
 
-from mmopd.commands.replay import read_batch, replay, write_batch
+from mmopd.commands.replay import replay
 from mmopd.config import Recipe, Rollout, Student
 from mmopd.errors import UserError
 from mmopd.modality import Encoder
 from mmopd.runtime.run_folder import RunFolder
 from mmopd.train.prefix_tree import Item
+from mmopd.train.skipped_batch import read_batch, write_batch
 
 
 @pytest.fixture(scope="module")

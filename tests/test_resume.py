@@ -22,6 +22,7 @@ from test_end_to_end import MARK, NO_SUITE, SMALL, Command
 from mmopd.catalog import shipped
 from mmopd.report.metrics import read_lines
 from mmopd.runtime.run_folder import RunFolder
+from mmopd.serving import endpoint
 
 STEPS = [
     "train.steps=10",
@@ -75,7 +76,7 @@ def straight(workspace: Path) -> RunFolder:
 
 def kill_engine(run: RunFolder, how: signal.Signals = signal.SIGKILL) -> None:
     """Kill the API server of the student's last engine, or do to it what another signal does."""
-    students, _ = run.read_endpoints()
+    students, _ = endpoint.load_by_role(run.endpoints)
     port = urlsplit(students[-1].url).port
     (pid,) = {
         c.pid

@@ -15,6 +15,7 @@ from mmopd.rollout.collect import version_of
 from mmopd.rollout.student_client import EngineError
 from mmopd.rollout.sync import FRESH
 from mmopd.runtime.run_folder import RunFolder
+from mmopd.serving import endpoint
 from mmopd.train import distributed
 from mmopd.train.rollouts import Rollouts
 from mmopd.train.weight_publisher import Handover
@@ -67,7 +68,7 @@ async def roll(
     run, ranks = RunFolder(folder), distributed.start(60)
     try:
         async with FakeVLLM(encoder) as engine:
-            run.write_endpoints({"student": dataclasses.replace(engine.endpoint, name="student", role="student")})
+            endpoint.save(run.endpoints, [dataclasses.replace(engine.endpoint, name="student", role="student")])
             async with Rollouts(run, recipe, {}, encoder, ranks) as rollouts:
                 handover = kind(engine)
                 rolling = rollouts.begin(STEP, prompts)

@@ -20,7 +20,8 @@ from mmopd.rollout.student_client import StudentEngine
 from mmopd.runtime.processes import Children
 from mmopd.serving import replicas
 from mmopd.serving import servers as serve_module
-from mmopd.serving.servers import ServerSpec, serve
+from mmopd.serving.servers import serve
+from mmopd.serving.specs import ServerSpec
 from mmopd.teacher.scorer import Scorer
 
 TOKENS = (5, 6, 7, 8)

@@ -156,7 +156,7 @@ def test_no_url_is_fetched(served: Served) -> None:
 
 def test_the_key_is_in_no_file_and_on_no_command_line(served: Served) -> None:
     commands = [Path(f"/proc/{p.pid}/cmdline").read_bytes() for p in processes(served)]
-    assert any(b"vllm_main" in command for command in commands)
+    assert any(b"mmopd.serving.supervisor" in command for command in commands)
     assert not any(
         KEY.encode() in Path(entry, "cmdline").read_bytes() for entry in Path("/proc").glob("[0-9]*") if readable(entry)
     )

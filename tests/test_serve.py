@@ -26,7 +26,8 @@ from mmopd.runtime.processes import Children
 from mmopd.serving import endpoint, wire
 from mmopd.serving.endpoint import Endpoint
 from mmopd.serving.lora import read_adapter
-from mmopd.serving.servers import Servers, ServerSpec, serve
+from mmopd.serving.servers import Servers, serve
+from mmopd.serving.specs import ServerSpec
 
 pytest.importorskip("vllm")
 ENGINE = Engine(dtype="float32", max_model_len=256, max_num_seqs=8, kv_cache_mib=32)
@@ -74,7 +75,7 @@ def running(models: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory)
     ]
     with Children() as children, pytest.MonkeyPatch.context() as patch:
         patch.setattr(
-            "mmopd.serving.servers.BATCHED_TOKENS", ENGINE.max_model_len
+            "mmopd.serving.specs.BATCHED_TOKENS", ENGINE.max_model_len
         )  # one long prompt fills a pass: the next must wait, whole
         with serve(specs, children, logs, lambda *event: events.append(event)) as servers:
             yield Running(servers, adapters, children, logs, events)
@@ -164,7 +165,7 @@ def test_only_the_student_can_be_changed(running: Running) -> None:
 def test_the_key_is_on_no_command_line_and_in_no_log(running: Running) -> None:
     key = running.student.api_key
     lines = [line for p in descendants(running.children) for line in p.cmdline()]
-    assert any("vllm_main" in line for line in lines)
+    assert any("mmopd.serving.supervisor" in line for line in lines)
     assert not any(key in line for line in lines)
     assert not any(key in log.read_text() for log in running.logs.iterdir())
 

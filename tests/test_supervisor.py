@@ -16,7 +16,8 @@ from mmopd.config import Engine
 from mmopd.errors import UserError
 from mmopd.runtime.processes import Children
 from mmopd.serving.endpoint import Endpoint
-from mmopd.serving.servers import Servers, ServerSpec, serve
+from mmopd.serving.servers import Servers, serve
+from mmopd.serving.specs import ServerSpec
 
 Event = tuple[str, str]
 

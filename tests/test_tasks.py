@@ -15,11 +15,11 @@ from pathlib import Path
 import psutil
 import pytest
 
-from mmopd.catalog import load_tasks
 from mmopd.demo import world
 from mmopd.errors import UserError
 from mmopd.records import Outcome
 from mmopd.task import verify
+from mmopd.task.load import load_tasks
 from mmopd.task.verifier_pool import VerifierPool
 
 Verify = Callable[[str, str], Outcome]

@@ -16,7 +16,8 @@ from mmopd.preflight.run import preflight
 from mmopd.prompts import Shards, write_shards
 from mmopd.records import Prompt, Score
 from mmopd.runtime.processes import Children
-from mmopd.serving.servers import ServerSpec, serve
+from mmopd.serving.servers import serve
+from mmopd.serving.specs import ServerSpec
 from mmopd.task import Task
 from mmopd.teacher.router import check_tokenizers
 from mmopd.teacher.scorer import Scorer

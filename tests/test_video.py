@@ -22,7 +22,6 @@ from student_worker import build
 from transformers import AutoModelForImageTextToText
 from transformers.video_utils import VideoMetadata
 
-from mmopd import catalog
 from mmopd.config import Engine, Fleet, View
 from mmopd.demo.world import build_processor
 from mmopd.errors import UserError
@@ -39,8 +38,10 @@ from mmopd.report.heatmap import token_row
 from mmopd.rollout.student_client import EngineError, StudentEngine
 from mmopd.runtime.processes import Children
 from mmopd.serving.endpoint import Endpoint
-from mmopd.serving.servers import ServerSpec, serve
+from mmopd.serving.servers import serve
+from mmopd.serving.specs import ServerSpec
 from mmopd.task import verify
+from mmopd.task.load import load_tasks
 from mmopd.teacher.scorer import Scorer
 from mmopd.teacher.view import BUILT_IN, ViewError, encode_view
 from mmopd.train.pack import Collator, Layout
@@ -299,7 +300,7 @@ def test_blank_frames_keep_every_token_and_other_views_say_or_refuse_what_they_s
 
 
 def test_the_task_asks_with_a_clip_and_judges_the_letter() -> None:
-    task = catalog.load_tasks()["video_choice"]
+    task = load_tasks()["video_choice"]
     row = task.prompt("k", QUESTION, "B", videos=[clip(3)])
     assert (row.modality, row.messages[0]["content"][0]) == ("video", {"type": "video"})
     assert [task.verify(said, row.answer) for said in ("\\boxed{B}", "\\boxed{A}")] == [verify.RIGHT, verify.WRONG]

@@ -21,7 +21,8 @@ from mmopd.modality.encode import open_image, size_of, to_rgb
 from mmopd.records import Prompt
 from mmopd.runtime.processes import Children
 from mmopd.serving import wire
-from mmopd.serving.servers import ServerSpec, serve
+from mmopd.serving.servers import serve
+from mmopd.serving.specs import ServerSpec
 from mmopd.teacher.view import BUILT_IN, ViewError, blinded, check_view, encode_view, sees_image
 
 TOKENS = (5, 6, 7, 8)

@@ -11,10 +11,12 @@ from mmopd.capacity.model_size import Model, read_model
 from mmopd.capacity.step_time import Served, Share, Time, Work, step_times
 from mmopd.config import ExPO, Fleet, Mixture, Recipe
 from mmopd.errors import UserError
-from mmopd.serving.servers import ServerSpec, place
+from mmopd.serving.placement import place
+from mmopd.serving.specs import ServerSpec, student_specs
 from mmopd.settings_file import suggest
 from mmopd.task.base import Task
-from mmopd.teacher.fleet import student_specs, to_specs
+from mmopd.task.load import load_tasks
+from mmopd.teacher.fleet import to_specs
 from mmopd.teacher.router import find_judges, load_teachers, references, routed
 
 
@@ -73,7 +75,7 @@ def budget(recipe: Recipe, machines: Machines, *, response: int | None = None, e
     """
     if isinstance(recipe.algorithm.objective, ExPO):
         raise UserError("algorithm.objective: expo merges weights on the CPU, so that there is nothing to plan")
-    whole, mixture, tasks = load_teachers(recipe), catalog.load_mixture(recipe.mixture), catalog.load_tasks()
+    whole, mixture, tasks = load_teachers(recipe), catalog.load_mixture(recipe.mixture), load_tasks()
     before = references(whole, recipe.algorithm.objective)
     teachers = {**routed(whole).teachers, **(before.teachers if before else {})}
     fleet = whole.model_copy(update={"teachers": teachers})

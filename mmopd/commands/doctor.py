@@ -12,38 +12,21 @@ import shutil
 import socket
 import subprocess
 import sys
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable
 from pathlib import Path
-from typing import Literal
 
 import psutil
-from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
 
 from mmopd import repair
 from mmopd.errors import UserError
+from mmopd.preflight.check import Check, State
 
-State = Literal["ok", "warn", "fail"]
 GIB = 2**30
 
 # The demo's own needs: all its processes together; semaphores and messages of vLLM; shards, checkpoints, runs.
 MEMORY_FAIL, MEMORY_WARN = 8 * GIB, 14 * GIB
 SHM_FAIL, SHM_WARN = 2**20, 32 * 2**20
 DISK_FAIL, DISK_WARN = GIB, 10 * GIB
-
-
-@dataclass(frozen=True, slots=True)
-class Check:
-    """One line of the report; `way_out` is empty where nothing needs doing."""
-
-    name: str
-    state: State
-    found: str
-    way_out: str = ""
-    of: str = ""  # the server or the teacher that it is about; empty for this machine
-    numbers: Mapping[str, float] = field(default_factory=dict)  # what was measured, by name
 
 
 def machine_report(folder: Path | None = None) -> list[Check]:
@@ -254,22 +237,6 @@ def available_memory() -> int:
     if limit.is_file() and used.is_file() and (text := limit.read_text().strip()) != "max":
         free = min(free, int(text) - int(used.read_text()))
     return int(free)
-
-
-def render(checks: Sequence[Check], console: Console, title: str = "What this machine can do") -> None:
-    """Print the report as a table; what to do stands on a line of its own, under what was found."""
-    marks = {"ok": "[green]ok[/]", "warn": "[yellow]warn[/]", "fail": "[red]fail[/]"}
-    servers = any(check.of for check in checks)
-    table = Table(title=title, title_justify="left", box=None, pad_edge=False)
-    for column in ("", *["server"] * servers, "what", "found"):
-        table.add_column(column, overflow="fold", no_wrap=column == "what")
-    before = ""
-    for check in checks:
-        way_out = f"\n[bold]→[/] {escape(check.way_out)}" if check.way_out else ""
-        server = [escape(check.of) if check.of != before else ""] * servers
-        table.add_row(marks[check.state], *server, check.name, escape(check.found) + way_out)
-        before = check.of
-    console.print(table)
 
 
 def _state(value: int, fail: int, warn: int) -> State:

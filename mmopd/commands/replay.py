@@ -1,40 +1,34 @@
 """`mmopd replay RUN STEP`: an update that was skipped, once more, response by response.
 
-A batch is kept as `batch.json`, with its tensors and images in `batch.safetensors`, beside the student as it was then.
+`mmopd.train.skipped` has kept the batch, and the student as it was then.
 Here every response is computed by itself, forwards and backwards: packed into one row with others, one that is not
 finite spoils them all.
 """
 
-import json
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields, is_dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import TypeAdapter
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from mmopd.config import Algorithm, Recipe
 from mmopd.errors import UserError
 from mmopd.modality import Encoder
-from mmopd.records import Encoded
 from mmopd.runtime.run_folder import RunFolder, step_of
 from mmopd.train.pack import Collator
 from mmopd.train.prefix_tree import Item
+from mmopd.train.skipped_batch import read_batch
 from mmopd.train.students import load_student
 from mmopd.train.trainer import collator, loss_of
 
-TEXT, TENSORS, MODEL = "batch.json", "batch.safetensors", "model"
-TENSOR, BYTES = "$tensor", "$bytes"  # keys of what stands in the other file
+MODEL = "model"  # folder of the student as it was, beside the batch
 SHOWN = 20  # responses in the table
-ENCODED = TypeAdapter(Encoded)
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,41 +63,6 @@ class Found:
     def finite(self) -> bool:
         """Whether the update could be made with it."""
         return math.isfinite(self.loss) and math.isfinite(self.gradient)
-
-
-def write_batch(folder: Path, items: Sequence[Item], **about: str | int) -> None:
-    """Keep what an update was given; a prompt that several responses share is there once."""
-    tensors: dict[str, Tensor] = {}
-    prompts = {id(item.encoded): item.encoded for item in items}
-    number = {one: i for i, one in enumerate(prompts)}
-    rows = [
-        {f.name: _plain(getattr(item, f.name), tensors) for f in fields(item) if f.name != "encoded"} for item in items
-    ]
-    batch = [row | {"encoded": number[id(item.encoded)]} for row, item in zip(rows, items, strict=True)]
-    text = {**about, "prompts": [_plain(encoded, tensors) for encoded in prompts.values()], "items": batch}
-    (folder / TEXT).write_text(json.dumps(text, ensure_ascii=False))
-    save_file(tensors, folder / TENSORS)
-
-
-def read_batch(folder: Path) -> tuple[list[Item], dict[str, Any]]:
-    """What `write_batch` kept: the items, and what was said about them.
-
-    Raises:
-        UserError: there is no batch, or not a whole one.
-    """
-    try:
-        text = json.loads((folder / TEXT).read_text())
-        tensors = load_file(folder / TENSORS)
-    except (OSError, ValueError, SafetensorError) as error:
-        raise UserError(f"{folder}: no skipped update in this folder can be read: {error}") from error
-    prompts = [ENCODED.validate_python(_whole(prompt, tensors)) for prompt in text.pop("prompts")]
-    items = []
-    for row in text.pop("items"):
-        values = {
-            name: tuple(value) if isinstance(value, list) else value for name, value in _whole(row, tensors).items()
-        }
-        items.append(Item(**values | {"encoded": prompts[row["encoded"]]}))
-    return items, text
 
 
 def replay(run: RunFolder, step: int, console: Console) -> list[Found]:
@@ -190,31 +149,3 @@ def _largest(ratio: Tensor) -> tuple[float, int | None]:
     size = ratio.abs().masked_fill(~ratio.isfinite(), -1.0)
     at = int(size.argmax())
     return (float(ratio[at]), at) if size[at] >= 0 else (0.0, None)
-
-
-def _plain(value: Any, tensors: dict[str, Tensor]) -> Any:
-    """`value` as JSON has it; tensors and bytes go to `tensors`."""
-    if isinstance(value, (Tensor, bytes)):
-        key = str(len(tensors))
-        tensors[key] = (
-            value.detach().cpu().clone()
-            if isinstance(value, Tensor)
-            else torch.frombuffer(bytearray(value), dtype=torch.uint8)
-        )
-        return {TENSOR if isinstance(value, Tensor) else BYTES: key}
-    if is_dataclass(value):
-        return {field.name: _plain(getattr(value, field.name), tensors) for field in fields(value)}
-    if isinstance(value, Mapping):
-        return {key: _plain(one, tensors) for key, one in value.items()}
-    return [_plain(one, tensors) for one in value] if isinstance(value, (tuple, list)) else value
-
-
-def _whole(value: Any, tensors: Mapping[str, Tensor]) -> Any:
-    """The reverse, with a list for each tuple."""
-    if isinstance(value, dict):
-        if value.keys() == {TENSOR}:
-            return tensors[value[TENSOR]]
-        if value.keys() == {BYTES}:
-            return tensors[value[BYTES]].numpy().tobytes()
-        return {key: _whole(one, tensors) for key, one in value.items()}
-    return [_whole(one, tensors) for one in value] if isinstance(value, list) else value

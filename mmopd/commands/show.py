@@ -8,6 +8,7 @@ from rich.table import Table
 from mmopd import catalog, settings_file
 from mmopd.config import Fleet, Mixture, Recipe
 from mmopd.errors import UserError
+from mmopd.task.load import load_tasks
 from mmopd.teacher.router import Judge, find_judges, load_teachers, references
 
 
@@ -53,7 +54,7 @@ def judges_table(fleet: Fleet, mixture: Mixture) -> Table:
     Raises:
         UserError: an unknown task, or one whose prompts have no teacher or no view.
     """
-    tasks = catalog.load_tasks()
+    tasks = load_tasks()
     table = Table(title="Who scores what", title_justify="left")
     for column in ("prompts", "teacher", "of the target", "w_k", "is shown"):
         table.add_column(column)

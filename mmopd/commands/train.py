@@ -16,7 +16,6 @@ import torch
 from rich.console import Console
 
 from mmopd import catalog
-from mmopd.commands.doctor import Check
 from mmopd.commands.merge import Checkpoint, merge
 from mmopd.config import SFT, Dense, ExPO, Fleet, Recipe, Suite
 from mmopd.errors import UserError
@@ -28,6 +27,7 @@ from mmopd.modality import Encoder
 from mmopd.passes.answers import run_answers
 from mmopd.passes.difficulty import run_pass
 from mmopd.passes.each_row import answering
+from mmopd.preflight.check import Check
 from mmopd.preflight.questions import look
 from mmopd.preflight.run import answers, insist, preflight, save, summary
 from mmopd.prompts import difficulty_counts
@@ -37,14 +37,18 @@ from mmopd.report.html import write_report
 from mmopd.report.model_card import CARD, model_card
 from mmopd.rollout.student_client import EngineError
 from mmopd.rollout.sync import FRESH, FileSync, SyncError
+from mmopd.runtime.network import HOST
 from mmopd.runtime.processes import Children
 from mmopd.runtime.progress import Stages
 from mmopd.runtime.rank_processes import Pulses, check_ranks, last_metrics, one_line, start_ranks
 from mmopd.runtime.run_folder import RunFolder, alone_in
 from mmopd.runtime.watchdog import asked_to_stop
+from mmopd.serving import endpoint
 from mmopd.serving.endpoint import Endpoint
-from mmopd.serving.servers import HOST, Servers
-from mmopd.teacher.fleet import Standing, from_files, serve_fleet, serve_in_stage, student_specs, warn_of
+from mmopd.serving.servers import Servers, serve_in_stage
+from mmopd.serving.specs import student_specs
+from mmopd.task.load import load_tasks
+from mmopd.teacher.fleet import Standing, from_files, serve_fleet, warn_of
 from mmopd.teacher.router import check_routes, check_tokenizers, load_teachers, references, routed
 
 UNTRAINED, MERGED = "untrained", "merged"  # versions of weights that do not come from a trainer
@@ -137,7 +141,7 @@ def check(recipe: Recipe, endpoints: Sequence[Path] = ()) -> Job:
             raise UserError(
                 f"{folder}: no model in this folder (of {name}); it needs a config.json and weights in safetensors"
             )
-    tasks = catalog.load_tasks()
+    tasks = load_tasks()
     sources = open_mixture(
         catalog.load_mixture(recipe.mixture), tasks, Path.cwd(), hash_processor(recipe.student.model)
     )
@@ -173,7 +177,7 @@ def serving(
     anew = serve_fleet(fleet, children, run.logs, stages, elsewhere=job.elsewhere, also=students, host=job.host)
     with standing.serve(fleet, students) if standing else anew as servers:
         try:
-            run.write_endpoints(servers)
+            endpoint.save(run.endpoints, servers.values())
             if standing and settings.sync == "file":
                 give(run, settings.model, UNTRAINED)
             yield servers
@@ -188,7 +192,7 @@ def prove(job: Job, servers: Servers, run: RunFolder, stages: Stages) -> list[Ch
         UserError: the student's engine ended, with the last lines of its log; or no row of a source can be read.
     """
     max_tokens, encoder = job.recipe.rollout.max_tokens, Encoder(job.recipe.student.model)
-    students, endpoints = run.read_endpoints()
+    students, endpoints = endpoint.load_by_role(run.endpoints)
 
     objective = job.recipe.algorithm.objective
 
@@ -200,7 +204,7 @@ def prove(job: Job, servers: Servers, run: RunFolder, stages: Stages) -> list[Ch
             if fleet is not None:
                 checks += await preflight(
                     fleet,
-                    catalog.load_tasks(),
+                    load_tasks(),
                     endpoints,
                     encoder,
                     kinds,
@@ -256,7 +260,7 @@ def measure_difficulty(job: Job, servers: Servers, run: RunFolder, stages: Stage
     ).keys() == job.sources.keys():
         return
     with stages.stage("difficulty") as stage, answering(servers, run.logs):
-        run_pass(job.recipe, job.sources, run.read_endpoints()[0], run.difficulty, stage)
+        run_pass(job.recipe, job.sources, endpoint.load_by_role(run.endpoints)[0], run.difficulty, stage)
 
 
 def sample_answers(job: Job, servers: Servers, run: RunFolder, stages: Stages) -> None:
@@ -267,7 +271,7 @@ def sample_answers(job: Job, servers: Servers, run: RunFolder, stages: Stages) -
     """
     if not isinstance(job.recipe.algorithm.objective, SFT):
         return
-    _, teachers = run.read_endpoints()
+    _, teachers = endpoint.load_by_role(run.endpoints)
     with stages.stage("answers") as stage, answering(servers, run.logs, "a teacher did not answer: "):
         run_answers(job.recipe, job.sources, teachers, stage)
 
@@ -399,7 +403,7 @@ def give(run: RunFolder, model: Path, version: str) -> None:
     Raises:
         UserError: they do not take them.
     """
-    students, _ = run.read_endpoints()
+    students, _ = endpoint.load_by_role(run.endpoints)
     try:
         with Checkpoint(model) as checkpoint, FileSync(students) as link:
             link.send(((name, checkpoint.tensor(name)) for name in sorted(checkpoint.names)), version)

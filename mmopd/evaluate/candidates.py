@@ -19,8 +19,8 @@ from mmopd.runtime.fingerprint import hash_model
 from mmopd.runtime.processes import Children
 from mmopd.runtime.progress import Stages
 from mmopd.serving.endpoint import Endpoint
-from mmopd.serving.servers import ServerSpec
-from mmopd.teacher.fleet import serve_in_stage
+from mmopd.serving.servers import serve_in_stage
+from mmopd.serving.specs import ServerSpec
 
 CACHE = Path(".mmopd") / "eval"  # of the workspace: what several runs share
 

@@ -13,7 +13,6 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-from mmopd import catalog
 from mmopd.config import SFT, Fleet, Recipe
 from mmopd.errors import UserError
 from mmopd.modality import Encoder
@@ -26,6 +25,7 @@ from mmopd.rollout.student_client import StudentEngine
 from mmopd.runtime.fingerprint import hash_model
 from mmopd.runtime.progress import Stage
 from mmopd.serving.endpoint import Endpoint
+from mmopd.task.load import load_tasks
 from mmopd.task.verifier_pool import VerifierPool
 from mmopd.teacher.router import find_judges, load_teachers
 from mmopd.teacher.view import encode_view
@@ -56,7 +56,7 @@ def find_answers(recipe: Recipe, sources: Mapping[str, Shards]) -> dict[str, tup
     Raises:
         UserError: a prompt has no teacher.
     """
-    rollout, fleet, tasks = recipe.rollout, load_teachers(recipe), catalog.load_tasks()
+    rollout, fleet, tasks = recipe.rollout, load_teachers(recipe), load_tasks()
     found: dict[str, tuple[Path, Origin]] = {}
     sampling = {"attempts": settings_of(recipe).attempts} | rollout.model_dump(
         include={"temperature", "top_p", "top_k", "max_tokens"}
@@ -112,7 +112,7 @@ async def _ask(
     stage: Stage,
 ) -> None:
     rollout, encoder, n = recipe.rollout, Encoder(recipe.student.model), settings_of(recipe).attempts
-    fleet, tasks = load_teachers(recipe), catalog.load_tasks()
+    fleet, tasks = load_teachers(recipe), load_tasks()
     async with AsyncExitStack() as stack:
         engines = {
             name: [

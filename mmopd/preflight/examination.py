@@ -18,9 +18,9 @@ from time import monotonic
 import aiohttp
 import msgspec
 
-from mmopd.commands.doctor import Check
 from mmopd.modality import Encoder
 from mmopd.modality.video import MEDIA_SETTINGS
+from mmopd.preflight.check import Check
 from mmopd.preflight.questions import Questions
 from mmopd.records import Encoded
 from mmopd.serving import wire

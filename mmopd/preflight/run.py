@@ -14,10 +14,10 @@ from pathlib import Path
 import aiohttp
 from rich.console import Console
 
-from mmopd.commands.doctor import Check, render
 from mmopd.config import Fleet
 from mmopd.errors import UserError
 from mmopd.modality import Encoder
+from mmopd.preflight.check import Check, render
 from mmopd.preflight.examination import Examination, Vocabulary, apart, difference
 from mmopd.preflight.questions import Kind, Questions, questions
 from mmopd.records import Prompt, Response

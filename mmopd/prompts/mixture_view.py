@@ -9,10 +9,10 @@ from rich.console import Group, RenderableType
 from rich.markup import escape
 from rich.tree import Tree
 
-from mmopd import catalog
 from mmopd.config import Mixture
 from mmopd.prompts.prepare import Count
 from mmopd.prompts.shards import Shards, Totals, open_mixture
+from mmopd.task.load import load_tasks
 
 
 def prepared(shards: Shards, count: Count) -> RenderableType:
@@ -50,7 +50,7 @@ def mixture_tree(mixture: Mixture, title: str, prompts: int | None) -> Tree:
     Raises:
         UserError: a source cannot be opened.
     """
-    opened = open_mixture(mixture, catalog.load_tasks(), Path.cwd())
+    opened = open_mixture(mixture, load_tasks(), Path.cwd())
     total = sum(source.weight for source in mixture.sources.values())
     shares = {name: source.weight / total for name, source in mixture.sources.items()}
     if prompts is None:

@@ -23,6 +23,7 @@ from mmopd.prompts.tokens import TokenCounter
 from mmopd.records import Prompt
 from mmopd.task import Task
 from mmopd.task.base import unverified
+from mmopd.task.load import load_tasks
 
 CHUNK = 16  # examples that a worker gets at a time
 AHEAD = 3  # chunks for each worker that are under way or waiting to be written
@@ -68,7 +69,7 @@ def tools_of(job: Job) -> Tools:
     """Loaded once in each process."""
     module = catalog.load_module(job.converter)
     settings: SourceSettings = module.Settings.model_validate_json(job.settings)
-    tasks = catalog.load_tasks(job.workspace)
+    tasks = load_tasks(job.workspace)
     if settings.task not in tasks:
         raise UserError(
             f"{job.converter}: task: no task {settings.task!r} in modalities/{settings_file.suggest(settings.task, tasks)}"

@@ -8,17 +8,30 @@ import asyncio
 import hashlib
 from collections.abc import Coroutine, Sequence
 from itertools import chain
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from mmopd.config import Recipe
 from mmopd.records import Absent, Encoded, Response, Sample, Score
 from mmopd.rollout.student_client import EngineError, StudentEngine
 from mmopd.task.verifier_pool import VerifierPool
-from mmopd.teacher.scorer import Scorer
 
 UNNAMED = (("", 0),)  # weights of a response whose server does not say
 SHORT = 256  # tokens; up to this limit a group is one request
 T = TypeVar("T")
+
+
+class ResponseScorer(Protocol):
+    """Scores responses by the teachers of their prompts, such as `mmopd.teacher.scorer.Scorer`."""
+
+    def sees_image(self, encoded: Encoded) -> bool:
+        """True if a teacher of the prompt is shown images or clips."""
+
+    async def score(self, encoded: Encoded, tokens: tuple[int, ...], *, blind: bool = False) -> Score | Absent:
+        """The log-probs of a response; Absent, with its reason, if there are none.
+
+        Args:
+            blind: show the teacher a blank in place of each image.
+        """
 
 
 def seed_of(*parts: object) -> int:
@@ -38,8 +51,8 @@ async def collect(
     step: int,
     engines: Sequence[StudentEngine],
     verifiers: VerifierPool,
-    scorer: Scorer | None = None,
-    reference: Scorer | None = None,
+    scorer: ResponseScorer | None = None,
+    reference: ResponseScorer | None = None,
 ) -> list[Sample]:
     """G samples of each prompt of this rank's share, (group number over all ranks, prompt), in its order.
 
@@ -119,6 +132,6 @@ def _draw(*parts: object) -> float:
 
 
 async def _score(
-    scorer: Scorer | None, encoded: Encoded, response: Response, *, blind: bool = False
+    scorer: ResponseScorer | None, encoded: Encoded, response: Response, *, blind: bool = False
 ) -> Score | Absent | None:
     return await scorer.score(encoded, response.tokens, blind=blind) if scorer else None

@@ -12,10 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from mmopd.errors import UserError
+from mmopd.runtime.network import HOST, free_port
 from mmopd.runtime.processes import Child, Children
 from mmopd.runtime.watchdog import HUNG, LAST, LATER, LEFT, TOGETHER, WAITED, pulse_of
-from mmopd.serving.servers import HOST
-from mmopd.train.distributed import free_port
 
 COUNTS = {
     "kept": "kept",

@@ -5,7 +5,7 @@ import json
 import os
 import platform
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -13,8 +13,6 @@ from mmopd import __version__, settings_file
 from mmopd.config import Recipe
 from mmopd.errors import UserError
 from mmopd.runtime.locks import claim
-from mmopd.serving import endpoint
-from mmopd.serving.endpoint import Endpoint
 
 PACKAGES = [
     "torch",
@@ -84,21 +82,6 @@ class RunFolder:
         if not self.recipe_file.is_file():
             raise UserError(f"{self.root}: not a run folder, there is no {self.recipe_file.name} in it")
         return settings_file.read(Recipe, self.recipe_file)
-
-    def write_endpoints(self, endpoints: Mapping[str, Endpoint]) -> None:
-        """Tell the ranks where everything is served; readable by this user alone, and removed when the servers are
-        gone.
-        """
-        endpoint.save(self.endpoints, endpoints.values())
-
-    def read_endpoints(self) -> tuple[list[Endpoint], dict[str, list[Endpoint]]]:
-        """The student's engines, and the replicas of each teacher (named TEACHER.NUMBER)."""
-        teachers: dict[str, list[Endpoint]] = {}
-        found = endpoint.load(self.endpoints).values()
-        for one in found:
-            if one.role == "teacher":
-                teachers.setdefault(one.teacher, []).append(one)
-        return [one for one in found if one.role == "student"], teachers
 
 
 @contextmanager

@@ -61,3 +61,19 @@ def load(path: Path) -> dict[str, Endpoint]:
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: not a file of endpoints, as `mmopd serve` writes it: {error}") from None
     return {endpoint.name: endpoint for endpoint in found}
+
+
+def load_by_role(path: Path) -> tuple[list[Endpoint], dict[str, list[Endpoint]]]:
+    """The student's engines, and the replicas of each teacher (named TEACHER.NUMBER), as `save` wrote them.
+
+    Raises:
+        UserError: as `load`.
+    """
+    students: list[Endpoint] = []
+    teachers: dict[str, list[Endpoint]] = {}
+    for endpoint in load(path).values():
+        if endpoint.role == "teacher":
+            teachers.setdefault(endpoint.teacher, []).append(endpoint)
+        else:
+            students.append(endpoint)
+    return students, teachers

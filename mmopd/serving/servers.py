@@ -1,11 +1,10 @@
 """vLLM servers for teachers and student: started together, watched, stopped together.
 
 On the loopback interface unless told otherwise, on free ports, with an API key that is passed by environment. They run
-under supervisors (`vllm_main`), which start a dead teacher again: on CPU one for all servers, which has imported vLLM
-once; on GPU one for each. GPU flags are read from vLLM 0.32, not run.
+under supervisors (`mmopd.serving.supervisor`), which start a dead teacher again: on CPU one for all servers, which has imported vLLM
+once; on GPU one for each.
 """
 
-import itertools
 import json
 import os
 import re
@@ -14,35 +13,28 @@ import socket
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from datetime import datetime
 from pathlib import Path
 
 import httpx
-import psutil
 import torch
 
-from mmopd.config import Engine, Sync
 from mmopd.errors import UserError
-from mmopd.modality.video import MEDIA_SETTINGS
+from mmopd.runtime.network import HOST, local
 from mmopd.runtime.processes import Children, stop
+from mmopd.runtime.progress import Stages
 from mmopd.serving.endpoint import Endpoint
-from mmopd.serving.lora import Adapter, lora_flags
-from mmopd.serving.supervisor import KEY_VARIABLE, READY, RequireKey, Server
+from mmopd.serving.placement import assign_gpus, check_memory
+from mmopd.serving.specs import ServerSpec, to_server
+from mmopd.serving.supervisor import KEY_VARIABLE, READY, Server
 
-HOST, ANY_HOST = "127.0.0.1", "0.0.0.0"
 TIMEOUT = 1800.0  # seconds until all servers are ready; large checkpoints take minutes
-KV_CACHE_MIB = 256  # on CPU, if the engine does not say
-BATCHED_TOKENS = 4096  # on CPU, in one pass
-SHARED_MIB = 700  # measured: the process that has imported vLLM ...
-SERVER_MIB = 600  # ... and what a server under load adds to it, weights and KV cache apart
 LAST_LINES = 12
-NO_DOMAIN = "no domain"  # a blank is in no URL: whatever a prompt names, nothing is fetched
 _PID = re.compile(r"supervisor: (\d+)")
 _SAID = re.compile(r"server (?P<what>restarted|ended): (?P<name>.+) \(status (?P<status>-?\d+)\)")
 _LOG_PREFIX = re.compile(r"^\(\S+ pid=\d+\) (?:[A-Z]+ \S+ \S+ \[[^\]]*\] )?")
-DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 CPU_ENV = {
     "OMP_NUM_THREADS": "1",
@@ -57,31 +49,6 @@ ENV = {
     "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "0",
 }
 OnEvent = Callable[[str, str], None]  # server's name, what happened
-
-
-@dataclass(frozen=True, slots=True)
-class ServerSpec:
-    """A model to serve; `updatable` opens the routes that change its weights, which are those of the folder again where
-    it dies.
-    """
-
-    name: str
-    model: Path
-    engine: Engine
-    updatable: bool
-    adapters: Mapping[str, Adapter] = field(
-        default_factory=dict
-    )  # by the names of their endpoints; the model itself has none then
-    sync: Sync = "file"  # how new weights come, if it is updatable
-
-    @property
-    def served(self) -> Sequence[str]:
-        """The names of its endpoints.
-
-        With adapters the model itself is not among them: on CPU vLLM 0.32 scores it with the last adapter when both are
-            in one batch.
-        """
-        return list(self.adapters) or [self.name]
 
 
 class Servers(dict[str, Endpoint]):
@@ -236,10 +203,12 @@ def serve(
     if cpu:
         check_memory(specs)
     key = key or secrets.token_urlsafe(32)
-    gpus = dict.fromkeys((spec.name for spec in specs), "") if cpu else _assign_gpus(specs)
+    gpus = dict.fromkeys((spec.name for spec in specs), "") if cpu else assign_gpus(specs)
     with ExitStack() as ports:
         reserved = {spec.name: ports.enter_context(_reserve(spec, host)) for spec in specs}
-        to_run = [_server(spec, (host, reserved[spec.name]), logs, gpus[spec.name]) for spec in specs]
+        to_run = [
+            to_server(spec, (host, reserved[spec.name]), log_of(logs, spec.name), gpus[spec.name]) for spec in specs
+        ]
         endpoints = {
             spec.name: [
                 Endpoint(
@@ -262,34 +231,34 @@ def serve(
             servers.stop()
 
 
-def local(host: str) -> str:
-    """Where this machine reaches a server that listens on `host`."""
-    return HOST if host == ANY_HOST else host
+@contextmanager
+def serve_in_stage(
+    specs: Sequence[ServerSpec],
+    children: Children,
+    logs: Path,
+    stages: Stages,
+    *,
+    host: str = HOST,
+    key: str | None = None,
+) -> Iterator[Servers]:
+    """`serve`, its start shown as a stage, and what happens later as lines."""
+    with ExitStack() as stack:
+        with stages.stage("serve") as stage:
+            stage.total(len(specs))
+            stage.outcome = f"{len(specs)} vLLM servers"
+            up = False
 
+            def show(name: str, what: str) -> None:
+                if up:
+                    stages.console.print(f"{datetime.now():%H:%M:%S} {name}: {what}", markup=False, highlight=False)
+                    return
+                stage.note(f"{name}: {what}")
+                if what.startswith("ready"):
+                    stage.advance()
 
-def check_memory(specs: Sequence[ServerSpec]) -> None:
-    """There is memory for the servers: vLLM's own, weights, KV caches.
-
-    Raises:
-        UserError: there is not; says how much of what is needed.
-    """
-    weights = sum(_weights_mib(spec) for spec in specs)
-    cache = sum(spec.engine.kv_cache_mib or KV_CACHE_MIB for spec in specs)
-    own = SHARED_MIB + SERVER_MIB * len(specs)
-    free = psutil.virtual_memory().available >> 20
-    if own + weights + cache > free:
-        raise UserError(
-            f"{len(specs)} vLLM servers need about {own + weights + cache:,} MiB of memory (vLLM {own:,}, weights {weights:,}, "
-            f"KV cache {cache:,}) and {free:,} MiB are free: lower engine.kv_cache_mib, or end other programs"
-        )
-
-
-def _weights_mib(spec: ServerSpec) -> int:
-    files = sum(file.stat().st_size for file in spec.model.glob("*.safetensors"))
-    config = json.loads((spec.model / "config.json").read_text())
-    stored = str(config.get("dtype") or config.get("torch_dtype") or "bfloat16")
-    served = stored if spec.engine.dtype == "auto" else spec.engine.dtype
-    return files * DTYPE_BYTES.get(served, 2) // DTYPE_BYTES.get(stored, 2) >> 20
+            servers = stack.enter_context(serve(specs, children, logs, show, host=host, key=key))
+            up = True
+        yield servers
 
 
 @contextmanager
@@ -310,84 +279,6 @@ def _reserve(spec: ServerSpec, host: str) -> Iterator[int]:
                 "set engine.port to another, or leave it out for a free one"
             ) from None
         yield int(held.getsockname()[1])
-
-
-def _server(spec: ServerSpec, address: tuple[str, int], logs: Path, gpus: str) -> Server:
-    """vLLM's arguments for a spec (without GPUs: on CPU); the engine's own extra arguments come last, and win."""
-    engine = spec.engine
-    argv = [
-        "--model",
-        str(spec.model),
-        "--served-model-name",
-        spec.name,
-        "--host",
-        address[0],
-        "--port",
-        str(address[1]),
-    ]
-    argv += [
-        "--dtype",
-        engine.dtype,
-        "--max-model-len",
-        str(engine.max_model_len),
-        "--max-num-seqs",
-        str(engine.max_num_seqs),
-    ]
-    argv += ["--limit-mm-per-prompt", json.dumps({"video": engine.videos}), "--enable-scale-out"]
-    argv += ["--media-io-kwargs", json.dumps(MEDIA_SETTINGS)] if engine.videos else []
-    argv += ["--disable-uvicorn-access-log", "--disable-log-stats"]
-    argv += ["--middleware", f"{RequireKey.__module__}.{RequireKey.__qualname__}", "--allowed-media-domains", NO_DOMAIN]
-    if not gpus:
-        # The class by its path: under the name "uni" vLLM would replace it, on CPU, by one more process.
-        argv += ["--distributed-executor-backend", "vllm.v1.executor.uniproc_executor.UniProcExecutor"]
-        argv += ["--enforce-eager", "--kv-cache-memory-bytes", str((engine.kv_cache_mib or KV_CACHE_MIB) << 20)]
-        # A prompt whose prefill is cut in two, and whose request has a seed, ends vLLM 0.32 on CPU ("CPU Generator does
-        # not use offset").
-        argv += [
-            "--no-enable-chunked-prefill",
-            "--max-num-batched-tokens",
-            str(max(BATCHED_TOKENS, engine.max_model_len)),
-        ]
-    else:
-        argv += [
-            "--tensor-parallel-size",
-            str(engine.tensor_parallel),
-            "--gpu-memory-utilization",
-            str(engine.gpu_share),
-        ]
-        argv += ["--enforce-eager"] * engine.enforce_eager
-        argv += ["--kv-cache-memory-bytes", str(engine.kv_cache_mib << 20)] if engine.kv_cache_mib else []
-    if spec.updatable:
-        argv += ["--weight-transfer-config", json.dumps({"backend": f"mmopd_{spec.sync}"})]
-        argv += ["--enable-sleep-mode"] * (spec.sync == "ipc")
-    argv += lora_flags(spec.adapters) if spec.adapters else []
-    env = {"VLLM_SERVER_DEV_MODE": "1" if spec.updatable else "0"} | ({"CUDA_VISIBLE_DEVICES": gpus} if gpus else {})
-    log = str(log_of(logs, spec.name))
-    return Server(name=spec.name, model=str(spec.model), argv=[*argv, *engine.extra_args], log=log, env=env)
-
-
-def place(sizes: Sequence[int], gpus: int, sharing: Collection[int] = ()) -> list[list[int]]:
-    """GPUs of each server by its number of them, as `mmopd train` gives them: from the last one down, and around.
-
-    Args:
-        sharing: servers that share the GPU of rank 0, which is the first.
-    """
-    ends = itertools.accumulate((0 if i in sharing else size for i, size in enumerate(sizes)), initial=0)
-    own = [[(gpus - 1 - begin - i) % gpus for i in range(size)] for begin, size in zip(ends, sizes, strict=False)]
-    return [[0] if i in sharing else places for i, places in enumerate(own)]
-
-
-def _assign_gpus(specs: Sequence[ServerSpec]) -> dict[str, str]:
-    """GPUs for each server, of those that this process may use: training ranks take theirs from the first one up. [not
-    run]
-    """
-    sharing = [i for i, spec in enumerate(specs) if spec.sync == "ipc"]
-    places = place([spec.engine.tensor_parallel for spec in specs], torch.cuda.device_count(), sharing)
-    mine = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(
-        ","
-    )  # numbers or UUIDs; a server's own variable counts from the machine's
-    names = mine if mine != [""] else [str(i) for i in range(torch.cuda.device_count())]
-    return {spec.name: ",".join(names[i] for i in gpus) for spec, gpus in zip(specs, places, strict=True)}
 
 
 def _ready(client: httpx.Client, endpoint: Endpoint) -> bool:

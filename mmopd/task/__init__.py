@@ -2,6 +2,7 @@
 
 from mmopd.task import code, documents, verify
 from mmopd.task.base import Task
+from mmopd.task.load import load_tasks
 from mmopd.task.verify import RIGHT, WRONG
 
-__all__ = ["RIGHT", "WRONG", "Task", "code", "documents", "verify"]
+__all__ = ["RIGHT", "WRONG", "Task", "code", "documents", "load_tasks", "verify"]

@@ -48,7 +48,6 @@ PRELOADED = [
     "functools",
     "heapq",
     "io",
-    # fmt: skip
     "itertools",
     "math",
     "operator",

@@ -17,11 +17,11 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Self
 
-from mmopd.catalog import load_tasks
 from mmopd.errors import UserError
 from mmopd.records import UNKNOWN, Outcome
 from mmopd.settings_file import suggest
 from mmopd.task.base import Task
+from mmopd.task.load import load_tasks
 
 START = 120.0  # seconds for a worker to load the tasks
 

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import psutil
 
-from mmopd.catalog import load_tasks
 from mmopd.records import UNKNOWN, Outcome
 from mmopd.task.base import Task
+from mmopd.task.load import load_tasks
 
 LONGEST = 200  # characters of a reason
 MEMORY = 4 << 30  # bytes of address space beyond what loading took: `9**9**9` must not take the machine

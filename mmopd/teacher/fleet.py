@@ -3,14 +3,11 @@ own.
 """
 
 import dataclasses
-import ipaddress
 import os
 import re
-import socket
 import time
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from datetime import datetime
 from pathlib import Path
 from types import TracebackType
 
@@ -18,13 +15,15 @@ import httpx
 from rich.console import Console
 from rich.table import Table
 
-from mmopd.config import Engine, Fleet, Student
+from mmopd.config import Engine, Fleet
 from mmopd.errors import UserError
+from mmopd.runtime.network import HOST, is_loopback, public_url
 from mmopd.runtime.processes import Children
 from mmopd.runtime.progress import Stages
 from mmopd.serving.endpoint import Endpoint, load, save
 from mmopd.serving.lora import read_adapter
-from mmopd.serving.servers import ANY_HOST, HOST, Servers, ServerSpec, serve
+from mmopd.serving.servers import Servers, serve_in_stage
+from mmopd.serving.specs import ServerSpec, replica_engine
 from mmopd.settings_file import suggest
 
 WATCH_EVERY = 0.5  # seconds
@@ -61,7 +60,10 @@ def serve_fleet(
             ]
     with serve_in_stage([*also, *to_specs(fleet, known)], children, logs, stages, host=host) as servers:
         servers.update(
-            {name: dataclasses.replace(endpoint, url=_public(endpoint.url, host)) for name, endpoint in servers.items()}
+            {
+                name: dataclasses.replace(endpoint, url=public_url(endpoint.url, host))
+                for name, endpoint in servers.items()
+            }
         )
         servers.update({endpoint.name: endpoint for endpoint in elsewhere})
         yield servers
@@ -123,36 +125,6 @@ class Standing:
             raise
 
 
-@contextmanager
-def serve_in_stage(
-    specs: Sequence[ServerSpec],
-    children: Children,
-    logs: Path,
-    stages: Stages,
-    *,
-    host: str = HOST,
-    key: str | None = None,
-) -> Iterator[Servers]:
-    """`serve`, its start shown as a stage, and what happens later as lines."""
-    with ExitStack() as stack:
-        with stages.stage("serve") as stage:
-            stage.total(len(specs))
-            stage.outcome = f"{len(specs)} vLLM servers"
-            up = False
-
-            def show(name: str, what: str) -> None:
-                if up:
-                    stages.console.print(f"{datetime.now():%H:%M:%S} {name}: {what}", markup=False, highlight=False)
-                    return
-                stage.note(f"{name}: {what}")
-                if what.startswith("ready"):
-                    stage.advance()
-
-            servers = stack.enter_context(serve(specs, children, logs, show, host=host, key=key))
-            up = True
-        yield servers
-
-
 def to_specs(fleet: Fleet, elsewhere: Collection[str] = ()) -> list[ServerSpec]:
     """The servers of the teachers that have a `model`.
 
@@ -177,28 +149,11 @@ def to_specs(fleet: Fleet, elsewhere: Collection[str] = ()) -> list[ServerSpec]:
         for i in range(replicas):
             served = {f"{name}.{i}": adapter for name, adapter in adapters.items()}
             specs.append(
-                ServerSpec(f"{_joined(list(group))}.{i}", model, _numbered(engine, i), updatable=False, adapters=served)
+                ServerSpec(
+                    f"{_joined(list(group))}.{i}", model, replica_engine(engine, i), updatable=False, adapters=served
+                )
             )
     return specs
-
-
-def student_specs(student: Student) -> list[ServerSpec]:
-    """The student's engines: `student`, `student-2`, ..."""
-    return [
-        ServerSpec(
-            f"student-{i + 1}" if i else "student",
-            student.model,
-            _numbered(student.engine, i),
-            updatable=True,
-            sync=student.sync,
-        )
-        for i in range(student.replicas)
-    ]
-
-
-def _numbered(engine: Engine, i: int) -> Engine:
-    """The settings of a replica: a port of its own."""
-    return engine.model_copy(update={"port": engine.port + i if engine.port else None})
 
 
 def from_files(fleet: Fleet, files: Sequence[Path]) -> list[Endpoint]:
@@ -274,7 +229,7 @@ def serve_alone(fleet: Fleet, *, host: str, out: Path, key_variable: str | None,
     with Children() as children, ExitStack() as stack:
         with Stages(console) as stages:
             servers = stack.enter_context(serve_in_stage(specs, children, logs, stages, host=host, key=key))
-        shown = [dataclasses.replace(endpoint, url=_public(endpoint.url, host)) for endpoint in servers.values()]
+        shown = [dataclasses.replace(endpoint, url=public_url(endpoint.url, host)) for endpoint in servers.values()]
         stack.callback(out.unlink, missing_ok=True)
         save(out, shown)
         console.print(_table(fleet, shown, servers))
@@ -289,7 +244,7 @@ def serve_alone(fleet: Fleet, *, host: str, out: Path, key_variable: str | None,
 
 def warn_of(host: str, console: Console) -> None:
     """Say who else reaches servers that listen on `host`, unless it is this machine alone."""
-    if not _is_loopback(host):
+    if not is_loopback(host):
         advice = "use a private network or a tunnel"
         console.print(
             f"[yellow]warning:[/] others reach --host {host} too; they need the key, and it travels in plain HTTP: {advice}"
@@ -316,19 +271,6 @@ def _models(endpoint: Endpoint, owner: str) -> list[str]:
     if not models:
         raise UserError(f"{owner}: {endpoint.url} serves no model")
     return models
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        found = socket.getaddrinfo(host, None, socket.AF_INET)
-    except OSError:
-        return False
-    return all(ipaddress.ip_address(address[0]).is_loopback for *_, address in found)
-
-
-def _public(url: str, host: str) -> str:
-    """The URL by which other machines reach a server that listens on `host`."""
-    return url.replace(HOST, socket.gethostname(), 1) if host == ANY_HOST else url
 
 
 def _table(fleet: Fleet, endpoints: Sequence[Endpoint], servers: Servers) -> Table:

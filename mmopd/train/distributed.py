@@ -6,7 +6,6 @@ in CPU memory, so it has a gloo group of its own on every kind of machine.
 
 import datetime
 import os
-import socket
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ import torch
 import torch.distributed as dist
 
 from mmopd.errors import UserError
+from mmopd.runtime.network import free_port
 
 SRUN = {
     "RANK": "SLURM_PROCID",
@@ -131,11 +131,3 @@ def stop() -> None:
     """Leave the process group."""
     if dist.is_initialized():
         dist.destroy_process_group()
-
-
-def free_port() -> int:
-    """A port that nobody listens on now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port

@@ -21,6 +21,7 @@ from mmopd.rollout.collect import seed_of, version_of
 from mmopd.rollout.sync import connect
 from mmopd.runtime.run_folder import RunFolder
 from mmopd.runtime.watchdog import Watchdog
+from mmopd.serving import endpoint
 from mmopd.train.background import Aside
 from mmopd.train.batch import Batch, build_batch, minibatches
 from mmopd.train.checkpoint import Checkpoints, load
@@ -63,7 +64,7 @@ async def train(
     ahead = recipe.rollout.async_steps > 0
     aside = Aside(ranks, watchdog, ahead=ahead)
     link = (
-        connect(recipe.student, run.read_endpoints()[0], recipe.train.timeout, ranks.device)
+        connect(recipe.student, endpoint.load_by_role(run.endpoints)[0], recipe.train.timeout, ranks.device)
         if ranks.rank == 0
         else None
     )

@@ -23,6 +23,7 @@ from mmopd.config import Recipe
 from mmopd.errors import UserError
 from mmopd.runtime.run_folder import RunFolder
 from mmopd.runtime.watchdog import LEFT, TOGETHER, WAITED, Watchdog, asked_to_stop, pulse_of
+from mmopd.serving import endpoint
 from mmopd.train import distributed
 from mmopd.train.distributed import Ranks
 from mmopd.train.loop import train
@@ -54,7 +55,7 @@ def work(run: RunFolder, recipe: Recipe, changed: Sequence[str], stop: threading
         UserError: anything that a user can put right.
     """
     with joined(run, "rank", recipe.train.timeout) as (ranks, watchdog):
-        students, _ = run.read_endpoints()
+        students, _ = endpoint.load_by_role(run.endpoints)
         where = urlsplit(students[0].url).hostname or ""
         check_place(recipe.train.ranks, where, ranks.gather_objects((socket.gethostname(), is_here(where))))
         asyncio.run(train(run, recipe, ranks, changed=changed, stop=stop, watchdog=watchdog))

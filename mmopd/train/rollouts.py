@@ -12,7 +12,6 @@ from itertools import chain
 from types import TracebackType
 from typing import NamedTuple, Self
 
-from mmopd import catalog
 from mmopd.config import Dense, Recipe
 from mmopd.modality import Encoder
 from mmopd.passes.answers import Library
@@ -21,7 +20,9 @@ from mmopd.records import Encoded, Sample
 from mmopd.rollout.collect import collect, version_of
 from mmopd.rollout.student_client import EngineError, StudentEngine
 from mmopd.runtime.run_folder import RunFolder
+from mmopd.serving import endpoint
 from mmopd.task.base import Task
+from mmopd.task.load import load_tasks
 from mmopd.task.verifier_pool import VerifierPool
 from mmopd.teacher.router import load_teachers, references
 from mmopd.teacher.score_cache import ScoreCache
@@ -47,8 +48,8 @@ class Rollouts:
         self, run: RunFolder, recipe: Recipe, sources: Mapping[str, Shards], encoder: Encoder, ranks: Ranks
     ) -> None:
         self._recipe, self._ranks = recipe, ranks
-        students, teachers = run.read_endpoints()
-        tasks: Mapping[str, Task] = catalog.load_tasks()
+        students, teachers = endpoint.load_by_role(run.endpoints)
+        tasks: Mapping[str, Task] = load_tasks()
         fleet, objective = load_teachers(recipe), recipe.algorithm.objective
         self.engines = [StudentEngine(student, encoder, timeout=recipe.train.timeout) for student in students]
         self.kept = ScoreCache(run.scores, ranks.rank)

@@ -12,11 +12,11 @@ from collections.abc import Sequence
 
 from safetensors import SafetensorError
 
-from mmopd.commands.replay import write_batch
 from mmopd.errors import UserError
 from mmopd.runtime.run_folder import RunFolder
 from mmopd.train.export import export
 from mmopd.train.prefix_tree import Item
+from mmopd.train.skipped_batch import write_batch
 from mmopd.train.trainer import NotFiniteError, Trainer
 
 ALLOWED, WINDOW = 3, 20  # updates that may be skipped, of so many one after the other

@@ -18,6 +18,7 @@ from mmopd.prompts.shards import Shards, open_mixture
 from mmopd.prompts.tokens import hash_processor
 from mmopd.records import Encoded, Sample
 from mmopd.runtime.run_folder import RunFolder
+from mmopd.task.load import load_tasks
 from mmopd.train.distributed import Ranks
 
 
@@ -35,7 +36,7 @@ class Stream:
         mixture = catalog.load_mixture(recipe.mixture)
         self._n, self._encoder = recipe.rollout.prompts, encoder
         self.sources: Mapping[str, Shards] = open_mixture(
-            mixture, catalog.load_tasks(), Path.cwd(), hash_processor(recipe.student.model)
+            mixture, load_tasks(), Path.cwd(), hash_processor(recipe.student.model)
         )
         measured = (
             difficulty_counts.load(run.difficulty / difficulty_counts.FILE) if recipe.algorithm.difficulty else {}

@@ -1,0 +1,27 @@
+"""The tasks of the catalogue."""
+
+from pathlib import Path
+
+from mmopd import catalog
+from mmopd.errors import UserError
+from mmopd.task.base import Task
+
+
+def load_tasks(workspace: Path | None = None) -> dict[str, Task]:
+    """Every task of modalities/ by its name: a file of the workspace replaces the shipped one of the same file name.
+
+    Raises:
+        UserError: a file does not load or has no `task`, or two files have a task of the same name; names the files.
+    """
+    roots = (catalog.shipped(), workspace or Path.cwd())
+    files = {path.name: path for root in roots for path in sorted((root / "modalities").glob("*.py"))}
+    tasks: dict[str, Task] = {}
+    origin: dict[str, Path] = {}
+    for path in files.values():
+        task = getattr(catalog.load_module(path), "task", None)
+        if not isinstance(task, Task):
+            raise UserError(f"{path}: it has no `task = Task(name=..., modality=..., verify=...)`")
+        if task.name in tasks:
+            raise UserError(f"{path}: its task is named {task.name!r}, and so is that of {origin[task.name]}")
+        tasks[task.name], origin[task.name] = task, path
+    return tasks
