@@ -28,7 +28,7 @@ from rich.console import Console
 from rich.table import Table
 
 from mmopd.modality.encode import open_image, to_rgb
-from mmopd.prompts import Plan, Rows, Shards, write_shards
+from mmopd.prompts import PromptPlan, Rows, Shards, write_shards
 from mmopd.prompts.index import index_path
 from mmopd.records import Prompt
 from mmopd.task.base import user_turn
@@ -109,7 +109,7 @@ def seek(folder: Path, row: int) -> tuple[float, float, float]:
 def plan_cost() -> float:
     """Seconds for 512 draws over 35 sources; the median of 20."""
     names = [f"s{i}" for i in range(35)]
-    plan = Plan({name: Rows(100_000, "") for name in names}, {name: 1.0 + i for i, name in enumerate(names)}, 0)
+    plan = PromptPlan({name: Rows(100_000, "") for name in names}, {name: 1.0 + i for i, name in enumerate(names)}, 0)
     times = []
     for _ in range(20):
         begin = time.perf_counter()
@@ -124,7 +124,7 @@ def memory(folder: Path) -> tuple[float, float, float]:
     before, begin = process.memory_info().rss, time.perf_counter()
     shards = Shards(folder)
     seconds, held = time.perf_counter() - begin, process.memory_info().rss
-    plan = Plan({"s": Rows(len(shards), shards.fingerprint)}, {"s": 1}, 0)
+    plan = PromptPlan({"s": Rows(len(shards), shards.fingerprint)}, {"s": 1}, 0)
     plan.draw(10_000)
     start = process.memory_info().rss
     for _ in range(20):

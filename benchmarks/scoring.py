@@ -46,7 +46,7 @@ from mmopd.demo.world import additions, build_student, digit_sums
 from mmopd.modality import Encoder
 from mmopd.records import Encoded, Outcome, Prompt, Score
 from mmopd.rollout.collect import collect, seed_of
-from mmopd.rollout.student_client import StudentEngine
+from mmopd.rollout.student_client import StudentClient
 from mmopd.runtime.processes import Children
 from mmopd.serving import wire
 from mmopd.serving.endpoint import Endpoint
@@ -191,7 +191,7 @@ async def overlap(work: Work, student: Endpoint, teacher: Endpoint, encoder: Enc
         {"student": engine_of, "fleet": "x", "mixture": "x", "rollout": settings, "algorithm": {"visual": None}}
     )
     share = list(enumerate(work.encoded))
-    async with StudentEngine(student, encoder) as engine:
+    async with StudentClient(student, encoder) as engine:
 
         async def rollouts(step: int) -> list[list[tuple[int, ...]]]:
             async def group(e: Encoded) -> list[tuple[int, ...]]:
@@ -207,7 +207,16 @@ async def overlap(work: Work, student: Endpoint, teacher: Endpoint, encoder: Enc
         scoring = await score_all(Work(work.encoded, responses), teacher, encoder)
         async with Scorer(FLEET, {}, {"t": [teacher]}, encoder) as scorer:
             began = time.perf_counter()
-            samples = await collect(share, recipe=recipe, step=1, engines=[engine], scorer=scorer, verifiers=Quick())  # type: ignore[arg-type]
+            samples = await collect(
+                share,
+                rollout=recipe.rollout,
+                seed=recipe.seed,
+                visual=recipe.algorithm.visual,
+                step=1,
+                engines=[engine],
+                scorer=scorer,
+                verifiers=Quick(),
+            )  # type: ignore[arg-type]
             step = time.perf_counter() - began
     assert all(isinstance(sample.score, Score) for sample in samples)
     return {"rollouts": generation, "scoring": scoring, "step": step}

@@ -28,7 +28,7 @@ from mmopd.algorithm.objective import clipped_loss
 from mmopd.config import Algorithm, Engine, Train
 from mmopd.demo.world import CHAT_TEMPLATE, VOCAB_SIZE, build_processor
 from mmopd.modality import Encoder
-from mmopd.rollout.student_client import StudentEngine
+from mmopd.rollout.student_client import StudentClient
 from mmopd.rollout.sync import FileSync
 from mmopd.runtime.network import free_port
 from mmopd.runtime.processes import Children
@@ -211,7 +211,7 @@ def watch(trainer: Trainer) -> Counter[str]:
 
 async def gap(trainer: Trainer, student: Endpoint, encoder: Encoder) -> float:
     """Of trainer and engine, in the log-prob of a token."""
-    async with StudentEngine(student, encoder) as engine:
+    async with StudentClient(student, encoder) as engine:
         items = make_items(encoder, "TiI", 7)
         return await probe(trainer.logprobs(items), [engine], items, 100.0)
 

@@ -23,7 +23,7 @@ from mmopd.config import Mixture
 from mmopd.demo import world
 from mmopd.errors import UserError
 from mmopd.modality import Encoder
-from mmopd.prompts import Plan, Rows, Shards, TokenCounter, index_tar, open_mixture, write_shards
+from mmopd.prompts import PromptPlan, Rows, Shards, TokenCounter, index_tar, open_mixture, write_shards
 from mmopd.prompts.prepare import Count, prepare
 from mmopd.prompts.tokens import hash_processor
 from mmopd.records import Encoded, Prompt
@@ -240,7 +240,7 @@ def test_rows_that_break_during_a_run_are_replaced_and_counted() -> None:
     tar = next(Path("s").glob("*.tar"))
     overwrite(tar, b'"answer":"12"', b'"answer":1234')
     overwrite(tar, b'{"id":"20"', b'["id":"20"')
-    plan = Plan({"s": Rows(50, shards.fingerprint)}, {"s": 1}, 0)
+    plan = PromptPlan({"s": Rows(50, shards.fingerprint)}, {"s": 1}, 0)
     drawn = plan.read(48, lambda _, row: shards[row].answer)
     assert sorted(map(int, drawn)) == [i + 1 for i in range(50) if i not in (11, 20)]
     assert plan.replaced == {("s", "unreadable"): 2}
@@ -250,7 +250,7 @@ def test_rows_that_break_during_a_run_are_replaced_and_counted() -> None:
 def test_a_tar_that_is_cut_during_a_run_ends_it_by_name() -> None:
     shards = source_of(300)
     tar = next(Path("s").glob("*.tar"))
-    plan = Plan({"s": Rows(300, shards.fingerprint)}, {"s": 1}, 0)
+    plan = PromptPlan({"s": Rows(300, shards.fingerprint)}, {"s": 1}, 0)
     plan.read(10, lambda _, row: shards[row])
     tar.chmod(0o644)
     tar.write_bytes(tar.read_bytes()[:5_000])
@@ -263,7 +263,7 @@ def test_a_tar_that_is_cut_during_a_run_ends_it_by_name() -> None:
 
 def test_a_source_that_vanishes_during_a_run_ends_it_at_once() -> None:
     shards = source_of(300)
-    plan = Plan({"s": Rows(300, shards.fingerprint)}, {"s": 1}, 0)
+    plan = PromptPlan({"s": Rows(300, shards.fingerprint)}, {"s": 1}, 0)
     plan.read(10, lambda _, row: shards[row])
     shutil.rmtree("s")
     with pytest.raises(UserError, match=r"shard-00000-of-00001\.tar: the shard cannot be read any more \(No such file"):
@@ -360,7 +360,7 @@ def test_200_fuzzed_rows_balance_in_prepare_and_in_the_plan(seed: int, student: 
         read[row] += 1
         return encoder.encode(shards[row])
 
-    plan = Plan({"fuzz": Rows(len(shards), shards.fingerprint)}, {"fuzz": 1}, seed)
+    plan = PromptPlan({"fuzz": Rows(len(shards), shards.fingerprint)}, {"fuzz": 1}, seed)
     good = [row for row in range(len(shards)) if row % 7]
     for epoch in (1, 2):
         encoded = plan.read(len(good), reader)

@@ -13,7 +13,7 @@ from mmopd.demo.world import additions, build_processor, digit_sums
 from mmopd.modality import Encoder
 from mmopd.records import Outcome, Prompt, Score
 from mmopd.rollout.collect import SHORT, collect, seed_of, version_of
-from mmopd.rollout.student_client import EngineError, StudentEngine
+from mmopd.rollout.student_client import EngineError, StudentClient
 from mmopd.teacher.scorer import Scorer
 from mmopd.train.recorder import staleness
 
@@ -64,13 +64,20 @@ def step(encoder, prompts, *, student, group=4, max_tokens=SHORT + 1, visual=Non
         async with (
             student,
             teacher,
-            StudentEngine(student.endpoint, encoder) as engine,
+            StudentClient(student.endpoint, encoder) as engine,
             Scorer(fleet, {}, {"t": [teacher.endpoint]}, encoder) as scorer,
         ):
             began = time.monotonic()
             share = list(enumerate(prompts))
             samples = await collect(
-                share, recipe=recipe, step=number, engines=[engine], scorer=scorer, verifiers=verifiers
+                share,
+                rollout=recipe.rollout,
+                seed=recipe.seed,
+                visual=recipe.algorithm.visual,
+                step=number,
+                engines=[engine],
+                scorer=scorer,
+                verifiers=verifiers,
             )
             return (
                 samples,
@@ -171,11 +178,19 @@ def test_each_of_several_engines_samples_the_same_share_of_the_groups_on_all_ran
         async with (
             servers[0],
             servers[1],
-            StudentEngine(servers[0].endpoint, encoder) as a,
-            StudentEngine(servers[1].endpoint, encoder) as b,
+            StudentClient(servers[0].endpoint, encoder) as a,
+            StudentClient(servers[1].endpoint, encoder) as b,
         ):
             share = list(enumerate(prompts))[rank::2]
-            await collect(share, recipe=recipe, step=0, engines=[a, b], verifiers=Verifiers())
+            await collect(
+                share,
+                rollout=recipe.rollout,
+                seed=recipe.seed,
+                visual=recipe.algorithm.visual,
+                step=0,
+                engines=[a, b],
+                verifiers=Verifiers(),
+            )
             return [sorted(request["sampling_params"]["seed"] for request in server.requests) for server in servers]
 
     async def main():

@@ -11,7 +11,7 @@ from mmopd import catalog, settings_file
 from mmopd.commands import compare
 from mmopd.config import Comparison
 from mmopd.errors import UserError
-from mmopd.evaluate.lmms import Record
+from mmopd.evaluate.lmms import BenchmarkScore
 from mmopd.evaluate.table import Results, Row
 from mmopd.runtime.progress import Stages
 from mmopd.task.load import load_tasks
@@ -33,7 +33,7 @@ def grid(**changes):
 
 
 def record(name, column, score):
-    return Record(name, "", column, "t", "m", "ok", "", score, 1.0, 100, "", "", {}, {}, 1.0)
+    return BenchmarkScore(name, "", column, "t", "m", "ok", "", score, 1.0, 100, "", "", {}, {}, 1.0)
 
 
 def finish(run, sums, digits):

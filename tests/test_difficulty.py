@@ -12,7 +12,7 @@ from rich.console import Console
 
 from mmopd import config
 from mmopd.errors import UserError
-from mmopd.prompts import Plan, Rows, Shards, difficulty_counts, write_shards
+from mmopd.prompts import PromptPlan, Rows, Shards, difficulty_counts, write_shards
 from mmopd.records import Prompt
 from mmopd.task.base import user_turn
 
@@ -116,7 +116,7 @@ def test_the_policies_of_others_can_be_chosen(tmp_path: Path, policy: str, weigh
             counts.add(row, correct, attempts)
         measured = difficulty_counts.measure(counts, 5, config.Difficulty.model_validate({"policy": policy}))
         assert measured.weights == pytest.approx(weights)
-        plan = Plan({"sums": Rows(5, "f", measured.weights)}, {"sums": 1}, 0)
+        plan = PromptPlan({"sums": Rows(5, "f", measured.weights)}, {"sums": 1}, 0)
         drawn = np.bincount([row for _, row in plan.draw(1000)], minlength=5)
         assert drawn / 1000 == pytest.approx(np.array(weights) / sum(weights), abs=0.01)
 
@@ -155,7 +155,7 @@ def test_a_u_shaped_source_gets_weights_that_the_plan_follows(
     assert after.sum() == pytest.approx(100)
     assert after[1:8].sum() > 1.8 * before[1:8].sum()
 
-    plan = Plan({"sums": Rows(100, sources["sums"].fingerprint, measured["sums"].weights)}, {"sums": 1}, 0)
+    plan = PromptPlan({"sums": Rows(100, sources["sums"].fingerprint, measured["sums"].weights)}, {"sums": 1}, 0)
     drawn = np.bincount([correct[row] for _, row in plan.draw(10_000)], minlength=9) / 100
     assert drawn == pytest.approx(after, abs=0.3)
 

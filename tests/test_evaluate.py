@@ -25,7 +25,7 @@ from PIL import Image
 from mmopd.catalog import shipped
 from mmopd.config import Benchmark, Suite
 from mmopd.errors import UserError
-from mmopd.evaluate import Record, Results, Row, evaluate, read_suite
+from mmopd.evaluate import BenchmarkScore, Results, Row, evaluate, read_suite
 from mmopd.evaluate.tasks import builtin, prepare, read_task
 from mmopd.evaluate.validate import InvalidRunError, validate
 from mmopd.runtime.fingerprint import hash_model
@@ -168,7 +168,7 @@ def dynamath(path: Path) -> Path:
 @pytest.fixture(scope="module")
 def measured(
     suite: Suite, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[tuple[dict[str, Record], Server, Path]]:
+) -> Iterator[tuple[dict[str, BenchmarkScore], Server, Path]]:
     out = tmp_path_factory.mktemp("eval")
     with Server(behave) as server:
         records = evaluate(server.endpoint, suite, out=out / "out", weights="w0", cache=out / "cache")
@@ -176,7 +176,7 @@ def measured(
 
 
 def test_planted_wrong_answers_lower_the_score_by_just_their_share(
-    measured: tuple[dict[str, Record], Server, Path],
+    measured: tuple[dict[str, BenchmarkScore], Server, Path],
 ) -> None:
     record = measured[0]["planted"]
     assert (record.status, record.reason, record.score, record.n) == ("ok", "", 70.0, 10)
@@ -186,26 +186,26 @@ def test_planted_wrong_answers_lower_the_score_by_just_their_share(
     assert record.data
 
 
-def test_images_reach_the_model_and_a_limit_is_kept(measured: tuple[dict[str, Record], Server, Path]) -> None:
+def test_images_reach_the_model_and_a_limit_is_kept(measured: tuple[dict[str, BenchmarkScore], Server, Path]) -> None:
     record = measured[0]["images"]
     assert (record.status, record.score, record.n) == ("ok", 100.0, 3)
 
 
 def test_a_failed_request_is_a_failed_benchmark_and_not_a_wrong_answer(
-    measured: tuple[dict[str, Record], Server, Path],
+    measured: tuple[dict[str, BenchmarkScore], Server, Path],
 ) -> None:
     record = measured[0]["broken"]
     assert (record.status, record.score, record.n) == ("failed", None, None)
     assert "1 of 10 requests failed" in record.reason
 
 
-def test_many_empty_answers_are_a_failed_benchmark(measured: tuple[dict[str, Record], Server, Path]) -> None:
+def test_many_empty_answers_are_a_failed_benchmark(measured: tuple[dict[str, BenchmarkScore], Server, Path]) -> None:
     record = measured[0]["silent"]
     assert (record.status, record.score, record.reason) == ("failed", None, "2 of 10 answers are empty")
 
 
 def test_a_missing_metric_is_a_failed_benchmark_that_names_what_there_is(
-    measured: tuple[dict[str, Record], Server, Path],
+    measured: tuple[dict[str, BenchmarkScore], Server, Path],
 ) -> None:
     record = measured[0]["no metric"]
     assert (record.status, record.score) == ("failed", None)
@@ -213,7 +213,7 @@ def test_a_missing_metric_is_a_failed_benchmark_that_names_what_there_is(
 
 
 def test_a_built_in_task_runs_on_local_rows_and_judges_mathematics(
-    measured: tuple[dict[str, Record], Server, Path],
+    measured: tuple[dict[str, BenchmarkScore], Server, Path],
 ) -> None:
     """With lmms-eval's default of four threads, math-verify fails without a word: this scores 0."""
     record = measured[0]["DynaMath"]
@@ -221,7 +221,7 @@ def test_a_built_in_task_runs_on_local_rows_and_judges_mathematics(
 
 
 def test_requests_are_greedy_with_the_token_limit_of_the_suite_and_the_key_stays_out_of_sight(
-    measured: tuple[dict[str, Record], Server, Path],
+    measured: tuple[dict[str, BenchmarkScore], Server, Path],
 ) -> None:
     _, server, out = measured
     planted = [r for r in server.requests if "wrongly" in json.dumps(r)]
@@ -231,7 +231,7 @@ def test_requests_are_greedy_with_the_token_limit_of_the_suite_and_the_key_stays
 
 
 def test_a_valid_record_is_reused_and_a_failed_one_is_not(
-    measured: tuple[dict[str, Record], Server, Path], suite: Suite
+    measured: tuple[dict[str, BenchmarkScore], Server, Path], suite: Suite
 ) -> None:
     first, server, out = measured
     kept = suite.model_copy(update={"benchmarks": suite.benchmarks[:2]})
@@ -251,7 +251,7 @@ def test_a_valid_record_is_reused_and_a_failed_one_is_not(
 
 
 def test_other_weights_or_other_rows_are_measured_again_and_a_timeout_leaves_nothing_behind(
-    measured: tuple[dict[str, Record], Server, Path], suite: Suite, tmp_path: Path
+    measured: tuple[dict[str, BenchmarkScore], Server, Path], suite: Suite, tmp_path: Path
 ) -> None:
     _, server, out = measured
     rows = write_rows(tmp_path / "other.parquet", ["What is 1+1?"], ["2"])
@@ -431,8 +431,8 @@ def test_a_model_is_known_by_its_weights_and_processor(tmp_path: Path) -> None:
 # The table.
 
 
-def record(model: str, column: str, score: float | None) -> Record:
-    return Record(
+def record(model: str, column: str, score: float | None) -> BenchmarkScore:
+    return BenchmarkScore(
         endpoint=model,
         role="student",
         column=column,

@@ -15,7 +15,7 @@ from PIL import Image
 from mmopd import settings_file
 from mmopd.config import Algorithm, Margin, Recipe, Student
 from mmopd.errors import UserError
-from mmopd.evaluate import Record, Results, Row
+from mmopd.evaluate import BenchmarkScore, Results, Row
 from mmopd.modality import Encoder
 from mmopd.records import Absent, Encoded, Outcome, Prompt, Response, Sample, Score
 from mmopd.report.heatmap import TokenRow, as_json, cells, choose, picture, read_rows, token_row
@@ -135,7 +135,7 @@ def recorded(tmp_path: Path, encoder: Encoder) -> Line:
         recipe = Recipe(student=Student(model=Path("m")), fleet=Path("f"), mixture=Path("m"), algorithm=algorithm)
         folder = RunFolder(tmp_path / str(len(list(tmp_path.iterdir()))))
         folder.create(recipe)
-        with Recorder(folder, recipe, encoder, 0) as recorder:
+        with Recorder(folder, algorithm, encoder, steps=recipe.train.steps, done=0) as recorder:
             recorder.step(0, PROMPTS, samples, build_batch(samples, algorithm, 0), updates=[], more={})
         [line] = read_lines(folder.metrics)
         return line
@@ -335,9 +335,11 @@ def write_run(run: Path) -> Path:
                 },
             )
 
-    def record(model: str, score: float | None) -> Record:
+    def record(model: str, score: float | None) -> BenchmarkScore:
         status, reason = ("ok", "") if score is not None else ("failed", "3 of 8 requests failed")
-        return Record(model, "student", "Digits", "t", "m", status, reason, score, 1.0, 8, "w", "d", {}, {}, 1.0)  # type: ignore[arg-type]
+        return BenchmarkScore(
+            model, "student", "Digits", "t", "m", status, reason, score, 1.0, 8, "w", "d", {}, {}, 1.0
+        )  # type: ignore[arg-type]
 
     rows = [
         Row("base", "base", (record("base", 40.0),)),

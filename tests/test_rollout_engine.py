@@ -6,7 +6,7 @@ from fake_vllm import FakeVLLM, logprob
 from mmopd.demo.world import build_processor, digit_sums
 from mmopd.modality import Encoder
 from mmopd.records import Prompt
-from mmopd.rollout.student_client import EngineError, StudentEngine
+from mmopd.rollout.student_client import EngineError, StudentClient
 
 
 @pytest.fixture(scope="module")
@@ -26,7 +26,7 @@ def encoded(encoder):
 
 def sample(encoder, encoded, faults=lambda n: None, **limits):
     async def main():
-        async with FakeVLLM(encoder, faults) as server, StudentEngine(server.endpoint, encoder, **limits) as engine:
+        async with FakeVLLM(encoder, faults) as server, StudentClient(server.endpoint, encoder, **limits) as engine:
             return await engine.sample(encoded, 8, 5, max_tokens=3), server.requests
 
     return asyncio.run(main())
@@ -72,7 +72,7 @@ def test_a_dead_engine_is_given_up_after_the_patience(encoder, encoded):
     async def main():
         async with FakeVLLM(encoder) as server:
             endpoint = server.endpoint
-        async with StudentEngine(endpoint, encoder, patience=0.5) as engine:
+        async with StudentClient(endpoint, encoder, patience=0.5) as engine:
             await engine.logprobs(encoded, (5, 6))
 
     with pytest.raises(EngineError, match="connection"):
@@ -81,7 +81,7 @@ def test_a_dead_engine_is_given_up_after_the_patience(encoder, encoded):
 
 def test_log_probs_for_the_probe_are_those_of_the_response_tokens(encoder, encoded):
     async def main():
-        async with FakeVLLM(encoder) as server, StudentEngine(server.endpoint, encoder) as engine:
+        async with FakeVLLM(encoder) as server, StudentClient(server.endpoint, encoder) as engine:
             return await engine.logprobs(encoded, (5, 6, 7))
 
     start = len(encoded.expanded)

@@ -18,12 +18,12 @@ from mmopd.runtime.run_folder import RunFolder
 from mmopd.serving import endpoint
 from mmopd.train import distributed
 from mmopd.train.rollouts import Rollouts
-from mmopd.train.weight_publisher import Handover
+from mmopd.train.weight_publisher import WeightPublisher
 
 STEP = 5
 
 
-class Restarted(Handover):
+class Restarted(WeightPublisher):
     """Of an engine that its supervisor has started again: with the weights of its folder, until it gets those of a
     version.
     """
@@ -58,7 +58,7 @@ class Stubborn(Restarted):
 async def roll(
     folder: Path, encoder: Encoder, prompts: Sequence[Encoded], kind: type[Restarted], *, ahead: int
 ) -> tuple[list[Sample], Restarted, FakeVLLM]:
-    """A step that begins on a fresh engine. Ahead: while the trainer learns and its handover brings that engine what it
+    """A step that begins on a fresh engine. Ahead: while the trainer learns and its weight sync brings that engine what it
     needs.
     """
     rollout = {"prompts": len(prompts), "group": 4, "max_tokens": 8, "async_steps": ahead}
@@ -70,25 +70,25 @@ async def roll(
         async with FakeVLLM(encoder) as engine:
             endpoint.save(run.endpoints, [dataclasses.replace(engine.endpoint, name="student", role="student")])
             async with Rollouts(run, recipe, {}, encoder, ranks) as rollouts:
-                handover = kind(engine)
+                publisher = kind(engine)
                 rolling = rollouts.begin(STEP, prompts)
                 if ahead:
                     assert (await rolling.end(ranks)).failed
-                    await handover.publish(version_of(STEP))
-                samples, _ = await rollouts.finish(rolling, handover)
-                return samples, handover, engine
+                    await publisher.publish(version_of(STEP))
+                samples, _ = await rollouts.finish(rolling, publisher)
+                return samples, publisher, engine
     finally:
         distributed.stop()
 
 
 @pytest.mark.parametrize(("ahead", "waited"), [(0, 1), (1, 0)])
 def test_rollouts_of_an_engine_that_was_replaced_are_rolled_out_again(tmp_path, encoder, prompts, ahead, waited):
-    samples, handover, engine = asyncio.run(
+    samples, publisher, engine = asyncio.run(
         asyncio.wait_for(roll(tmp_path, encoder, prompts, Restarted, ahead=ahead), 60)
     )
     assert {version for sample in samples for version, _ in sample.response.versions} == {version_of(STEP)}
     assert [sample.group for sample in samples] == [n for n in range(len(prompts)) for _ in range(4)]
-    assert handover.waited == waited
+    assert publisher.waited == waited
     seeds = [request["sampling_params"]["seed"] for request in engine.requests]
     assert len(seeds) == 2 * len(prompts)
     assert sorted(seeds[: len(prompts)]) == sorted(seeds[len(prompts) :])

@@ -5,7 +5,7 @@ from mmopd.config import Fleet, View
 from mmopd.demo.world import build_tokenizer
 from mmopd.errors import UserError
 from mmopd.task.base import Task
-from mmopd.teacher.router import Judge, check_routes, check_tokenizers, find_judges, find_route, find_view
+from mmopd.teacher.router import RoutedTeacher, check_routes, check_tokenizers, find_route, find_teachers, find_view
 from mmopd.teacher.view import BUILT_IN
 
 TASKS = {
@@ -40,15 +40,15 @@ def test_a_pair_without_a_route_is_named_together_with_the_routes_that_there_are
 
 def test_a_route_to_several_teachers_has_their_shares_weights_and_own_views():
     routed = fleet({"teacher": {"a": 3, "b": 1}}, weight=2.5, view="caption")
-    assert find_judges(routed, TASKS, "charts", "image") == (
-        Judge("a", 0.75, 1.0, BUILT_IN["full"]),
-        Judge("b", 0.25, 2.5, BUILT_IN["caption"]),
+    assert find_teachers(routed, TASKS, "charts", "image") == (
+        RoutedTeacher("a", 0.75, 1.0, BUILT_IN["full"]),
+        RoutedTeacher("b", 0.25, 2.5, BUILT_IN["caption"]),
     )
 
 
 def test_the_view_of_a_route_is_for_all_its_teachers():
     routed = fleet({"teacher": {"a": 1, "b": 1}, "view": "blank"}, view="caption")
-    assert {judge.view for judge in find_judges(routed, TASKS, "charts", "image")} == {BUILT_IN["blank"]}
+    assert {one.view for one in find_teachers(routed, TASKS, "charts", "image")} == {BUILT_IN["blank"]}
 
 
 def test_of_views_with_one_name_the_nearest_wins_fleet_task_built_in():

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from mmopd.config import Mixture
-from mmopd.prompts import Plan, Rows
+from mmopd.prompts import PromptPlan, Rows
 from mmopd.prompts.schedule import Schedule
 
 
@@ -23,7 +23,7 @@ def mixture(adapt: float = 0.0) -> Mixture:
 RIGHT = {"easy": 0.98, "hard": 0.5, "late": 0.0}
 
 
-def run(start: int, end: int, plan: Plan, schedule: Schedule) -> list[list[tuple[str, int]]]:
+def run(start: int, end: int, plan: PromptPlan, schedule: Schedule) -> list[list[tuple[str, int]]]:
     """Steps of 128 prompts, whose outcomes are a function of step and source."""
     steps = []
     for step in range(start, end):
@@ -35,8 +35,8 @@ def run(start: int, end: int, plan: Plan, schedule: Schedule) -> list[list[tuple
     return steps
 
 
-def plan() -> Plan:
-    return Plan({name: Rows(500, name) for name in RIGHT}, {"easy": 2, "hard": 1, "late": 0}, 0)
+def plan() -> PromptPlan:
+    return PromptPlan({name: Rows(500, name) for name in RIGHT}, {"easy": 2, "hard": 1, "late": 0}, 0)
 
 
 def test_steps_are_composed_by_the_schedule_of_the_mixture() -> None:

@@ -16,7 +16,7 @@ from mmopd.demo.world import additions, build_processor, build_student, digit_su
 from mmopd.errors import UserError
 from mmopd.modality import Encoder
 from mmopd.records import Absent, Prompt, Score
-from mmopd.rollout.student_client import StudentEngine
+from mmopd.rollout.student_client import StudentClient
 from mmopd.runtime.processes import Children
 from mmopd.serving import replicas
 from mmopd.serving import servers as serve_module
@@ -305,7 +305,7 @@ def test_a_real_server_gives_the_log_probs_of_transformers_for_text_and_image(re
 
     async def main():
         async with (
-            StudentEngine(endpoint, encoder) as engine,
+            StudentClient(endpoint, encoder) as engine,
             Scorer(fleet(), {}, {"t": [endpoint]}, encoder) as scorer,
         ):
             for encoded in map(encoder.encode, rows):

@@ -3,7 +3,7 @@
 import pytest
 from rich.console import Console
 
-from mmopd.commands.show import judges_table
+from mmopd.commands.show import teachers_table
 from mmopd.config import Fleet, Mixture
 from mmopd.errors import UserError
 
@@ -22,7 +22,7 @@ def lines(routes, *tasks):
     )
     console = Console(width=160)
     with console.capture() as capture:
-        console.print(judges_table(fleet, mixture))
+        console.print(teachers_table(fleet, mixture))
     rows = [line.strip("│").split("│") for line in capture.get().splitlines() if line.startswith("│")]
     return [[cell.strip() for cell in row] for row in rows]
 

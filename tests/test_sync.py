@@ -87,7 +87,7 @@ def test_a_server_that_shares_the_gpu_is_woken_by_halves_around_its_new_weights(
 
     with IpcSync([Endpoint("student", "http://127.0.0.1:9", "student", "", "student")]) as link:
         link._servers[0].client = httpx.Client(base_url="http://127.0.0.1:9", transport=httpx.MockTransport(answer))
-        link.rest()
+        link.sleep()
         link.send([], "step-1")
     first = [
         "/sleep?level=1&mode=wait",

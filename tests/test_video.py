@@ -29,13 +29,13 @@ from mmopd.modality import Encoder, video
 from mmopd.modality.video import FPS, MAX_FRAMES
 from mmopd.preflight.questions import look, reordered
 from mmopd.preflight.run import answers, preflight
-from mmopd.prompts import Plan, Rows, Shards, TokenCounter, write_shards
+from mmopd.prompts import PromptPlan, Rows, Shards, TokenCounter, write_shards
 from mmopd.prompts.index import index_tar
 from mmopd.prompts.prepare import prepare
 from mmopd.prompts.rows import RowError, pack
 from mmopd.records import Encoded, Prompt, Response, Sample, Score
 from mmopd.report.heatmap import token_row
-from mmopd.rollout.student_client import EngineError, StudentEngine
+from mmopd.rollout.student_client import EngineError, StudentClient
 from mmopd.runtime.processes import Children
 from mmopd.serving.endpoint import Endpoint
 from mmopd.serving.servers import serve
@@ -86,7 +86,7 @@ def test_clips_go_into_shards_and_come_back_frame_by_frame(films: Shards, encode
     assert (totals.rows, totals.images) == (4, 4 + 5 + 6 + 7)
     for i, row in enumerate(films):
         assert films.tokens(i) == len(encoder.encode(row).expanded)
-    drawn = Plan({"films": Rows(len(films), films.fingerprint)}, {"films": 1.0}, 0).draw(8)
+    drawn = PromptPlan({"films": Rows(len(films), films.fingerprint)}, {"films": 1.0}, 0).draw(8)
     assert sorted(films[row].key for _, row in drawn) == sorted(2 * [f"shards/{i}" for i in range(4)])
 
 
@@ -392,7 +392,7 @@ def test_the_engine_samples_answers_to_a_clip(real: Endpoint, model: Path, encod
     reference = AutoModelForImageTextToText.from_pretrained(model, dtype=torch.float32).eval()
 
     async def main() -> Any:
-        async with StudentEngine(real, encoder) as engine:
+        async with StudentClient(real, encoder) as engine:
             shown = encoder.encode(films[1])
             return (
                 shown,
@@ -416,7 +416,7 @@ def test_an_engine_that_takes_no_clips_is_told_with_the_key_to_set(
     async def main() -> None:
         async with (
             FakeVLLM(encoder, lambda n: "500") as server,
-            StudentEngine(server.endpoint, encoder, timeout=0.5) as engine,
+            StudentClient(server.endpoint, encoder, timeout=0.5) as engine,
         ):
             await engine.sample(encoded["two clips"], 1, 0, max_tokens=1)
 

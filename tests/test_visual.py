@@ -170,7 +170,7 @@ def test_a_run_keeps_the_metric_and_shows_responses_that_were_scored_both_ways(t
     batch = build_batch(samples, PLAIN, 0)
     run = RunFolder(tmp_path / "run")
     run.create(recipe)
-    with Recorder(run, recipe, Encoder(tmp_path / "student"), 0) as recorder:
+    with Recorder(run, PLAIN, Encoder(tmp_path / "student"), steps=recipe.train.steps, done=0) as recorder:
         recorder.step(0, prompts("charts", "words"), samples, batch, updates=[], more={"scoring/requests": 4.0})
     [metrics] = read_lines(run.metrics)
     assert metrics["visual_advantage/charts"] == pytest.approx(-0.25)

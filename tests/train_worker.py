@@ -34,7 +34,7 @@ from mmopd.train.distributed import start, stop
 from mmopd.train.export import export
 from mmopd.train.loop import learn
 from mmopd.train.prefix_tree import Item
-from mmopd.train.skipped import Guard
+from mmopd.train.skipped import SkippingUpdater
 from mmopd.train.trainer import NotFiniteError, Trainer
 
 TRAIN = Train(
@@ -166,7 +166,7 @@ def learned(trainer: Trainer, encoder: Encoder, out: Path) -> dict[str, Any]:
         return plain(items)
 
     learner.update = update  # type: ignore[method-assign]
-    batch, updates, seen = learn(recipe, learner, Guard(RunFolder(out), learner), samples, prompts, step=3)
+    batch, updates, seen = learn(recipe, learner, SkippingUpdater(RunFolder(out), learner), samples, prompts, step=3)
     return {"samples": samples, "truth": truth, "batch": batch, "met": met, "updates": updates, "seen": seen}
 
 
@@ -256,15 +256,15 @@ def resized(trainer: Trainer, encoder: Encoder, out: Path) -> dict[str, Any]:
 
 
 def guarded(trainer: Trainer, encoder: Encoder, out: Path) -> dict[str, Any]:
-    """Steps with an advantage that is infinite, a weight that is not a number, and whole ones, under the guard, until
+    """Steps with an advantage that is infinite, a weight that is not a number, and whole ones, with the updater that skips, until
     it stops.
     """
-    guard = Guard(RunFolder(out), trainer)
+    updater = SkippingUpdater(RunFolder(out), trainer)
     whole = make_items(encoder, "Ti", 3)
-    made = [len(guard.update(0, [whole, whole])), len(guard.update(1, [whole, infinite(whole), infinite(whole)]))]
+    made = [len(updater.update(0, [whole, whole])), len(updater.update(1, [whole, infinite(whole), infinite(whole)]))]
     logprobs = trainer.logprobs(whole)
-    again = Guard(RunFolder(out), trainer)
-    again.restore(guard.state())
+    again = SkippingUpdater(RunFolder(out), trainer)
+    again.restore(updater.state())
     spoil(trainer)
     made.append(len(again.update(2, [make_items(encoder, "tI", 5)])))
     stopped = _refusal(lambda: again.update(3, [whole]))

@@ -13,7 +13,7 @@ from jaxtyping import Bool, Float, Int
 from numpy.typing import NDArray
 from torch import Tensor
 
-from mmopd.algorithm.groups import at_least_zero, one_of, ranks, rows, same_length, sides
+from mmopd.algorithm.groups import at_least_zero, one_of, places, rows, same_length, sides
 
 
 def balance_online(
@@ -75,7 +75,7 @@ def balance_online(
         index = side.nonzero()[:, 0]
         index = index[draw[index].argsort(stable=True)]
         index = index[row[index].argsort(stable=True)]
-        place = ranks(row[index], groups)[1]  # a random order inside each group
+        place = places(row[index], groups)[1]  # a random order inside each group
         if scope == "group":
             keep[index] = place < _quota(have, other, aim)[row[index]]
         else:
@@ -109,7 +109,7 @@ def _nearest(have: int, other: int, aim: float, tolerance: float) -> int:
 def _position(row: Tensor, groups: int) -> Tensor:
     """Position of each response among those of its group, in the order given."""
     order = row.argsort(stable=True)
-    return torch.empty_like(row).scatter_(0, order, ranks(row[order], groups)[1])
+    return torch.empty_like(row).scatter_(0, order, places(row[order], groups)[1])
 
 
 def _unique_in_group(key: Tensor, group: Tensor) -> Tensor:

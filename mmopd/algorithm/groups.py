@@ -30,7 +30,7 @@ def rows(group: Int[Tensor, " N"]) -> tuple[Int[Tensor, " N"], int]:
     return row, len(ids)
 
 
-def ranks(row: Int[Tensor, " N"], groups: int) -> tuple[Int[Tensor, " S"], Int[Tensor, " N"]]:
+def places(row: Int[Tensor, " N"], groups: int) -> tuple[Int[Tensor, " S"], Int[Tensor, " N"]]:
     """(responses in each row [S], place of each among those of its row, from 0 [N]); `row` is sorted."""
     count = torch.bincount(row, minlength=groups)
     return count, torch.arange(len(row)) - (count.cumsum(0) - count)[row]

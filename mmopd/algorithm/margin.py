@@ -19,7 +19,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from mmopd.algorithm.groups import at_least_zero, first, one_of, ranks, rows, same_length, sides
+from mmopd.algorithm.groups import at_least_zero, first, one_of, places, rows, same_length, sides
 
 Scope = Literal["group", "global"]
 Mode = Literal["mean", "minmax"]
@@ -191,7 +191,7 @@ def _side(value: Tensor, member: Tensor, row: Tensor, *, groups: int, mode: str)
     index = index[value[index].argsort(descending=True, stable=True)]
     index = index[row[index].argsort(stable=True)]
     row = row[index]
-    count, place = ranks(row, groups)
+    count, place = places(row, groups)
     W = max([1, *count.tolist()])
     table = torch.zeros(groups, W, dtype=value.dtype)
     table[row, place] = value[index]

@@ -17,7 +17,7 @@ from mmopd.settings_file import suggest
 from mmopd.task.base import Task
 from mmopd.task.load import load_tasks
 from mmopd.teacher.fleet import to_specs
-from mmopd.teacher.router import find_judges, load_teachers, references, routed
+from mmopd.teacher.router import find_teachers, load_teachers, references, routed
 
 
 class Role(NamedTuple):
@@ -264,7 +264,8 @@ def _shares(fleet: Fleet, before: Fleet | None, mixture: Mixture, tasks: Mapping
             continue
         for source in mixture.sources.values():
             modality, share = tasks[source.task].modality, source.weight / total
-            for judge in find_judges(one, tasks, source.task, modality):
-                known, sees = shares[judge.teacher], modality != "text" and judge.view.images != "drop"
-                shares[judge.teacher] = Share(known.all + share, known.seen + share * sees)
+            for routed_to in find_teachers(one, tasks, source.task, modality):
+                known = shares[routed_to.name]
+                sees = modality != "text" and routed_to.view.images != "drop"
+                shares[routed_to.name] = Share(known.all + share, known.seen + share * sees)
     return shares

@@ -9,7 +9,7 @@ from mmopd import catalog, settings_file
 from mmopd.config import Fleet, Mixture, Recipe
 from mmopd.errors import UserError
 from mmopd.task.load import load_tasks
-from mmopd.teacher.router import Judge, find_judges, load_teachers, references
+from mmopd.teacher.router import RoutedTeacher, find_teachers, load_teachers, references
 
 
 def show(recipe: Recipe, console: Console) -> None:
@@ -45,10 +45,10 @@ def show(recipe: Recipe, console: Console) -> None:
         )
     console.print(table)
     if fleet.routes:
-        console.print(judges_table(fleet, mixture))
+        console.print(teachers_table(fleet, mixture))
 
 
-def judges_table(fleet: Fleet, mixture: Mixture) -> Table:
+def teachers_table(fleet: Fleet, mixture: Mixture) -> Table:
     """The teachers of each task of the mixture, with their shares and what they are shown.
 
     Raises:
@@ -61,15 +61,15 @@ def judges_table(fleet: Fleet, mixture: Mixture) -> Table:
     for name in dict.fromkeys(source.task for source in mixture.sources.values()):
         if name not in tasks:
             raise UserError(f"no task {name!r} in modalities/{settings_file.suggest(name, tasks)}")
-        for i, judge in enumerate(find_judges(fleet, tasks, name, tasks[name].modality)):
+        for i, teacher in enumerate(find_teachers(fleet, tasks, name, tasks[name].modality)):
             prompts = "" if i else f"{name} ({tasks[name].modality})"
-            table.add_row(prompts, judge.teacher, f"{judge.share:.0%}", f"{judge.weight:g}", escape(_shown(judge)))
+            table.add_row(prompts, teacher.name, f"{teacher.share:.0%}", f"{teacher.weight:g}", escape(_shown(teacher)))
     return table
 
 
-def _shown(judge: Judge) -> str:
+def _shown(teacher: RoutedTeacher) -> str:
     """The keys of its view that are set."""
-    keys = judge.view.model_dump(exclude_defaults=True)
+    keys = teacher.view.model_dump(exclude_defaults=True)
     return (
         ", ".join(f"{key}: {value if key == 'images' else repr(value)}" for key, value in keys.items()) or "all of it"
     )

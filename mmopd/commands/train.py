@@ -260,7 +260,16 @@ def measure_difficulty(job: Job, servers: Servers, run: RunFolder, stages: Stage
     ).keys() == job.sources.keys():
         return
     with stages.stage("difficulty") as stage, answering(servers, run.logs):
-        run_pass(job.recipe, job.sources, endpoint.load_by_role(run.endpoints)[0], run.difficulty, stage)
+        run_pass(
+            job.sources,
+            endpoint.load_by_role(run.endpoints)[0],
+            run.difficulty,
+            stage,
+            student=job.recipe.student,
+            rollout=job.recipe.rollout,
+            algorithm=job.recipe.algorithm,
+            timeout=job.recipe.train.timeout,
+        )
 
 
 def sample_answers(job: Job, servers: Servers, run: RunFolder, stages: Stages) -> None:
@@ -293,7 +302,16 @@ def difficulty_alone(recipe: Recipe, out: Path, console: Console) -> None:
             stages.stage("difficulty") as stage,
             answering(servers, logs),
         ):
-            measured = run_pass(recipe, job.sources, list(servers.values()), out, stage)
+            measured = run_pass(
+                job.sources,
+                list(servers.values()),
+                out,
+                stage,
+                student=recipe.student,
+                rollout=recipe.rollout,
+                algorithm=recipe.algorithm,
+                timeout=recipe.train.timeout,
+            )
     console.print(difficulty_counts.table(measured))
     console.print(f"Before and after: {out / difficulty_counts.PICTURE}", highlight=False, markup=False)
 

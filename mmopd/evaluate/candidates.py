@@ -13,7 +13,7 @@ from mmopd import catalog
 from mmopd.config import Benchmark, Recipe, Suite
 from mmopd.errors import UserError
 from mmopd.evaluate.calls import warm_up
-from mmopd.evaluate.lmms import Record, evaluate, read_suite
+from mmopd.evaluate.lmms import BenchmarkScore, evaluate, read_suite
 from mmopd.evaluate.table import Kind, Results, Row
 from mmopd.runtime.fingerprint import hash_model
 from mmopd.runtime.processes import Children
@@ -44,7 +44,7 @@ def evaluate_all(suite: Suite | None, candidates: Sequence[Candidate], out: Path
     with stages.stage(f"evaluate {', '.join(c.name for c in candidates)}") as stage:
         stage.total(len(candidates) * len(suite.benchmarks))
 
-        def show(benchmark: Benchmark, record: Record | None) -> None:
+        def show(benchmark: Benchmark, record: BenchmarkScore | None) -> None:
             if record is not None:
                 stage.advance()
                 stage.note(f"{record.endpoint}, {benchmark.column}: {record.reason or f'{record.score:.1f}'}")

@@ -43,11 +43,12 @@ NOT_A_NAME = (
     "gpt-5",
 )  # lmms-eval takes a model whose name contains one for OpenAI's, and drops the temperature
 
-OnEvent = Callable[[Benchmark, "Record | None"], None]  # None when a benchmark starts, its record when it is done
+# A benchmark, and its score; None when it starts.
+OnEvent = Callable[[Benchmark, "BenchmarkScore | None"], None]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class Record:
+class BenchmarkScore:
     """One benchmark of one model: a score, or the reason why there is none."""
 
     endpoint: str
@@ -68,7 +69,7 @@ class Record:
     reused: bool = False
 
     @classmethod
-    def read(cls, path: Path) -> "Record":
+    def read(cls, path: Path) -> "BenchmarkScore":
         """The record that `write` wrote."""
         return cls(**json.loads(path.read_text()))
 
@@ -113,7 +114,7 @@ def evaluate(
     cache: Path | None = None,
     objection: Callable[[], str] = lambda: "",
     on_event: OnEvent = lambda benchmark, record: None,
-) -> list[Record]:
+) -> list[BenchmarkScore]:
     """Measure a served model on every benchmark of a suite (of `read_suite`).
 
     Args:
@@ -177,13 +178,13 @@ class _Job:
     cache: Path | None
     objection: Callable[[], str]
 
-    def run(self, calls: Calls, on_event: OnEvent) -> Record:
+    def run(self, calls: Calls, on_event: OnEvent) -> BenchmarkScore:
         on_event(self.benchmark, None)
         kept = self.cache / f"{self._key()}.json" if self.cache is not None and self.weights else None
         if kept is not None and kept.is_file():
             name, role = self.endpoint.name, self.endpoint.role
             record = dataclasses.replace(
-                Record.read(kept), endpoint=name, role=role, column=self.benchmark.column, reused=True
+                BenchmarkScore.read(kept), endpoint=name, role=role, column=self.benchmark.column, reused=True
             )
         else:
             record = self._measure(calls)
@@ -193,7 +194,7 @@ class _Job:
         on_event(self.benchmark, record)
         return record
 
-    def _measure(self, calls: Calls) -> Record:
+    def _measure(self, calls: Calls) -> BenchmarkScore:
         begin = time.monotonic()
         measured: Measured | None = None
         try:
@@ -202,7 +203,7 @@ class _Job:
             reason = str(why)
         if reason:
             measured = None
-        return Record(
+        return BenchmarkScore(
             endpoint=self.endpoint.name,
             role=self.endpoint.role,
             column=self.benchmark.column,

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from rich.table import Table
 
-from mmopd.evaluate.lmms import Record
+from mmopd.evaluate.lmms import BenchmarkScore
 
 Kind = Literal["base", "teacher", "distilled"]
 
@@ -26,9 +26,9 @@ class Row:
 
     name: str
     kind: Kind
-    records: tuple[Record, ...]
+    records: tuple[BenchmarkScore, ...]
 
-    def record(self, column: str) -> Record | None:
+    def record(self, column: str) -> BenchmarkScore | None:
         """The record of a benchmark, if it was run on this model."""
         return next((r for r in self.records if r.column == column), None)
 
@@ -54,7 +54,9 @@ class Results:
     def read(cls, path: Path) -> "Results":
         """What `write` wrote as `results.json`."""
         data = json.loads(path.read_text())
-        rows = [Row(r["name"], r["kind"], tuple(Record(**record) for record in r["records"])) for r in data["rows"]]
+        rows = [
+            Row(r["name"], r["kind"], tuple(BenchmarkScore(**record) for record in r["records"])) for r in data["rows"]
+        ]
         return cls(tuple(data["columns"]), tuple(rows))
 
     def write(self, folder: Path) -> None:
@@ -86,7 +88,7 @@ class Results:
         """`gap_closed` of every column."""
         return {column: self.gap_closed(column) for column in self.columns}
 
-    def failures(self) -> list[Record]:
+    def failures(self) -> list[BenchmarkScore]:
         """The records without a score."""
         return [r for row in self.rows for r in row.records if r.status == "failed"]
 
@@ -135,7 +137,7 @@ class Results:
         return NONE if gap is None else f"{gap:.0%}"
 
 
-def _cell(record: Record | None) -> str:
+def _cell(record: BenchmarkScore | None) -> str:
     if record is None:
         return NONE
     if record.score is None:

@@ -21,13 +21,13 @@ from mmopd.prompts.ledger import Ledger, Origin, ledger_file
 from mmopd.prompts.shards import Shards
 from mmopd.records import Encoded, Outcome, Response, Sample, Score
 from mmopd.rollout.collect import seed_of
-from mmopd.rollout.student_client import StudentEngine
+from mmopd.rollout.student_client import StudentClient
 from mmopd.runtime.fingerprint import hash_model
 from mmopd.runtime.progress import Stage
 from mmopd.serving.endpoint import Endpoint
 from mmopd.task.load import load_tasks
 from mmopd.task.verifier_pool import VerifierPool
-from mmopd.teacher.router import find_judges, load_teachers
+from mmopd.teacher.router import find_teachers, load_teachers
 from mmopd.teacher.view import encode_view
 
 
@@ -62,12 +62,12 @@ def find_answers(recipe: Recipe, sources: Mapping[str, Shards]) -> dict[str, tup
         include={"temperature", "top_p", "top_k", "max_tokens"}
     )
     for name, shards in sources.items():
-        judges = {
-            f"{task}/{modality}": find_judges(fleet, tasks, task, modality) for task, modality in sorted(shards.kinds)
+        routed = {
+            f"{task}/{modality}": find_teachers(fleet, tasks, task, modality) for task, modality in sorted(shards.kinds)
         }
         asked = {
-            kind: [[_weights(fleet, j.teacher), j.share, j.weight, j.view.model_dump()] for j in some]
-            for kind, some in judges.items()
+            kind: [[_weights(fleet, one.name), one.share, one.weight, one.view.model_dump()] for one in some]
+            for kind, some in routed.items()
         }
         made_from = {
             "data": shards.fingerprint,
@@ -116,7 +116,7 @@ async def _ask(
     async with AsyncExitStack() as stack:
         engines = {
             name: [
-                await stack.enter_async_context(StudentEngine(one, encoder, timeout=recipe.train.timeout))
+                await stack.enter_async_context(StudentClient(one, encoder, timeout=recipe.train.timeout))
                 for one in replicas
             ]
             for name, replicas in teachers.items()
@@ -125,16 +125,18 @@ async def _ask(
 
         async def right_of(encoded: Encoded) -> list[Any]:
             prompt, draw = encoded.prompt, Random(seed_of("answers", encoded.prompt.key))
-            judges = find_judges(fleet, tasks, prompt.task, prompt.modality)
+            routed = find_teachers(fleet, tasks, prompt.task, prompt.modality)
             kept: list[Any] = []
             # Several teachers share the attempts as they would share the target.
-            for i, times in Counter(draw.choices(range(len(judges)), [j.share for j in judges], k=n)).items():
-                judge = judges[i]
-                shown = await asyncio.to_thread(encode_view, encoder, encoded, judge.view)
-                responses = await draw.choice(engines[judge.teacher]).sample(
+            for i, times in Counter(
+                draw.choices(range(len(routed)), [teacher.share for teacher in routed], k=n)
+            ).items():
+                teacher = routed[i]
+                shown = await asyncio.to_thread(encode_view, encoder, encoded, teacher.view)
+                responses = await draw.choice(engines[teacher.name]).sample(
                     shown,
                     times,
-                    seed_of("answers", prompt.key, judge.teacher),
+                    seed_of("answers", prompt.key, teacher.name),
                     max_tokens=rollout.max_tokens,
                     temperature=rollout.temperature,
                     top_p=rollout.top_p,
@@ -144,7 +146,7 @@ async def _ask(
                     *(verifiers.verify(prompt.task, r.text, prompt.answer) for r in responses)
                 )
                 kept += [
-                    [judge.teacher, judge.weight, r.tokens, [round(x, 6) for x in r.logprobs]]
+                    [teacher.name, teacher.weight, r.tokens, [round(x, 6) for x in r.logprobs]]
                     for r, outcome in zip(responses, outcomes, strict=True)
                     if outcome.known and outcome.value >= recipe.algorithm.outcome_threshold
                 ]

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import AsyncExitStack, ExitStack
 from pathlib import Path
 
-from mmopd.config import Difficulty, Recipe
+from mmopd.config import Algorithm, Difficulty, Rollout, Student
 from mmopd.errors import UserError
 from mmopd.modality import Encoder
 from mmopd.passes.each_row import each_row
@@ -17,7 +17,7 @@ from mmopd.prompts.difficulty_counts import Counts, Measured
 from mmopd.prompts.shards import Shards
 from mmopd.records import Encoded
 from mmopd.rollout.collect import seed_of
-from mmopd.rollout.student_client import StudentEngine
+from mmopd.rollout.student_client import StudentClient
 from mmopd.runtime.fingerprint import hash_model
 from mmopd.runtime.progress import Stage
 from mmopd.serving.endpoint import Endpoint
@@ -25,27 +25,54 @@ from mmopd.task.verifier_pool import VerifierPool
 
 
 def run_pass(
-    recipe: Recipe, sources: Mapping[str, Shards], students: Sequence[Endpoint], out: Path, stage: Stage
+    sources: Mapping[str, Shards],
+    endpoints: Sequence[Endpoint],
+    out: Path,
+    stage: Stage,
+    *,
+    student: Student,
+    rollout: Rollout,
+    algorithm: Algorithm,
+    timeout: float,
 ) -> dict[str, Measured]:
     """Answer what has not been answered yet, and write `difficulty_counts.json` and the picture into `out`.
+
+    Args:
+        endpoints: the student's engines.
+        timeout: seconds for an answer of an engine.
 
     Raises:
         EngineError: an engine of the student is gone; what was counted is kept.
         UserError: the recipe has difficulty switched off, the counts beside the shards cannot be used, or the policy
             leaves nothing.
     """
-    settings = _settings(recipe)
-    threshold, weights_of = recipe.algorithm.outcome_threshold, hash_model(recipe.student.model)
+    settings = _settings(algorithm)
+    threshold = algorithm.outcome_threshold
+    weights_of = hash_model(student.model)
     with ExitStack() as stack:
         counts: dict[str, Counts] = {}
         for name, shards in sources.items():
             made_from = difficulty_counts.origin(
-                shards, weights_of, settings, max_tokens=recipe.rollout.max_tokens, threshold=threshold
+                shards, weights_of, settings, max_tokens=rollout.max_tokens, threshold=threshold
             )
             counts[name] = stack.enter_context(Counts(difficulty_counts.counts_file(shards, made_from), made_from))
-        total, done = sum(map(len, sources.values())), sum(map(len, counts.values()))
+        total = sum(map(len, sources.values()))
+        done = sum(map(len, counts.values()))
         stage.total(total, done=done)
-        unreadable = asyncio.run(_answer(recipe, sources, counts, students, stage)) if done < total else 0
+        unreadable = 0
+        if done < total:
+            unreadable = asyncio.run(
+                _answer(
+                    sources,
+                    counts,
+                    endpoints,
+                    stage,
+                    student=student,
+                    rollout=rollout,
+                    algorithm=algorithm,
+                    timeout=timeout,
+                )
+            )
         measured = {
             name: difficulty_counts.measure(counts[name], len(shards), settings) for name, shards in sources.items()
         }
@@ -62,24 +89,29 @@ def run_pass(
 
 
 async def _answer(
-    recipe: Recipe,
     sources: Mapping[str, Shards],
     counts: Mapping[str, Counts],
-    students: Sequence[Endpoint],
+    endpoints: Sequence[Endpoint],
     stage: Stage,
+    *,
+    student: Student,
+    rollout: Rollout,
+    algorithm: Algorithm,
+    timeout: float,
 ) -> int:
     """Count the right answers of every row that is not counted yet; how many rows could not be read.
 
     An answer that the verifier cannot judge is not counted as an attempt, and a row that cannot be read has none. The
     draws do not depend on the run's seed: runs share the counts.
     """
-    settings, encoder = _settings(recipe), Encoder(recipe.student.model)
+    settings = _settings(algorithm)
+    encoder = Encoder(student.model)
     async with AsyncExitStack() as stack:
         engines = [
-            await stack.enter_async_context(StudentEngine(student, encoder, timeout=recipe.train.timeout))
-            for student in students
+            await stack.enter_async_context(StudentClient(endpoint, encoder, timeout=timeout)) for endpoint in endpoints
         ]
-        verifiers, turns = stack.enter_context(VerifierPool()), itertools.cycle(engines)
+        verifiers = stack.enter_context(VerifierPool())
+        turns = itertools.cycle(engines)
 
         async def right_of(encoded: Encoded) -> tuple[int, int]:
             prompt = encoded.prompt
@@ -87,22 +119,22 @@ async def _answer(
                 encoded,
                 settings.attempts,
                 seed_of("difficulty", prompt.key),
-                max_tokens=recipe.rollout.max_tokens,
+                max_tokens=rollout.max_tokens,
                 temperature=settings.temperature,
                 top_p=settings.top_p,
                 top_k=settings.top_k,
             )
             outcomes = await asyncio.gather(*(verifiers.verify(prompt.task, r.text, prompt.answer) for r in responses))
-            known = [outcome.value >= recipe.algorithm.outcome_threshold for outcome in outcomes if outcome.known]
+            known = [outcome.value >= algorithm.outcome_threshold for outcome in outcomes if outcome.known]
             return sum(known), len(known)
 
-        at_once = recipe.rollout.concurrency * len(engines)
+        at_once = rollout.concurrency * len(engines)
         return await each_row(sources, counts, encoder, right_of, (0, 0), at_once=at_once, stage=stage)
 
 
-def _settings(recipe: Recipe) -> Difficulty:
-    if recipe.algorithm.difficulty is None:
+def _settings(algorithm: Algorithm) -> Difficulty:
+    if algorithm.difficulty is None:
         raise UserError(
             "algorithm.difficulty is null in this recipe: there is nothing to measure; give it at least `{}`"
         )
-    return recipe.algorithm.difficulty
+    return algorithm.difficulty

@@ -67,7 +67,7 @@ class Examination:
     """One server under examination; `checks` holds what was found.
 
     Attributes:
-        scores: number of a probe -> log-probs of its response; empty unless they repeat, and depend on the images.
+        scores: number of a question -> log-probs of its response; empty unless they repeat, and depend on the images.
     """
 
     def __init__(
@@ -271,16 +271,17 @@ class Examination:
 
     async def _same_twice(self) -> Check:
         """The same requests again give the same numbers."""
-        probes = {
-            i: probe
-            for i, probe in enumerate(self._asked.probes)
-            if self._images_agree or not probe.encoded.prompt.is_visual
+        questions = {
+            i: question
+            for i, question in enumerate(self._asked.to_score)
+            if self._images_agree or not question.encoded.prompt.is_visual
         }
         first, again = [
-            {i: await self._score(probe.encoded, probe.tokens) for i, probe in probes.items()} for _ in range(2)
+            {i: await self._score(question.encoded, question.tokens) for i, question in questions.items()}
+            for _ in range(2)
         ]
         mean, self._noise = apart(first, again)
-        found = f"{len(probes)} responses: {difference(mean, self._noise)}"
+        found = f"{len(questions)} responses: {difference(mean, self._noise)}"
         numbers = {"mean": mean, "largest": self._noise, "tolerance": self.tolerance}
         if mean > self.tolerance:
             way_out = "one address must be one server: name each replica behind a balancer in `endpoints`; otherwise see its hardware"
@@ -290,14 +291,14 @@ class Examination:
 
     async def _canary(self) -> Check | None:
         """Without the real image the response must have another score; the largest change over the prompts counts."""
-        seeing = [i for i in self.scores if self._asked.probes[i].others]
+        seeing = [i for i in self.scores if self._asked.to_score[i].others]
         if not seeing:
             return None
-        change = dict.fromkeys(self._asked.probes[seeing[0]].others, 0.0)
+        change = dict.fromkeys(self._asked.to_score[seeing[0]].others, 0.0)
         for i in seeing:
-            probe = self._asked.probes[i]
-            for name, other in probe.others.items():
-                scores = await self._score(other, probe.tokens)
+            question = self._asked.to_score[i]
+            for name, other in question.others.items():
+                scores = await self._score(other, question.tokens)
                 change[name] = max(change[name], apart({0: scores}, {0: self.scores[i]})[1])
         needed = max(self._asked.alive, ALIVE * self._noise)
         found = f"a blank image moves a log-prob by {change['blank']:.2g}, a shuffled one by {change['shuffled']:.2g}; {needed:.2g} needed"

@@ -23,7 +23,7 @@ from mmopd.modality.image import PixelPolicy, open_image, size_of, to_rgb
 from mmopd.prompts.shards import Shards
 from mmopd.records import Encoded, Prompt
 from mmopd.task.base import Task
-from mmopd.teacher.router import find_judges
+from mmopd.teacher.router import find_teachers
 from mmopd.teacher.view import blinded, encode_view, sees_image
 
 LOOKED_AT = 1000  # rows of a source that are read, evenly spaced, to find the longest, where its index counts no tokens
@@ -184,7 +184,7 @@ def _png(image: Image.Image) -> bytes:
 
 
 @dataclass(frozen=True, slots=True)
-class Probe:
+class Question:
     """A response to be scored after a prompt, as the teacher is shown it."""
 
     encoded: Encoded
@@ -208,10 +208,10 @@ class Sized:
 class Questions:
     """All that the replicas of one teacher are asked."""
 
-    plain: Probe  # text alone, short
+    plain: Question  # text alone, short
     tolerance: float  # of log-probs that ought to be equal, mean over a response
     alive: float  # a log-prob must change by more than this when the image is another
-    probes: list[Probe] = field(default_factory=list)
+    to_score: list[Question] = field(default_factory=list)
     sizes: list[Sized] = field(default_factory=list)
     longest: Encoded | None = None  # None if no prompt is routed to the teacher
     looked: str = ""  # among how many it is the longest
@@ -234,10 +234,10 @@ def questions(
         UserError: it is to see more clips of a prompt than it is served for.
     """
     routed = [
-        (kind, judge.view)
+        (kind, teacher.view)
         for kind in kinds
-        for judge in find_judges(fleet, tasks, kind.task, kind.modality)
-        if judge.teacher == name
+        for teacher in find_teachers(fleet, tasks, kind.task, kind.modality)
+        if teacher.name == name
     ]
     _check_clips(name, fleet.teachers[name], routed)
     end = int(encoder.tokenizer.eos_token_id)
@@ -245,8 +245,10 @@ def questions(
         Prompt("preflight", "", "text", ({"role": "user", "content": "What is 12 + 30?"},), (), "42")
     )
     tolerance, alive = PRECISE if in_float32(fleet.teachers[name]) else COARSE
-    asked = Questions(Probe(plain, (*encoder.tokenizer.encode("42", add_special_tokens=False), end)), tolerance, alive)
-    asked.probes.append(asked.plain)
+    asked = Questions(
+        Question(plain, (*encoder.tokenizer.encode("42", add_special_tokens=False), end)), tolerance, alive
+    )
+    asked.to_score.append(asked.plain)
     for view in _different(view for _, view in routed):
         _measure_images(asked, encoder, [kind for kind, one in routed if one == view], view)
     _show(asked, encoder, routed, responses, end)
@@ -305,8 +307,8 @@ def _show(
             continue
         left[sees] -= 1
         answer = (*encoder.tokenizer.encode(prompt.answer, add_special_tokens=False), end)
-        asked.probes += [
-            Probe(shown, tokens, others) for tokens in dict.fromkeys([*responses.get(prompt.key, ()), answer])
+        asked.to_score += [
+            Question(shown, tokens, others) for tokens in dict.fromkeys([*responses.get(prompt.key, ()), answer])
         ]
 
 

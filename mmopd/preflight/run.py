@@ -21,7 +21,7 @@ from mmopd.preflight.check import Check, render
 from mmopd.preflight.examination import Examination, Vocabulary, apart, difference
 from mmopd.preflight.questions import Kind, Questions, questions
 from mmopd.records import Prompt, Response
-from mmopd.rollout.student_client import StudentEngine
+from mmopd.rollout.student_client import StudentClient
 from mmopd.serving.endpoint import Endpoint
 from mmopd.task.base import Task
 
@@ -136,10 +136,10 @@ async def answers(
     """
     prompts = [prompt for kind in kinds for prompt in kind.shown]
 
-    async def some(engine: StudentEngine, prompt: Prompt) -> list[Response]:
+    async def some(engine: StudentClient, prompt: Prompt) -> list[Response]:
         return await engine.sample(encoder.encode(prompt), RESPONSES, 0, max_tokens=min(max_tokens, RESPONSE_TOKENS))
 
-    async with StudentEngine(student, encoder, timeout=RESPONSE_SECONDS) as engine:
+    async with StudentClient(student, encoder, timeout=RESPONSE_SECONDS) as engine:
         sampled = await asyncio.gather(*(some(engine, prompt) for prompt in prompts))
     return {prompt.key: [response.tokens for response in some] for prompt, some in zip(prompts, sampled, strict=True)}
 

@@ -10,7 +10,7 @@ MEMORY = 0.9  # how much of what was known of a source outlives a step in which 
 
 
 class Schedule:
-    """Gives `Plan.reweight` its weights, and is told how the rollouts ended.
+    """Gives `PromptPlan.reweight` its weights, and is told how the rollouts ended.
 
     A source's weight is that of the mixture at the step, times `(1 - a) + a * 4 p (1 - p)`, where p is the running mean
     of its outcomes and a the mixture's `adapt`: sources that are all right or all wrong teach least. Without outcomes a
@@ -22,7 +22,7 @@ class Schedule:
         self._right: dict[str, float] = {}  # source -> running mean of its outcomes
 
     def weights(self, step: int) -> dict[str, float]:
-        """Source -> weight at a step, for `Plan.reweight`."""
+        """Source -> weight at a step, for `PromptPlan.reweight`."""
         return {name: source.weight_at(step) * self._preference(name) for name, source in self._mixture.sources.items()}
 
     def observe(self, outcomes: Iterable[tuple[str, float]]) -> None:

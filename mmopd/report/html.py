@@ -17,7 +17,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from mmopd.errors import UserError
-from mmopd.evaluate.lmms import Record
+from mmopd.evaluate.lmms import BenchmarkScore
 from mmopd.evaluate.table import GAP_CLOSED, Results
 from mmopd.report import heatmap
 from mmopd.report.metrics import read_lines
@@ -204,7 +204,7 @@ def _band(metrics: Sequence[Mapping[str, Any]], median: str) -> dict[str, Any]:
     return _series(metrics, median) | {"name": median.rpartition("p50_")[2], "low": low, "high": high}
 
 
-def _cell(record: Record | None) -> dict[str, Any]:
+def _cell(record: BenchmarkScore | None) -> dict[str, Any]:
     if record is None:
         return {"text": "–", "stderr": None, "failed": False, "title": "not measured"}
     title = f"{record.task}, {record.metric}" + (f", n = {record.n}" if record.n else "")

@@ -10,9 +10,9 @@ from collections.abc import Coroutine, Sequence
 from itertools import chain
 from typing import Any, Protocol, TypeVar
 
-from mmopd.config import Recipe
+from mmopd.config import Rollout, Visual
 from mmopd.records import Absent, Encoded, Response, Sample, Score
-from mmopd.rollout.student_client import EngineError, StudentEngine
+from mmopd.rollout.student_client import EngineError, StudentClient
 from mmopd.task.verifier_pool import VerifierPool
 
 UNNAMED = (("", 0),)  # weights of a response whose server does not say
@@ -47,17 +47,21 @@ def version_of(step: int) -> str:
 async def collect(
     share: Sequence[tuple[int, Encoded]],
     *,
-    recipe: Recipe,
+    rollout: Rollout,
+    seed: int,
     step: int,
-    engines: Sequence[StudentEngine],
+    engines: Sequence[StudentClient],
     verifiers: VerifierPool,
+    visual: Visual | None = None,
     scorer: ResponseScorer | None = None,
     reference: ResponseScorer | None = None,
 ) -> list[Sample]:
     """G samples of each prompt of this rank's share, (group number over all ranks, prompt), in its order.
 
     Args:
+        seed: of the run.
         engines: each samples the groups whose numbers are congruent; all have the same weights.
+        visual: says which share of the responses to image prompts is scored without the image too.
         scorer: None where outcomes are all that is learnt from.
         reference: scores by the teachers' references, where the objective has them.
 
@@ -65,7 +69,6 @@ async def collect(
         EngineError: an engine is gone, or has sampled from other weights than it should: it was started again on the
             way.
     """
-    rollout, visual = recipe.rollout, recipe.algorithm.visual
     gate = asyncio.Semaphore(rollout.concurrency)
     G = rollout.group
     allowed = {version_of(step - late) for late in range(rollout.async_steps + 1)}
@@ -80,13 +83,14 @@ async def collect(
         return task
 
     async def one_group(number: int, encoded: Encoded) -> list[Sample]:
-        seed, engine = seed_of(recipe.seed, step, encoded.prompt.key), engines[number % len(engines)]
+        first_seed = seed_of(seed, step, encoded.prompt.key)
+        engine = engines[number % len(engines)]
 
         async def some(first: int) -> list[asyncio.Task[Sample]]:
             responses = await engine.sample(
                 encoded,
                 at_once,
-                seed + first,
+                first_seed + first,
                 max_tokens=rollout.max_tokens,
                 temperature=rollout.temperature,
                 top_p=rollout.top_p,
@@ -96,17 +100,15 @@ async def collect(
                 raise EngineError(
                     f"the student's engine sampled from weights {strange.pop()!r} in step {step}: it was started again"
                 )
-            return [spawn(judge(number, encoded, first + i, response)) for i, response in enumerate(responses)]
+            return [spawn(assess(number, encoded, first + i, response)) for i, response in enumerate(responses)]
 
         async with gate:
-            judged = await asyncio.gather(*(spawn(some(first)) for first in range(0, G, at_once)))
-        return await asyncio.gather(*chain.from_iterable(judged))
+            assessed = await asyncio.gather(*(spawn(some(first)) for first in range(0, G, at_once)))
+        return await asyncio.gather(*chain.from_iterable(assessed))
 
-    async def judge(number: int, encoded: Encoded, i: int, response: Response) -> Sample:
+    async def assess(number: int, encoded: Encoded, i: int, response: Response) -> Sample:
         prompt = encoded.prompt
-        chosen = (
-            visual and scorer and scorer.sees_image(encoded) and _draw(recipe.seed, step, prompt.key, i) < visual.share
-        )
+        chosen = visual and scorer and scorer.sees_image(encoded) and _draw(seed, step, prompt.key, i) < visual.share
         score, blind, before, outcome = await asyncio.gather(
             _score(scorer, encoded, response),
             _score(scorer if chosen else None, encoded, response, blind=True),

@@ -12,7 +12,7 @@ from mmopd.modality import Encoder
 from mmopd.records import Encoded, Response
 from mmopd.serving import wire
 from mmopd.serving.endpoint import Endpoint
-from mmopd.serving.replicas import Pool, connect
+from mmopd.serving.replicas import ReplicaPool, connect
 
 # seconds for a group of responses: one attempt may take it all, since others would wait behind the same queue
 TIMEOUT = 3600.0
@@ -24,7 +24,7 @@ class EngineError(Exception):
     """The student's engine does not answer, or not with what was asked for."""
 
 
-class StudentEngine:
+class StudentClient:
     """One vLLM server that holds the student's weights. An async context manager; it lives in one event loop.
 
     Args:
@@ -54,7 +54,9 @@ class StudentEngine:
 
     async def __aenter__(self) -> Self:
         self._http = connect()
-        self._pool = Pool([self._endpoint], self._http, **self._limits, concurrency=self._concurrency, counts=Counter())
+        self._pool = ReplicaPool(
+            [self._endpoint], self._http, **self._limits, concurrency=self._concurrency, counts=Counter()
+        )
         return self
 
     async def __aexit__(

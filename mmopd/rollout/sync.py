@@ -115,7 +115,7 @@ class WeightSync(ABC, Generic[B]):
         for server in self._servers:
             server.introduced = False
 
-    def rest(self) -> None:
+    def sleep(self) -> None:
         """The servers are asked nothing until the next `send`: one that shares a GPU gives its memory back.
 
         Its weights wait in the memory of the host, since a partial set leaves some of them as they are; its KV cache is

@@ -52,7 +52,7 @@ T = TypeVar("T")
 
 
 def connect() -> aiohttp.ClientSession:
-    """A client without proxies, cookies or limits of its own (a `Pool` has them), for the running event loop; its owner
+    """A client without proxies, cookies or limits of its own (a `ReplicaPool` has them), for the running event loop; its owner
     closes it.
     """
     connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEP_ALIVE)
@@ -101,7 +101,7 @@ class Replica:
             self._cooldown = min(2 * self._cooldown, COOLDOWN[1])
 
 
-class Pool:
+class ReplicaPool:
     """Replicas of one model.
 
     Args:
@@ -316,7 +316,7 @@ class Pool:
 
 @dataclass(eq=False)
 class _Call:
-    """What is known of one call of `Pool.call`, over its attempts."""
+    """What is known of one call of `ReplicaPool.call`, over its attempts."""
 
     home: Replica | None = None  # that has seen the same images
     made: float = field(default_factory=time.monotonic)

@@ -33,14 +33,14 @@ def main(workspace: Path | None) -> None:
         signal.setitimer(
             signal.ITIMER_REAL, timeout + 1
         )  # the parent kills before; this is for when the parent is gone
-        outcome = judge(tasks[task], response, answer)
+        outcome = outcome_of(tasks[task], response, answer)
         signal.setitimer(signal.ITIMER_REAL, 0)
         print(
             json.dumps([outcome.value if outcome.known else None, outcome.reason[:LONGEST]]), file=replies, flush=True
         )
 
 
-def judge(task: Task, response: str, answer: str) -> Outcome:
+def outcome_of(task: Task, response: str, answer: str) -> Outcome:
     """The task's verdict; unknown, with the reason, where its verifier raises or answers nonsense."""
     try:
         outcome = task.verify(response, answer)

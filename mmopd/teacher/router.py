@@ -16,11 +16,11 @@ from mmopd.teacher.view import BUILT_IN, ViewError, check_view
 
 
 @dataclass(frozen=True, slots=True)
-class Judge:
+class RoutedTeacher:
     """One teacher of a prompt, and what it is shown."""
 
-    teacher: str  # its name in the fleet
-    share: float  # of its log-probs in the target; those of a prompt's judges sum to 1
+    name: str  # in the fleet
+    share: float  # of its log-probs in the target; those of a prompt's teachers sum to 1
     weight: float  # w_k of Eq. 4
     view: View
 
@@ -59,7 +59,7 @@ def find_view(fleet: Fleet, tasks: Mapping[str, Task], task: str, name: str) -> 
     )
 
 
-def find_judges(fleet: Fleet, tasks: Mapping[str, Task], task: str, modality: str) -> tuple[Judge, ...]:
+def find_teachers(fleet: Fleet, tasks: Mapping[str, Task], task: str, modality: str) -> tuple[RoutedTeacher, ...]:
     """The teachers of such prompts, in the order of their route, each with the view of the route or else its own.
 
     Raises:
@@ -67,7 +67,7 @@ def find_judges(fleet: Fleet, tasks: Mapping[str, Task], task: str, modality: st
     """
     route = find_route(fleet, task, modality)
     return tuple(
-        Judge(
+        RoutedTeacher(
             name,
             share,
             fleet.teachers[name].weight,
@@ -138,7 +138,7 @@ def check_routes(fleet: Fleet, tasks: Mapping[str, Task], pairs: Iterable[tuple[
             except ViewError as error:
                 raise UserError(f"view {name!r} of {owner}: {error}") from None
     for task, modality in pairs:
-        find_judges(fleet, tasks, task, modality)
+        find_teachers(fleet, tasks, task, modality)
 
 
 def check_tokenizers(student: Path, teachers: Mapping[str, Path]) -> None:

@@ -23,9 +23,9 @@ from mmopd.modality import Encoder
 from mmopd.records import Absent, Encoded, Score
 from mmopd.serving import wire
 from mmopd.serving.endpoint import Endpoint
-from mmopd.serving.replicas import Pool, connect
+from mmopd.serving.replicas import ReplicaPool, connect
 from mmopd.task.base import Task
-from mmopd.teacher.router import Judge, find_judges
+from mmopd.teacher.router import RoutedTeacher, find_teachers
 from mmopd.teacher.score_cache import ScoreCache
 from mmopd.teacher.view import BUILT_IN, ViewError, blinded, encode_view, sees_image
 
@@ -79,18 +79,18 @@ class Scorer:
         self.counts: Counter[str] = Counter()
         self._fleet, self._tasks, self._endpoints, self._encoder, self._top_k = fleet, tasks, endpoints, encoder, top_k
         self._kept = None if top_k else kept
-        self._judges: dict[tuple[str, str], tuple[Judge, ...]] = {}  # by task and modality
+        self._routed: dict[tuple[str, str], tuple[RoutedTeacher, ...]] = {}  # by task and modality
         self._shown: LRUCache[tuple[int, View], tuple[Encoded, asyncio.Task[Encoded]]] = LRUCache(CACHE_VIEWS)
         self._known: LRUCache[bytes, wire.Scored] = LRUCache(CACHE_TOKENS, getsizeof=_size)
         self._running: dict[bytes, asyncio.Task[wire.Scored | Absent]] = {}
-        self._pools: dict[str, Pool] = {}
+        self._pools: dict[str, ReplicaPool] = {}
 
     async def __aenter__(self) -> Self:
         self._http = connect()
         for name in self._used:
             teacher = self._fleet.teachers[name]
             limits = {"timeout": teacher.timeout, "patience": teacher.timeout}
-            self._pools[name] = Pool(
+            self._pools[name] = ReplicaPool(
                 self._endpoints[name], self._http, **limits, concurrency=teacher.concurrency, counts=self.counts
             )
         return self
@@ -107,7 +107,7 @@ class Scorer:
 
     def sees_image(self, encoded: Encoded) -> bool:
         """Whether the prompt has images or clips, and every teacher of it is shown them."""
-        return encoded.prompt.is_visual and all(sees_image(judge.view) for judge in self._judges_of(encoded))
+        return encoded.prompt.is_visual and all(sees_image(teacher.view) for teacher in self._teachers_of(encoded))
 
     async def score(self, encoded: Encoded, tokens: tuple[int, ...], *, blind: bool = False) -> Score | Absent:
         """The score of a response (its ids, end token included) by the teachers that its prompt is routed to.
@@ -118,10 +118,10 @@ class Scorer:
         Args:
             blind: with blank images in place of the prompt's.
         """
-        judges = self._judges_of(encoded)
-        name = "+".join(judge.teacher for judge in judges)
+        teachers = self._teachers_of(encoded)
+        name = "+".join(teacher.name for teacher in teachers)
         self.counts["asked"] += 1
-        parts = await asyncio.gather(*(self._score_by(judge, encoded, tokens, blind=blind) for judge in judges))
+        parts = await asyncio.gather(*(self._score_by(teacher, encoded, tokens, blind=blind) for teacher in teachers))
         answers = [part for part in parts if not isinstance(part, Absent)]
         self.counts["answers"] += len(answers)
         if len(answers) < len(parts):
@@ -129,27 +129,27 @@ class Scorer:
             self.counts[f"absent/{failed.cause}"] += 1
             return failed
         self.counts["scored"] += 1
-        if len(judges) == 1:
-            return Score(name, answers[0].logprobs, judges[0].weight, answers[0].top)
-        shares = [judge.share for judge in judges]
+        if len(teachers) == 1:
+            return Score(name, answers[0].logprobs, teachers[0].weight, answers[0].top)
+        shares = [teacher.share for teacher in teachers]
         mixed = (sum(map(mul, shares, at)) for at in zip(*(answer.logprobs for answer in answers), strict=True))
-        return Score(name, tuple(mixed), sum(judge.share * judge.weight for judge in judges))
+        return Score(name, tuple(mixed), sum(teacher.share * teacher.weight for teacher in teachers))
 
-    def _judges_of(self, encoded: Encoded) -> tuple[Judge, ...]:
+    def _teachers_of(self, encoded: Encoded) -> tuple[RoutedTeacher, ...]:
         kind = encoded.prompt.task, encoded.prompt.modality
-        if kind not in self._judges:
-            self._judges[kind] = find_judges(self._fleet, self._tasks, *kind)
-        return self._judges[kind]
+        if kind not in self._routed:
+            self._routed[kind] = find_teachers(self._fleet, self._tasks, *kind)
+        return self._routed[kind]
 
     async def _score_by(
-        self, judge: Judge, encoded: Encoded, tokens: tuple[int, ...], *, blind: bool
+        self, teacher: RoutedTeacher, encoded: Encoded, tokens: tuple[int, ...], *, blind: bool
     ) -> wire.Scored | Absent:
         try:
-            shown = await self._show(encoded, blinded(judge.view) if blind else judge.view)
+            shown = await self._show(encoded, blinded(teacher.view) if blind else teacher.view)
         except ViewError as fault:
-            return Absent(judge.teacher, "view", str(fault))
+            return Absent(teacher.name, "view", str(fault))
         images = _digest([*shown.prompt.images, *map(_digest, shown.prompt.videos)])
-        key = _digest([judge.teacher.encode(), images, array("q", shown.ids).tobytes(), array("q", tokens).tobytes()])
+        key = _digest([teacher.name.encode(), images, array("q", shown.ids).tobytes(), array("q", tokens).tobytes()])
         result: wire.Scored | Absent
         if known := self._known.get(key) or self._remember(key):
             self.counts["reused"] += 1
@@ -158,7 +158,7 @@ class Scorer:
             result = await asyncio.shield(running)
             self.counts["reused"] += not isinstance(result, Absent)
         else:
-            task = self._running[key] = asyncio.create_task(self._ask(judge.teacher, shown, tokens, images))
+            task = self._running[key] = asyncio.create_task(self._ask(teacher.name, shown, tokens, images))
             task.add_done_callback(partial(self._finish, key))
             result = await asyncio.shield(task)  # a caller that is cancelled takes nothing from the others
         return result

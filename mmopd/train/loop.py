@@ -10,11 +10,16 @@ import time
 from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from pathlib import Path
 from statistics import fmean
 
+from mmopd import catalog
 from mmopd.config import Algorithm, Recipe
 from mmopd.errors import UserError
 from mmopd.modality import Encoder
+from mmopd.prompts import difficulty_counts
+from mmopd.prompts.shards import open_mixture
+from mmopd.prompts.tokens import hash_processor
 from mmopd.records import Absent, Encoded, Outcome, Sample
 from mmopd.report.model_card import model_card
 from mmopd.rollout.collect import seed_of, version_of
@@ -22,7 +27,7 @@ from mmopd.rollout.sync import connect
 from mmopd.runtime.run_folder import RunFolder
 from mmopd.runtime.watchdog import Watchdog
 from mmopd.serving import endpoint
-from mmopd.train.background import Aside
+from mmopd.task.load import load_tasks
 from mmopd.train.batch import Batch, build_batch, minibatches
 from mmopd.train.checkpoint import Checkpoints, load
 from mmopd.train.distributed import Ranks
@@ -30,11 +35,12 @@ from mmopd.train.export import export
 from mmopd.train.recompute import recompute
 from mmopd.train.recorder import Recorder
 from mmopd.train.rollouts import Rollouts
-from mmopd.train.skipped import Guard
+from mmopd.train.skipped import SkippingUpdater
 from mmopd.train.stream import Stream
 from mmopd.train.trainer import Trainer
+from mmopd.train.trainer_thread import TrainerThread
 from mmopd.train.weight_probe import probe_items
-from mmopd.train.weight_publisher import Handover
+from mmopd.train.weight_publisher import WeightPublisher
 
 
 async def train(
@@ -55,45 +61,51 @@ async def train(
         ProbeError: engine and trainer disagree after a weight sync.
     """
     encoder = Encoder(recipe.student.model)
-    stream = Stream(recipe, run, encoder)
+    stream = open_stream(run, recipe, encoder)
     trainer = Trainer(recipe.student.model, encoder, recipe.train, recipe.algorithm, ranks)
     trainer.student.register_forward_pre_hook(lambda *_: watchdog.beat())
     checkpoints = Checkpoints(run.checkpoints, recipe.train.keep_checkpoints, recipe.train.keep_best)
-    guard = Guard(run, trainer)
-    done = restore(checkpoints, trainer, stream, guard, changed)
+    updater = SkippingUpdater(run, trainer)
+    done = restore(checkpoints, trainer, stream, updater, changed)
     ahead = recipe.rollout.async_steps > 0
-    aside = Aside(ranks, watchdog, ahead=ahead)
+    in_trainer_thread = TrainerThread(ranks, watchdog, ahead=ahead)
     link = (
         connect(recipe.student, endpoint.load_by_role(run.endpoints)[0], recipe.train.timeout, ranks.device)
         if ranks.rank == 0
         else None
     )
-    recorder = Recorder(run, recipe, encoder, done) if ranks.rank == 0 else None
+    recorder = (
+        Recorder(run, recipe.algorithm, encoder, steps=recipe.train.steps, done=done) if ranks.rank == 0 else None
+    )
     async with Rollouts(run, recipe, stream.sources, encoder, ranks) as rollouts:
-        handover = Handover(trainer, rollouts.engines, link, probe_items(list(stream.sources.values()), encoder), aside)
-        with link or nullcontext(), recorder or nullcontext(), watchdog, aside:
+        weight_publisher = WeightPublisher(
+            trainer, rollouts.engines, link, probe_items(list(stream.sources.values()), encoder), in_trainer_thread
+        )
+        with link or nullcontext(), recorder or nullcontext(), watchdog, in_trainer_thread:
             watchdog.beat_with(asyncio.get_running_loop())
-            await handover.publish(version_of(done), everything=True)
-            clock, following = Clock(watchdog), None
-            since: list[Outcome] = []  # the last checkpoint
+            await weight_publisher.publish(version_of(done), everything=True)
+            clock = Clock(watchdog)
+            next_rollout = None
+            outcomes_since_checkpoint: list[Outcome] = []
             for step in range(done, recipe.train.steps):
                 watchdog.beat(f"step {step}")
                 last = step + 1 == recipe.train.steps
-                rolling = following or rollouts.begin(step, stream.draw(step))
-                prompts = rolling.prompts
+                rolling = next_rollout or rollouts.begin(step, stream.draw(step))
                 with clock("rollout"):
-                    samples, seconds = await rollouts.finish(rolling, handover)
-                    handover.rest()
-                    stream.observe(prompts, samples)
-                since += [sample.outcome for sample in samples]
+                    samples, seconds = await rollouts.finish(rolling, weight_publisher)
+                    weight_publisher.sleep_engine()
+                    stream.observe(rolling.prompts, samples)
+                outcomes_since_checkpoint += [sample.outcome for sample in samples]
                 stream.check_same(ranks)
                 check_absent(samples, recipe.train.max_absent, step)
                 state = {"step": step + 1} | stream.state()
-                following = rollouts.begin(step + 1, stream.draw(step + 1)) if ahead and not last else None
+                next_rollout = rollouts.begin(step + 1, stream.draw(step + 1)) if ahead and not last else None
                 with clock("update"):
-                    batch, updates, more = await aside(learn, recipe, trainer, guard, samples, prompts, step=step)
+                    batch, updates, more = await in_trainer_thread(
+                        learn, recipe, trainer, updater, samples, rolling.prompts, step=step
+                    )
                 with clock("sync"):
-                    gap = await handover.publish(version_of(step + 1))
+                    gap = await weight_publisher.publish(version_of(step + 1))
                 counts = rollouts.spent()
                 if recorder is not None:
                     more |= (
@@ -102,39 +114,63 @@ async def train(
                         | scoring(counts)
                         | stream.metrics()
                     )
-                    recorder.step(step, prompts, samples, batch, updates=updates, more=more)
-                clock = Clock(watchdog)  # a checkpoint counts in the step behind it: its own is on disk before it
+                    recorder.step(step, rolling.prompts, samples, batch, updates=updates, more=more)
+                clock = Clock(
+                    watchdog
+                )  # checkpoint time is reported with the next step: the metrics of this one are on disk before
                 stopping = any(ranks.all_max([stop.is_set() or run.stop.exists()]))
                 if (step + 1) % recipe.train.checkpoint_every == 0 or last or stopping:
                     with clock("checkpoint"):
-                        score = share_right(since, recipe.algorithm)
-                        checkpoints.save(trainer, step + 1, state | {"skipped": guard.state()}, score)
+                        score = share_right(outcomes_since_checkpoint, recipe.algorithm)
+                        checkpoints.save(trainer, step + 1, state | {"skipped": updater.state()}, score)
                         rollouts.kept.clear()
-                        since.clear()
+                        outcomes_since_checkpoint.clear()
                 if stopping and not last:
                     return
             export(trainer, run.export, model_card(run, recipe))
 
 
-def restore(checkpoints: Checkpoints, trainer: Trainer, stream: Stream, guard: Guard, changed: Collection[str]) -> int:
-    """Steps done: those of the newest whole checkpoint, whose state trainer, stream and guard take; 0 without one."""
+def open_stream(run: RunFolder, recipe: Recipe, encoder: Encoder) -> Stream:
+    """The prompts of a run, from their start.
+
+    Raises:
+        UserError: a source cannot be opened, or its difficulty was not measured.
+    """
+    mixture = catalog.load_mixture(recipe.mixture)
+    sources = open_mixture(mixture, load_tasks(), Path.cwd(), hash_processor(recipe.student.model))
+    measured = None
+    if recipe.algorithm.difficulty is not None:
+        measured = difficulty_counts.load(run.difficulty / difficulty_counts.FILE)
+    return Stream(mixture, sources, encoder, prompts=recipe.rollout.prompts, seed=recipe.seed, measured=measured)
+
+
+def restore(
+    checkpoints: Checkpoints, trainer: Trainer, stream: Stream, updater: SkippingUpdater, changed: Collection[str]
+) -> int:
+    """Steps done: those of the newest whole checkpoint, whose state trainer, stream and updater take; 0 without one."""
     latest = checkpoints.latest()
     if latest is None:
         return 0
     state = load(trainer, latest)
     stream.restore(state, changed)
-    guard.restore(state["skipped"])
+    updater.restore(state["skipped"])
     return int(state["step"])
 
 
 def learn(
-    recipe: Recipe, trainer: Trainer, guard: Guard, samples: Sequence[Sample], prompts: Sequence[Encoded], *, step: int
+    recipe: Recipe,
+    trainer: Trainer,
+    updater: SkippingUpdater,
+    samples: Sequence[Sample],
+    prompts: Sequence[Encoded],
+    *,
+    step: int,
 ) -> tuple[Batch, list[dict[str, float]], dict[str, float]]:
     """Balance, calibrate, update. What the samples became, what each optimiser step returned, and metrics beside these."""
     old, seen = recompute(trainer, samples, prompts) if recipe.recomputes else (None, {})
     batch = build_batch(samples, recipe.algorithm, seed_of(recipe.seed, step), old)
     batches = minibatches(batch, prompts, recipe.train.minibatches)
-    updates = guard.update(step, batches)
+    updates = updater.update(step, batches)
     return batch, updates, seen | {"skipped_updates": float(len(batches) - len(updates))}
 
 

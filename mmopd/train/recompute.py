@@ -17,7 +17,7 @@ def recompute(
     """log pi_theta [T] of each sample's tokens, before the update, and by how much the engine's differ. Collective.
 
     Where one of them is not finite, none is used, but the engine's: the update meets the same, and is skipped and kept
-    (`guard`).
+    (`train.skipped`).
 
     Returns:
         the log-probs, or None; and as metrics: mismatch and mismatch_mean, the largest and the mean |trainer - engine|

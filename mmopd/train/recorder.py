@@ -8,7 +8,7 @@ from typing import Self
 
 import psutil
 
-from mmopd.config import Recipe
+from mmopd.config import Algorithm
 from mmopd.modality import Encoder
 from mmopd.records import Absent, Encoded, Sample, Score
 from mmopd.report.heatmap import as_json, token_row
@@ -25,17 +25,18 @@ class Recorder:
     """Writes the metrics and the samples of a run; one rank has one.
 
     Args:
+        steps: of the whole run.
         done: steps of the checkpoint that the run goes on from; what was written for later steps is removed.
     """
 
-    def __init__(self, run: RunFolder, recipe: Recipe, encoder: Encoder, done: int) -> None:
+    def __init__(self, run: RunFolder, algorithm: Algorithm, encoder: Encoder, *, steps: int, done: int) -> None:
         self._metrics = MetricsWriter(run.root, done)
         self._samples = JsonLines(run.samples, done)
         self._encoder = encoder
-        last = recipe.train.steps - 1
+        last = steps - 1
         self._shown_at = {round(i * last / (SHOWN_TIMES - 1)) for i in range(SHOWN_TIMES)}
-        self._threshold = recipe.algorithm.outcome_threshold
-        self._on_policy = recipe.algorithm.objective.kind != "sft"
+        self._threshold = algorithm.outcome_threshold
+        self._on_policy = algorithm.objective.kind != "sft"
 
     def __enter__(self) -> Self:
         return self

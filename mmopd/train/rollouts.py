@@ -18,7 +18,7 @@ from mmopd.passes.answers import Library
 from mmopd.prompts.shards import Shards
 from mmopd.records import Encoded, Sample
 from mmopd.rollout.collect import collect, version_of
-from mmopd.rollout.student_client import EngineError, StudentEngine
+from mmopd.rollout.student_client import EngineError, StudentClient
 from mmopd.runtime.run_folder import RunFolder
 from mmopd.serving import endpoint
 from mmopd.task.base import Task
@@ -28,7 +28,7 @@ from mmopd.teacher.router import load_teachers, references
 from mmopd.teacher.score_cache import ScoreCache
 from mmopd.teacher.scorer import Scorer
 from mmopd.train.distributed import Ranks
-from mmopd.train.weight_publisher import Handover
+from mmopd.train.weight_publisher import WeightPublisher
 
 LOOK_EVERY = 1.0  # seconds
 
@@ -51,7 +51,7 @@ class Rollouts:
         students, teachers = endpoint.load_by_role(run.endpoints)
         tasks: Mapping[str, Task] = load_tasks()
         fleet, objective = load_teachers(recipe), recipe.algorithm.objective
-        self.engines = [StudentEngine(student, encoder, timeout=recipe.train.timeout) for student in students]
+        self.engines = [StudentClient(student, encoder, timeout=recipe.train.timeout) for student in students]
         self.kept = ScoreCache(run.scores, ranks.rank)
         self._library = Library(recipe, sources, encoder) if objective.kind == "sft" else None
         self._scorers: dict[str, Scorer] = {}
@@ -87,12 +87,12 @@ class Rollouts:
         self._rolling = Rolling(step, prompts, asyncio.create_task(self._roll(step, share)))
         return self._rolling
 
-    async def finish(self, rolling: "Rolling", handover: Handover) -> tuple[list[Sample], float]:
+    async def finish(self, rolling: "Rolling", weight_publisher: WeightPublisher) -> tuple[list[Sample], float]:
         """The samples in order of their groups, the same list on all ranks and however many there are; and the seconds
         it took. Collective.
 
         Where the engine was lost, it gets its weights anew, and the step is rolled out once more, from the same seeds.
-        Rollouts that ran ahead of a handover may have met an engine that it has replaced since: they get a second try
+        Rollouts that ran ahead of a weight sync may have met an engine that it has replaced since: they get a second try
         before any is thought lost.
 
         Raises:
@@ -102,8 +102,8 @@ class Rollouts:
         while (ended := await rolling.end(self._ranks)).failed:
             await rolling.cancel()
             if not excused:
-                await handover.wait_for_engine(version, ended.error)
-                await handover.publish(version, everything=True)
+                await weight_publisher.wait_for_engine(version, ended.error)
+                await weight_publisher.publish(version, everything=True)
             excused = False
             rolling = self.begin(rolling.step, rolling.prompts)
         parts = self._ranks.gather_objects(rolling.task.result())
@@ -122,8 +122,16 @@ class Rollouts:
         if self._library is not None:
             samples = [sample for number, encoded in share for sample in self._library.samples(number, encoded, step)]
         else:
+            recipe = self._recipe
             samples = await collect(
-                share, recipe=self._recipe, step=step, engines=self.engines, verifiers=self._verifiers, **self._scorers
+                share,
+                rollout=recipe.rollout,
+                seed=recipe.seed,
+                step=step,
+                visual=recipe.algorithm.visual,
+                engines=self.engines,
+                verifiers=self._verifiers,
+                **self._scorers,
             )
         return samples, time.perf_counter() - begin
 

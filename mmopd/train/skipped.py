@@ -23,7 +23,7 @@ ALLOWED, WINDOW = 3, 20  # updates that may be skipped, of so many one after the
 KEPT = ALLOWED + 1  # batches in RUN/replay, each with the student's weights; the oldest go
 
 
-class Guard:
+class SkippingUpdater:
     """Makes the updates of a run, and skips those that cannot be made. All methods are collective."""
 
     def __init__(self, run: RunFolder, trainer: Trainer) -> None:

@@ -4,54 +4,55 @@ draw the same.
 
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
-from mmopd import catalog
-from mmopd.config import Recipe
+from mmopd.config import Mixture
 from mmopd.errors import UserError
 from mmopd.modality import Encoder
-from mmopd.prompts import difficulty_counts
-from mmopd.prompts.plan import Plan, Rows
+from mmopd.prompts.difficulty_counts import Measured
+from mmopd.prompts.prompt_plan import PromptPlan, Rows
 from mmopd.prompts.schedule import Schedule
-from mmopd.prompts.shards import Shards, open_mixture
-from mmopd.prompts.tokens import hash_processor
+from mmopd.prompts.shards import Shards
 from mmopd.records import Encoded, Sample
-from mmopd.runtime.run_folder import RunFolder
-from mmopd.task.load import load_tasks
 from mmopd.train.distributed import Ranks
 
 
 class Stream:
     """An endless stream of prompts, read and encoded.
 
-    Attributes:
+    Args:
+        mixture: gives the sources their weights, step by step.
         sources: of the mixture, by name.
-
-    Raises:
-        UserError: a source cannot be opened, or its difficulty was not measured.
+        encoder: the student's.
+        prompts: of a step.
+        seed: of the run.
+        measured: the difficulty of each source; None where it has no part in the draws.
     """
 
-    def __init__(self, recipe: Recipe, run: RunFolder, encoder: Encoder) -> None:
-        mixture = catalog.load_mixture(recipe.mixture)
-        self._n, self._encoder = recipe.rollout.prompts, encoder
-        self.sources: Mapping[str, Shards] = open_mixture(
-            mixture, load_tasks(), Path.cwd(), hash_processor(recipe.student.model)
-        )
-        measured = (
-            difficulty_counts.load(run.difficulty / difficulty_counts.FILE) if recipe.algorithm.difficulty else {}
-        )
+    def __init__(
+        self,
+        mixture: Mixture,
+        sources: Mapping[str, Shards],
+        encoder: Encoder,
+        *,
+        prompts: int,
+        seed: int,
+        measured: Mapping[str, Measured] | None,
+    ) -> None:
+        self.sources = sources
+        self._prompts = prompts
+        self._encoder = encoder
         rows = {
             name: Rows(len(shards), shards.fingerprint, measured[name].weights if measured else None)
-            for name, shards in self.sources.items()
+            for name, shards in sources.items()
         }
         self._schedule = Schedule(mixture)
-        self._plan = Plan(rows, self._schedule.weights(0), recipe.seed)
+        self._plan = PromptPlan(rows, self._schedule.weights(0), seed)
 
     def draw(self, step: int) -> list[Encoded]:
         """The prompts of a step, by group; each step once, in order."""
         self._plan.reweight(self._schedule.weights(step))
-        return self._plan.read(self._n, lambda name, row: self._encoder.encode(self.sources[name][row]))
+        return self._plan.read(self._prompts, lambda name, row: self._encoder.encode(self.sources[name][row]))
 
     def observe(self, prompts: Sequence[Encoded], samples: Sequence[Sample]) -> None:
         """What came of a step, for weights that adapt to it."""

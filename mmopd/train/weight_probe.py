@@ -8,7 +8,7 @@ from torch import Tensor
 
 from mmopd.modality import Encoder
 from mmopd.prompts.shards import Shards
-from mmopd.rollout.student_client import StudentEngine
+from mmopd.rollout.student_client import StudentClient
 from mmopd.train.prefix_tree import Item
 
 
@@ -28,7 +28,7 @@ class ProbeError(Exception):
 
 
 async def probe(
-    ours: Sequence[Tensor], engines: Sequence[StudentEngine], items: Sequence[Item], tolerance: float
+    ours: Sequence[Tensor], engines: Sequence[StudentClient], items: Sequence[Item], tolerance: float
 ) -> float:
     """Largest |log-prob of the trainer - log-prob of an engine| over the items' tokens.
 
@@ -40,7 +40,7 @@ async def probe(
         ProbeError: it exceeds `tolerance`: an engine does not have the trainer's weights, or computes something else.
     """
 
-    async def ask(engine: StudentEngine) -> Tensor:
+    async def ask(engine: StudentClient) -> Tensor:
         theirs = [await engine.logprobs(item.encoded, item.tokens) for item in items]
         return torch.cat([mine - mine.new_tensor(its) for mine, its in zip(ours, theirs, strict=True)])
 

@@ -12,35 +12,39 @@ from collections.abc import Sequence
 from contextlib import suppress
 from typing import Any
 
-from mmopd.rollout.student_client import EngineError, StudentEngine
+from mmopd.rollout.student_client import EngineError, StudentClient
 from mmopd.rollout.sync import FRESH, SyncError, WeightSync
-from mmopd.train.background import Aside
 from mmopd.train.prefix_tree import Item
 from mmopd.train.trainer import Trainer
+from mmopd.train.trainer_thread import TrainerThread
 from mmopd.train.weight_probe import ProbeError, probe
 
 RECOVERIES = 3  # for one version; an engine that dies more often does not die by chance
 LOOK_EVERY = 0.5  # seconds between two looks whether it is back
 
 
-class Handover:
+class WeightPublisher:
     """The weights on their way from the trainer to the student's engines. All methods are collective.
 
     Args:
         link: to the engines; on one rank, None on the others.
-        probes: what trainer and engines both score after each handover.
-        aside: where the trainer computes.
+        probes: what trainer and engines both score after each sync.
+        in_trainer_thread: where the trainer computes.
     """
 
     def __init__(
         self,
         trainer: Trainer,
-        engines: Sequence[StudentEngine],
+        engines: Sequence[StudentClient],
         link: WeightSync[Any] | None,
         probes: Sequence[Item],
-        aside: Aside,
+        in_trainer_thread: TrainerThread,
     ) -> None:
-        self._trainer, self._engines, self._link, self._probes, self._aside = trainer, engines, link, probes, aside
+        self._trainer = trainer
+        self._engines = engines
+        self._link = link
+        self._probes = probes
+        self._in_trainer_thread = in_trainer_thread
         self._lost = Counter[str]()  # how often, on the way to a version
 
     async def publish(self, version: str, *, everything: bool = False) -> float:
@@ -52,12 +56,12 @@ class Handover:
             ProbeError: engine and trainer disagree.
         """
         while True:
-            error: Exception | None = await self._aside(
+            error: Exception | None = await self._in_trainer_thread(
                 publish, self._trainer, self._link, version, everything=everything
             )
             gap = 0.0
             if not self._anybody(error):
-                ours = await self._aside(self._trainer.logprobs, self._probes)
+                ours = await self._in_trainer_thread(self._trainer.logprobs, self._probes)
                 try:
                     gap = await probe(ours, self._engines, self._probes, self._trainer.settings.probe_tolerance)
                 except (EngineError, ProbeError) as fault:
@@ -67,13 +71,13 @@ class Handover:
             await self.wait_for_engine(version, error)
             everything = True
 
-    def rest(self) -> None:
+    def sleep_engine(self) -> None:
         """The engines are asked nothing until the next `publish`: one that shares a GPU with the trainer makes room, if
         it lives.
         """
         if self._link:
             with suppress(SyncError):  # `publish` meets the same, and has a way out
-                self._link.rest()
+                self._link.sleep()
 
     async def wait_for_engine(self, version: str, error: Exception | None) -> None:
         """Go on once an engine that was lost has been started again; it has the weights of its folder then, and all
@@ -87,7 +91,8 @@ class Handover:
             EngineError, ProbeError: they are the engines that we know, so that one has a fault; or one does not come
                 back, or not for long.
         """
-        ranks, until = self._trainer.ranks, time.monotonic() + self._trainer.settings.timeout
+        ranks = self._trainer.ranks
+        until = time.monotonic() + self._trainer.settings.timeout
         said = next(text for text in ranks.gather_objects(str(error) if error else "") if text)
         self._lost[version] += 1
         if self._lost[version] > RECOVERIES:
@@ -125,7 +130,8 @@ def publish(
     trainer: Trainer, link: WeightSync[Any] | None, version: str, *, everything: bool = False
 ) -> SyncError | None:
     """All ranks gather the weights, and the one with a link sends them; what went wrong, on that one."""
-    partial, error = trainer.keeps_some and not everything, None
+    partial = trainer.keeps_some and not everything
+    error = None
     weights = trainer.named_weights(trained=partial)
     if link is not None:
         try:

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from mmopd.errors import UserError
-from mmopd.prompts import Plan, RowError, Rows
+from mmopd.prompts import PromptPlan, RowError, Rows
 
 SIZES = {"geo": 3_000, "chart": 40_000, "doc": 700, "text": 100_000}
 EARLY = {"geo": 0.5, "chart": 0.3, "doc": 0.15, "text": 0.05}
@@ -29,12 +29,12 @@ def test_any_window_of_any_length_is_within_two_rows_of_its_weights(seed: int) -
     rng = np.random.default_rng(seed)
     names = [f"s{i}" for i in range(int(rng.integers(1, 12)))]
     weights = {name: float(weight) for name, weight in zip(names, rng.lognormal(0, 1.5, len(names)), strict=True)}
-    plan = Plan({name: Rows(50, "") for name in names}, weights, seed)
+    plan = PromptPlan({name: Rows(50, "") for name in names}, weights, seed)
     assert furthest(plan.draw(5_000), weights) <= 2
 
 
 def test_weights_that_change_at_every_step_are_kept_within_two_rows_of_each_step() -> None:
-    plan = Plan(SOURCES, EARLY, 0)
+    plan = PromptPlan(SOURCES, EARLY, 0)
     for step in range(200):
         mix = step / 199
         weights = {name: (1 - mix) * EARLY[name] + mix * LATE[name] for name in SIZES}
@@ -44,7 +44,7 @@ def test_weights_that_change_at_every_step_are_kept_within_two_rows_of_each_step
 
 
 def test_a_source_that_comes_back_starts_level() -> None:
-    plan = Plan(SOURCES, EARLY, 0)
+    plan = PromptPlan(SOURCES, EARLY, 0)
     plan.draw(1_000)
     plan.reweight({**EARLY, "geo": 0.0})
     assert "geo" not in {source for source, _ in plan.draw(1_000)}
@@ -53,7 +53,7 @@ def test_a_source_that_comes_back_starts_level() -> None:
 
 
 def test_every_row_comes_once_before_any_comes_again() -> None:
-    plan = Plan({"a": Rows(700, ""), "b": Rows(90, "")}, {"a": 1, "b": 2}, 3)
+    plan = PromptPlan({"a": Rows(700, ""), "b": Rows(90, "")}, {"a": 1, "b": 2}, 3)
     rows = [row for source, row in plan.draw(5_000) if source == "a"]
     for epoch in range(2):
         assert sorted(rows[epoch * 700 : (epoch + 1) * 700]) == list(range(700))
@@ -62,7 +62,7 @@ def test_every_row_comes_once_before_any_comes_again() -> None:
 
 def test_a_row_comes_as_often_as_its_weight_says() -> None:
     weights = np.random.default_rng(0).choice([1.0, 1.7, 2.0, 4.0], size=500)
-    plan = Plan({"a": Rows(500, "", weights)}, {"a": 1}, 0)
+    plan = PromptPlan({"a": Rows(500, "", weights)}, {"a": 1}, 0)
     epochs = 40
     seen = np.zeros(500)
     while plan.epochs()["a"] < epochs:
@@ -73,7 +73,7 @@ def test_a_row_comes_as_often_as_its_weight_says() -> None:
 
 def test_the_copies_of_a_row_are_spread_over_the_epoch() -> None:
     weights = [1.0] * 300 + [4.0] * 100
-    plan = Plan({"a": Rows(400, "", weights)}, {"a": 1}, 0)
+    plan = PromptPlan({"a": Rows(400, "", weights)}, {"a": 1}, 0)
     rows: list[int] = []
     while plan.epochs()["a"] < 1:
         rows += [row for _, row in plan.draw(1)]
@@ -86,14 +86,14 @@ def test_the_copies_of_a_row_are_spread_over_the_epoch() -> None:
 def test_row_weights_that_are_alike_change_nothing() -> None:
     for weight in (0.1, 1 / 3, 1.0, 7.7):
         plain, weighted = (
-            Plan({"a": Rows(997, "")}, {"a": 1}, 5),
-            Plan({"a": Rows(997, "", [weight] * 997)}, {"a": 1}, 5),
+            PromptPlan({"a": Rows(997, "")}, {"a": 1}, 5),
+            PromptPlan({"a": Rows(997, "", [weight] * 997)}, {"a": 1}, 5),
         )
         assert plain.draw(3_000) == weighted.draw(3_000)
 
 
 def test_a_row_of_weight_zero_never_comes() -> None:
-    plan = Plan({"a": Rows(3, "", [1.0, 0.0, 0.5])}, {"a": 1}, 0)
+    plan = PromptPlan({"a": Rows(3, "", [1.0, 0.0, 0.5])}, {"a": 1}, 0)
     assert Counter(row for _, row in plan.draw(3_000)) == Counter({0: 2000, 2: 1000})
 
 
@@ -102,7 +102,7 @@ def test_resume_goes_on_exactly(stop: int) -> None:
     hard = {"doc": np.random.default_rng(1).uniform(1, 4, SIZES["doc"])}
     sources = {name: Rows(size, "", hard.get(name)) for name, size in SIZES.items()}
 
-    def steps(plan: Plan, start: int, end: int) -> list[list[tuple[str, int]]]:
+    def steps(plan: PromptPlan, start: int, end: int) -> list[list[tuple[str, int]]]:
         drawn = []
         for step in range(start, end):
             if step == 60:
@@ -110,22 +110,24 @@ def test_resume_goes_on_exactly(stop: int) -> None:
             drawn.append(plan.draw(256))
         return drawn
 
-    whole = steps(Plan(sources, EARLY, 7), 0, 120)
-    half = Plan(sources, EARLY, 7)
+    whole = steps(PromptPlan(sources, EARLY, 7), 0, 120)
+    half = PromptPlan(sources, EARLY, 7)
     before = steps(half, 0, stop)
     state = json.loads(json.dumps(half.state()))
-    resumed = Plan(sources, EARLY, 7)
+    resumed = PromptPlan(sources, EARLY, 7)
     resumed.restore(state)
     assert before + steps(resumed, stop, 120) == whole
     assert len(json.dumps(state)) < 300 * len(SIZES)
 
 
 def test_the_plan_is_a_function_of_its_seed_and_never_changes() -> None:
-    plan = Plan({"a": Rows(10, ""), "b": Rows(10, "", [1, 2, 3, 4, 5, 6, 7, 8, 9, 10])}, {"a": 2, "b": 1}, 0)
+    plan = PromptPlan({"a": Rows(10, ""), "b": Rows(10, "", [1, 2, 3, 4, 5, 6, 7, 8, 9, 10])}, {"a": 2, "b": 1}, 0)
     assert (
         "".join(f"{source}{row} " for source, row in plan.draw(15)) == "a4 b7 a9 a7 b3 a0 a5 b6 a8 a1 b0 a3 a6 b5 a2 "
     )
-    assert Plan({"a": Rows(10, "")}, {"a": 1}, 0).draw(10) != Plan({"a": Rows(10, "")}, {"a": 1}, 1).draw(10)
+    assert PromptPlan({"a": Rows(10, "")}, {"a": 1}, 0).draw(10) != PromptPlan({"a": Rows(10, "")}, {"a": 1}, 1).draw(
+        10
+    )
 
 
 @pytest.mark.parametrize(
@@ -139,21 +141,21 @@ def test_the_plan_is_a_function_of_its_seed_and_never_changes() -> None:
     ],
 )
 def test_a_resume_refuses_what_has_changed(sources: dict[str, Rows], seed: int, message: str) -> None:
-    state = Plan({"a": Rows(9, "x")}, {"a": 1}, 0).state()
+    state = PromptPlan({"a": Rows(9, "x")}, {"a": 1}, 0).state()
     with pytest.raises(UserError, match=message):
-        Plan(sources, dict.fromkeys(sources, 1.0), seed).restore(state)
+        PromptPlan(sources, dict.fromkeys(sources, 1.0), seed).restore(state)
 
 
 @pytest.mark.parametrize("stop", [0, 3, 50])
 def test_sources_come_and_go_at_a_resume_only_by_name(stop: int) -> None:
-    before = Plan(SOURCES, EARLY, 0)
+    before = PromptPlan(SOURCES, EARLY, 0)
     before.draw(stop)
     state = json.loads(json.dumps(before.state()))
     others = {name: SOURCES[name] for name in ("geo", "chart", "text")} | {"new": Rows(50, "")}
     weights = {"geo": 0.5, "chart": 0.3, "text": 0.1, "new": 0.1}
 
-    def plan() -> Plan:
-        return Plan(others, weights, 0)
+    def plan() -> PromptPlan:
+        return PromptPlan(others, weights, 0)
 
     with pytest.raises(UserError, match=r"\['doc', 'new'\] was added or removed"):
         plan().restore(state)
@@ -165,7 +167,7 @@ def test_sources_come_and_go_at_a_resume_only_by_name(stop: int) -> None:
     after.restore(state, ["new", "doc"])
     rows = after.draw(1_000)
     assert furthest(rows, weights) <= 2
-    uninterrupted = Plan(SOURCES, EARLY, 0)
+    uninterrupted = PromptPlan(SOURCES, EARLY, 0)
     taken = sum(source == "geo" for source, _ in uninterrupted.draw(stop))
     geo = [row for source, row in uninterrupted.draw(2_000) if source == "geo"]
     assert [row for source, row in rows if source == "geo"][:100] == geo[:100], taken
@@ -182,7 +184,7 @@ def broken(source: str, row: int) -> tuple[str, int]:
 
 
 def test_a_bad_row_is_replaced_from_its_source_and_counted() -> None:
-    plan, plain = Plan(SOURCES, EARLY, 0), Plan(SOURCES, EARLY, 0)
+    plan, plain = PromptPlan(SOURCES, EARLY, 0), PromptPlan(SOURCES, EARLY, 0)
     rows = plan.read(3_000, broken)
     assert [source for source, _ in rows] == [source for source, _ in plain.draw(3_000)]
     assert not [row for source, row in rows if (source == "geo" and row % 3 == 0) or (source == "doc" and row >= 300)]
@@ -194,11 +196,11 @@ def test_a_bad_row_is_replaced_from_its_source_and_counted() -> None:
 
 
 def test_a_resume_goes_on_behind_the_bad_rows() -> None:
-    whole = Plan(SOURCES, EARLY, 7)
+    whole = PromptPlan(SOURCES, EARLY, 7)
     rows = whole.read(2_000, broken)
-    half = Plan(SOURCES, EARLY, 7)
+    half = PromptPlan(SOURCES, EARLY, 7)
     before = half.read(777, broken)
-    resumed = Plan(SOURCES, EARLY, 7)
+    resumed = PromptPlan(SOURCES, EARLY, 7)
     resumed.restore(json.loads(json.dumps(half.state())))
     assert before + resumed.read(2_000 - 777, broken) == rows
     assert resumed.replaced == whole.replaced
@@ -206,7 +208,7 @@ def test_a_resume_goes_on_behind_the_bad_rows() -> None:
 
 
 def test_each_good_row_still_comes_once_before_any_comes_again() -> None:
-    plan = Plan({"geo": Rows(300, "")}, {"geo": 1}, 0)
+    plan = PromptPlan({"geo": Rows(300, "")}, {"geo": 1}, 0)
     rows = [row for _, row in plan.read(400, broken)]
     assert sorted(rows[:200]) == sorted(rows[200:]) == [row for row in range(300) if row % 3]
 
@@ -220,9 +222,9 @@ def test_a_source_that_is_broken_ends_the_run_and_says_why() -> None:
     with pytest.raises(
         UserError, match=r"source 'doc': 100 rows in a row cannot be used; the last one: doc\.tar: the file ends"
     ):
-        Plan(SOURCES, EARLY, 0).read(1_000, gone)
+        PromptPlan(SOURCES, EARLY, 0).read(1_000, gone)
     with pytest.raises(UserError, match="source 'doc': 7 rows in a row"):
-        Plan({"doc": Rows(7, "")}, {"doc": 1}, 0).read(1, gone)
+        PromptPlan({"doc": Rows(7, "")}, {"doc": 1}, 0).read(1, gone)
 
 
 def test_our_own_mistakes_are_no_bad_rows() -> None:
@@ -230,7 +232,7 @@ def test_our_own_mistakes_are_no_bad_rows() -> None:
         raise TypeError("ours")
 
     with pytest.raises(TypeError):
-        Plan(SOURCES, EARLY, 0).read(1, mistaken)
+        PromptPlan(SOURCES, EARLY, 0).read(1, mistaken)
 
 
 @pytest.mark.parametrize(
@@ -245,7 +247,7 @@ def test_our_own_mistakes_are_no_bad_rows() -> None:
 )
 def test_weights_that_are_none_are_refused(weights: dict[str, float], message: str) -> None:
     with pytest.raises(UserError, match=message):
-        Plan({"a": Rows(9, ""), "b": Rows(9, "")}, weights, 0)
+        PromptPlan({"a": Rows(9, ""), "b": Rows(9, "")}, weights, 0)
 
 
 @pytest.mark.parametrize(
@@ -260,4 +262,4 @@ def test_weights_that_are_none_are_refused(weights: dict[str, float], message: s
 )
 def test_rows_that_are_none_are_refused(rows: Rows, message: str) -> None:
     with pytest.raises(UserError, match=message):
-        Plan({"a": rows}, {"a": 1}, 0)
+        PromptPlan({"a": rows}, {"a": 1}, 0)

@@ -1,4 +1,4 @@
-"""What ends a handover of weights, and what it starts over from: an engine that lies, and one that is lost among
+"""What ends a weight sync, and what it starts over from: an engine that lies, and one that is lost among
 several.
 """
 
@@ -16,14 +16,14 @@ from torch import Tensor
 
 from mmopd.modality import Encoder
 from mmopd.records import Prompt
-from mmopd.rollout.student_client import EngineError, StudentEngine
+from mmopd.rollout.student_client import EngineError, StudentClient
 from mmopd.rollout.sync import FRESH, SyncError
 from mmopd.runtime.watchdog import Watchdog
 from mmopd.train import distributed
-from mmopd.train.background import Aside
 from mmopd.train.prefix_tree import Item
+from mmopd.train.trainer_thread import TrainerThread
 from mmopd.train.weight_probe import ProbeError
-from mmopd.train.weight_publisher import RECOVERIES, Handover
+from mmopd.train.weight_publisher import RECOVERIES, WeightPublisher
 
 
 class Link:
@@ -55,7 +55,7 @@ async def hand_over(encoder: Encoder, link: Link, *, off: float = 0.0) -> float:
     try:
         async with AsyncExitStack() as stack:
             servers = [await stack.enter_async_context(FakeVLLM(encoder)) for _ in link.held]
-            engines = [await stack.enter_async_context(StudentEngine(server.endpoint, encoder)) for server in servers]
+            engines = [await stack.enter_async_context(StudentClient(server.endpoint, encoder)) for server in servers]
             theirs = torch.tensor(await engines[0].logprobs(prompt, item.tokens))
 
             class Trainer:
@@ -69,8 +69,10 @@ async def hand_over(encoder: Encoder, link: Link, *, off: float = 0.0) -> float:
 
             trainer: Any = Trainer()
             trainer.ranks = ranks
-            handover = Handover(trainer, engines, link, [item], Aside(ranks, Watchdog(0, 60, Path()), ahead=False))  # type: ignore[arg-type]
-            return await handover.publish("step-7")
+            publisher = WeightPublisher(
+                trainer, engines, link, [item], TrainerThread(ranks, Watchdog(0, 60, Path()), ahead=False)
+            )  # type: ignore[arg-type]
+            return await publisher.publish("step-7")
     finally:
         distributed.stop()
 

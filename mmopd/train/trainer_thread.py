@@ -16,9 +16,10 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 
-class Aside:
-    """`await aside(work, *arguments)` is the result of `work`. With `ahead` the event loop turns meanwhile, so that
-    requests go on.
+class TrainerThread:
+    """`await in_trainer_thread(work, *arguments)` gives the result of `work`.
+
+    With `ahead` the event loop turns meanwhile, so that requests go on.
 
     A context manager. Collectives stay in order, since each `work` is awaited before anything else of this rank begins.
     """

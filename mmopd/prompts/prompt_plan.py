@@ -46,7 +46,7 @@ class Rows:
     weights: Sequence[float] | None = None  # [count], relative to each other; all alike if not given
 
 
-class Plan:
+class PromptPlan:
     """Draws prompts by weight. Every rank makes the same plan and takes its share of what it draws.
 
     Args:
