@@ -155,10 +155,10 @@ def serve(
     again.
     """
     from mmopd import catalog
-    from mmopd.teacher.fleet import serve_alone
+    from mmopd.commands.serve import serve as serve_fleet
 
     try:
-        serve_alone(catalog.load_fleet(fleet), host=host, out=out, key_variable=api_key_env, console=console)
+        serve_fleet(catalog.load_fleet(fleet), host=host, out=out, key_variable=api_key_env, console=console)
     except (KeyboardInterrupt, SystemExit):  # Ctrl-C and SIGTERM are how it ends
         console.print("stopped")
 
@@ -180,10 +180,10 @@ def measure_difficulty(
     its own.
     """
     from mmopd import catalog
-    from mmopd.commands import train as launch
+    from mmopd.commands.difficulty import measure
 
     resolved = catalog.load_recipe(recipe, overrides=overrides or ())
-    launch.difficulty_alone(resolved, out or Path("difficulty") / recipe.stem, console)
+    measure(resolved, out or Path("difficulty") / recipe.stem, console)
 
 
 @app.command("eval")
@@ -199,7 +199,7 @@ def evaluate(
 ) -> None:
     """Serve each of MODELS and run SUITE on it through lmms-eval; prints a table, writes results.{json,md,csv}."""
     from mmopd import catalog
-    from mmopd.evaluate.candidates import evaluate_models
+    from mmopd.commands.evaluate import evaluate_models
 
     evaluate_models(suite, models, catalog.load_recipe(recipe), out, console)
 
@@ -472,10 +472,10 @@ def doctor(
     checks = machine_report()
     render(checks, console)
     if recipe is not None and resolved is not None:
-        from mmopd.commands import train as launch
+        from mmopd.commands.examine import examine
         from mmopd.preflight.run import show
 
-        found = launch.prove_alone(resolved, out or Path("doctor") / recipe.stem, console, endpoints or ())
+        found = examine(resolved, out or Path("doctor") / recipe.stem, console, endpoints or ())
         show(found, console)
         checks += found
     if any(check.state == "fail" for check in checks):

@@ -14,7 +14,8 @@ import pytest
 from rich.console import Console
 
 from mmopd import catalog
-from mmopd.commands.train import check, launch
+from mmopd.commands.job import check
+from mmopd.commands.train import launch
 from mmopd.config import Recipe
 from mmopd.errors import UserError
 from mmopd.runtime.run_folder import RunFolder

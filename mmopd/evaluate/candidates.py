@@ -9,18 +9,13 @@ from pathlib import Path
 
 from rich.console import Console
 
-from mmopd import catalog
-from mmopd.config import Benchmark, Recipe, Suite
+from mmopd.config import Benchmark, Suite
 from mmopd.errors import UserError
-from mmopd.evaluate.calls import warm_up
-from mmopd.evaluate.lmms import BenchmarkScore, evaluate, read_suite
+from mmopd.evaluate.lmms import BenchmarkScore, evaluate
 from mmopd.evaluate.table import Kind, Results, Row
 from mmopd.runtime.fingerprint import hash_model
-from mmopd.runtime.processes import Children
 from mmopd.runtime.progress import Stages
 from mmopd.serving.endpoint import Endpoint
-from mmopd.serving.servers import serve_in_stage
-from mmopd.serving.specs import ServerSpec
 
 CACHE = Path(".mmopd") / "eval"  # of the workspace: what several runs share
 
@@ -77,26 +72,3 @@ def check_results(results: Results) -> None:
         raise UserError(
             "\n".join(f"{record.column} of {record.endpoint} has no score: {record.reason}" for record in failed)
         )
-
-
-def evaluate_models(suite: Path, models: Sequence[Path], recipe: Recipe, out: Path, console: Console) -> None:
-    """`mmopd eval`: serve one model after the other, and evaluate it.
-
-    Raises:
-        UserError: no such folder, or a server does not start.
-    """
-    resolved = read_suite(catalog.find(suite), Path.cwd())
-    logs = out / "logs"
-    logs.mkdir(parents=True, exist_ok=True)
-    rows: list[Row] = []
-    warm_up()
-    with Stages(console) as stages, Children() as children:
-        for model in models:
-            name = model.resolve().name
-            spec = ServerSpec(name, model, recipe.student.engine, updatable=False)
-            with serve_in_stage([spec], children, logs, stages) as servers:
-                rows += evaluate_all(resolved, [Candidate(str(model), "base", servers[name], model)], out, stages)
-    results = Results.of(rows)
-    results.write(out)
-    print_results(results, console)
-    check_results(results)

@@ -5,7 +5,6 @@ own.
 import dataclasses
 import os
 import re
-import time
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -13,20 +12,18 @@ from types import TracebackType
 
 import httpx
 from rich.console import Console
-from rich.table import Table
 
 from mmopd.config import Engine, Fleet
 from mmopd.errors import UserError
 from mmopd.runtime.network import HOST, is_loopback, public_url
 from mmopd.runtime.processes import Children
 from mmopd.runtime.progress import Stages
-from mmopd.serving.endpoint import Endpoint, load, save
+from mmopd.serving.endpoint import Endpoint, load
 from mmopd.serving.lora import read_adapter
 from mmopd.serving.servers import Servers, serve_in_stage
 from mmopd.serving.specs import ServerSpec, replica_engine
 from mmopd.settings_file import suggest
 
-WATCH_EVERY = 0.5  # seconds
 LONGEST_NAME = 80  # of a server that several teachers share: it is the name of its log
 
 
@@ -210,38 +207,6 @@ def key_in(variable: str, owner: str, setting: str) -> str:
     return key
 
 
-def serve_alone(fleet: Fleet, *, host: str, out: Path, key_variable: str | None, console: Console) -> None:
-    """`mmopd serve`: serve every teacher that has a `model`, write their endpoints to `out`, and stay until
-    interrupted.
-
-    Raises:
-        UserError: there is nothing to serve, a server did not start, or one died too often.
-    """
-    key = key_in(key_variable, "mmopd serve", "--api-key-env") if key_variable else None
-    specs = to_specs(fleet)
-    if not specs:
-        raise UserError(
-            "no teacher of this fleet has a `model`: all of them run elsewhere, and there is nothing to serve"
-        )
-    warn_of(host, console)
-    logs = out.with_name(f"{out.stem}-logs")
-    logs.mkdir(parents=True, exist_ok=True)
-    with Children() as children, ExitStack() as stack:
-        with Stages(console) as stages:
-            servers = stack.enter_context(serve_in_stage(specs, children, logs, stages, host=host, key=key))
-        shown = [dataclasses.replace(endpoint, url=public_url(endpoint.url, host)) for endpoint in servers.values()]
-        stack.callback(out.unlink, missing_ok=True)
-        save(out, shown)
-        console.print(_table(fleet, shown, servers))
-        console.print(
-            f"The endpoints and their key: {out}\nUse them: mmopd train RECIPE --endpoints {out}\nLogs: {logs}\nCtrl-C stops.",
-            markup=False,
-        )
-        while True:
-            servers.check()
-            time.sleep(WATCH_EVERY)
-
-
 def warn_of(host: str, console: Console) -> None:
     """Say who else reaches servers that listen on `host`, unless it is this machine alone."""
     if not is_loopback(host):
@@ -271,14 +236,3 @@ def _models(endpoint: Endpoint, owner: str) -> list[str]:
     if not models:
         raise UserError(f"{owner}: {endpoint.url} serves no model")
     return models
-
-
-def _table(fleet: Fleet, endpoints: Sequence[Endpoint], servers: Servers) -> Table:
-    table = Table(title="Served", title_justify="left")
-    for column in ("teacher", "URL", "model", "GPUs"):
-        table.add_column(column, overflow="fold")
-    for endpoint in endpoints:
-        teacher = fleet.teachers[endpoint.teacher]
-        model = f"{teacher.model} + {teacher.adapter}" if teacher.adapter else str(teacher.model)
-        table.add_row(endpoint.name, endpoint.url, model, servers.gpus[endpoint.name] or "CPU")
-    return table

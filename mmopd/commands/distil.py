@@ -1,0 +1,88 @@
+"""The stage of `mmopd train` that makes the distilled student: ranks that train, or teachers that are merged."""
+
+import math
+import time
+
+from mmopd.commands.job import Job, give
+from mmopd.commands.merge import merge
+from mmopd.config import ExPO
+from mmopd.errors import UserError
+from mmopd.runtime.processes import Children
+from mmopd.runtime.progress import Stages
+from mmopd.runtime.rank_processes import Pulses, check_ranks, last_metrics, one_line, start_ranks
+from mmopd.runtime.run_folder import RunFolder
+from mmopd.runtime.watchdog import asked_to_stop
+from mmopd.serving.servers import Servers
+
+MERGED = "merged"  # version of weights that were merged
+
+
+def distil(job: Job, run: RunFolder, children: Children, servers: Servers, stages: Stages) -> None:
+    """Start the ranks and follow them to their end; SIGTERM lets them end their step and save it.
+
+    Raises:
+        UserError: a rank or a server ended early, with the last lines of its log; or a step that was to be the last
+            takes too long.
+        SystemExit: the ranks have stopped before their last step, as they were asked to; status 0.
+    """
+    ranks, timeout = job.recipe.train.ranks, job.recipe.train.timeout
+    with stages.stage("distil") as stage, asked_to_stop() as asked:
+        what = ["mmopd.train.rank", str(run.root), *job.changed]
+        run.stop.unlink(missing_ok=True)
+        running = start_ranks(what, ranks, run.logs, children, launcher=job.launcher, host=job.host)
+        stage.total(job.recipe.train.steps)
+        stage.note("starting the ranks")
+        until, done, alive = math.inf, 0, True
+        pulses = Pulses(running, timeout)
+        while alive:
+            time.sleep(0.5)
+            alive = any(rank.alive for rank in running)  # first, so that what they leave behind is seen
+            check_ranks(running, timeout, stopping=asked.is_set() and not job.launcher)
+            pulses.check()
+            servers.check()
+            if asked.is_set() and until == math.inf:
+                until = time.monotonic() + timeout
+                stages.console.print("asked to stop: behind this step, with a checkpoint", highlight=False)
+                if job.launcher:
+                    run.stop.touch()  # a launcher that is told to end may end its ranks at once (deepspeed's does)
+                else:
+                    for rank in running:
+                        rank.terminate()
+            if time.monotonic() > until:
+                raise UserError(
+                    f"the ranks have not ended their step within train.timeout = {timeout} s; the last checkpoint is as it was"
+                )
+            if (latest := last_metrics(run.metrics)) is not None:
+                done = int(latest["step"]) + 1
+                stage.total(job.recipe.train.steps, done=done)
+                stage.note(one_line(latest))
+        if asked.is_set() or done < job.recipe.train.steps:
+            how = f"stopped after {done} steps, as asked; `mmopd train --resume {run.root}` goes on from there"
+            stages.console.print(how, highlight=False, markup=False, soft_wrap=True)
+            raise SystemExit(0)
+        again = "".join(f", {name} started again {times} x" for name, times in servers.restarts.items())
+        stage.outcome = f"{job.recipe.train.steps} steps on {ranks} rank{'s' * (ranks > 1)}{again}"
+
+
+def extrapolate(job: Job, run: RunFolder, children: Children, servers: Servers, stages: Stages) -> None:
+    """ExPO, in the place of `distil`: merge the teachers into the export folder, and give the engine its weights.
+
+    Raises:
+        UserError: a teacher's weights are not on this machine, or not of the student's architecture.
+    """
+    if elsewhere := [
+        name for name, teacher in job.fleet.teachers.items() if teacher.model is None or teacher.adapter is not None
+    ]:
+        raise UserError(
+            f"teacher {elsewhere[0]!r}: expo merges whole weights, so that every teacher needs a `model` here and no adapter"
+        )
+    objective = job.recipe.algorithm.objective
+    assert isinstance(objective, ExPO)
+    with stages.stage("merge") as stage:
+        weights = {
+            teacher.model: teacher.weight for teacher in job.fleet.teachers.values() if teacher.model is not None
+        }
+        if not run.export.exists():
+            merge(job.recipe.student.model, weights, objective.alpha, run.export, stage)
+        give(run, run.export, MERGED)
+        stage.outcome = f"{len(weights)} teachers, alpha {objective.alpha:g}"

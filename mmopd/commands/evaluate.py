@@ -1,0 +1,40 @@
+"""`mmopd eval`: model folders through a suite."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+
+from mmopd import catalog
+from mmopd.config import Recipe
+from mmopd.evaluate.calls import warm_up
+from mmopd.evaluate.candidates import Candidate, check_results, evaluate_all, print_results
+from mmopd.evaluate.lmms import read_suite
+from mmopd.evaluate.table import Results, Row
+from mmopd.runtime.processes import Children
+from mmopd.runtime.progress import Stages
+from mmopd.serving.servers import serve_in_stage
+from mmopd.serving.specs import ServerSpec
+
+
+def evaluate_models(suite: Path, models: Sequence[Path], recipe: Recipe, out: Path, console: Console) -> None:
+    """`mmopd eval`: serve one model after the other, and evaluate it.
+
+    Raises:
+        UserError: no such folder, or a server does not start.
+    """
+    resolved = read_suite(catalog.find(suite), Path.cwd())
+    logs = out / "logs"
+    logs.mkdir(parents=True, exist_ok=True)
+    rows: list[Row] = []
+    warm_up()
+    with Stages(console) as stages, Children() as children:
+        for model in models:
+            name = model.resolve().name
+            spec = ServerSpec(name, model, recipe.student.engine, updatable=False)
+            with serve_in_stage([spec], children, logs, stages) as servers:
+                rows += evaluate_all(resolved, [Candidate(str(model), "base", servers[name], model)], out, stages)
+    results = Results.of(rows)
+    results.write(out)
+    print_results(results, console)
+    check_results(results)

@@ -1,0 +1,32 @@
+"""`mmopd doctor RECIPE`: start the servers of a recipe and examine every teacher."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+
+from mmopd.commands.job import check, prepare, prove, serving
+from mmopd.config import Recipe
+from mmopd.preflight.check import Check
+from mmopd.runtime.processes import Children
+from mmopd.runtime.progress import Stages
+from mmopd.runtime.run_folder import RunFolder
+
+
+def examine(recipe: Recipe, out: Path, console: Console, endpoints: Sequence[Path] = ()) -> list[Check]:
+    """`mmopd doctor RECIPE`: prepare, serve all that the recipe names, and prove the teachers; nothing is trained.
+
+    Args:
+        out: where logs and findings go.
+        endpoints: as in `launch`.
+
+    Raises:
+        UserError: as `prepare`, `check`, `serving` and `prove`.
+    """
+    run = RunFolder(out)
+    run.logs.mkdir(parents=True, exist_ok=True)
+    with Stages(console) as stages, Children() as children:
+        prepare(recipe, stages)
+        job = check(recipe, endpoints)
+        with serving(job, run, children, stages) as servers:
+            return prove(job, servers, run, stages)

@@ -1,0 +1,165 @@
+"""What `train`, `doctor` and `difficulty` share: a recipe with all that it names, its servers, and the proof of its teachers."""
+
+import asyncio
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from mmopd import catalog
+from mmopd.commands.merge import Checkpoint
+from mmopd.config import Dense, Fleet, Recipe, Suite
+from mmopd.errors import UserError
+from mmopd.evaluate.lmms import read_suite
+from mmopd.modality import Encoder
+from mmopd.preflight.check import Check
+from mmopd.preflight.questions import look
+from mmopd.preflight.run import answers, preflight, save, summary
+from mmopd.prompts.shards import Shards, open_mixture
+from mmopd.prompts.tokens import hash_processor
+from mmopd.rollout.student_client import EngineError
+from mmopd.rollout.sync import FileSync, SyncError
+from mmopd.runtime.network import HOST
+from mmopd.runtime.processes import Children
+from mmopd.runtime.progress import Stages
+from mmopd.runtime.run_folder import RunFolder
+from mmopd.serving import endpoint
+from mmopd.serving.endpoint import Endpoint
+from mmopd.serving.servers import Servers
+from mmopd.serving.specs import student_specs
+from mmopd.task.load import load_tasks
+from mmopd.teacher.fleet import Standing, from_files, serve_fleet
+from mmopd.teacher.router import check_routes, check_tokenizers, load_teachers, references, routed
+
+UNTRAINED = "untrained"  # version of the weights that the student starts with
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """Everything that a recipe refers to, found and checked."""
+
+    recipe: Recipe
+    fleet: Fleet  # the teachers that routes lead to; empty where the objective needs none
+    references: Fleet | None  # theirs, where the objective has them
+    sources: Mapping[str, Shards]
+    suite: Suite | None
+    elsewhere: Sequence[Endpoint] = ()  # of teachers that another `mmopd serve` serves
+    changed: Sequence[str] = ()  # sources that were added or removed on purpose before a resume
+    launcher: Sequence[str] = ()  # a command that starts the ranks; none: they are started here
+    host: str = HOST  # the address that servers listen on
+
+
+def prepare(recipe: Recipe, stages: Stages) -> None:
+    """Run the recipe's own preparation, if it has one."""
+    if recipe.prepare is not None:
+        path = catalog.find(recipe.prepare)
+        with stages.stage("prepare") as stage:
+            catalog.load_module(path).prepare(Path.cwd(), stage)
+
+
+def check(recipe: Recipe, endpoints: Sequence[Path] = ()) -> Job:
+    """Open all that the recipe names, before anything is started; the models of teachers in `endpoints` need not be on
+    this machine.
+
+    Raises:
+        UserError: a file, a model, a shard, a task, a route or a tokenizer is missing or wrong; names it.
+    """
+    whole = load_teachers(recipe)
+    fleet, before = routed(whole), references(whole, recipe.algorithm.objective)
+    elsewhere = from_files(whole, endpoints)
+    there = {endpoint.teacher for endpoint in elsewhere}
+    used = {**fleet.teachers, **(before.teachers if before else {})}
+    folders = {name: t.model for name, t in used.items() if t.model is not None and name not in there}
+    for name, folder in {"student": recipe.student.model, **folders}.items():
+        if not (folder / "config.json").is_file():
+            raise UserError(
+                f"{folder}: no model in this folder (of {name}); it needs a config.json and weights in safetensors"
+            )
+    tasks = load_tasks()
+    sources = open_mixture(
+        catalog.load_mixture(recipe.mixture), tasks, Path.cwd(), hash_processor(recipe.student.model)
+    )
+    for one in (fleet, before):
+        if one and one.routes:
+            check_routes(one, tasks, [pair for shards in sources.values() for pair in shards.kinds])
+    check_tokenizers(recipe.student.model, folders)
+    suite = read_suite(catalog.find(recipe.suite), Path.cwd()) if recipe.suite is not None else None
+    return Job(recipe, fleet, before, sources, suite, elsewhere)
+
+
+@contextmanager
+def serving(
+    job: Job, run: RunFolder, children: Children, stages: Stages, standing: Standing | None = None
+) -> Iterator[Servers]:
+    """The student's engines and the replicas of every teacher, by name (student, student-2, TEACHER.NUMBER), while the
+    block lasts.
+    """
+    settings = job.recipe.student
+    students = student_specs(settings)
+    teachers = {**job.fleet.teachers, **(job.references.teachers if job.references else {})}
+    fleet = job.fleet.model_copy(update={"teachers": teachers})
+    anew = serve_fleet(fleet, children, run.logs, stages, elsewhere=job.elsewhere, also=students, host=job.host)
+    with standing.serve(fleet, students) if standing else anew as servers:
+        try:
+            endpoint.save(run.endpoints, servers.values())
+            if standing and settings.sync == "file":
+                give(run, settings.model, UNTRAINED)
+            yield servers
+        finally:
+            run.endpoints.unlink(missing_ok=True)
+
+
+def prove(job: Job, servers: Servers, run: RunFolder, stages: Stages) -> list[Check]:
+    """Preflight: what each replica of each teacher shows of itself; it is kept in the run folder.
+
+    Raises:
+        UserError: the student's engine ended, with the last lines of its log; or no row of a source can be read.
+    """
+    max_tokens, encoder = job.recipe.rollout.max_tokens, Encoder(job.recipe.student.model)
+    students, endpoints = endpoint.load_by_role(run.endpoints)
+
+    objective = job.recipe.algorithm.objective
+
+    async def ask() -> list[Check]:
+        kinds = look(job.sources, encoder)
+        responses = await answers(students[0], encoder, kinds, max_tokens=max_tokens)
+        checks: list[Check] = []
+        for fleet in (job.fleet, job.references):
+            if fleet is not None:
+                checks += await preflight(
+                    fleet,
+                    load_tasks(),
+                    endpoints,
+                    encoder,
+                    kinds,
+                    max_tokens=max_tokens,
+                    top_k=objective.top_k if isinstance(objective, Dense) else 0,
+                    responses=responses,
+                    done=lambda endpoint: stage.advance(),
+                )
+        return checks
+
+    with stages.stage("preflight") as stage:
+        stage.total(sum(map(len, endpoints.values())))
+        try:
+            checks = asyncio.run(ask())
+        except EngineError as error:
+            servers.check()
+            raise UserError(f"{error} ({servers.log('student')})") from error
+        save(checks, run.preflight)
+        stage.outcome = summary(checks, endpoints)
+    return checks
+
+
+def give(run: RunFolder, model: Path, version: str) -> None:
+    """Send the weights of a folder to the student's engines.
+
+    Raises:
+        UserError: they do not take them.
+    """
+    students, _ = endpoint.load_by_role(run.endpoints)
+    try:
+        with Checkpoint(model) as checkpoint, FileSync(students) as link:
+            link.send(((name, checkpoint.tensor(name)) for name in sorted(checkpoint.names)), version)
+    except SyncError as error:
+        raise UserError(f"the student's engine does not take the weights of {model}: {error}") from error

@@ -1,0 +1,65 @@
+"""`mmopd serve`: the teachers of a fleet on their own, for runs of other jobs or machines."""
+
+import dataclasses
+import time
+from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from mmopd.config import Fleet
+from mmopd.errors import UserError
+from mmopd.runtime.network import public_url
+from mmopd.runtime.processes import Children
+from mmopd.runtime.progress import Stages
+from mmopd.serving import endpoint
+from mmopd.serving.endpoint import Endpoint
+from mmopd.serving.servers import Servers, serve_in_stage
+from mmopd.teacher.fleet import key_in, to_specs, warn_of
+
+WATCH_EVERY = 0.5  # seconds
+
+
+def serve(fleet: Fleet, *, host: str, out: Path, key_variable: str | None, console: Console) -> None:
+    """`mmopd serve`: serve every teacher that has a `model`, write their endpoints to `out`, and stay until
+    interrupted.
+
+    Raises:
+        UserError: there is nothing to serve, a server did not start, or one died too often.
+    """
+    key = key_in(key_variable, "mmopd serve", "--api-key-env") if key_variable else None
+    specs = to_specs(fleet)
+    if not specs:
+        raise UserError(
+            "no teacher of this fleet has a `model`: all of them run elsewhere, and there is nothing to serve"
+        )
+    warn_of(host, console)
+    logs = out.with_name(f"{out.stem}-logs")
+    logs.mkdir(parents=True, exist_ok=True)
+    with Children() as children, ExitStack() as stack:
+        with Stages(console) as stages:
+            servers = stack.enter_context(serve_in_stage(specs, children, logs, stages, host=host, key=key))
+        shown = [dataclasses.replace(one, url=public_url(one.url, host)) for one in servers.values()]
+        stack.callback(out.unlink, missing_ok=True)
+        endpoint.save(out, shown)
+        console.print(_table(fleet, shown, servers))
+        console.print(
+            f"The endpoints and their key: {out}\nUse them: mmopd train RECIPE --endpoints {out}\nLogs: {logs}\nCtrl-C stops.",
+            markup=False,
+        )
+        while True:
+            servers.check()
+            time.sleep(WATCH_EVERY)
+
+
+def _table(fleet: Fleet, endpoints: Sequence[Endpoint], servers: Servers) -> Table:
+    table = Table(title="Served", title_justify="left")
+    for column in ("teacher", "URL", "model", "GPUs"):
+        table.add_column(column, overflow="fold")
+    for one in endpoints:
+        teacher = fleet.teachers[one.teacher]
+        model = f"{teacher.model} + {teacher.adapter}" if teacher.adapter else str(teacher.model)
+        table.add_row(one.name, one.url, model, servers.gpus[one.name] or "CPU")
+    return table
