@@ -23,6 +23,16 @@ class Check:
     numbers: Mapping[str, float] = field(default_factory=dict)  # what was measured, by name
 
 
+def ok(found: str, **numbers: float) -> Check:
+    """A check that has been passed; its name and whom it is about are filled in later, as in `fail`."""
+    return Check("", "ok", found, numbers=numbers)
+
+
+def fail(found: str, way_out: str, **numbers: float) -> Check:
+    """A check that has not."""
+    return Check("", "fail", found, way_out, numbers=numbers)
+
+
 def render(checks: Sequence[Check], console: Console, title: str = "What this machine can do") -> None:
     """Print the report as a table; what to do stands on a line of its own, under what was found."""
     marks = {"ok": "[green]ok[/]", "warn": "[yellow]warn[/]", "fail": "[red]fail[/]"}

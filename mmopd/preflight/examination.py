@@ -20,7 +20,7 @@ import msgspec
 
 from mmopd.modality import Encoder
 from mmopd.modality.video import MEDIA_SETTINGS
-from mmopd.preflight.check import Check
+from mmopd.preflight.check import Check, fail, ok
 from mmopd.preflight.questions import Questions
 from mmopd.records import Encoded
 from mmopd.serving import wire
@@ -360,16 +360,6 @@ class Examination:
             raise ReplyError("timeout", f"{url}: no answer within {self._timeout:g} s") from None
         except (aiohttp.ClientError, OSError) as error:
             raise ReplyError("connection", f"{url}: {type(error).__name__} {error}".rstrip()) from None
-
-
-def ok(found: str, **numbers: float) -> Check:
-    """A check that has been passed; its name and whom it is about are filled in later, as in `fail`."""
-    return Check("", "ok", found, numbers=numbers)
-
-
-def fail(found: str, way_out: str, **numbers: float) -> Check:
-    """A check that has not."""
-    return Check("", "fail", found, way_out, numbers=numbers)
 
 
 def apart(a: Mapping[int, Sequence[float]], b: Mapping[int, Sequence[float]]) -> tuple[float, float]:

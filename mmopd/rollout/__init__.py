@@ -1,0 +1,1 @@
+"""The student's side of a step: sample its engines, send them new weights."""

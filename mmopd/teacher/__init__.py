@@ -1,0 +1,1 @@
+"""Which teachers score a prompt, what they are shown of it, and their scores."""
