@@ -39,7 +39,8 @@ def find(name: str | Path, workspace: Path | None = None) -> Path:
     for root in roots:
         if (path := root / name).is_file():  # an absolute name is itself
             return path
-    kind, suffix = Path(name).parent, Path(name).suffix
+    kind = Path(name).parent
+    suffix = Path(name).suffix
     known = {str(kind / path.name) for root in roots for path in (root / kind).glob(f"*{suffix}")}
     raise UserError(f"{name}: no such file in {roots[0]}, nor is it shipped{settings_file.suggest(str(name), known)}")
 
@@ -84,7 +85,8 @@ def load_module(path: Path) -> ModuleType:
     try:
         spec.loader.exec_module(module)
     except Exception as error:
-        line, trace = 0, error.__traceback__
+        line = 0
+        trace = error.__traceback__
         while trace is not None:
             line = trace.tb_lineno if trace.tb_frame.f_code.co_filename == str(path) else line
             trace = trace.tb_next

@@ -59,7 +59,8 @@ class Budget:
         weights are sent.
         """
         seconds = {time.what: time.seconds for time in self.times}
-        rolled, learnt = max(seconds["rollout"], seconds["scoring"]), seconds["update"]
+        rolled = max(seconds["rollout"], seconds["scoring"])
+        learnt = seconds["update"]
         return (max(rolled, learnt) if self.ahead else rolled + learnt) + seconds["weight sync"]
 
 
@@ -75,7 +76,9 @@ def budget(recipe: Recipe, machines: Machines, *, response: int | None = None, e
     """
     if isinstance(recipe.algorithm.objective, ExPO):
         raise UserError("algorithm.objective: expo merges weights on the CPU, so that there is nothing to plan")
-    whole, mixture, tasks = load_teachers(recipe), catalog.load_mixture(recipe.mixture), load_tasks()
+    whole = load_teachers(recipe)
+    mixture = catalog.load_mixture(recipe.mixture)
+    tasks = load_tasks()
     before = references(whole, recipe.algorithm.objective)
     teachers = {**routed(whole).teachers, **(before.teachers if before else {})}
     fleet = whole.model_copy(update={"teachers": teachers})
@@ -113,7 +116,8 @@ def largest(recipe: Recipe, mixture: Mixture, tasks: Mapping[str, Task], servers
     """
     free = min(server.engine.max_model_len - server.scores for server in servers) - recipe.rollout.max_tokens
     tower = servers[0].model.vision
-    prompts, pictures = [0], [0]
+    prompts = [0]
+    pictures = [0]
     for source in mixture.sources.values():
         if source.task not in tasks:
             raise UserError(f"no task {source.task!r} in modalities/{suggest(source.task, tasks)}")
@@ -124,7 +128,8 @@ def largest(recipe: Recipe, mixture: Mixture, tasks: Mapping[str, Task], servers
 
 
 def _servers(recipe: Recipe, fleet: Fleet, student: Model, gpus: int, elsewhere: bool) -> list[Served]:
-    engines, specs = student_specs(recipe.student), to_specs(fleet)
+    engines = student_specs(recipe.student)
+    specs = to_specs(fleet)
     here = [spec.engine.tensor_parallel for spec in engines] + [
         0 if elsewhere else spec.engine.tensor_parallel for spec in specs
     ]
@@ -168,7 +173,8 @@ def _trainer(recipe: Recipe, student: Model, load: Load, slots: Sequence[int]) -
 
 def _server(server: Served, gpu: Gpu) -> Role:
     parts = memory.server(server.model, server.engine, gpu, scores=server.scores)
-    peak, engine = sum(part.size for part in parts), server.engine
+    peak = sum(part.size for part in parts)
+    engine = server.engine
     more = (
         f", or --max-num-batched-tokens (now {memory.batched_tokens(engine, gpu):,}) in its extra_args"
         if server.scores
@@ -201,7 +207,8 @@ def _too_long(recipe: Recipe, servers: Sequence[Served], load: Load) -> list[str
     """Contexts in which the longest prompt and response do not fit; a teacher needs room for one token more."""
     found = []
     for server in servers:
-        need, has = max(1, load.prompt) + load.response + server.scores, server.engine.max_model_len
+        need = max(1, load.prompt) + load.response + server.scores
+        has = server.engine.max_model_len
         if need > has:
             found.append(
                 f"{server.name}: a prompt of {load.prompt:,} and a response of {load.response:,} tokens need {need:,}, and "
@@ -214,7 +221,8 @@ def _too_small(servers: Sequence[Served], gpu: Gpu) -> list[str]:
     """Servers that vLLM would not start: heads that do not split, or no room for one sequence."""
     found = []
     for server in servers:
-        engine, heads = server.engine, server.model.text.heads
+        engine = server.engine
+        heads = server.model.text.heads
         if heads % engine.tensor_parallel:
             found.append(
                 f"{server.name}: {heads} heads do not split over tensor_parallel={engine.tensor_parallel} ({server.key})"
@@ -263,7 +271,8 @@ def _shares(fleet: Fleet, before: Fleet | None, mixture: Mixture, tasks: Mapping
         if one is None or not one.routes:
             continue
         for source in mixture.sources.values():
-            modality, share = tasks[source.task].modality, source.weight / total
+            modality = tasks[source.task].modality
+            share = source.weight / total
             for routed_to in find_teachers(one, tasks, source.task, modality):
                 known = shares[routed_to.name]
                 sees = modality != "text" and routed_to.view.images != "drop"

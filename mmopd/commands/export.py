@@ -41,7 +41,8 @@ def export_checkpoint(
     with stages.stage("export") as stage, Children() as children:
         what = ["mmopd.train.export_rank", str(run.root), str(chosen), str(out)]
         running = start_ranks(what, ranks or recipe.train.ranks, run.logs, children, name="export")
-        pulses, alive = Pulses(running, recipe.train.timeout), True
+        pulses = Pulses(running, recipe.train.timeout)
+        alive = True
         while alive:
             time.sleep(0.1)
             alive = any(rank.alive for rank in running)

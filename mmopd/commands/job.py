@@ -65,7 +65,8 @@ def check(recipe: Recipe, endpoints: Sequence[Path] = ()) -> Job:
         UserError: a file, a model, a shard, a task, a route or a tokenizer is missing or wrong; names it.
     """
     whole = load_teachers(recipe)
-    fleet, before = routed(whole), references(whole, recipe.algorithm.objective)
+    fleet = routed(whole)
+    before = references(whole, recipe.algorithm.objective)
     elsewhere = from_files(whole, endpoints)
     there = {endpoint.teacher for endpoint in elsewhere}
     used = {**fleet.teachers, **(before.teachers if before else {})}
@@ -115,7 +116,8 @@ def prove(job: Job, servers: Servers, run: RunFolder, stages: Stages) -> list[Ch
     Raises:
         UserError: the student's engine ended, with the last lines of its log; or no row of a source can be read.
     """
-    max_tokens, encoder = job.recipe.rollout.max_tokens, Encoder(job.recipe.student.model)
+    max_tokens = job.recipe.rollout.max_tokens
+    encoder = Encoder(job.recipe.student.model)
     students, endpoints = endpoint.load_by_role(run.endpoints)
 
     objective = job.recipe.algorithm.objective

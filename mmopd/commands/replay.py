@@ -71,7 +71,8 @@ def replay(run: RunFolder, step: int, console: Console) -> list[Found]:
     Raises:
         UserError: no batch of this step was kept (says of which there are), or the student does not load.
     """
-    folder, recipe = run.replay_of(step), run.recipe()
+    folder = run.replay_of(step)
+    recipe = run.recipe()
     if not folder.is_dir():
         there = ", ".join(str(step_of(path.name)) for path in sorted(run.replay.glob("step-*")))
         raise UserError(
@@ -79,7 +80,8 @@ def replay(run: RunFolder, step: int, console: Console) -> list[Found]:
         )
     items, about = read_batch(folder)
     console.print(f"step {step}: {about['reason']}. {len(items)} responses, with the weights of {folder / MODEL}")
-    encoder, student = Encoder(folder / MODEL), _load(folder / MODEL, recipe)
+    encoder = Encoder(folder / MODEL)
+    student = _load(folder / MODEL, recipe)
     if broken := [name for name, weight in student.named_parameters() if not weight.isfinite().all()]:
         console.print(f"[red]{len(broken)} weights of the student are not finite[/], such as {broken[0]}")
     compute = _computer(student, collator(student, encoder), recipe.algorithm)

@@ -19,9 +19,11 @@ def show(recipe: Recipe, console: Console) -> None:
         UserError: a file that the recipe names is missing or wrong, or a prompt has no teacher or no view.
     """
     console.print(Syntax(settings_file.dump(recipe), "yaml", background_color="default"))
-    fleet, mixture = load_teachers(recipe), catalog.load_mixture(recipe.mixture)
+    fleet = load_teachers(recipe)
+    mixture = catalog.load_mixture(recipe.mixture)
     reference = references(fleet, recipe.algorithm.objective)
-    rollout, train = recipe.rollout, recipe.train
+    rollout = recipe.rollout
+    train = recipe.train
     table = Table(title="What it would start", title_justify="left")
     for column in ("process", "model", "gets"):
         table.add_column(column)

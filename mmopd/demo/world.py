@@ -153,10 +153,12 @@ def _addition_pairs() -> list[tuple[int, int]]:
 
 
 def _addition(a: int, b: int, forget: bool) -> Row:
-    units, tens = a % 10 + b % 10, a // 10 + b // 10
+    units = a % 10 + b % 10
+    tens = a // 10 + b // 10
     steps = f"{a % 10}+{b % 10}={units} {a // 10}+{b // 10}={tens}"
     if units >= 10 and not forget:
-        steps, tens = f"{steps}+1={tens + 1}", tens + 1
+        steps = f"{steps}+1={tens + 1}"
+        tens += 1
     return Row(
         messages=[{"role": "user", "content": [{"type": "text", "text": f"What is {a}+{b}?"}]}],
         images=[],
@@ -219,7 +221,8 @@ def build_tokenizer() -> Qwen2Tokenizer:
     """A byte-level BPE with Qwen's splitting rules and control tokens; `VOCAB_SIZE` ids in all."""
     trained = Tokenizer(BPE())
     rules = Qwen2Tokenizer(vocab={}, merges=[]).backend_tokenizer
-    trained.normalizer, trained.pre_tokenizer = rules.normalizer, rules.pre_tokenizer
+    trained.normalizer = rules.normalizer
+    trained.pre_tokenizer = rules.pre_tokenizer
     trainer = BpeTrainer(
         vocab_size=VOCAB_SIZE - len(CONTROL_TOKENS) - len(ADDED_TOKENS),
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),

@@ -182,7 +182,8 @@ class _Job:
         on_event(self.benchmark, None)
         kept = self.cache / f"{self._key()}.json" if self.cache is not None and self.weights else None
         if kept is not None and kept.is_file():
-            name, role = self.endpoint.name, self.endpoint.role
+            name = self.endpoint.name
+            role = self.endpoint.role
             record = dataclasses.replace(
                 BenchmarkScore.read(kept), endpoint=name, role=role, column=self.benchmark.column, reused=True
             )
@@ -198,7 +199,8 @@ class _Job:
         begin = time.monotonic()
         measured: Measured | None = None
         try:
-            measured, reason = self._call(calls), self.objection()
+            measured = self._call(calls)
+            reason = self.objection()
         except InvalidRunError as why:
             reason = str(why)
         if reason:
@@ -222,7 +224,8 @@ class _Job:
         )
 
     def _call(self, calls: Calls) -> Measured:
-        output, log = self.folder / "output", self.folder / "log.txt"
+        output = self.folder / "output"
+        log = self.folder / "log.txt"
         output.mkdir(parents=True)
         local = self.benchmark.data is not None
         status = calls.run(self._arguments(output), log, self._environment(), offline=local, timeout=self.suite.timeout)

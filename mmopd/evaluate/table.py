@@ -78,7 +78,8 @@ class Results:
         """(distilled - base) / (best teacher - base); None where one has no score, or no teacher leads by `NO_GAP`
         points.
         """
-        base, distilled = self._best("base", column), self._best("distilled", column)
+        base = self._best("base", column)
+        distilled = self._best("distilled", column)
         teacher = self._best("teacher", column)
         if base is None or distilled is None or teacher is None or teacher - base < NO_GAP:
             return None

@@ -56,7 +56,9 @@ def find_answers(recipe: Recipe, sources: Mapping[str, Shards]) -> dict[str, tup
     Raises:
         UserError: a prompt has no teacher.
     """
-    rollout, fleet, tasks = recipe.rollout, load_teachers(recipe), load_tasks()
+    rollout = recipe.rollout
+    fleet = load_teachers(recipe)
+    tasks = load_tasks()
     found: dict[str, tuple[Path, Origin]] = {}
     sampling = {"attempts": settings_of(recipe).attempts} | rollout.model_dump(
         include={"temperature", "top_p", "top_k", "max_tokens"}
@@ -91,7 +93,8 @@ def run_answers(
     with ExitStack() as stack:
         files = find_answers(recipe, sources)
         answers = {name: stack.enter_context(Answers(*where)) for name, where in files.items()}
-        total, done = sum(map(len, sources.values())), sum(map(len, answers.values()))
+        total = sum(map(len, sources.values()))
+        done = sum(map(len, answers.values()))
         stage.total(total, done=done)
         if done < total:
             asyncio.run(_ask(recipe, sources, answers, teachers, stage))
@@ -111,8 +114,11 @@ async def _ask(
     teachers: Mapping[str, Sequence[Endpoint]],
     stage: Stage,
 ) -> None:
-    rollout, encoder, n = recipe.rollout, Encoder(recipe.student.model), settings_of(recipe).attempts
-    fleet, tasks = load_teachers(recipe), load_tasks()
+    rollout = recipe.rollout
+    encoder = Encoder(recipe.student.model)
+    n = settings_of(recipe).attempts
+    fleet = load_teachers(recipe)
+    tasks = load_tasks()
     async with AsyncExitStack() as stack:
         engines = {
             name: [
@@ -124,7 +130,8 @@ async def _ask(
         verifiers = stack.enter_context(VerifierPool())
 
         async def right_of(encoded: Encoded) -> list[Any]:
-            prompt, draw = encoded.prompt, Random(seed_of("answers", encoded.prompt.key))
+            prompt = encoded.prompt
+            draw = Random(seed_of("answers", encoded.prompt.key))
             routed = find_teachers(fleet, tasks, prompt.task, prompt.modality)
             kept: list[Any] = []
             # Several teachers share the attempts as they would share the target.
@@ -163,17 +170,17 @@ class Library:
     """
 
     def __init__(self, recipe: Recipe, sources: Mapping[str, Shards], encoder: Encoder) -> None:
-        self._recipe, self._sources, self._encoder = recipe, sources, encoder
+        self._recipe = recipe
+        self._sources = sources
+        self._encoder = encoder
         self._answers = {name: Answers.read(*where) for name, where in find_answers(recipe, sources).items()}
 
     def samples(self, number: int, encoded: Encoded, step: int) -> list[Sample]:
         """Up to G right answers to a prompt, drawn without replacement; none where its teachers had none."""
         key = encoded.prompt.key
         source = key.rpartition("/")[0]
-        found, draw = (
-            self._answers[source][self._sources[source].row_of(key)],
-            Random(seed_of(self._recipe.seed, step, key)),
-        )
+        found = self._answers[source][self._sources[source].row_of(key)]
+        draw = Random(seed_of(self._recipe.seed, step, key))
         return [
             Sample(
                 number,

@@ -22,6 +22,7 @@ from mmopd.modality import Encoder
 from mmopd.modality.video import MEDIA_SETTINGS
 from mmopd.preflight.check import Check, fail, ok
 from mmopd.preflight.questions import Questions
+from mmopd.preflight.scores import apart, difference
 from mmopd.records import Encoded
 from mmopd.serving import wire
 from mmopd.serving.endpoint import Endpoint
@@ -55,7 +56,8 @@ class Vocabulary:
         ]
         special = {i for i, token in encoder.tokenizer.added_tokens_decoder.items() if token.special}
         self.legal = sorted(set(self.ids) - special - set(encoder.banned))
-        self.image, self.end = encoder.image_token, int(encoder.tokenizer.eos_token_id)
+        self.image = encoder.image_token
+        self.end = int(encoder.tokenizer.eos_token_id)
 
     def decode(self, ids: Sequence[int]) -> str:
         """As vLLM's `/detokenize` does it: special tokens included."""
@@ -82,11 +84,17 @@ class Examination:
         max_tokens: int,
         top_k: int,
     ) -> None:
-        self.endpoint, self.tolerance = endpoint, asked.tolerance
+        self.endpoint = endpoint
+        self.tolerance = asked.tolerance
         self.checks: list[Check] = []
         self.scores: dict[int, tuple[float, ...]] = {}
-        self._asked, self._http, self._vocabulary = asked, http, vocabulary
-        self._timeout, self._key, self._max_tokens, self._top_k = timeout, key, max_tokens, top_k
+        self._asked = asked
+        self._http = http
+        self._vocabulary = vocabulary
+        self._timeout = timeout
+        self._key = key
+        self._max_tokens = max_tokens
+        self._top_k = top_k
         self._length: int | None = None  # max_model_len
         self._images_agree = False
         self._noise = 0.0
@@ -108,7 +116,8 @@ class Examination:
             try:
                 found = await step()
             except ReplyError as fault:
-                found, away = fail(str(fault), WAY_OUT[fault.cause]), fault.cause in AWAY
+                found = fail(str(fault), WAY_OUT[fault.cause])
+                away = fault.cause in AWAY
             if found is not None:
                 self.checks.append(replace(found, name=name, of=self.endpoint.name))
                 if away or (found.state == "fail" and name in ("reachable", "scores")):
@@ -159,7 +168,8 @@ class Examination:
                 return Check("", "warn", "not compared: the server has no /detokenize", way_out)
             if found != text:
                 first = await self._first_that_differs(chunk)
-                ours, theirs = self._vocabulary.decode([first]), await self._detokenize([first])
+                ours = self._vocabulary.decode([first])
+                theirs = await self._detokenize([first])
                 return fail(
                     f"id {first} is {ours!r} for the student and {theirs!r} for the server",
                     "scoring is by ids: take a teacher of the student's model family, with the same tokenizer",
@@ -168,7 +178,8 @@ class Examination:
         return ok(f"{len(ids):,} ids are the student's", ids=len(ids))
 
     async def _first_that_differs(self, chunk: Sequence[int]) -> int:
-        low, high = 0, len(chunk)  # the first `low` agree, the first `high` do not
+        low = 0  # the first `low` agree, the first `high` do not
+        high = len(chunk)
         while high - low > 1:
             middle = (low + high) // 2
             agree = await self._detokenize(chunk[:middle]) == self._vocabulary.decode(chunk[:middle])
@@ -193,10 +204,8 @@ class Examination:
             f"; {one.name} ({one.size}) not asked: {one.tokens:,} tokens" for one in self._asked.sizes if one not in fit
         )
         for one in fit:
-            got, expected = (
-                _prompt_ids(await self._generate(self._body(one.encoded, (self._vocabulary.end,)))),
-                one.encoded.expanded,
-            )
+            got = _prompt_ids(await self._generate(self._body(one.encoded, (self._vocabulary.end,))))
+            expected = one.encoded.expanded
             if got != [*expected, self._vocabulary.end]:
                 theirs = got.count(one.token)
                 way_out = (
@@ -220,7 +229,8 @@ class Examination:
         longest = self._asked.longest
         if longest is None:
             return None
-        prompt, less = len(longest.expanded), self._max_tokens
+        prompt = len(longest.expanded)
+        less = self._max_tokens
         need = prompt + self._max_tokens + 1
         what = f"prompt {prompt:,} + response {self._max_tokens:,} + 1 spare = {need:,} tokens"
         what += f", {self._length:,} allowed" if self._length else ""
@@ -360,22 +370,6 @@ class Examination:
             raise ReplyError("timeout", f"{url}: no answer within {self._timeout:g} s") from None
         except (aiohttp.ClientError, OSError) as error:
             raise ReplyError("connection", f"{url}: {type(error).__name__} {error}".rstrip()) from None
-
-
-def apart(a: Mapping[int, Sequence[float]], b: Mapping[int, Sequence[float]]) -> tuple[float, float]:
-    """How far scores of the same responses differ: (mean over the tokens of the worst response, largest of all).
-
-    The mean is what is judged: a bf16 logit between 16 and 32 has steps of 0.125, so that one token may move by more
-        than a
-    response ever should, on two GPUs of different kinds or in two batches of different size.
-    """
-    differences = [[abs(x - y) for x, y in zip(a[i], b[i], strict=True)] for i in a]
-    return max(sum(d) / len(d) for d in differences), max(max(d) for d in differences)
-
-
-def difference(mean: float, largest: float) -> str:
-    """`apart` in words."""
-    return f"log-probs differ by {mean:.2g} in the mean, {largest:.2g} at most" if largest else "no log-prob differs"
 
 
 def _message(reply: bytes) -> str:

@@ -18,8 +18,9 @@ from mmopd.config import Fleet
 from mmopd.errors import UserError
 from mmopd.modality import Encoder
 from mmopd.preflight.check import Check, render
-from mmopd.preflight.examination import Examination, Vocabulary, apart, difference
+from mmopd.preflight.examination import Examination, Vocabulary
 from mmopd.preflight.questions import Kind, Questions, questions
+from mmopd.preflight.scores import apart, difference
 from mmopd.records import Prompt, Response
 from mmopd.rollout.student_client import StudentClient
 from mmopd.serving.endpoint import Endpoint
@@ -110,12 +111,16 @@ def showable(teacher: str, asked: Questions) -> list[Check]:
 
 def agreement(teacher: str, group: Sequence[Examination]) -> list[Check]:
     """The same scores on each replica, of those whose scores repeat; nothing where there is none to compare with."""
-    worst, pair, tolerance = (0.0, 0.0), "", 0.0
+    worst = (0.0, 0.0)
+    pair = ""
+    tolerance = 0.0
     for a, b in combinations([one for one in group if one.scores], 2):
         both = a.scores.keys() & b.scores.keys()
         found = apart({i: a.scores[i] for i in both}, {i: b.scores[i] for i in both})
         if not pair or found > worst:
-            worst, pair, tolerance = found, f"{a.endpoint.name} and {b.endpoint.name}", a.tolerance
+            worst = found
+            pair = f"{a.endpoint.name} and {b.endpoint.name}"
+            tolerance = a.tolerance
     if not pair:
         return []
     numbers = {"mean": worst[0], "largest": worst[1], "tolerance": tolerance}

@@ -24,7 +24,8 @@ from mmopd.errors import UserError
 from mmopd.prompts.ledger import VERSION, Ledger, Origin, check_version, ledger_file
 from mmopd.prompts.shards import Shards
 
-FILE, PICTURE = "difficulty.json", "difficulty.png"
+FILE = "difficulty.json"
+PICTURE = "difficulty.png"
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +85,8 @@ def measure(counts: Counts, rows: int, settings: config.Difficulty) -> Measured:
         UserError: the policy leaves no row.
     """
     correct, attempts = counts.of(rows)
-    c, k = torch.tensor(correct), torch.tensor(attempts)
+    c = torch.tensor(correct)
+    k = torch.tensor(attempts)
     shape = difficulty_shape(c, k) if settings.shape == "auto" else settings.shape
     if settings.policy == "flatten":
         weights = difficulty_weights(c, k, shape=shape, cap=settings.cap)
@@ -130,7 +132,9 @@ def histogram(measured: Measured) -> tuple[NDArray[np.float64], NDArray[np.float
     A row with fewer judged answers than K counts where its share of right ones is nearest; the ends are for
     never and always; one with none is left out.
     """
-    correct, attempts, weights = np.array(measured.correct), np.array(measured.attempts), np.array(measured.weights)
+    correct = np.array(measured.correct)
+    attempts = np.array(measured.attempts)
+    weights = np.array(measured.weights)
     known = attempts > 0
     K = int(attempts.max())
     bins = np.rint(correct[known] / attempts[known] * K).astype(int)
@@ -147,9 +151,11 @@ def table(measured: Mapping[str, Measured]) -> Table:
     for column in ("source", "rows", "never right", "sometimes", "always", "not judged", "shape", "weights"):
         shown.add_column(column, justify="left" if column in {"source", "shape"} else "right")
     for name, one in measured.items():
-        correct, attempts = np.array(one.correct), np.array(one.attempts)
+        correct = np.array(one.correct)
+        attempts = np.array(one.attempts)
         known = attempts > 0
-        never, always = int((known & (correct == 0)).sum()), int((known & (correct == attempts)).sum())
+        never = int((known & (correct == 0)).sum())
+        always = int((known & (correct == attempts)).sum())
         counts = [len(known), never, int(known.sum()) - never - always, always, int((~known).sum())]
         weights = f"{min(one.weights):.2f} to {max(one.weights):.2f}"
         shown.add_row(name, *(f"{n:,}" for n in counts), one.shape.replace("_", " "), weights)

@@ -79,7 +79,8 @@ class Index:
             RowError: it ends inside the row.
         """
         members = slice(self.first[row], self.first[row + 1])
-        offsets, sizes = self.offsets[members].tolist(), self.sizes[members].tolist()
+        offsets = self.offsets[members].tolist()
+        sizes = self.sizes[members].tolist()
         file = os.open(tar, os.O_RDONLY)
         try:
             contents = [os.pread(file, size, offset) for offset, size in zip(offsets, sizes, strict=True)]
@@ -116,7 +117,8 @@ class Index:
         try:
             content = path.read_bytes()
             header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
-            about, arrays = json.loads(header["__metadata__"]["index"]), load(content)
+            about = json.loads(header["__metadata__"]["index"])
+            arrays = load(content)
             if about["version"] != VERSION:
                 raise ValueError(f"version {about['version']}, and this is made for {VERSION}")
             kinds = tuple((task, modality) for task, modality in about["kinds"])
@@ -141,7 +143,8 @@ class Index:
         return index
 
     def _check(self) -> None:
-        rows, members = len(self), len(self.offsets)
+        rows = len(self)
+        members = len(self.offsets)
         counted = rows if self.processor else 0
         right = (
             len(self.kind) == rows
@@ -223,7 +226,8 @@ def _rows(tar: Path) -> Iterator[tuple[str, list[tarfile.TarInfo], list[bytes], 
     seen: set[str] = set()
     try:
         with tarfile.open(tar, "r:") as archive:
-            key, row = "", list[tuple[str, tarfile.TarInfo]]()
+            key = ""
+            row = list[tuple[str, tarfile.TarInfo]]()
             for info in archive:
                 if not info.isfile():
                     continue
@@ -236,7 +240,8 @@ def _rows(tar: Path) -> Iterator[tuple[str, list[tarfile.TarInfo], list[bytes], 
                     if stem in seen:
                         raise UserError(f"{tar}: the key {stem!r} occurs twice")
                     seen.add(stem)
-                    key, row = stem, []
+                    key = stem
+                    row = []
                 row.append((extension, info))
             if row:
                 yield _read(tar, archive, key, row)

@@ -109,6 +109,7 @@ def check_version(data: Mapping[str, Any]) -> None:
 
 def _check(path: Path, data: Mapping[str, Any], made_from: Origin) -> None:
     check_version(data)
-    was, now = data["made_from"], json.loads(json.dumps(made_from))
+    was = data["made_from"]
+    now = json.loads(json.dumps(made_from))
     if changed := sorted(key for key in {*was, *now} if was.get(key) != now.get(key)):
         raise UserError(f"{path}: made from another {', another '.join(changed)}; delete it to measure again")

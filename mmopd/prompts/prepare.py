@@ -45,7 +45,8 @@ from mmopd.runtime.progress import Stage
 
 SHOWN = 3  # of the rows that were left out, for each cause
 HOPELESS = 500  # examples without one row
-SUMMARY, PROGRESS = "prepare.json", "progress.json"
+SUMMARY = "prepare.json"
+PROGRESS = "progress.json"
 
 
 @dataclass
@@ -149,7 +150,8 @@ def _write(
     limits: tuple[int, int],
     stage: Stage | None,
 ) -> None:
-    seen, tokens = set(_keys(partial, count.shards)), list[tuple[int, int]]()
+    seen = set(_keys(partial, count.shards))
+    tokens = list[tuple[int, int]]()
 
     def finish(tar: Path) -> None:
         index_tar(tar, _Known(made_from["processor"], iter(tokens)) if job.processor else None)

@@ -205,15 +205,20 @@ class _Stream:
     def __init__(self, name: str, rows: Rows, seed: int) -> None:
         if rows.count < 1:
             raise UserError(f"source {name!r} has no rows")
-        self._name, self._seed, self._fingerprint = name, seed, rows.fingerprint
-        self.count, self.bad = rows.count, 0  # rows in a row that could not be used
+        self._name = name
+        self._seed = seed
+        self._fingerprint = rows.fingerprint
+        self.count = rows.count
+        self.bad = 0  # rows, one after the other, that could not be used
         self._weights = None if rows.weights is None else _fixed_point(name, rows.count, rows.weights)
-        self._epoch, self._position = 0, 0
+        self._epoch = 0
+        self._position = 0
         self._order = self._order_of(0)
 
     def next(self) -> int:
         if self._position == len(self._order):
-            self._epoch, self._position = self._epoch + 1, 0
+            self._epoch += 1
+            self._position = 0
             self._order = self._order_of(self._epoch)
         self._position += 1
         return int(self._order[self._position - 1])
@@ -235,7 +240,8 @@ class _Stream:
                 raise UserError(
                     f"source {self._name!r}: its {what} changed since the checkpoint: this run cannot be continued on it"
                 )
-        self._epoch, self._position = state["epoch"], state["position"]
+        self._epoch = state["epoch"]
+        self._position = state["position"]
         self._order = self._order_of(self._epoch)
 
     def _order_of(self, epoch: int) -> NDArray[np.int32]:

@@ -159,7 +159,8 @@ def _download(url: str, size: int, sha256: str, target: Path) -> None:
 )
 def _copy(url: str, size: int, target: Path) -> str:
     """Copy a file of a known size; returns its hash."""
-    digest, copied = hashlib.sha256(), 0
+    digest = hashlib.sha256()
+    copied = 0
     with fsspec.open(url, "rb") as source, target.open("wb") as file:
         while block := source.read(BLOCK):
             copied += len(block)

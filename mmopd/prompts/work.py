@@ -136,7 +136,8 @@ def _convert_one(tools: Tools, number: int, example: Any) -> Packed | Left | Non
 
 def _fits(prompt: Prompt, task: Task) -> None:
     if (prompt.task, prompt.modality) != (task.name, task.modality):
-        made, wanted = f"{prompt.task!r} ({prompt.modality})", f"{task.name!r} ({task.modality})"
+        made = f"{prompt.task!r} ({prompt.modality})"
+        wanted = f"{task.name!r} ({task.modality})"
         raise RowError("wrong task", f"a row of task {made}, and the source is of {wanted}")
     if task.verify is not unverified and isinstance(prompt.answer, str) and not prompt.answer.strip():
         raise RowError("no answer", "its answer is empty")

@@ -14,7 +14,8 @@ from mmopd.prompts.shards import Shards
 from mmopd.prompts.tokens import Counter
 from mmopd.records import Prompt
 
-MAX_ROWS, MAX_BYTES = 10_000, 1 << 28
+MAX_ROWS = 10_000
+MAX_BYTES = 1 << 28
 
 
 class ShardWriter:
@@ -31,8 +32,11 @@ class ShardWriter:
     def __init__(
         self, folder: Path, *, max_rows: int = MAX_ROWS, max_bytes: int = MAX_BYTES, shards: int = 0, rows: int = 0
     ) -> None:
-        self._folder, self._max_rows, self._max_bytes = folder, max_rows, max_bytes
-        self._shards, self.rows = shards, rows
+        self._folder = folder
+        self._max_rows = max_rows
+        self._max_bytes = max_bytes
+        self._shards = shards
+        self.rows = rows
         self._writer: TarWriter | None = None
         self._in_shard = self._content = 0
 

@@ -159,7 +159,8 @@ def picture(encoded: str) -> tuple[str, int, int]:
         image.thumbnail((THUMBNAIL, THUMBNAIL))
         file = io.BytesIO()
         image.save(file, format="JPEG", quality=85)
-        data, kind = file.getvalue(), "image/jpeg"
+        data = file.getvalue()
+        kind = "image/jpeg"
     return f"data:{kind};base64,{base64.b64encode(data).decode()}", image.width, image.height
 
 

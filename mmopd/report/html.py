@@ -164,7 +164,9 @@ def results_view(path: Path) -> dict[str, Any] | None:
 
 def stages(seconds: Mapping[str, float]) -> list[dict[str, Any]]:
     """Each stage with its time and its share of the whole, in the order in which they ran."""
-    total, begin, shown = sum(seconds.values()) or 1.0, 0.0, []
+    total = sum(seconds.values()) or 1.0
+    begin = 0.0
+    shown = []
     for name, time in seconds.items():
         shown.append({"name": name, "seconds": time, "begin": 100 * begin / total, "width": 100 * time / total})
         begin += time

@@ -32,7 +32,8 @@ def model_card(run: RunFolder, recipe: Recipe, step: int | None = None) -> str:
     Args:
         step: how many steps the model has behind it; None for the last one, which is the one that is evaluated.
     """
-    objective, train = recipe.algorithm.objective, recipe.train
+    objective = recipe.algorithm.objective
+    train = recipe.train
     steps = read_lines(run.metrics)[:step]
     done = f"{steps[-1]['step'] + 1} of {train.steps} steps" if steps else f"{train.steps} steps"
     batch = f"{recipe.rollout.prompts} prompts x {recipe.rollout.group} responses a step"

@@ -32,7 +32,8 @@ class MemoryFile:
 
     def __init__(self, room: int) -> None:
         self._file = os.memfd_create("mmopd-weights")
-        self._room, self._used = room, 0
+        self._room = room
+        self._used = 0
         self._header: dict[str, Any] = {}
         self.path = f"/proc/{os.getpid()}/fd/{self._file}"
 
@@ -72,7 +73,8 @@ class MemoryFile:
     def _write(self, data: memoryview, begin: int) -> None:
         while data:  # the kernel takes 2 GiB at a time
             written = os.pwrite(self._file, data, begin)
-            data, begin = data[written:], begin + written
+            data = data[written:]
+            begin += written
 
 
 class DeviceBucket:

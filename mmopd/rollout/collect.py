@@ -72,6 +72,7 @@ async def collect(
     gate = asyncio.Semaphore(rollout.concurrency)
     G = rollout.group
     allowed = {version_of(step - late) for late in range(rollout.async_steps + 1)}
+    sampling = rollout.model_dump(include={"max_tokens", "temperature", "top_p", "top_k"})
     at_once = G if rollout.max_tokens <= SHORT else 1
 
     running: set[asyncio.Task[Any]] = set()
@@ -87,15 +88,7 @@ async def collect(
         engine = engines[number % len(engines)]
 
         async def some(first: int) -> list[asyncio.Task[Sample]]:
-            responses = await engine.sample(
-                encoded,
-                at_once,
-                first_seed + first,
-                max_tokens=rollout.max_tokens,
-                temperature=rollout.temperature,
-                top_p=rollout.top_p,
-                top_k=rollout.top_k,
-            )
+            responses = await engine.sample(encoded, at_once, first_seed + first, **sampling)
             if strange := {version for response in responses for version, _ in response.versions or UNNAMED} - allowed:
                 raise EngineError(
                     f"the student's engine sampled from weights {strange.pop()!r} in step {step}: it was started again"

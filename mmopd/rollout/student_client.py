@@ -42,7 +42,8 @@ class StudentClient:
         timeout: float = TIMEOUT,
         patience: float = PATIENCE,
     ) -> None:
-        self._endpoint, self._encoder = endpoint, encoder
+        self._endpoint = endpoint
+        self._encoder = encoder
         self._limits = {"timeout": timeout, "attempt": timeout, "patience": patience}
         self._concurrency = concurrency
         self._end = int(encoder.tokenizer.eos_token_id)

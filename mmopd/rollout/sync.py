@@ -30,7 +30,8 @@ from mmopd.rollout.transport import HOST, broadcast, handle_of, join
 from mmopd.serving.endpoint import Endpoint
 
 BUCKET_BYTES = 256 << 20
-TIMEOUT, LOOK = 300.0, 30.0  # seconds for a step of the protocol, and for a look at the version
+TIMEOUT = 300.0  # seconds for a step of the protocol
+LOOK = 30.0  # seconds for a look at the version
 FRESH = "default"  # what vLLM calls the weights of the folder that it was started with
 T = TypeVar("T")
 
@@ -54,7 +55,8 @@ class WeightSync(ABC, Generic[B]):
         self, endpoints: Sequence[Endpoint], timeout: float = TIMEOUT, bucket_bytes: int = BUCKET_BYTES
     ) -> None:
         self._servers = [Server(endpoint, timeout) for endpoint in endpoints]
-        self._timeout, self._bucket_bytes = timeout, bucket_bytes
+        self._timeout = timeout
+        self._bucket_bytes = bucket_bytes
         self._threads = ThreadPoolExecutor(len(endpoints))
 
     def __enter__(self) -> Self:
@@ -81,7 +83,8 @@ class WeightSync(ABC, Generic[B]):
             SyncError: on a server a step failed, a parameter was missing, or it reports another version. The others
                 have the weights.
         """
-        sound, faults = list(self._servers), list[SyncError]()
+        sound = list(self._servers)
+        faults = list[SyncError]()
 
         def each(work: Callable[[Server], None]) -> None:
             running = [(server, self._threads.submit(work, server)) for server in sound]
@@ -233,7 +236,8 @@ class BroadcastSync(WeightSync[DeviceBucket]):
         device: torch.device,
     ) -> None:
         super().__init__(endpoints, timeout, bucket_bytes)
-        self._size, self._device = 1 + workers, device
+        self._size = 1 + workers
+        self._device = device
         self._groups: dict[Server, Any] = {}
 
     def _introduce(self, server: Server) -> None:

@@ -37,7 +37,8 @@ def join(port: int, rank: int, size: int, device: torch.device, *, timeout: floa
         group: Any = dist.ProcessGroupNCCL(store, rank, size, options)
     else:
         options = dist.ProcessGroupGloo._Options()  # type: ignore[attr-defined]
-        options._devices, options._timeout = [dist.ProcessGroupGloo.create_device(hostname=HOST)], limit
+        options._devices = [dist.ProcessGroupGloo.create_device(hostname=HOST)]
+        options._timeout = limit
         group = dist.ProcessGroupGloo(store, rank, size, options)
     broadcast(group, torch.zeros(1, dtype=torch.uint8, device=device)).wait()  # NCCL connects with the first one
     return group

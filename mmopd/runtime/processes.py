@@ -40,7 +40,8 @@ class Child:
     """
 
     def __init__(self, name: str, argv: Sequence[str], env: Mapping[str, str], log: Path) -> None:
-        self.name, self.log = name, log
+        self.name = name
+        self.log = log
         guard = [sys.executable, "-I", "-S", __file__, str(os.getpid()), *argv]
         with log.open("ab") as out:
             self._guard = subprocess.Popen(
@@ -162,7 +163,8 @@ def _guard(parent: int, start: Callable[[], None]) -> int:
         except BaseException:
             traceback.print_exc()
         os._exit(127)
-    status, deadline = None, None
+    status = None
+    deadline = None
     while status is None and (deadline is None or time.monotonic() < deadline):
         ready = [
             fd

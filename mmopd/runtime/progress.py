@@ -36,11 +36,14 @@ class Stage:
         self.outcome = ""
         self._stages = stages
         self._bar: TaskID = stages.progress.add_task(title, total=None)
-        self._done, self._total, self._logged = 0, 0, time.monotonic()
+        self._done = 0
+        self._total = 0
+        self._logged = time.monotonic()
 
     def total(self, total: int, done: int = 0) -> None:
         """How many there are to count."""
-        self._total, self._done = total, done
+        self._total = total
+        self._done = done
         self._stages.progress.update(self._bar, total=total, completed=done)
 
     def advance(self, by: int = 1) -> None:
@@ -103,7 +106,9 @@ class Stages:
         """One stage; its time counts under `title`, and an exception ends it with a cross."""
         if not self.console.is_terminal:
             self.console.print(f"… {title}", highlight=False)
-        stage, begin, ok = Stage(self, title), time.monotonic(), False
+        stage = Stage(self, title)
+        begin = time.monotonic()
+        ok = False
         try:
             yield stage
             ok = True

@@ -20,15 +20,16 @@ from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Self
 
-HUNG, WAITED, LEFT = (
-    124,
-    123,
-    122,
-)  # exit statuses: no progress, as timeout(1) has it; another rank did not come; or has ended
+# Exit statuses of a rank.
+HUNG = 124  # no progress, as timeout(1) has it
+WAITED = 123  # another rank did not come
+LEFT = 122  # another rank has ended
 TRAINER = "trainer"  # name of the thread that computes while rollouts run ahead
 # Of train.timeout: for a rank that waits for others, for the watchdog, and for the launcher where a watchdog has
 # stopped, too.
-TOGETHER, LATER, LAST = 1.1, 1.2, 1.5
+TOGETHER = 1.1
+LATER = 1.2
+LAST = 1.5
 
 
 class Watchdog:
@@ -40,7 +41,9 @@ class Watchdog:
     """
 
     def __init__(self, rank: int, timeout: float, pulse: Path) -> None:
-        self._rank, self._limit, self._pulse = rank, LATER * timeout, pulse
+        self._rank = rank
+        self._limit = LATER * timeout
+        self._pulse = pulse
         self._last = time.monotonic()
         self._over = threading.Event()
         self._loop_counts = True

@@ -9,7 +9,8 @@ from safetensors import SafetensorError, safe_open
 
 from mmopd.errors import UserError
 
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+CONFIG = "adapter_config.json"
+WEIGHTS = "adapter_model.safetensors"
 MAX_CONFIG_BYTES = 1 << 20
 NOT_SERVED = (
     ".patch_embed.",
@@ -35,7 +36,8 @@ def read_adapter(path: Path) -> Adapter:
     Raises:
         UserError: no adapter in it that vLLM can serve; names the file.
     """
-    config, weights = path / CONFIG, path / WEIGHTS
+    config = path / CONFIG
+    weights = path / WEIGHTS
     for file in (config, weights):
         if not file.is_file():
             raise UserError(f"{path}: no LoRA adapter in this folder: there is no {file.name}")
@@ -43,7 +45,8 @@ def read_adapter(path: Path) -> Adapter:
         raise UserError(f"{config}: {config.stat().st_size:,} bytes are no adapter's configuration")
     try:
         settings = json.loads(config.read_text())
-        kind, rank = settings["peft_type"], max(settings["r"], *(settings.get("rank_pattern") or {}).values(), 0)
+        kind = settings["peft_type"]
+        rank = max(settings["r"], *(settings.get("rank_pattern") or {}).values(), 0)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(
             f"{config}: not the configuration of a LoRA adapter ({type(error).__name__}: {error})"

@@ -40,11 +40,9 @@ COOLDOWN = (0.5, 30.0)  # seconds that it stays open: at first, at most
 LONGEST_PAUSE = 10.0  # seconds; of what a server may ask for by Retry-After
 SLACK = 8  # requests that the replica which knows an image may have more in flight than the least busy one
 LATENCIES = 200  # of the last good answers, by which lateness is measured ...
-LATE_AFTER, LATE_FACTOR, LATE_AT_LEAST = (
-    20,
-    3.0,
-    1.0,
-)  # ... from so many on: 3 times their 95th percentile, and never under a second
+LATE_AFTER = 20  # ... from so many on ...
+LATE_FACTOR = 3.0  # ... this many times their 95th percentile ...
+LATE_AT_LEAST = 1.0  # ... and never under so many seconds
 KEEP_ALIVE = (
     3.0  # seconds; shorter than the 5 of vLLM's HTTP server, which otherwise closes a connection as it is reused
 )
@@ -87,7 +85,10 @@ class Replica:
 
     def worked(self) -> None:
         """Close the circuit."""
-        self.strikes, self._cooldown, self.retry_at, self.doubted_until = 0, COOLDOWN[0], 0.0, 0.0
+        self.strikes = 0
+        self._cooldown = COOLDOWN[0]
+        self.retry_at = 0.0
+        self.doubted_until = 0.0
 
     def failed(self, now: float, pause: float = 0.0) -> None:
         """Count a failure, and open the circuit (or keep it open, for longer) when there are many in a row; `pause`:
@@ -127,13 +128,11 @@ class ReplicaPool:
         counts: Counter[str],
     ) -> None:
         self.replicas = [Replica(endpoint) for endpoint in endpoints]
-        self._http, self._timeout, self._patience, self._concurrency, self._counts = (
-            http,
-            timeout,
-            patience,
-            concurrency,
-            counts,
-        )
+        self._http = http
+        self._timeout = timeout
+        self._patience = patience
+        self._concurrency = concurrency
+        self._counts = counts
         self._attempt_timeout = timeout / 2 if attempt is None else attempt
         self._changed = asyncio.Condition()
         self._silent_since = math.inf  # time of the first of the failures since a replica last worked
@@ -198,7 +197,8 @@ class ReplicaPool:
 
     async def _ask(self, replica: Replica, build: Callable[[str], bytes], parse: Callable[[bytes, str], T]) -> T:
         """Ask a replica that was leased, and give it back."""
-        request_id, began = uuid.uuid4().hex, time.monotonic()
+        request_id = uuid.uuid4().hex
+        began = time.monotonic()
         opens_at = replica.opens_at(began)
         self._counts["requests"] += 1
         try:
@@ -210,7 +210,8 @@ class ReplicaPool:
                 fault.transient or len(self.replicas) > 1
             ):  # one alone is not avoided for what may be the request's own fault
                 replica.failed(now, fault.pause)
-            self._silent_since, self._last_failure = min(self._silent_since, now), (now, fault)
+            self._silent_since = min(self._silent_since, now)
+            self._last_failure = (now, fault)
             raise
         except asyncio.CancelledError:
             self._counts["cancelled"] += 1
@@ -233,7 +234,9 @@ class ReplicaPool:
                 asyncio.timeout(self._attempt_timeout),
                 self._http.post(replica.url, data=body, headers=headers, allow_redirects=False) as response,
             ):
-                status, pause, reply = response.status, response.headers.get("Retry-After", ""), await response.read()
+                status = response.status
+                pause = response.headers.get("Retry-After", "")
+                reply = await response.read()
         except TimeoutError:
             raise ReplyError(
                 "timeout", f"{name}: no answer within {self._attempt_timeout:g} s", transient=True
@@ -300,7 +303,8 @@ class ReplicaPool:
             and self._last_failure[0] > call.made
             and now - self._silent_since > self._patience
         ):
-            call.given_up, fault = True, self._last_failure[1]
+            call.given_up = True
+            fault = self._last_failure[1]
             raise ReplyError(fault.cause, f"{fault.detail} (no replica has worked for {self._patience:g} s)")
 
     def _is_worth_retrying(self, error: BaseException, call: "_Call") -> bool:

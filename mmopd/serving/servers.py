@@ -65,7 +65,9 @@ class Servers(dict[str, Endpoint]):
         super().__init__({endpoint.name: endpoint for group in endpoints.values() for endpoint in group})
         self.restarts: Counter[str] = Counter()
         self.gpus = gpus
-        self._endpoints, self._logs, self._on_event = endpoints, logs, on_event
+        self._endpoints = endpoints
+        self._logs = logs
+        self._on_event = on_event
         self._supervisors: list[_Supervisor] = []
         self._away: dict[str, float] = {}  # servers that do not answer yet: name -> since when
         self._http = httpx.Client(timeout=5.0)

@@ -164,7 +164,9 @@ class Supervisor:
         for one in self._running:
             if one.pid is None or (status := _reap(one.pid)) is None:
                 continue
-            one.pid, one.status, now = None, status, time.monotonic()
+            one.pid = None
+            one.status = status
+            now = time.monotonic()
             if self._stopping:
                 continue
             one.deaths = [death for death in one.deaths if now - death < WINDOW] + [now]

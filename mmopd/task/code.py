@@ -66,13 +66,15 @@ def verifier(limits: Limits = Limits(), *, namespaces: bool = True) -> Verify:
 def program(response: str) -> str | None:
     """The last fenced block that is marked as Python, or else the last without a mark; None if there is none."""
     blocks: list[tuple[str, str]] = []
-    mark, body = None, list[str]()  # of the block that is open
+    mark = None  # of the block that is open
+    body = list[str]()
     for line in without_thoughts(response).split("\n"):
         fence = FENCE.fullmatch(line)
         if fence is None:
             body.append(line)
         elif mark is None or fence[1]:
-            mark, body = fence[1].lower(), []
+            mark = fence[1].lower()
+            body = []
         else:
             blocks.append((mark, "\n".join(body)))
             mark = None
@@ -89,16 +91,20 @@ def read_key(answer: str) -> Tests:
     key = json.loads(answer)
     if not isinstance(key, dict):
         raise ValueError("an object with inputs and outputs is needed")
-    inputs, outputs, function = key.get("inputs"), key.get("outputs"), key.get("fn_name")
+    inputs = key.get("inputs")
+    outputs = key.get("outputs")
+    function = key.get("fn_name")
     if not (isinstance(inputs, list) and isinstance(outputs, list) and len(inputs) == len(outputs)):
         raise ValueError("inputs and outputs of the same number are needed")
     if function is None:
-        inputs, outputs = [_text(one) for one in inputs], [_text(one) for one in outputs]
+        inputs = [_text(one) for one in inputs]
+        outputs = [_text(one) for one in outputs]
         if not any(output.strip() for output in outputs):
             raise ValueError("no test expects an output")
     else:
         pairs = [_call(given, expected) for given, expected in zip(inputs, outputs, strict=True)]
-        inputs, outputs = [given for given, _ in pairs], [expected for _, expected in pairs]
+        inputs = [given for given, _ in pairs]
+        outputs = [expected for _, expected in pairs]
         if not isinstance(function, str) or all(expected in (None, [None]) for expected in outputs):
             raise ValueError("no test expects a value")
     return Tests(function, inputs, outputs)

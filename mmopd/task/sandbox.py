@@ -78,7 +78,8 @@ class Sandbox:
     """
 
     def __init__(self, limits: Limits = Limits(), *, namespaces: bool = True) -> None:
-        self.limits, self._namespaces = limits, namespaces
+        self.limits = limits
+        self._namespaces = namespaces
         self._lock = threading.Lock()
         self._jail: subprocess.Popen[bytes] | None = None
         self._channel: socket.socket | None = None
@@ -159,8 +160,10 @@ class Sandbox:
         return ours
 
     def _close(self) -> None:
-        channel, self._channel = self._channel, None
-        process, self._jail = self._jail, None
+        channel = self._channel
+        self._channel = None
+        process = self._jail
+        self._jail = None
         if channel is not None:
             channel.close()
         if process is not None:

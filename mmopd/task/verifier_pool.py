@@ -114,7 +114,8 @@ class _Worker:
 
     def kill(self) -> None:
         """End the process; the next question starts another."""
-        process, self._process = self._process, None
+        process = self._process
+        self._process = None
         if process is not None:
             process.kill()
             process.communicate()

@@ -14,7 +14,8 @@ from decimal import Decimal
 
 from mmopd.records import UNKNOWN, Outcome
 
-RIGHT, WRONG = Outcome(1.0), Outcome(0.0)
+RIGHT = Outcome(1.0)
+WRONG = Outcome(0.0)
 NUMBER = r"-?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?"
 LONGEST = 2000  # characters of an answer; what follows them is not looked at
 WORDS = re.compile(r"(?i:yes|no|true|false|odd|even|none)|(?=.*[A-Za-z]{4})[A-Za-z]+(?:[ '-][A-Za-z]+)*")

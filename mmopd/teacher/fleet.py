@@ -77,7 +77,9 @@ class Standing:
     """
 
     def __init__(self, children: Children, logs: Path, stages: Stages) -> None:
-        self._children, self._logs, self._stages = children, logs, stages
+        self._children = children
+        self._logs = logs
+        self._stages = stages
         self._up = ExitStack()
         self._servers: Servers | None = None
         self._of: tuple[Fleet, list[ServerSpec]] | None = None  # what they serve

@@ -105,7 +105,8 @@ def references(fleet: Fleet, objective: Objective) -> Fleet | None:
     """
     if not isinstance(objective, ExOPD):
         return None
-    key, named = "algorithm.objective.reference", objective.reference
+    key = "algorithm.objective.reference"
+    named = objective.reference
     routes = []
     for route in fleet.routes:
         shares: dict[str, float] = {}

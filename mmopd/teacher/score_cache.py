@@ -21,7 +21,8 @@ class ScoreCache:
     """Log-probs by key, in `FOLDER/scores-RANK.bin`. A context manager."""
 
     def __init__(self, folder: Path, rank: int) -> None:
-        self._folder, self._own = folder, folder / f"scores-{rank}.bin"
+        self._folder = folder
+        self._own = folder / f"scores-{rank}.bin"
         self._places: dict[bytes, tuple[int, int, int]] = {}  # key -> file, offset, tokens
         self._files: list[int] = []
 
@@ -69,7 +70,8 @@ class ScoreCache:
 
     def _read(self, file: int) -> int:
         """Note the places of the records; the length of those that are whole."""
-        size, at = os.fstat(file).st_size, 0
+        size = os.fstat(file).st_size
+        at = 0
         while at + HEAD.size <= size:
             key, tokens = HEAD.unpack(os.pread(file, HEAD.size, at))
             if at + HEAD.size + 4 * tokens > size:

@@ -77,7 +77,11 @@ class Scorer:
                     f"teacher {name!r} has no endpoint; it must be served before the run, or name its `endpoints`"
                 )
         self.counts: Counter[str] = Counter()
-        self._fleet, self._tasks, self._endpoints, self._encoder, self._top_k = fleet, tasks, endpoints, encoder, top_k
+        self._fleet = fleet
+        self._tasks = tasks
+        self._endpoints = endpoints
+        self._encoder = encoder
+        self._top_k = top_k
         self._kept = None if top_k else kept
         self._routed: dict[tuple[str, str], tuple[RoutedTeacher, ...]] = {}  # by task and modality
         self._shown: LRUCache[tuple[int, View], tuple[Encoded, asyncio.Task[Encoded]]] = LRUCache(CACHE_VIEWS)

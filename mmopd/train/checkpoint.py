@@ -44,7 +44,8 @@ class Checkpoints:
 
     def __init__(self, folder: Path, keep: int, best: int = 0) -> None:
         self.folder = folder
-        self.keep, self.best = keep, best
+        self.keep = keep
+        self.best = best
 
     def save(self, trainer: Trainer, step: int, state: dict[str, Any], score: float | None = None) -> Path:
         """Write everything that step `step + 1` depends on; collective. `state` is the caller's, JSON, the same on all
@@ -181,7 +182,9 @@ def _load_resized(trainer: Trainer, path: Path) -> None:
 
     Weights that are not trained are not in it; they are those of the student's folder still.
     """
-    engine, ranks, universal = trainer.engine, trainer.ranks, path.with_name(f".{path.name}.resized")
+    engine = trainer.engine
+    ranks = trainer.ranks
+    universal = path.with_name(f".{path.name}.resized")
     converter = None
     if ranks.rank == 0:
         for left in path.parent.glob(".step-*.resized"):  # by an end in the middle of this

@@ -27,7 +27,8 @@ def export(trainer: Trainer, target: Path, card: str = "") -> Path:
         UserError: it cannot be written, on all ranks.
     """
     state = {name: weight.detach().to("cpu", copy=True) for name, weight in trainer.named_weights()}
-    torn, writes = target.with_name(f".{target.name}.partial"), trainer.ranks.rank == 0
+    torn = target.with_name(f".{target.name}.partial")
+    writes = trainer.ranks.rank == 0
     fault = ""
     try:
         if writes:

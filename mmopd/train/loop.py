@@ -12,6 +12,7 @@ from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from statistics import fmean
+from typing import Any
 
 from mmopd import catalog
 from mmopd.config import Algorithm, Recipe
@@ -23,7 +24,7 @@ from mmopd.prompts.tokens import hash_processor
 from mmopd.records import Absent, Encoded, Outcome, Sample
 from mmopd.report.model_card import model_card
 from mmopd.rollout.collect import seed_of, version_of
-from mmopd.rollout.sync import connect
+from mmopd.rollout.sync import WeightSync, connect
 from mmopd.runtime.run_folder import RunFolder
 from mmopd.runtime.watchdog import Watchdog
 from mmopd.serving import endpoint
@@ -69,11 +70,7 @@ async def train(
     done = restore(checkpoints, trainer, stream, updater, changed)
     ahead = recipe.rollout.async_steps > 0
     in_trainer_thread = TrainerThread(ranks, watchdog, ahead=ahead)
-    link = (
-        connect(recipe.student, endpoint.load_by_role(run.endpoints)[0], recipe.train.timeout, ranks.device)
-        if ranks.rank == 0
-        else None
-    )
+    link = connect_engines(run, recipe, ranks)
     recorder = (
         Recorder(run, recipe.algorithm, encoder, steps=recipe.train.steps, done=done) if ranks.rank == 0 else None
     )
@@ -115,9 +112,7 @@ async def train(
                         | stream.metrics()
                     )
                     recorder.step(step, rolling.prompts, samples, batch, updates=updates, more=more)
-                clock = Clock(
-                    watchdog
-                )  # checkpoint time is reported with the next step: the metrics of this one are on disk before
+                clock = Clock(watchdog)  # a checkpoint counts in the next step: the metrics of this one are written
                 stopping = any(ranks.all_max([stop.is_set() or run.stop.exists()]))
                 if (step + 1) % recipe.train.checkpoint_every == 0 or last or stopping:
                     with clock("checkpoint"):
@@ -128,6 +123,14 @@ async def train(
                 if stopping and not last:
                     return
             export(trainer, run.export, model_card(run, recipe))
+
+
+def connect_engines(run: RunFolder, recipe: Recipe, ranks: Ranks) -> WeightSync[Any] | None:
+    """The link over which rank 0 sends weights to the student's engines; None on other ranks."""
+    if ranks.rank != 0:
+        return None
+    students, _ = endpoint.load_by_role(run.endpoints)
+    return connect(recipe.student, students, recipe.train.timeout, ranks.device)
 
 
 def open_stream(run: RunFolder, recipe: Recipe, encoder: Encoder) -> Stream:

@@ -102,7 +102,8 @@ def save_adapter(student: Any, settings: Lora, base: Path, folder: Path, *, writ
                 }
     if write:
         config = _config(settings, [name for name, _ in layers])
-        config.base_model_name_or_path, config.inference_mode = str(base), True
+        config.base_model_name_or_path = str(base)
+        config.inference_mode = True
         config.save_pretrained(str(folder))
         save_file(state, folder / WEIGHTS)
 

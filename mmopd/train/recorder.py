@@ -86,14 +86,17 @@ class Recorder:
         """A few responses of each task, each of another prompt; those first that were scored without the image too."""
         groups: dict[str, set[int]] = defaultdict(set)
         for i in sorted(range(len(batch.samples)), key=lambda i: visual_advantage(batch.samples[i]) is None):
-            sample, span = batch.samples[i], batch.spans[i]
+            sample = batch.samples[i]
+            span = batch.spans[i]
             seen = groups[prompts[sample.group].prompt.task]
             if sample.group in seen or len(seen) == SHOWN:
                 continue
             seen.add(sample.group)
             texts = [self._encoder.tokenizer.decode([token]) for token in sample.response.tokens]
-            advantage, keep = batch.targets.advantage[span].tolist(), bool(batch.targets.keep[i])
-            prompt, needed = prompts[sample.group].prompt, visual_advantage(sample)
+            advantage = batch.targets.advantage[span].tolist()
+            keep = bool(batch.targets.keep[i])
+            prompt = prompts[sample.group].prompt
+            needed = visual_advantage(sample)
             self._samples.append(as_json(token_row(step, prompt, sample, texts, advantage, kept=keep, visual=needed)))
 
 

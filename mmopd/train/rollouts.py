@@ -47,10 +47,12 @@ class Rollouts:
     def __init__(
         self, run: RunFolder, recipe: Recipe, sources: Mapping[str, Shards], encoder: Encoder, ranks: Ranks
     ) -> None:
-        self._recipe, self._ranks = recipe, ranks
+        self._recipe = recipe
+        self._ranks = ranks
         students, teachers = endpoint.load_by_role(run.endpoints)
         tasks: Mapping[str, Task] = load_tasks()
-        fleet, objective = load_teachers(recipe), recipe.algorithm.objective
+        fleet = load_teachers(recipe)
+        objective = recipe.algorithm.objective
         self.engines = [StudentClient(student, encoder, timeout=recipe.train.timeout) for student in students]
         self.kept = ScoreCache(run.scores, ranks.rank)
         self._library = Library(recipe, sources, encoder) if objective.kind == "sft" else None
@@ -98,7 +100,8 @@ class Rollouts:
         Raises:
             EngineError: the engine is gone for good, or does not answer as it should.
         """
-        version, excused = version_of(rolling.step), self._recipe.rollout.async_steps > 0
+        version = version_of(rolling.step)
+        excused = self._recipe.rollout.async_steps > 0
         while (ended := await rolling.end(self._ranks)).failed:
             await rolling.cancel()
             if not excused:
@@ -113,7 +116,8 @@ class Rollouts:
     def spent(self) -> Counter[str]:
         """What the scorers have counted since the last call, on all ranks together. Collective."""
         now = sum((scorer.counts for scorer in self._scorers.values()), Counter[str]())
-        since, self._counted = now - self._counted, now
+        since = now - self._counted
+        self._counted = now
         return sum(self._ranks.gather_objects(since), Counter[str]())
 
     async def _roll(self, step: int, share: Sequence[tuple[int, Encoded]]) -> tuple[list[Sample], float]:

@@ -19,7 +19,8 @@ from mmopd.train.prefix_tree import Item
 from mmopd.train.skipped_batch import write_batch
 from mmopd.train.trainer import NotFiniteError, Trainer
 
-ALLOWED, WINDOW = 3, 20  # updates that may be skipped, of so many one after the other
+ALLOWED = 3  # updates that may be skipped ...
+WINDOW = 20  # ... of so many one after the other
 KEPT = ALLOWED + 1  # batches in RUN/replay, each with the student's weights; the oldest go
 
 
@@ -27,7 +28,8 @@ class SkippingUpdater:
     """Makes the updates of a run, and skips those that cannot be made. All methods are collective."""
 
     def __init__(self, run: RunFolder, trainer: Trainer) -> None:
-        self._run, self._trainer = run, trainer
+        self._run = run
+        self._trainer = trainer
         self._skipped: deque[bool] = deque(maxlen=WINDOW)  # of each of the last updates
 
     def state(self) -> list[bool]:
@@ -69,7 +71,8 @@ class SkippingUpdater:
         """The batch and the weights that it met, in RUN/replay; where there is no room for them, training goes on
         without.
         """
-        folder, fault = self._run.replay_of(step), ""
+        folder = self._run.replay_of(step)
+        fault = ""
         try:
             if self._trainer.ranks.rank == 0:
                 for old in [folder, *sorted(set(self._run.replay.glob("step-*")) - {folder})[: 1 - KEPT]]:
