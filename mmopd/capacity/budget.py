@@ -211,7 +211,8 @@ def _too_long(recipe: Recipe, servers: Sequence[Served], load: Load) -> list[str
         has = server.engine.max_model_len
         if need > has:
             found.append(
-                f"{server.name}: a prompt of {load.prompt:,} and a response of {load.response:,} tokens need {need:,}, and "
+                f"{server.name}: a prompt of {load.prompt:,} and a response of {load.response:,} tokens need "
+                f"{need:,}, and "
                 f"max_model_len is {has:,}: {need - has:,} short; raise it ({server.key}), or lower rollout.max_tokens"
             )
     return found
@@ -225,7 +226,8 @@ def _too_small(servers: Sequence[Served], gpu: Gpu) -> list[str]:
         heads = server.model.text.heads
         if heads % engine.tensor_parallel:
             found.append(
-                f"{server.name}: {heads} heads do not split over tensor_parallel={engine.tensor_parallel} ({server.key})"
+                f"{server.name}: {heads} heads do not split over tensor_parallel={engine.tensor_parallel} "
+                f"({server.key})"
             )
         short = memory.short_of_kv(server.model, engine, gpu)
         if short > 0:
@@ -240,7 +242,8 @@ def _too_small(servers: Sequence[Served], gpu: Gpu) -> list[str]:
 def _too_slow(recipe: Recipe, times: Sequence[Time]) -> list[str]:
     """Rollouts for which an engine is not given the time."""
     rollout = next(time.seconds for time in times if time.what == "rollout")
-    limit = f"train.timeout = {recipe.train.timeout:,} s is all that an engine has for its answers: raise it, or student.replicas"
+    limit = f"train.timeout = {recipe.train.timeout:,} s is all that an engine has for its answers: "
+    limit += "raise it, or student.replicas"
     return [f"rollouts take {rollout:,.0f} s by this estimate, and {limit}"] * (rollout > recipe.train.timeout)
 
 

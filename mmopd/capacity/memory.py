@@ -291,7 +291,8 @@ def server(model: Model, engine: Engine, gpu: Gpu, *, scores: bool) -> list[Part
         Part(
             "KV cache",
             max(0.0, cache),
-            f"{room:,} tokens of {per_token / 1024:.0f} KiB, {room / engine.max_model_len:.1f} x {engine.max_model_len:,}",
+            f"{room:,} tokens of {per_token / 1024:.0f} KiB, {room / engine.max_model_len:.1f} x "
+            f"{engine.max_model_len:,}",
         )
     )
     if scores:

@@ -87,7 +87,9 @@ class Model:
 
     @property
     def embedding(self) -> int:
-        """Numbers of the input embedding where it is not the head too: they are looked up, and multiplied with nothing."""
+        """Numbers of the input embedding where it is not the head too: they are looked up, and multiplied with
+        nothing.
+        """
         tied = not any(weight.name == "lm_head.weight" for weight in self.weights)
         return 0 if tied else self.text.vocabulary * self.text.hidden
 

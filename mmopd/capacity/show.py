@@ -21,9 +21,12 @@ def show_budget(budget: Budget, console: Console) -> None:
     console.print(_gpus(budget))
     console.print(_step(budget))
     assumed = (
-        f"Assumed: decoding reaches {DECODE:.0%} of {gpu.bandwidth:,g} GB/s, scoring {PREFILL:.0%} and the update {UPDATE:.0%} of "
-        f"{gpu.tflops:,g} TFLOP/s; weights travel at {HOST / 1e9:g} GB/s to and from the machine's memory, at {PEER / 1e9:g} from GPU to "
-        f"GPU, and an all-reduce takes {1e6 * ALL_REDUCE:g} us; prompts are half of the longest, and flash-attn is installed "
+        f"Assumed: decoding reaches {DECODE:.0%} of {gpu.bandwidth:,g} GB/s, scoring {PREFILL:.0%} and the update "
+        f"{UPDATE:.0%} of "
+        f"{gpu.tflops:,g} TFLOP/s; weights travel at {HOST / 1e9:g} GB/s to and from the machine's memory, at "
+        f"{PEER / 1e9:g} from GPU to "
+        f"GPU, and an all-reduce takes {1e6 * ALL_REDUCE:g} us; prompts are half of the longest, and flash-attn is "
+        "installed "
         "(without it a row's mask of attention comes on top)."
     )
     console.print(f"[dim]Estimates by arithmetic: nothing here has been measured on a GPU. {assumed}[/]", width=WIDTH)
@@ -33,7 +36,8 @@ def show_budget(budget: Budget, console: Console) -> None:
             console.print(f"- {escape(refusal)}", width=WIDTH)
     else:
         console.print(
-            f"[bold green]Fits[/] {budget.machines.nodes} x {budget.machines.gpus} {gpu.name}, as far as arithmetic can tell."
+            f"[bold green]Fits[/] {budget.machines.nodes} x {budget.machines.gpus} {gpu.name}, as far as arithmetic "
+            "can tell."
         )
 
 

@@ -210,7 +210,8 @@ def _scores(results: Results, columns: Sequence[str], run: Run) -> dict[str, flo
     scores = {c: score for c in columns if (score := distilled.score(c)) is not None}
     if missing := [c for c in columns if c not in scores]:
         raise UserError(
-            f"{run.folder}: no score in {', '.join(missing)}; see its results.md, remove the folder to make the run again"
+            f"{run.folder}: no score in {', '.join(missing)}; see its results.md, remove the folder to make the run "
+            "again"
         )
     return scores | ({AVERAGE: fmean(scores.values())} if len(columns) > 1 else {})
 

@@ -53,7 +53,8 @@ def distil(job: Job, run: RunFolder, children: Children, servers: Servers, stage
                         rank.terminate()
             if time.monotonic() > until:
                 raise UserError(
-                    f"the ranks have not ended their step within train.timeout = {timeout} s; the last checkpoint is as it was"
+                    f"the ranks have not ended their step within train.timeout = {timeout} s; the last checkpoint is "
+                    "as it was"
                 )
             if (latest := last_metrics(run.metrics)) is not None:
                 done = int(latest["step"]) + 1
@@ -77,7 +78,8 @@ def extrapolate(job: Job, run: RunFolder, children: Children, servers: Servers, 
         name for name, teacher in job.fleet.teachers.items() if teacher.model is None or teacher.adapter is not None
     ]:
         raise UserError(
-            f"teacher {elsewhere[0]!r}: expo merges whole weights, so that every teacher needs a `model` here and no adapter"
+            f"teacher {elsewhere[0]!r}: expo merges whole weights, so that every teacher needs a `model` here and no "
+            "adapter"
         )
     objective = job.recipe.algorithm.objective
     assert isinstance(objective, ExPO)

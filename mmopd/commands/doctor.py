@@ -165,7 +165,9 @@ def disk(folder: Path) -> Check:
 
 
 def compiler() -> Check:
-    """On the CPU nothing is compiled: mmopd starts vLLM without torch.compile and DeepSpeed without its own operators."""
+    """On the CPU nothing is compiled: mmopd starts vLLM without torch.compile and DeepSpeed without its own
+    operators.
+    """
     found = shutil.which("g++") or shutil.which("c++")
     if found is None:
         return Check(
@@ -235,7 +237,9 @@ def gpu_names() -> list[str]:
 
 
 def available_memory() -> int:
-    """Bytes that new processes could take: the machine's, or what is left of a control group's limit if that is less."""
+    """Bytes that new processes could take: the machine's, or what is left of a control group's limit if that is
+    less.
+    """
     free = psutil.virtual_memory().available
     limit = Path("/sys/fs/cgroup/memory.max")
     used = Path("/sys/fs/cgroup/memory.current")

@@ -1,4 +1,6 @@
-"""What `train`, `doctor` and `difficulty` share: a recipe with all that it names, its servers, and the proof of its teachers."""
+"""What `train`, `doctor` and `difficulty` share: a recipe with all that it names, its servers, and the proof of its
+teachers.
+"""
 
 import asyncio
 from collections.abc import Iterator, Mapping, Sequence

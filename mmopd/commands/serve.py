@@ -46,7 +46,8 @@ def serve(fleet: Fleet, *, host: str, out: Path, key_variable: str | None, conso
         endpoint.save(out, shown)
         console.print(_table(fleet, shown, servers))
         console.print(
-            f"The endpoints and their key: {out}\nUse them: mmopd train RECIPE --endpoints {out}\nLogs: {logs}\nCtrl-C stops.",
+            f"The endpoints and their key: {out}\nUse them: mmopd train RECIPE --endpoints {out}\nLogs: "
+            f"{logs}\nCtrl-C stops.",
             markup=False,
         )
         while True:

@@ -142,7 +142,9 @@ def starting_points(job: Job, servers: Mapping[str, Endpoint]) -> list[Candidate
 
 
 def distilled(servers: Servers, run: RunFolder) -> Candidate:
-    """What the student's engine holds after training; an engine that was started again on the way holds something else."""
+    """What the student's engine holds after training; an engine that was started again on the way holds something
+    else.
+    """
     student = servers["student"]
 
     def objection() -> str:

@@ -32,7 +32,9 @@ class Candidate:
 
 
 def evaluate_all(suite: Suite | None, candidates: Sequence[Candidate], out: Path, stages: Stages) -> list[Row]:
-    """The suite on each candidate; what was measured with the same weights, data and settings is taken from the cache."""
+    """The suite on each candidate; what was measured with the same weights, data and settings is taken from the
+    cache.
+    """
     if suite is None:
         return []
     rows: list[Row] = []

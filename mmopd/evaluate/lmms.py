@@ -288,12 +288,14 @@ def _check_name(model: str) -> None:
     for part in NOT_A_NAME:
         if part in model:
             raise UserError(
-                f"the served model is called {model!r}: lmms-eval takes every name with {part!r} in it for a model of OpenAI "
+                f"the served model is called {model!r}: lmms-eval takes every name with {part!r} in it for a model of "
+                "OpenAI "
                 "and drops temperature and token limit; serve it under another name"
             )
     if not re.fullmatch(r"[\w./:@+-]+", model):
         raise UserError(
-            f"the served model is called {model!r}: lmms-eval reads commas, blanks and `=` as syntax; serve it under another name"
+            f"the served model is called {model!r}: lmms-eval reads commas, blanks and `=` as syntax; serve it under "
+            "another name"
         )
 
 

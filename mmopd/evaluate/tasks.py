@@ -98,7 +98,8 @@ def builtin(name: str) -> Path:
     found = next((path for path in sorted(here.rglob("*.yaml")) if line.search(path.read_text(errors="replace"))), None)
     if found is None:
         raise UserError(
-            f"lmms-eval has no task {name!r}; `python -m lmms_eval tasks list` lists them, a task of your own is named by its .yaml file"
+            f"lmms-eval has no task {name!r}; `python -m lmms_eval tasks list` lists them, a task of your own is "
+            "named by its .yaml file"
         )
     return found
 

@@ -1,4 +1,6 @@
-"""Whether an lmms-eval run counts: its exit status, results and samples are all looked at, since none is enough alone."""
+"""Whether an lmms-eval run counts: its exit status, results and samples are all looked at, since none is enough
+alone.
+"""
 
 import json
 import math

@@ -45,7 +45,8 @@ def settings_of(recipe: Recipe) -> SFT:
     """
     if not isinstance(recipe.algorithm.objective, SFT):
         raise UserError(
-            f"algorithm.objective.kind is {recipe.algorithm.objective.kind}: only sft learns from the teachers' own answers"
+            f"algorithm.objective.kind is {recipe.algorithm.objective.kind}: only sft learns from the teachers' own "
+            "answers"
         )
     return recipe.algorithm.objective
 
@@ -101,7 +102,8 @@ def run_answers(
         right = {name: sum(len(one[row]) for row in range(len(sources[name]))) for name, one in answers.items()}
         if none := [name for name, n in right.items() if not n]:
             raise UserError(
-                f"source {none[0]}: no answer of its teachers is right, so that there is nothing to learn from; see its verifier"
+                f"source {none[0]}: no answer of its teachers is right, so that there is nothing to learn from; see "
+                "its verifier"
             )
         empty = sum(not one[row] for name, one in answers.items() for row in range(len(sources[name])))
     stage.outcome = f"{sum(right.values()):,} right answers of {total * settings_of(recipe).attempts:,}, {empty:,} prompts without one"

@@ -97,7 +97,8 @@ def showable(teacher: str, asked: Questions) -> list[Check]:
     """Every prompt that was tried can be put as the teacher is to be shown it; nothing where all can."""
     if not asked.unusable:
         return []
-    found = f"{_count(len(asked.unusable), 'prompt')} cannot be shown as its view says: {next(iter(asked.unusable.values()))}"
+    first = next(iter(asked.unusable.values()))
+    found = f"{_count(len(asked.unusable), 'prompt')} cannot be shown as its view says: {first}"
     return [
         Check(
             "view",
@@ -156,7 +157,8 @@ def summary(checks: Sequence[Check], endpoints: Mapping[str, Sequence[Endpoint]]
         f"{states.count('ok')} checks passed",
         *(f"{n} {word}" for word, n in (("failed", states.count("fail")), ("to look at", states.count("warn"))) if n),
     ]
-    return f"{_count(len(endpoints), 'teacher')}, {_count(sum(map(len, endpoints.values())), 'replica')}: {', '.join(parts)}"
+    replicas = sum(map(len, endpoints.values()))
+    return f"{_count(len(endpoints), 'teacher')}, {_count(replicas, 'replica')}: {', '.join(parts)}"
 
 
 def save(checks: Sequence[Check], path: Path) -> None:

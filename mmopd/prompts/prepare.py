@@ -194,7 +194,8 @@ def _check(count: Count, max_bad: float, folder: Path) -> None:
             f"{folder}: no row came of {count.examples:,} examples, {count.not_wanted:,} of them not wanted{lines}"
         )
     if bad > max_bad * (count.rows + bad):
-        share = f"{bad:,} of {count.rows + bad:,} examples ({bad / (count.rows + bad):.1%}) are bad, more than --max-bad {max_bad:.1%}"
+        total = count.rows + bad
+        share = f"{bad:,} of {total:,} examples ({bad / total:.1%}) are bad, more than --max-bad {max_bad:.1%}"
         raise UserError(
             f"{folder}: {share}; what is done is kept, so that a call with a higher one ends at once{lines}"
         )

@@ -76,7 +76,8 @@ class PromptPlan:
         """
         if wrong := set(weights) ^ set(self._names):
             raise UserError(
-                f"weights for {sorted(weights)}, and the sources are {self._names}: {sorted(wrong)} is in one of them only"
+                f"weights for {sorted(weights)}, and the sources are {self._names}: {sorted(wrong)} is in one of them "
+                "only"
             )
         values = np.array([weights[name] for name in self._names], dtype=np.float64)
         if bad := [
@@ -168,7 +169,8 @@ class PromptPlan:
         if wrong := changed ^ set(change):
             was = f"the sources were {sorted(kept)} and are now {self._names}"
             raise UserError(
-                f"{was}: {sorted(wrong)} {'was added or removed' if wrong & changed else 'was neither added nor removed'}"
+                f"{was}: {sorted(wrong)} "
+                f"{'was added or removed' if wrong & changed else 'was neither added nor removed'}"
             )
         for name in set(kept) & set(self._names):
             self._streams[name].restore(kept[name])
@@ -238,7 +240,8 @@ class _Stream:
         for key, what in (("fingerprint", "content"), ("row_weights", "difficulty weights")):
             if state[key] != self.state()[key]:
                 raise UserError(
-                    f"source {self._name!r}: its {what} changed since the checkpoint: this run cannot be continued on it"
+                    f"source {self._name!r}: its {what} changed since the checkpoint: this run cannot be continued on "
+                    "it"
                 )
         self._epoch = state["epoch"]
         self._position = state["position"]

@@ -72,7 +72,8 @@ def tools_of(job: Job) -> Tools:
     tasks = load_tasks(job.workspace)
     if settings.task not in tasks:
         raise UserError(
-            f"{job.converter}: task: no task {settings.task!r} in modalities/{settings_file.suggest(settings.task, tasks)}"
+            f"{job.converter}: task: no task {settings.task!r} in "
+            f"modalities/{settings_file.suggest(settings.task, tasks)}"
         )
     return Tools(module, settings, tasks[settings.task], TokenCounter(job.processor) if job.processor else None)
 

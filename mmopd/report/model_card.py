@@ -43,7 +43,8 @@ def model_card(run: RunFolder, recipe: Recipe, step: int | None = None) -> str:
     parts = [
         f"---\n{front}---",
         f"# {run.root.resolve().name}",
-        f"Distilled from `{recipe.student.model}` by mmopd on {datetime.now(UTC):%Y-%m-%d}, with the objective `{objective.kind}`: "
+        f"Distilled from `{recipe.student.model}` by mmopd on {datetime.now(UTC):%Y-%m-%d}, with the objective "
+        f"`{objective.kind}`: "
         f"{done}, {batch}, {train.dtype}, learning rate {train.lr:g}, seed {recipe.seed}.",
         _teachers(recipe),
         _sources(recipe),

@@ -160,7 +160,9 @@ class WeightSync(ABC, Generic[B]):
 
     @abstractmethod
     def _describe(self, bucket: B) -> dict[str, Any]:
-        """Where the bytes of a full bucket are, as a server is told; it stays as it is until the next one is asked for."""
+        """Where the bytes of a full bucket are, as a server is told; it stays as it is until the next one is asked
+        for.
+        """
 
     def _hand_over(self, server: "Server", bucket: B, info: dict[str, Any]) -> None:
         """Let a server load a bucket."""
@@ -294,7 +296,9 @@ class IpcSync(WeightSync[DeviceBucket]):
 
 
 def connect(student: Student, endpoints: Sequence[Endpoint], timeout: float, device: torch.device) -> WeightSync[Any]:
-    """The link to the student's engines that its recipe asks for; `timeout` is for a step of the protocol, in seconds."""
+    """The link to the student's engines that its recipe asks for; `timeout` is for a step of the protocol, in
+    seconds.
+    """
     if student.sync == "broadcast":
         return BroadcastSync(endpoints, timeout, workers=student.engine.tensor_parallel, device=device)
     return IpcSync(endpoints, timeout) if student.sync == "ipc" else FileSync(endpoints, timeout)

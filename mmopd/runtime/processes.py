@@ -139,7 +139,9 @@ class Children:
 
 
 def _guard(parent: int, start: Callable[[], None]) -> int:
-    """Run `start` in a fork until it ends, the parent ends or a signal says stop; leave no descendant; its exit status."""
+    """Run `start` in a fork until it ends, the parent ends or a signal says stop; leave no descendant; its exit
+    status.
+    """
     wake, notify = os.pipe()
     os.set_blocking(notify, False)
     signal.set_wakeup_fd(notify)

@@ -1,4 +1,6 @@
-"""Training processes seen from outside: start them, notice which one has failed and why, read what they have come to."""
+"""Training processes seen from outside: start them, notice which one has failed and why, read what they have come
+to.
+"""
 
 import json
 import math

@@ -62,7 +62,8 @@ class RunFolder:
             self.root.mkdir(parents=True)
         except FileExistsError:
             raise UserError(
-                f"{self.root}: this run folder exists; continue it with `mmopd train --resume {self.root}`, or name another with --run"
+                f"{self.root}: this run folder exists; continue it with `mmopd train --resume {self.root}`, or name "
+                "another with --run"
             ) from None
         for folder in (self.logs, self.checkpoints, self.difficulty, self.evaluation):
             folder.mkdir()

@@ -52,7 +52,8 @@ def check_memory(specs: Sequence[ServerSpec]) -> None:
     free = psutil.virtual_memory().available >> 20
     if own + weights + cache > free:
         raise UserError(
-            f"{len(specs)} vLLM servers need about {own + weights + cache:,} MiB of memory (vLLM {own:,}, weights {weights:,}, "
+            f"{len(specs)} vLLM servers need about {own + weights + cache:,} MiB of memory (vLLM {own:,}, weights "
+            f"{weights:,}, "
             f"KV cache {cache:,}) and {free:,} MiB are free: lower engine.kv_cache_mib, or end other programs"
         )
 

@@ -50,8 +50,8 @@ T = TypeVar("T")
 
 
 def connect() -> aiohttp.ClientSession:
-    """A client without proxies, cookies or limits of its own (a `ReplicaPool` has them), for the running event loop; its owner
-    closes it.
+    """A client without proxies, cookies or limits of its own (a `ReplicaPool` has them), for the running event loop; its
+    owner closes it.
     """
     connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEP_ALIVE)
     return aiohttp.ClientSession(
@@ -297,7 +297,9 @@ class ReplicaPool:
         return max(LATE_AT_LEAST, LATE_FACTOR * sorted(self._latencies)[int(0.95 * len(self._latencies))])
 
     def _give_up_if_silent(self, call: "_Call", now: float) -> None:
-        """Nobody waits for a pool that has answered nothing for `patience`, and failed again since this call was made."""
+        """Nobody waits for a pool that has answered nothing for `patience`, and failed again since this call was
+        made.
+        """
         if (
             self._last_failure is not None
             and self._last_failure[0] > call.made

@@ -1,8 +1,8 @@
 """vLLM servers for teachers and student: started together, watched, stopped together.
 
 On the loopback interface unless told otherwise, on free ports, with an API key that is passed by environment. They run
-under supervisors (`mmopd.serving.supervisor`), which start a dead teacher again: on CPU one for all servers, which has imported vLLM
-once; on GPU one for each.
+under supervisors (`mmopd.serving.supervisor`), which start a dead teacher again: on CPU one for all
+servers, which has imported vLLM once; on GPU one for each.
 """
 
 import json
@@ -294,7 +294,9 @@ def _ready(client: httpx.Client, endpoint: Endpoint) -> bool:
 
 
 def _last_words(log: Path) -> str:
-    """The last lines of a log without the frames of tracebacks: vLLM prints dozens after the one that says the cause."""
+    """The last lines of a log without the frames of tracebacks: vLLM prints dozens after the one that says the
+    cause.
+    """
     if not log.is_file():
         return "(there is no log)"
     lines = [_LOG_PREFIX.sub("", line) for line in log.read_text(errors="replace").splitlines()]

@@ -167,7 +167,8 @@ def from_files(fleet: Fleet, files: Sequence[Path]) -> list[Endpoint]:
         for endpoint in load(path).values():
             if endpoint.teacher not in fleet.teachers:
                 raise UserError(
-                    f"{path}: the fleet has no teacher {endpoint.teacher or endpoint.name!r}{suggest(endpoint.teacher, fleet.teachers)}"
+                    f"{path}: the fleet has no teacher "
+                    f"{endpoint.teacher or endpoint.name!r}{suggest(endpoint.teacher, fleet.teachers)}"
                 )
             models = _models(endpoint, f"{path}: {endpoint.name}")
             if endpoint.model not in models:
@@ -204,7 +205,8 @@ def key_in(variable: str, owner: str, setting: str) -> str:
         raise UserError(f"{owner}: the environment variable {variable} ({setting}) is not set")
     if not re.fullmatch(r"[!-~]+", key):  # else no HTTP header could carry it
         raise UserError(
-            f"{owner}: the environment variable {variable} ({setting}) holds blanks, line ends or other signs that no key has"
+            f"{owner}: the environment variable {variable} ({setting}) holds blanks, line ends or other signs that no "
+            "key has"
         )
     return key
 
@@ -214,7 +216,8 @@ def warn_of(host: str, console: Console) -> None:
     if not is_loopback(host):
         advice = "use a private network or a tunnel"
         console.print(
-            f"[yellow]warning:[/] others reach --host {host} too; they need the key, and it travels in plain HTTP: {advice}"
+            f"[yellow]warning:[/] others reach --host {host} too; they need the key, and it travels in plain HTTP: "
+            f"{advice}"
         )
 
 

@@ -39,7 +39,8 @@ def find_route(fleet: Fleet, task: str, modality: str) -> Route:
         or " none"
     )
     raise UserError(
-        f"no route for prompts of task {task!r} and modality {modality!r}; add one to the fleet's routes, which are:{routes}"
+        f"no route for prompts of task {task!r} and modality {modality!r}; add one to the fleet's routes, which "
+        f"are:{routes}"
     )
 
 
@@ -165,7 +166,8 @@ def check_tokenizers(student: Path, teachers: Mapping[str, Path]) -> None:
                 for token, i, their in differing[:3]
             )
             raise UserError(
-                f"teacher {name!r} ({folder}): {len(differing)} of {len(ours)} tokens differ from the student's ({student}): {shown}. "
+                f"teacher {name!r} ({folder}): {len(differing)} of {len(ours)} tokens differ from the student's "
+                f"({student}): {shown}. "
                 "A teacher must share the student's tokenizer: choose one of the same model family"
             )
 

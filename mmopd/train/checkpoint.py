@@ -84,7 +84,8 @@ class Checkpoints:
                 raise error from None
             shutil.rmtree(failed, ignore_errors=True)
             raise UserError(
-                f"the checkpoint of step {step} was not written ({error}), and the one before it is as it was: {self._room(trainer)}"
+                f"the checkpoint of step {step} was not written ({error}), and the one before it is as it was: "
+                f"{self._room(trainer)}"
             ) from error
         if ranks.rank == 0:
             self._prune()
@@ -99,7 +100,10 @@ class Checkpoints:
 
     def _room(self, trainer: Trainer) -> str:
         needs, free = (size / 2**30 for size in (_needed(trainer), shutil.disk_usage(self.folder).free))
-        return f"{self.folder} has {free:.3g} GiB free, and a checkpoint needs {needs:.3g} GiB beside the {self.keep} that are kept"
+        return (
+            f"{self.folder} has {free:.3g} GiB free, and a checkpoint needs {needs:.3g} GiB "
+            f"beside the {self.keep} that are kept"
+        )
 
     def latest(self) -> Path | None:
         """The newest checkpoint whose files are all there in full size; None if there is none."""

@@ -169,7 +169,9 @@ def learn(
     *,
     step: int,
 ) -> tuple[Batch, list[dict[str, float]], dict[str, float]]:
-    """Balance, calibrate, update. What the samples became, what each optimiser step returned, and metrics beside these."""
+    """Balance, calibrate, update. What the samples became, what each optimiser step returned, and metrics beside
+    these.
+    """
     old, seen = recompute(trainer, samples, prompts) if recipe.recomputes else (None, {})
     batch = build_batch(samples, recipe.algorithm, seed_of(recipe.seed, step), old)
     batches = minibatches(batch, prompts, recipe.train.minibatches)
@@ -178,7 +180,9 @@ def learn(
 
 
 def share_right(outcomes: Sequence[Outcome], settings: Algorithm) -> float | None:
-    """Of the student's own responses, by which checkpoints are told apart; None where there is none, or none is known."""
+    """Of the student's own responses, by which checkpoints are told apart; None where there is none, or none is
+    known.
+    """
     known = [outcome.value >= settings.outcome_threshold for outcome in outcomes if outcome.known]
     return fmean(known) if known and settings.objective.kind != "sft" else None
 

@@ -65,7 +65,8 @@ def add_adapters(student: Any, settings: Lora) -> None:
     if unknown := set(settings.targets) - {name.rpartition(".")[2] for name in chosen}:
         known = ", ".join(sorted({name.rpartition(".")[2] for name in there}))
         raise UserError(
-            f"train.lora.targets: no linear layer {sorted(unknown)[0]!r} in {', '.join(settings.parts)}; there is {known}"
+            f"train.lora.targets: no linear layer {sorted(unknown)[0]!r} in {', '.join(settings.parts)}; there is "
+            f"{known}"
         )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)  # the same adapters on every rank
@@ -73,7 +74,9 @@ def add_adapters(student: Any, settings: Lora) -> None:
 
 
 def weights(student: Any) -> Iterator[Weight]:
-    """The weights of a student, with or without adapters, by the names that it has without; a tied head is not named."""
+    """The weights of a student, with or without adapters, by the names that it has without; a tied head is not
+    named.
+    """
     for name, p in student.named_parameters():
         if ".lora_A." in name or ".lora_B." in name:
             continue

@@ -114,7 +114,8 @@ def check_place(wanted: int, engine: str, places: Sequence[tuple[str, bool]]) ->
         )
     if not places[0][1]:
         raise UserError(
-            f"rank 0 is on {hosts[0]}, and the student's engine on {engine}: it hands over the weights through the memory of one machine, "
+            f"rank 0 is on {hosts[0]}, and the student's engine on {engine}: it hands over the weights through the "
+            "memory of one machine, "
             f"so that {engine} has to come first in the launcher's list of hosts"
         )
 

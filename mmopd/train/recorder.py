@@ -1,4 +1,6 @@
-"""What is kept of a step: its numbers (metrics.jsonl, TensorBoard) and, now and then, a few responses token by token."""
+"""What is kept of a step: its numbers (metrics.jsonl, TensorBoard) and, now and then, a few responses token by
+token.
+"""
 
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence

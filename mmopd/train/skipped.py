@@ -63,8 +63,10 @@ class SkippingUpdater:
     def _check(self, step: int, error: NotFiniteError) -> None:
         if (n := sum(self._skipped)) > ALLOWED:
             raise UserError(
-                f"step {step}: {error}, and {n} of the last {len(self._skipped)} updates had to be skipped for such a reason. "
-                f"`mmopd replay {self._run.root} {step}` shows which responses; a lower train.lr or algorithm.log_ratio_clip may help"
+                f"step {step}: {error}, and {n} of the last {len(self._skipped)} updates had to be skipped for such a "
+                "reason. "
+                f"`mmopd replay {self._run.root} {step}` shows which responses; a lower train.lr or "
+                "algorithm.log_ratio_clip may help"
             )
 
     def _keep(self, step: int, items: Sequence[Item], error: NotFiniteError) -> None:

@@ -47,7 +47,9 @@ async def probe(
     worst = float(torch.cat(await asyncio.gather(*map(ask, engines))).abs().max())  # NaN where one of them is
     if not worst <= tolerance:
         raise ProbeError(
-            f"after the weight sync, engine and trainer differ by {worst:.2e} in the log-prob of a token, and train.probe_tolerance is "
-            f"{tolerance:.0e}: the engine does not hold the trainer's weights, or the two compute in different precision"
+            f"after the weight sync, engine and trainer differ by {worst:.2e} in the log-prob of a token, and "
+            "train.probe_tolerance is "
+            f"{tolerance:.0e}: the engine does not hold the trainer's weights, or the two compute in different "
+            "precision"
         )
     return worst
