@@ -32,7 +32,8 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from mmopd.config import Algorithm, Train
+from mmopd.algorithm.settings import Algorithm
+from mmopd.config import Train
 from mmopd.demo.world import additions, build_student, digit_sums
 from mmopd.modality import Encoder
 from mmopd.records import Encoded, Prompt

@@ -37,8 +37,9 @@ from rich.table import Table
 
 from mmopd import settings_file
 from mmopd.algorithm import balance_online, difficulty_weights, margin_mask, margin_shift, opd
-from mmopd.algorithm.objective import _order_seen, _responses_seen
-from mmopd.config import Algorithm, Recipe
+from mmopd.algorithm.reverse_kl import _order_seen, _responses_seen
+from mmopd.algorithm.settings import Algorithm
+from mmopd.config import Recipe
 from mmopd.records import Encoded, Outcome, Prompt, Response, Sample, Score
 from mmopd.report.metrics import read_lines
 from mmopd.train.batch import build_batch

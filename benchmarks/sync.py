@@ -24,7 +24,8 @@ from peak import peak_mib
 from rich.console import Console
 from rich.table import Table
 
-from mmopd.config import Algorithm, Train
+from mmopd.algorithm.settings import Algorithm
+from mmopd.config import Train
 from mmopd.demo.world import build_student
 from mmopd.modality import Encoder
 from mmopd.rollout.buckets import MemoryFile, filled

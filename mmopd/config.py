@@ -1,35 +1,21 @@
 """What a run is made of: frozen pydantic models, read from YAML (`settings_file`); an unknown key is an error.
 
-A recipe names a student, a fleet, a mixture and a suite by file, and holds the algorithm's settings. The models of
-the four catalogue folders (fleet, mixture, suite) are here too, so that one file answers "which keys are there?".
+A recipe names a student, a fleet, a mixture and a suite by file, and holds the settings of a run. The models of the
+files of teachers/, data/, eval/ and recipes/ are here; those of the algorithm are in `mmopd.algorithm.settings`, and an
+objective's own in its file.
 """
 
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, get_args
 
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    Field,
-    SerializerFunctionWrapHandler,
-    field_validator,
-    model_serializer,
-    model_validator,
-)
+from pydantic import Field, model_validator
 
-from mmopd.settings_file import suggest
+from mmopd.algorithm.settings import Algorithm
+from mmopd.settings_file import Config, Fraction, Positive, suggest
 
-Fraction = Annotated[float, Field(ge=0, le=1)]
-Positive = Annotated[int, Field(ge=1)]
 Part = Literal["vision", "projector", "language"]  # of a student
 Sync = Literal["file", "broadcast", "ipc"]
-
-
-class Config(BaseModel):
-    """Base of all settings: immutable, and closed to unknown keys."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
 
 class Engine(Config):
@@ -86,193 +72,6 @@ class Rollout(Config):
         0,
         description="1: the next step is rolled out while the trainer learns from this one, by weights that are one update older",
     )
-
-
-class Difficulty(Config):
-    """Offline balancing: K answers per prompt, and weights that flatten the histogram (paper 3.3, A.1)."""
-
-    attempts: Positive = 8
-    policy: Literal["flatten", "drop_easy", "frontier"] = Field(
-        "flatten",
-        description="the paper's; or to compare: without the always right ones (POLARIS), or weighted by p (1 - p) (PACED)",
-    )
-    shape: Literal["auto", "u", "mirrored_j", "flat"] = Field("auto", description="of the histogram, for flatten")
-    cap: float = Field(4.0, ge=1, description="largest sampling weight of a prompt, for flatten")
-    temperature: float = Field(1.0, gt=0)
-    top_p: float = Field(0.95, gt=0, le=1)
-    top_k: int = Field(50, ge=0)
-
-
-class Balance(Config):
-    """Online balancing of right and wrong responses (paper 3.3, A.2)."""
-
-    scope: Literal["group", "batch"] = "group"
-    ratio: float = Field(
-        1.0, ge=0, description="right : wrong to reach; 1 is the paper's 1 : 1, 0 and .inf ask for one side alone"
-    )
-    tolerance: Fraction = Field(
-        0.05, description="allowed distance of the share of right ones, in scope batch; no use in scope group"
-    )
-
-
-OF_ONE_KIND = {"direction": "shift", "retain": "mask"}  # settings of a margin
-
-
-class Margin(Config):
-    """Outcome-guided margin calibration (paper 3.4, A.4): one of shift or mask."""
-
-    kind: Literal["shift", "mask"] = "shift"
-    scope: Literal["group", "global"] = "group"
-    mode: Literal["mean", "minmax"] = "mean"
-    direction: Literal["lift", "suppress", "spread"] = Field(
-        "spread", description="of shift; an error where mask is asked for"
-    )
-    delta: float = Field(0.4, ge=0, allow_inf_nan=False, description="margin to reach, in nats")
-    retain: Fraction = Field(
-        0.25, description="share of a side that mask always keeps; an error where shift is asked for"
-    )
-
-    @model_validator(mode="before")
-    @classmethod
-    def _one_kind(cls, data: Any) -> Any:
-        if isinstance(data, list) or (isinstance(data, dict) and {"shift", "mask"} & data.keys()):
-            raise ValueError("one calibration at a time: `kind: shift` or `kind: mask`, with its settings beside it")
-        if not isinstance(data, dict) or (kind := data.get("kind", "shift")) not in ("shift", "mask"):
-            return data
-        others = [key for key, owner in OF_ONE_KIND.items() if owner != kind]
-        if wrong := next((key for key in others if data.get(key) is not None), None):
-            raise ValueError(
-                f"`{wrong}` is a setting of `kind: {OF_ONE_KIND[wrong]}`, and the kind is {kind}: "
-                f"leave it out, or set algorithm.margin.{wrong}=null"
-            )
-        return {key: value for key, value in data.items() if key not in others}
-
-    @model_serializer(mode="wrap")
-    def _what_its_kind_has(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """So that what is written reads back."""
-        return {key: value for key, value in write(self).items() if OF_ONE_KIND.get(key, self.kind) == self.kind}
-
-
-class Visual(Config):
-    """Visual advantage: how much more likely a response is to a teacher that sees the image than to one that is shown a
-    blank.
-    """
-
-    share: Fraction = Field(
-        0.05, description="share of the responses to image prompts that are scored a second time, without the image"
-    )
-    token_weight: float = Field(
-        0.0, ge=0, description="strength of a token weight that favours tokens that need the image; 0 = off"
-    )
-
-
-class OPD(Config):
-    """Reverse KL on the student's own tokens (paper 3.2); with the three parts of `Algorithm` it is Uni-OPD, without
-    them OPD.
-    """
-
-    kind: Literal["opd"] = "opd"
-
-
-class ExOPD(Config):
-    """OPD that goes past the teacher: `r = scale (log pi_T - log pi_ref) - (log pi - log pi_ref)`; scale 1 is OPD."""
-
-    kind: Literal["exopd"]
-    scale: float = Field(1.25, ge=1)
-    reference: str | Mapping[str, str] = Field(
-        description="the teacher of the fleet that is the reference: the student's start; or for each teacher its base, {math: math_base}"
-    )
-
-
-class GRPO(Config):
-    """Outcomes alone, no teacher (Table B.1): `(o - mean) / std` of a prompt's responses, on each of their tokens. It
-    makes teachers.
-    """
-
-    kind: Literal["grpo"]
-
-
-class SFT(Config):
-    """Likelihood of the teachers' own right answers, which are sampled once, before training, and kept beside the
-    shards.
-    """
-
-    kind: Literal["sft"]
-    attempts: Positive = Field(8, description="answers of a teacher to each prompt")
-
-
-class Dense(Config):
-    """A divergence over the teacher's likeliest tokens at each position, and all others as one, instead of the sampled
-    token alone.
-    """
-
-    kind: Literal["dense"]
-    divergence: Literal["forward_kl", "jsd"] = "forward_kl"
-    top_k: Positive = Field(
-        20, description="the teacher's likeliest tokens; more than 20 need `--max-logprobs` in its engine.extra_args"
-    )
-    beta: float = Field(0.5, gt=0, lt=1, description="of jsd: share of the teacher in the mixture")
-
-    @field_validator("divergence", mode="before")
-    @classmethod
-    def _has_a_tail(cls, divergence: object) -> object:
-        if divergence == "reverse_kl":
-            raise ValueError(
-                "reverse KL over the teacher's likeliest tokens is not offered: what it must punish is what the student does outside "
-                "of them, where this teacher's log-probs are not known. kind `opd` is reverse KL, on the tokens that were sampled"
-            )
-        return divergence
-
-
-class ExPO(Config):
-    """No training: the weights of the teachers, merged and extrapolated from the student's (`mmopd merge`)."""
-
-    kind: Literal["expo"]
-    alpha: float = Field(1.25, gt=0, description="1 is the mean of the teachers, more goes past it")
-
-
-Objective = Annotated[OPD | ExOPD | GRPO | SFT | Dense | ExPO, Field(discriminator="kind")]
-# What an objective has no use for: it is off by default there, and an error where it is asked for.
-WITHOUT: dict[str, tuple[str, ...]] = {
-    "grpo": ("balance", "margin", "visual"),
-    "sft": ("balance", "margin", "visual"),
-    "dense": ("margin",),
-    "expo": ("difficulty", "balance", "margin", "visual"),
-}
-
-
-class Algorithm(Config):
-    """What the student learns from its responses; a part that is `null` is switched off."""
-
-    objective: Objective = OPD()
-    difficulty: Difficulty | None = Difficulty()
-    balance: Balance | None = Balance()
-    margin: Margin | None = Margin()
-    visual: Visual | None = Visual()
-    clip_low: float = Field(0.2, ge=0, lt=1, description="pi / pi_old is clipped at 1 - this, and at 1 + clip_high")
-    clip_high: float = Field(0.28, ge=0)
-    ratio_cap: float = Field(
-        2.0,
-        ge=1,
-        description="largest weight that a token gets for being likelier now than when it was sampled, with recomputed log-probs",
-    )
-    log_ratio_clip: float = Field(
-        10.0, gt=0, description="a token whose |log pi_student - log pi_teacher| reaches it is left out"
-    )
-    outcome_threshold: float = Field(0.5, gt=0, le=1, description="a soft outcome at or above it counts as right")
-
-    @model_validator(mode="before")
-    @classmethod
-    def _leave_out_what_has_no_use(cls, data: Any) -> Any:
-        objective = data.get("objective") if isinstance(data, dict) else None
-        kind = objective.get("kind") if isinstance(objective, dict) else getattr(objective, "kind", None)
-        for part in WITHOUT.get(kind or "", ()):
-            if data.get(part) is not None:
-                raise ValueError(
-                    f"`{part}` has no meaning with `objective: {{kind: {kind}}}`: set algorithm.{part}=null"
-                )
-            data = {**data, part: None}
-        return data
 
 
 class Lora(Config):
@@ -504,16 +303,18 @@ class Recipe(Config):
 
     @model_validator(mode="after")
     def _has_teachers(self) -> Self:
-        if self.fleet is None and self.algorithm.objective.kind != "grpo":
-            raise ValueError(
-                f"fleet: missing, and `{self.algorithm.objective.kind}` learns from teachers; only `grpo` needs none"
-            )
+        objective = self.algorithm.objective
+        if self.fleet is None and objective.needs_teachers:
+            raise ValueError(f"fleet: missing, and `{objective.kind}` learns from teachers; `grpo` needs none")
         return self
 
     @model_validator(mode="after")
     def _sync_has_its_trainer(self) -> Self:
-        if self.student.sync != "file" and self.algorithm.objective.kind == "expo":
-            raise ValueError("student.sync: `expo` sends merged weights once, without a trainer; leave it out")
+        objective = self.algorithm.objective
+        if self.student.sync != "file" and not objective.trains:
+            raise ValueError(
+                f"student.sync: `{objective.kind}` sends merged weights once, without a trainer; leave it out"
+            )
         if self.student.sync == "ipc" and self.rollout.async_steps:
             raise ValueError(
                 "student.sync: with ipc the engine sleeps while the trainer learns; rollout.async_steps needs it awake"
@@ -522,9 +323,10 @@ class Recipe(Config):
 
     @model_validator(mode="after")
     def _may_run_ahead(self) -> Self:
-        if self.recomputes and (kind := self.algorithm.objective.kind) in {"sft", "expo"}:
+        objective = self.algorithm.objective
+        if self.recomputes and not objective.samples_rollouts:
             key = "rollout.async_steps" if self.rollout.async_steps else "train.old_logprobs"
-            raise ValueError(f"{key}: `{kind}` learns from no rollouts; leave it out")
+            raise ValueError(f"{key}: `{objective.kind}` learns from no rollouts; leave it out")
         if self.rollout.async_steps and self.train.old_logprobs == "engine":
             raise ValueError(
                 "train.old_logprobs: with rollout.async_steps the engine's log-probs are those of older weights; leave it out, or recompute"

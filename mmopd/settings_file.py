@@ -1,16 +1,26 @@
-"""A YAML file as a pydantic model, and back: errors name the file and the key, and guess what was meant."""
+"""The base of all settings, and a YAML file as such a model, and back: errors name the file and the key, and guess what
+was meant.
+"""
 
 import difflib
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, TypeVar, get_args
+from typing import Annotated, Any, TypeVar, get_args
 
 import yaml
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from mmopd.errors import UserError
 
 C = TypeVar("C", bound=BaseModel)
+Fraction = Annotated[float, Field(ge=0, le=1)]
+Positive = Annotated[int, Field(ge=1)]
+
+
+class Config(BaseModel):
+    """Base of all settings: immutable, and closed to unknown keys."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
 
 
 def suggest(word: str, known: Iterable[str]) -> str:

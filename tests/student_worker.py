@@ -24,8 +24,9 @@ from safetensors.torch import load_file, save_file
 from train_worker import TRAIN, make_items
 from transformers import AutoConfig, GenerationConfig, Qwen2VLImageProcessor, Qwen2VLVideoProcessor
 
-from mmopd.algorithm.objective import clipped_loss
-from mmopd.config import Algorithm, Engine, Train
+from mmopd.algorithm import clipped_loss
+from mmopd.algorithm.settings import Algorithm
+from mmopd.config import Engine, Train
 from mmopd.demo.world import CHAT_TEMPLATE, VOCAB_SIZE, build_processor
 from mmopd.modality import Encoder
 from mmopd.rollout.student_client import StudentClient

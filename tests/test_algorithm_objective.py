@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mmopd.algorithm import balance_online, clipped_loss, margin_mask, margin_shift, opd
-from mmopd.config import Algorithm, Balance, Margin
+from mmopd.algorithm.settings import Algorithm, Balance, Margin
 
 NAN = float("nan")
 PLAIN = Algorithm(balance=None, margin=None)

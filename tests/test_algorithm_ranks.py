@@ -16,7 +16,7 @@ import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mmopd.config import Algorithm, Balance, Margin
+from mmopd.algorithm.settings import Algorithm, Balance, Margin
 from mmopd.records import Absent, Outcome, Response, Sample, Score
 from mmopd.train.batch import build_batch
 from mmopd.train.distributed import Ranks

@@ -8,7 +8,8 @@ import pytest
 import yaml
 
 from mmopd import catalog
-from mmopd.config import OPD, Balance, Difficulty, Margin
+from mmopd.algorithm.objectives import OPD
+from mmopd.algorithm.settings import Balance, Difficulty, Margin
 from mmopd.errors import UserError
 from mmopd.prompts import Shards
 from mmopd.task import Task

@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 
 from mmopd import settings_file
-from mmopd.config import Fleet, Margin, Mixture, Recipe
+from mmopd.algorithm.settings import Margin
+from mmopd.config import Fleet, Mixture, Recipe
 from mmopd.errors import UserError
 
 RECIPE = "student: {model: m}\nfleet: teachers/demo.yaml\nmixture: data/demo.yaml\n"

@@ -10,13 +10,13 @@ import pytest
 from PIL import Image
 from rich.console import Console
 
-from mmopd import config
+from mmopd.algorithm.settings import Difficulty
 from mmopd.errors import UserError
 from mmopd.prompts import PromptPlan, Rows, Shards, difficulty_counts, write_shards
 from mmopd.records import Prompt
 from mmopd.task.base import user_turn
 
-SETTINGS = config.Difficulty()
+SETTINGS = Difficulty()
 
 
 def shards_of(folder: Path, rows: int) -> Shards:
@@ -91,7 +91,7 @@ def test_counts_lie_beside_the_shards_and_depend_on_data_student_and_sampling_bu
         return difficulty_counts.counts_file(
             shards,
             difficulty_counts.origin(
-                shards, student, config.Difficulty.model_validate(settings), max_tokens=max_tokens, threshold=0.5
+                shards, student, Difficulty.model_validate(settings), max_tokens=max_tokens, threshold=0.5
             ),
         )
 
@@ -114,7 +114,7 @@ def test_the_policies_of_others_can_be_chosen(tmp_path: Path, policy: str, weigh
     with difficulty_counts.Counts(tmp_path / "counts.jsonl", {}) as counts:
         for row, (correct, attempts) in enumerate([(0, 8), (1, 8), (4, 8), (8, 8), (0, 0)]):
             counts.add(row, correct, attempts)
-        measured = difficulty_counts.measure(counts, 5, config.Difficulty.model_validate({"policy": policy}))
+        measured = difficulty_counts.measure(counts, 5, Difficulty.model_validate({"policy": policy}))
         assert measured.weights == pytest.approx(weights)
         plan = PromptPlan({"sums": Rows(5, "f", measured.weights)}, {"sums": 1}, 0)
         drawn = np.bincount([row for _, row in plan.draw(1000)], minlength=5)
@@ -126,7 +126,7 @@ def test_a_policy_that_leaves_nothing_is_an_error(tmp_path: Path) -> None:
         counts.add(0, 8, 8)
         for policy in ("drop_easy", "frontier"):
             with pytest.raises(UserError, match=f"{policy} leaves no prompt"):
-                difficulty_counts.measure(counts, 1, config.Difficulty.model_validate({"policy": policy}))
+                difficulty_counts.measure(counts, 1, Difficulty.model_validate({"policy": policy}))
 
 
 def test_the_table_says_how_many_rows_are_never_and_always_right(tmp_path: Path) -> None:

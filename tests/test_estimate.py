@@ -20,6 +20,7 @@ from student_worker import FAMILIES, build
 from typer.testing import CliRunner
 
 from mmopd import catalog
+from mmopd.algorithm.settings import Algorithm
 from mmopd.capacity import memory, step_time
 from mmopd.capacity.budget import Machines, budget, largest
 from mmopd.capacity.memory import GIB, GPUS, Load
@@ -27,7 +28,7 @@ from mmopd.capacity.model_size import read_model
 from mmopd.capacity.show import show_budget
 from mmopd.capacity.step_time import Served
 from mmopd.cli import app
-from mmopd.config import Algorithm, Engine, Lora, Recipe, Train
+from mmopd.config import Engine, Lora, Recipe, Train
 from mmopd.errors import UserError
 from mmopd.task.load import load_tasks
 

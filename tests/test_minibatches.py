@@ -2,8 +2,8 @@
 
 import torch
 
-from mmopd.algorithm.loss import token_loss
-from mmopd.config import Algorithm
+from mmopd.algorithm import Tokens
+from mmopd.algorithm.settings import Algorithm
 from mmopd.modality import Encoder
 from mmopd.records import Absent, Encoded, Outcome, Prompt, Response, Sample, Score
 from mmopd.train.batch import Batch, build_batch, minibatches
@@ -42,7 +42,8 @@ def prompts(encoder: Encoder) -> list[Encoded]:
 def loss(items: list[Item], moved: dict[tuple[int, ...], torch.Tensor]) -> torch.Tensor:
     """As the trainer has it, of a policy whose log-probs are now `moved`."""
     old, A, w = (torch.cat([getattr(item, name) for item in items]) for name in ("old", "advantage", "weight"))
-    return token_loss(torch.cat([moved[item.tokens] for item in items]), old, A, w, likeliest=None, settings=PLAIN)
+    tokens = Tokens(torch.cat([moved[item.tokens] for item in items]), old, A, w, likeliest=None)
+    return PLAIN.objective.loss(tokens, PLAIN)
 
 
 def test_whole_groups_are_dealt_and_every_kept_response_is_in_one_minibatch(encoder: Encoder) -> None:

@@ -12,11 +12,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console
 
-from mmopd.algorithm import forward_kl, grpo, jsd, likelihood_loss, opd, sft
-from mmopd.algorithm.loss import token_loss
+from mmopd.algorithm import Tokens, forward_kl, grpo, jsd, likelihood_loss, opd, sft
+from mmopd.algorithm.objectives import ExOPD
+from mmopd.algorithm.settings import Algorithm
 from mmopd.catalog import load_fleet, load_recipe
 from mmopd.commands.compare import Run, run_all
-from mmopd.config import Algorithm, Comparison, ExOPD, Fleet, Recipe, Route, Teacher
+from mmopd.config import Comparison, Fleet, Recipe, Route, Teacher
 from mmopd.errors import UserError
 from mmopd.runtime.progress import Stages
 from mmopd.settings_file import build
@@ -190,7 +191,8 @@ def test_a_divergence_is_nothing_where_both_agree_and_pulls_the_student_to_the_t
         for _ in range(200):
             out = torch.log_softmax(logits, -1)
             none = torch.zeros(3)
-            loss = token_loss(none, none, none, torch.ones(3) / 3, likeliest=likeliest(teacher, out, 4), settings=dense)
+            tokens = Tokens(none, none, none, torch.ones(3) / 3, likeliest(teacher, out, 4))
+            loss = dense.objective.loss(tokens, dense)
             losses.append(loss.item())
             (grad,) = torch.autograd.grad(loss, logits)
             logits = (logits - 2 * grad).detach().requires_grad_()

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from mmopd import catalog
-from mmopd.config import Algorithm
+from mmopd.algorithm.settings import Algorithm
 from mmopd.demo.world import build_processor
 from mmopd.errors import UserError
 from mmopd.modality import Encoder

@@ -13,7 +13,8 @@ import pytest
 from PIL import Image
 
 from mmopd import settings_file
-from mmopd.config import Algorithm, Margin, Recipe, Student
+from mmopd.algorithm.settings import Algorithm, Margin
+from mmopd.config import Recipe, Student
 from mmopd.errors import UserError
 from mmopd.evaluate import BenchmarkScore, Results, Row
 from mmopd.modality import Encoder

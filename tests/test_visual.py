@@ -9,8 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mmopd.algorithm import visual_weights
+from mmopd.algorithm.settings import Algorithm, Visual
 from mmopd.algorithm.visual import CAP
-from mmopd.config import Algorithm, Recipe, Student, Visual
+from mmopd.config import Recipe, Student
 from mmopd.demo.world import build_processor
 from mmopd.modality import Encoder
 from mmopd.records import Absent, Encoded, Outcome, Prompt, Response, Sample, Score

@@ -21,8 +21,9 @@ from typing import Any
 import deepspeed
 import torch
 
+from mmopd.algorithm.settings import Algorithm
 from mmopd.catalog import load_recipe
-from mmopd.config import Algorithm, Train
+from mmopd.config import Train
 from mmopd.demo.world import additions, digit_sums
 from mmopd.errors import UserError
 from mmopd.modality import Encoder

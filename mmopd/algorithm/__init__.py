@@ -1,19 +1,30 @@
-"""The recipe as pure functions: tensors in, tensors out; no process group, no HTTP, no model.
+"""Objectives, and the recipe as pure functions: tensors in, tensors out; no process group, no HTTP, no model.
 
-They take a few numbers per response or token, on the CPU; the losses and divergences alone run where the model is.
+The functions take a few values per response or token, on the CPU; losses and divergences also run where the model is.
+Names are imported when they are first used, so that settings can be read without torch.
 """
 
-from mmopd.algorithm.balance import balance_online
-from mmopd.algorithm.dense import forward_kl, jsd
-from mmopd.algorithm.difficulty import difficulty_shape, difficulty_weights, drop_easy_weights, frontier_weights
-from mmopd.algorithm.grpo import grpo
-from mmopd.algorithm.margin import margin_mask, margin_shift, margins
-from mmopd.algorithm.objective import Targets, clipped_loss, opd
-from mmopd.algorithm.sft import likelihood_loss, sft
-from mmopd.algorithm.visual import visual_weights
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from mmopd.algorithm.advantage import grpo
+    from mmopd.algorithm.balance import balance_online
+    from mmopd.algorithm.base import Objective
+    from mmopd.algorithm.clipped import clipped_loss
+    from mmopd.algorithm.difficulty import difficulty_shape, difficulty_weights, drop_easy_weights, frontier_weights
+    from mmopd.algorithm.divergence import forward_kl, jsd
+    from mmopd.algorithm.likelihood import likelihood_loss, sft
+    from mmopd.algorithm.margin import margin_mask, margin_shift, margins
+    from mmopd.algorithm.reverse_kl import opd, targets_of
+    from mmopd.algorithm.step import Step, Targets, Tokens, mean_weights
+    from mmopd.algorithm.visual import visual_weights
 
 __all__ = [
+    "Objective",
+    "Step",
     "Targets",
+    "Tokens",
     "balance_online",
     "clipped_loss",
     "difficulty_shape",
@@ -27,7 +38,31 @@ __all__ = [
     "margin_mask",
     "margin_shift",
     "margins",
+    "mean_weights",
     "opd",
     "sft",
+    "targets_of",
     "visual_weights",
 ]
+
+_MODULES = {
+    "advantage": ("grpo",),
+    "balance": ("balance_online",),
+    "base": ("Objective",),
+    "clipped": ("clipped_loss",),
+    "difficulty": ("difficulty_shape", "difficulty_weights", "drop_easy_weights", "frontier_weights"),
+    "divergence": ("forward_kl", "jsd"),
+    "likelihood": ("likelihood_loss", "sft"),
+    "margin": ("margin_mask", "margin_shift", "margins"),
+    "reverse_kl": ("opd", "targets_of"),
+    "step": ("Step", "Targets", "Tokens", "mean_weights"),
+    "visual": ("visual_weights",),
+}
+_HOME = {name: module for module, names in _MODULES.items() for name in names}
+
+
+def __getattr__(name: str) -> object:
+    """Import a public name from its module."""
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)

@@ -9,7 +9,7 @@ from mmopd.capacity import memory
 from mmopd.capacity.memory import GIB, Gpu, Load, Part, ceil_gib
 from mmopd.capacity.model_size import Model, read_model
 from mmopd.capacity.step_time import Served, Share, Time, Work, step_times
-from mmopd.config import ExPO, Fleet, Mixture, Recipe
+from mmopd.config import Fleet, Mixture, Recipe
 from mmopd.errors import UserError
 from mmopd.serving.placement import place
 from mmopd.serving.specs import ServerSpec, student_specs
@@ -74,12 +74,15 @@ def budget(recipe: Recipe, machines: Machines, *, response: int | None = None, e
     Raises:
         UserError: a file or a config.json is missing or wrong, or the recipe trains nothing.
     """
-    if isinstance(recipe.algorithm.objective, ExPO):
-        raise UserError("algorithm.objective: expo merges weights on the CPU, so that there is nothing to plan")
+    objective = recipe.algorithm.objective
+    if not objective.trains:
+        raise UserError(
+            f"algorithm.objective: {objective.kind} merges weights on the CPU, so that there is nothing to plan"
+        )
     whole = load_teachers(recipe)
     mixture = catalog.load_mixture(recipe.mixture)
     tasks = load_tasks()
-    before = references(whole, recipe.algorithm.objective)
+    before = references(whole, objective)
     teachers = {**routed(whole).teachers, **(before.teachers if before else {})}
     fleet = whole.model_copy(update={"teachers": teachers})
     student = read_model(recipe.student.model, recipe.train)

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from mmopd.capacity.model_size import Model
-from mmopd.config import Dense, Engine, Recipe, Train
+from mmopd.config import Engine, Recipe, Train
 from mmopd.errors import UserError
 from mmopd.settings_file import suggest
 from mmopd.train.logprob import GPU_CHUNK, ROWS
@@ -234,7 +234,7 @@ def head(model: Model, recipe: Recipe, tokens: int) -> float:
         for weight in model.weights
         if weight.name.endswith("embed_tokens.weight" if tied else "lm_head.weight")
     )
-    several = isinstance(recipe.algorithm.objective, Dense)
+    several = recipe.algorithm.objective.likeliest() > 0
     logits = 4 * ROWS * text.vocabulary * 4 if several else 4 * HEAD_ROWS * GPU_CHUNK * 4
     return trained * (4 + width) * text.vocabulary * text.hidden + (4 + 2 * width) * tokens * text.hidden + logits
 

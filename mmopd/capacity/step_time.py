@@ -112,7 +112,7 @@ def _rollout(recipe: Recipe, gpu: Gpu, student: Model, work: Work) -> Time:
     """Each token reads the weights and the cache of an engine's sequences; the longest response alone is a bound of its
     own.
     """
-    if recipe.algorithm.objective.kind == "sft":
+    if not recipe.algorithm.objective.samples_rollouts:
         return Time("rollout", 0.0, "none: the teachers' answers are sampled before training")
     engine = recipe.student.engine
     rollout = recipe.rollout

@@ -25,7 +25,7 @@ from scipy.stats import t as student_t
 
 from mmopd import catalog
 from mmopd.commands.train import launch
-from mmopd.config import Comparison, ComparisonTable, ExOPD, Recipe
+from mmopd.config import Comparison, ComparisonTable, Recipe
 from mmopd.errors import UserError
 from mmopd.evaluate.table import Results
 from mmopd.runtime.processes import Children
@@ -134,8 +134,7 @@ def what_is_served(recipe: Recipe) -> list[Any]:
     """What decides which servers a run needs: the student, its engine, the fleet, and which of its teachers are
     references.
     """
-    objective = recipe.algorithm.objective
-    references = objective.reference if isinstance(objective, ExOPD) else None
+    references = recipe.algorithm.objective.references()
     return [recipe.student.model_dump(mode="json"), str(recipe.fleet), references]
 
 

@@ -5,7 +5,6 @@ import time
 
 from mmopd.commands.job import Job, give
 from mmopd.commands.merge import merge
-from mmopd.config import ExPO
 from mmopd.errors import UserError
 from mmopd.runtime.processes import Children
 from mmopd.runtime.progress import Stages
@@ -81,13 +80,13 @@ def extrapolate(job: Job, run: RunFolder, children: Children, servers: Servers, 
             f"teacher {elsewhere[0]!r}: expo merges whole weights, so that every teacher needs a `model` here and no "
             "adapter"
         )
-    objective = job.recipe.algorithm.objective
-    assert isinstance(objective, ExPO)
+    alpha = job.recipe.algorithm.objective.extrapolation()
+    assert alpha is not None
     with stages.stage("merge") as stage:
         weights = {
             teacher.model: teacher.weight for teacher in job.fleet.teachers.values() if teacher.model is not None
         }
         if not run.export.exists():
-            merge(job.recipe.student.model, weights, objective.alpha, run.export, stage)
+            merge(job.recipe.student.model, weights, alpha, run.export, stage)
         give(run, run.export, MERGED)
-        stage.outcome = f"{len(weights)} teachers, alpha {objective.alpha:g}"
+        stage.outcome = f"{len(weights)} teachers, alpha {alpha:g}"

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from mmopd import catalog
 from mmopd.commands.merge import Checkpoint
-from mmopd.config import Dense, Fleet, Recipe, Suite
+from mmopd.config import Fleet, Recipe, Suite
 from mmopd.errors import UserError
 from mmopd.evaluate.lmms import read_suite
 from mmopd.modality import Encoder
@@ -137,7 +137,7 @@ def prove(job: Job, servers: Servers, run: RunFolder, stages: Stages) -> list[Ch
                     encoder,
                     kinds,
                     max_tokens=max_tokens,
-                    top_k=objective.top_k if isinstance(objective, Dense) else 0,
+                    top_k=objective.likeliest(),
                     responses=responses,
                     done=lambda endpoint: stage.advance(),
                 )

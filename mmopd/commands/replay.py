@@ -17,7 +17,8 @@ from rich.markup import escape
 from rich.table import Table
 from torch import Tensor
 
-from mmopd.config import Algorithm, Recipe
+from mmopd.algorithm.settings import Algorithm
+from mmopd.config import Recipe
 from mmopd.errors import UserError
 from mmopd.modality import Encoder
 from mmopd.runtime.run_folder import RunFolder, step_of

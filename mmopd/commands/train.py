@@ -12,7 +12,7 @@ from rich.console import Console
 
 from mmopd.commands.distil import distil, extrapolate
 from mmopd.commands.job import Job, check, prepare, prove, serving
-from mmopd.config import SFT, ExPO, Recipe
+from mmopd.config import Recipe
 from mmopd.evaluate.calls import warm_up
 from mmopd.evaluate.candidates import Candidate, check_results, evaluate_all, print_results
 from mmopd.evaluate.table import Results, Row
@@ -74,7 +74,7 @@ def launch(
             measure_difficulty(job, servers, run, stages)
             sample_answers(job, servers, run, stages)
             rows = evaluate_all(job.suite, starting_points(job, servers), run.evaluation, stages)
-            learn = extrapolate if isinstance(job.recipe.algorithm.objective, ExPO) else distil
+            learn = distil if recipe.algorithm.objective.trains else extrapolate
             learn(job, run, children, servers, stages)
             rows += evaluate_all(job.suite, [distilled(servers, run)], run.evaluation, stages)
         finish(run, rows, stages)
@@ -122,7 +122,7 @@ def sample_answers(job: Job, servers: Servers, run: RunFolder, stages: Stages) -
     Raises:
         UserError: a teacher's server ended, with the last lines of its log; or no answer is right.
     """
-    if not isinstance(job.recipe.algorithm.objective, SFT):
+    if not job.recipe.algorithm.objective.teacher_answers():
         return
     _, teachers = endpoint.load_by_role(run.endpoints)
     with stages.stage("answers") as stage, answering(servers, run.logs, "a teacher did not answer: "):

@@ -13,7 +13,7 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-from mmopd.config import SFT, Fleet, Recipe
+from mmopd.config import Fleet, Recipe
 from mmopd.errors import UserError
 from mmopd.modality import Encoder
 from mmopd.passes.each_row import each_row
@@ -37,18 +37,19 @@ class Answers(Ledger):
     what = "the teachers' answers"
 
 
-def settings_of(recipe: Recipe) -> SFT:
-    """Of the objective.
+def attempts_of(recipe: Recipe) -> int:
+    """Return how many answers teachers give to each prompt.
 
     Raises:
-        UserError: it is another one.
+        UserError: the objective learns from none.
     """
-    if not isinstance(recipe.algorithm.objective, SFT):
+    objective = recipe.algorithm.objective
+    if not objective.teacher_answers():
         raise UserError(
-            f"algorithm.objective.kind is {recipe.algorithm.objective.kind}: only sft learns from the teachers' own "
-            "answers"
+            f"algorithm.objective.kind is {objective.kind}, which does not learn from the teachers' own answers; "
+            "sft does"
         )
-    return recipe.algorithm.objective
+    return objective.teacher_answers()
 
 
 def find_answers(recipe: Recipe, sources: Mapping[str, Shards]) -> dict[str, tuple[Path, Origin]]:
@@ -61,7 +62,7 @@ def find_answers(recipe: Recipe, sources: Mapping[str, Shards]) -> dict[str, tup
     fleet = load_teachers(recipe)
     tasks = load_tasks()
     found: dict[str, tuple[Path, Origin]] = {}
-    sampling = {"attempts": settings_of(recipe).attempts} | rollout.model_dump(
+    sampling = {"attempts": attempts_of(recipe)} | rollout.model_dump(
         include={"temperature", "top_p", "top_k", "max_tokens"}
     )
     for name, shards in sources.items():
@@ -106,7 +107,9 @@ def run_answers(
                 "its verifier"
             )
         empty = sum(not one[row] for name, one in answers.items() for row in range(len(sources[name])))
-    stage.outcome = f"{sum(right.values()):,} right answers of {total * settings_of(recipe).attempts:,}, {empty:,} prompts without one"
+    stage.outcome = (
+        f"{sum(right.values()):,} right answers of {total * attempts_of(recipe):,}, {empty:,} prompts without one"
+    )
 
 
 async def _ask(
@@ -118,7 +121,7 @@ async def _ask(
 ) -> None:
     rollout = recipe.rollout
     encoder = Encoder(recipe.student.model)
-    n = settings_of(recipe).attempts
+    n = attempts_of(recipe)
     fleet = load_teachers(recipe)
     tasks = load_tasks()
     async with AsyncExitStack() as stack:

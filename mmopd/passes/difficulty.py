@@ -8,7 +8,8 @@ from collections.abc import Mapping, Sequence
 from contextlib import AsyncExitStack, ExitStack
 from pathlib import Path
 
-from mmopd.config import Algorithm, Difficulty, Rollout, Student
+from mmopd.algorithm.settings import Algorithm, Difficulty
+from mmopd.config import Rollout, Student
 from mmopd.errors import UserError
 from mmopd.modality import Encoder
 from mmopd.passes.each_row import each_row

@@ -15,10 +15,10 @@ import pyarrow.parquet as pq
 from PIL import Image
 from pydantic import Field
 
-from mmopd.config import Config, Positive
 from mmopd.errors import UserError
 from mmopd.prompts.rows import FORMATS, RowError
 from mmopd.records import Message, Prompt
+from mmopd.settings_file import Config, Positive
 from mmopd.task import Task
 
 TABLES = (".parquet", ".jsonl", ".json")

@@ -18,8 +18,8 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from rich.table import Table
 
-from mmopd import config
 from mmopd.algorithm import difficulty_shape, difficulty_weights, drop_easy_weights, frontier_weights
+from mmopd.algorithm.settings import Difficulty
 from mmopd.errors import UserError
 from mmopd.prompts.ledger import VERSION, Ledger, Origin, check_version, ledger_file
 from mmopd.prompts.shards import Shards
@@ -38,9 +38,7 @@ class Measured:
     weights: tuple[float, ...]  # [P] for `Rows.weights`
 
 
-def origin(
-    shards: Shards, student: str, settings: config.Difficulty, *, max_tokens: int, threshold: float
-) -> dict[str, Any]:
+def origin(shards: Shards, student: str, settings: Difficulty, *, max_tokens: int, threshold: float) -> dict[str, Any]:
     """What the counts of a source are made from; what is done with them later (policy, shape, cap) is no part of it.
 
     Args:
@@ -77,7 +75,7 @@ class Counts(Ledger):
         return [c for c, _ in pairs], [a for _, a in pairs]
 
 
-def measure(counts: Counts, rows: int, settings: config.Difficulty) -> Measured:
+def measure(counts: Counts, rows: int, settings: Difficulty) -> Measured:
     """Shape and weights of a source of `rows` rows from complete counts.
 
     Raises:

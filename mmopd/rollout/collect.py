@@ -10,7 +10,8 @@ from collections.abc import Coroutine, Sequence
 from itertools import chain
 from typing import Any, Protocol, TypeVar
 
-from mmopd.config import Rollout, Visual
+from mmopd.algorithm.settings import Visual
+from mmopd.config import Rollout
 from mmopd.records import Absent, Encoded, Response, Sample, Score
 from mmopd.rollout.student_client import EngineError, StudentClient
 from mmopd.task.verifier_pool import VerifierPool

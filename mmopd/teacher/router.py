@@ -8,7 +8,8 @@ from pathlib import Path
 from transformers import AutoTokenizer
 
 from mmopd import catalog
-from mmopd.config import ExOPD, Fleet, Objective, Recipe, Route, View
+from mmopd.algorithm.base import Objective
+from mmopd.config import Fleet, Recipe, Route, View
 from mmopd.errors import UserError
 from mmopd.settings_file import suggest
 from mmopd.task.base import Task
@@ -84,7 +85,7 @@ def load_teachers(recipe: Recipe) -> Fleet:
     Raises:
         UserError: the file is missing or wrong.
     """
-    if recipe.fleet is None or recipe.algorithm.objective.kind == "grpo":
+    if recipe.fleet is None or not recipe.algorithm.objective.needs_teachers:
         return Fleet(teachers={}, routes=())
     return catalog.load_fleet(recipe.fleet)
 
@@ -104,10 +105,10 @@ def references(fleet: Fleet, objective: Objective) -> Fleet | None:
     Raises:
         UserError: a teacher has no reference, or the fleet has no teacher of a reference's name.
     """
-    if not isinstance(objective, ExOPD):
-        return None
     key = "algorithm.objective.reference"
-    named = objective.reference
+    named = objective.references()
+    if named is None:
+        return None
     routes = []
     for route in fleet.routes:
         shares: dict[str, float] = {}

@@ -10,8 +10,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from mmopd.algorithm import Targets, grpo, opd, sft, visual_weights
-from mmopd.config import Algorithm, ExOPD
+from mmopd.algorithm.settings import Algorithm
+from mmopd.algorithm.step import Step, Targets
+from mmopd.algorithm.visual import visual_weights
 from mmopd.records import Encoded, Sample, Score
 from mmopd.train.prefix_tree import Item
 
@@ -41,60 +42,46 @@ def build_batch(
     Raises:
         ValueError: no sample has what the objective needs.
     """
-    kind = settings.objective.kind
-    chosen = [i for i, s in enumerate(samples) if isinstance(s.score, Score) or kind == "grpo"]
+    objective = settings.objective
+    chosen = [i for i, s in enumerate(samples) if isinstance(s.score, Score) or not objective.needs_teachers]
     if not chosen:
         raise ValueError("no response of this step has a score")
     usable = [samples[i] for i in chosen]
     sampled = torch.tensor([x for s in usable for x in s.response.logprobs])
-    student = sampled if old is None else torch.cat([old[i] for i in chosen])
     lengths = torch.tensor([len(s.response.tokens) for s in usable])
-    ends = torch.cumsum(lengths, 0).tolist()
-    response = torch.repeat_interleave(torch.arange(len(usable)), lengths)
-    outcome, group = torch.tensor([s.outcome.value for s in usable]), torch.tensor([s.group for s in usable])
-    if kind == "grpo":
-        targets = grpo(response, outcome=outcome, group=group, threshold=settings.outcome_threshold)
-    elif kind == "sft":
-        targets = sft(response, weight=torch.tensor([_scored(s.score).weight for s in usable]))
-    else:
-        targets = _distil(usable, student, response, outcome=outcome, group=group, settings=settings, seed=seed)
+    step = _step(usable, lengths, sampled if old is None else torch.cat([old[i] for i in chosen]), settings, seed)
+    targets = objective.targets(step)
+    weight = targets.token_weight
+    if visual := settings.visual:
+        seen = torch.tensor([x for s in usable for x in visual_advantage(s) or [math.nan] * len(s.response.tokens)])
+        weight = visual_weights(weight, seen, step.response, strength=visual.token_weight)
     if old is not None:
-        targets = replace(
-            targets, token_weight=targets.token_weight * (student - sampled).exp().clamp(max=settings.ratio_cap)
-        )
-    return Batch(usable, [slice(e - n, e) for e, n in zip(ends, lengths.tolist(), strict=True)], targets, student)
+        weight = weight * (step.student - sampled).exp().clamp(max=settings.ratio_cap)
+    ends = torch.cumsum(lengths, 0).tolist()
+    spans = [slice(e - n, e) for e, n in zip(ends, lengths.tolist(), strict=True)]
+    return Batch(usable, spans, replace(targets, token_weight=weight), step.student)
 
 
-def _distil(
-    scored: Sequence[Sample],
-    student: Tensor,
-    response: Tensor,
-    *,
-    outcome: Tensor,
-    group: Tensor,
-    settings: Algorithm,
-    seed: int,
-) -> Targets:
-    """Balance, calibrate and turn scores into advantages and weights."""
-    exopd = settings.objective if isinstance(settings.objective, ExOPD) else None
-    targets = opd(
-        teacher=torch.tensor([x for s in scored for x in _scored(s.score).logprobs]),
+def _step(usable: Sequence[Sample], lengths: Tensor, student: Tensor, settings: Algorithm, seed: int) -> Step:
+    """Return the flat arrays of a step.
+
+    Args:
+        lengths: tokens of each response, [N].
+        student: log-probs of the policy that learns, [M].
+    """
+    scores = [_scored(s.score) for s in usable] if settings.objective.needs_teachers else None
+    references = [_scored(s.reference) for s in usable] if settings.objective.references() is not None else None
+    return Step(
+        response=torch.repeat_interleave(torch.arange(len(usable)), lengths),
         student=student,
-        response=response,
-        outcome=outcome,
-        group=group,
-        weight=torch.tensor([_scored(s.score).weight for s in scored]),
+        teacher=None if scores is None else torch.tensor([x for score in scores for x in score.logprobs]),
+        reference=None if references is None else torch.tensor([x for score in references for x in score.logprobs]),
+        outcome=torch.tensor([s.outcome.value for s in usable]),
+        group=torch.tensor([s.group for s in usable]),
+        weight=torch.ones(len(usable)) if scores is None else torch.tensor([score.weight for score in scores]),
         settings=settings,
         seed=seed,
-        reference=torch.tensor([x for s in scored for x in _scored(s.reference).logprobs]) if exopd else None,
-        scale=exopd.scale if exopd else 1.0,
     )
-    if visual := settings.visual:
-        seen = torch.tensor([x for s in scored for x in visual_advantage(s) or [math.nan] * len(s.response.tokens)])
-        targets = replace(
-            targets, token_weight=visual_weights(targets.token_weight, seen, response, strength=visual.token_weight)
-        )
-    return targets
 
 
 def visual_advantage(sample: Sample) -> list[float] | None:

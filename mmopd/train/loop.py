@@ -15,7 +15,8 @@ from statistics import fmean
 from typing import Any
 
 from mmopd import catalog
-from mmopd.config import Algorithm, Recipe
+from mmopd.algorithm.settings import Algorithm
+from mmopd.config import Recipe
 from mmopd.errors import UserError
 from mmopd.modality import Encoder
 from mmopd.prompts import difficulty_counts
@@ -184,7 +185,7 @@ def share_right(outcomes: Sequence[Outcome], settings: Algorithm) -> float | Non
     known.
     """
     known = [outcome.value >= settings.outcome_threshold for outcome in outcomes if outcome.known]
-    return fmean(known) if known and settings.objective.kind != "sft" else None
+    return fmean(known) if known and settings.objective.samples_rollouts else None
 
 
 def check_absent(samples: Sequence[Sample], limit: float, step: int) -> None:

@@ -10,7 +10,7 @@ from typing import Self
 
 import psutil
 
-from mmopd.config import Algorithm
+from mmopd.algorithm.settings import Algorithm
 from mmopd.modality import Encoder
 from mmopd.records import Absent, Encoded, Sample, Score
 from mmopd.report.heatmap import as_json, token_row
@@ -38,7 +38,7 @@ class Recorder:
         last = steps - 1
         self._shown_at = {round(i * last / (SHOWN_TIMES - 1)) for i in range(SHOWN_TIMES)}
         self._threshold = algorithm.outcome_threshold
-        self._on_policy = algorithm.objective.kind != "sft"
+        self._on_policy = algorithm.objective.samples_rollouts
 
     def __enter__(self) -> Self:
         return self

@@ -12,7 +12,7 @@ from itertools import chain
 from types import TracebackType
 from typing import NamedTuple, Self
 
-from mmopd.config import Dense, Recipe
+from mmopd.config import Recipe
 from mmopd.modality import Encoder
 from mmopd.passes.answers import Library
 from mmopd.prompts.shards import Shards
@@ -55,12 +55,12 @@ class Rollouts:
         objective = recipe.algorithm.objective
         self.engines = [StudentClient(student, encoder, timeout=recipe.train.timeout) for student in students]
         self.kept = ScoreCache(run.scores, ranks.rank)
-        self._library = Library(recipe, sources, encoder) if objective.kind == "sft" else None
+        self._library = Library(recipe, sources, encoder) if objective.teacher_answers() else None
         self._scorers: dict[str, Scorer] = {}
         self._counted = Counter[str]()
         self._rolling: Rolling | None = None
-        if objective.kind not in {"grpo", "sft"}:
-            top_k = objective.top_k if isinstance(objective, Dense) else 0
+        if objective.needs_teachers and self._library is None:
+            top_k = objective.likeliest()
             self._scorers["scorer"] = Scorer(fleet, tasks, teachers, encoder, top_k=top_k, kept=self.kept)
         if before := references(fleet, objective):
             self._scorers["reference"] = Scorer(before, tasks, teachers, encoder, kept=self.kept)

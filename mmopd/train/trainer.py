@@ -16,8 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mmopd.algorithm.loss import token_loss
-from mmopd.config import Algorithm, Train
+from mmopd.algorithm.settings import Algorithm
+from mmopd.algorithm.step import Tokens
+from mmopd.config import Train
 from mmopd.errors import UserError
 from mmopd.modality import Encoder
 from mmopd.train.distributed import Ranks
@@ -105,9 +106,8 @@ def loss_of(output: Tensor, micro: MicroBatch, settings: Algorithm) -> tuple[Ten
     logprob, likeliest = output, None
     if micro.likeliest is not None:
         logprob, likeliest = output[:, 0], (micro.likeliest, output[:, 1:])
-    return token_loss(
-        logprob, micro.old, micro.advantage, micro.weight, likeliest=likeliest, settings=settings
-    ), logprob
+    tokens = Tokens(logprob, micro.old, micro.advantage, micro.weight, likeliest)
+    return settings.objective.loss(tokens, settings), logprob
 
 
 class Trainer:

@@ -3,35 +3,18 @@ ExOPD, Uni-OPD.
 
 The order is the paper's: online balance, returns of what was kept, margins, shift or mask. Every rank calls `opd` on
 the responses of all ranks and gets the same arrays; the trainer takes its share and knows no more of the algorithm than
-`clipped_loss`. N responses with a score, M tokens of all of them.
+the loss. N responses with a score, M tokens of all of them.
 """
 
-from dataclasses import dataclass
-
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from mmopd.algorithm.balance import balance_online
 from mmopd.algorithm.groups import first, same_length, sides
 from mmopd.algorithm.margin import margin_mask, margin_shift, margins
-from mmopd.config import Algorithm, Margin
-
-
-@dataclass(frozen=True, slots=True)
-class Targets:
-    """What the update needs of a step, and what a person wants to see of it."""
-
-    advantage: Float[Tensor, " M"]  # of OPD the calibrated token reward, in nats
-    token_weight: Float[
-        Tensor, " M"
-    ]  # w_k / (T_i * kept responses of the step), T_i the tokens that count; 0 = leaves the loss
-    keep: Bool[Tensor, " N"]
-    diagnostics: dict[str, float]  # a number that this step does not have (no group with both outcomes, say) has no key
-    log_ratio: Float[Tensor, " N"] | None = (
-        None  # log pi_T - log pi_theta, summed over the tokens that count, where there is a teacher
-    )
-    counted: Int[Tensor, " N"] | None = None  # how many tokens that is
+from mmopd.algorithm.settings import Algorithm, Margin
+from mmopd.algorithm.step import Step, Targets, mean_weights
 
 
 def opd(
@@ -88,7 +71,49 @@ def opd(
     returns = (log_ratios if reference is None else _sums(reward, left_out, response, N)) / T.clamp(min=1)
 
     scored = T > 0
-    balanced = scored.clone()
+    balanced, keep, shift = _calibrated(returns, scored, outcome, group, settings=settings, seed=seed)
+    advantage = reward
+    if settings.margin and settings.margin.kind == "shift":  # index_select is five times as fast as shift[response]
+        advantage = shift.to(reward.dtype).index_select(0, response).add_(reward)
+    share = mean_weights(T, keep, weight)
+    seen = _tokens_seen(log_ratios, T, len(response))
+    seen |= _responses_seen(outcome, cut, returns, scored=scored, balanced=balanced, keep=keep, shift=shift)
+    for when, some, R in (("before", balanced, returns), ("after", keep, returns + shift)):
+        seen |= _order_seen(when, R[some], outcome[some], group[some], margin=settings.margin, threshold=cut)
+    return Targets(
+        advantage=advantage,
+        token_weight=share.to(reward.dtype).index_select(0, response).masked_fill_(left_out, 0.0),
+        keep=keep,
+        log_ratio=log_ratios,
+        counted=T,
+        diagnostics=seen,
+    )
+
+
+def targets_of(step: Step, scale: float = 1.0) -> Targets:
+    """Return `opd` of a step with teachers' scores."""
+    assert step.teacher is not None
+    return opd(
+        step.teacher,
+        step.student,
+        step.response,
+        outcome=step.outcome,
+        group=step.group,
+        weight=step.weight,
+        settings=step.settings,
+        seed=step.seed,
+        reference=step.reference,
+        scale=scale,
+    )
+
+
+def _calibrated(
+    returns: Tensor, scored: Tensor, outcome: Tensor, group: Tensor, *, settings: Algorithm, seed: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return (balanced, keep, shift), each [N]: what balancing keeps, what the mask keeps of it, and what each token
+    of a response is to gain.
+    """
+    cut, balanced, shift = settings.outcome_threshold, scored.clone(), torch.zeros_like(returns)
     if b := settings.balance:
         balanced[scored] = balance_online(
             outcome[scored],
@@ -99,58 +124,18 @@ def opd(
             seed=seed,
             threshold=cut,
         )
-    keep, shift, advantage = balanced.clone(), torch.zeros_like(returns), reward
+    keep = balanced.clone()
     if m := settings.margin:
         R, o, g = returns[balanced], outcome[balanced], group[balanced]
         if m.kind == "shift":
             shift[balanced] = margin_shift(
                 R, o, g, scope=m.scope, mode=m.mode, direction=m.direction, delta=m.delta, threshold=cut
             )
-            advantage = (
-                shift.to(reward.dtype).index_select(0, response).add_(reward)
-            )  # five times as fast as shift[response]
         else:
             keep[balanced] = margin_mask(
                 R, o, g, scope=m.scope, mode=m.mode, delta=m.delta, retain=m.retain, threshold=cut
             )
-
-    share = torch.where(keep, weight / (T.clamp(min=1) * keep.sum().clamp(min=1)), 0.0)
-    return Targets(
-        advantage=advantage,
-        token_weight=share.to(reward.dtype).index_select(0, response).masked_fill_(left_out, 0.0),
-        keep=keep,
-        log_ratio=log_ratios,
-        counted=T,
-        diagnostics=_tokens_seen(log_ratios, T, len(response))
-        | _responses_seen(outcome, cut, returns, scored=scored, balanced=balanced, keep=keep, shift=shift)
-        | _order_seen(
-            "before", returns[balanced], outcome[balanced], group[balanced], margin=settings.margin, threshold=cut
-        )
-        | _order_seen(
-            "after", (returns + shift)[keep], outcome[keep], group[keep], margin=settings.margin, threshold=cut
-        ),
-    )
-
-
-def clipped_loss(
-    logprob: Float[Tensor, " M"],
-    old: Float[Tensor, " M"],
-    advantage: Float[Tensor, " M"],
-    weight: Float[Tensor, " M"],
-    *,
-    clip_low: float,
-    clip_high: float,
-) -> Float[Tensor, ""]:
-    """`-sum weight * min(rho A, clip(rho, 1 - clip_low, 1 + clip_high) A)`, rho = pi_theta / pi_old (PPO, recipe of the
-    paper).
-
-    The weights of `opd` hold the mean over a response's tokens and the mean over the responses of all ranks, so the
-    sums of micro-batches and ranks add up to the loss. A token of weight 0 has no part in it, whatever its log-probs
-    are.
-    """
-    rho = torch.where(weight != 0, logprob - old, 0.0).exp()
-    gain = torch.minimum(rho * advantage, rho.clamp(1 - clip_low, 1 + clip_high) * advantage)
-    return -(weight * gain).sum()
+    return balanced, keep, shift
 
 
 def _check_tokens(response: Tensor, responses: int, **logprobs: Tensor) -> None:
@@ -167,8 +152,9 @@ def _check_tokens(response: Tensor, responses: int, **logprobs: Tensor) -> None:
 
 
 def _sums(value: Tensor, left_out: Tensor, response: Tensor, responses: int) -> Tensor:
-    """Of the tokens that count of each response; float64 [N]."""
-    return torch.bincount(response, weights=value.masked_fill(left_out, 0.0).double(), minlength=responses)
+    """Return the sum over the tokens of each response that count; float64 [N]."""
+    counting = value.masked_fill(left_out, 0.0).double()
+    return torch.bincount(response, weights=counting, minlength=responses).double()  # int64 where there are no tokens
 
 
 def _tokens_seen(log_ratios: Tensor, counting: Tensor, tokens: int) -> dict[str, float]:

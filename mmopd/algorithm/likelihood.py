@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from mmopd.algorithm.objective import Targets
+from mmopd.algorithm.step import Targets, mean_weights
 
 
 def sft(response: Int[Tensor, " M"], *, weight: Float[Tensor, " N"]) -> Targets:
@@ -20,7 +20,7 @@ def sft(response: Int[Tensor, " M"], *, weight: Float[Tensor, " N"]) -> Targets:
     N = len(weight)
     T = torch.bincount(response, minlength=N)
     keep = T > 0
-    share = torch.where(keep, weight / (T.clamp(min=1) * keep.sum().clamp(min=1)), 0.0)
+    share = mean_weights(T, keep, weight)
     return Targets(
         advantage=torch.ones(len(response)),
         token_weight=share.float()[response],

@@ -8,7 +8,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from mmopd.algorithm.groups import rows, same_length, sides
-from mmopd.algorithm.objective import Targets
+from mmopd.algorithm.step import Targets, mean_weights
 
 EPSILON = 1e-6  # on the standard deviation
 
@@ -45,7 +45,7 @@ def grpo(
     std = (torch.bincount(row_kept, weights=(o - mean[row_kept]) ** 2, minlength=S) / (count - 1).clamp(min=1)).sqrt()
     advantage = torch.zeros(N, dtype=torch.float64)
     advantage[keep] = (o - mean[row_kept]) / (std[row_kept] + EPSILON)
-    weight = torch.where(keep, 1 / (T.clamp(min=1) * keep.sum().clamp(min=1)), 0.0)
+    weight = mean_weights(T, keep, 1.0)
     known = {"correct_share": float(right[keep].double().mean()), "return_mean": float(o.mean())} if len(o) else {}
     return Targets(
         advantage=advantage.float()[response],

@@ -1,0 +1,59 @@
+"""Dense: a divergence over several tokens at each position."""
+
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+from pydantic import Field, field_validator
+
+from mmopd.algorithm.base import Objective
+from mmopd.settings_file import Positive
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from mmopd.algorithm.settings import Algorithm
+    from mmopd.algorithm.step import Step, Targets, Tokens
+
+
+class Dense(Objective):
+    """A divergence over the teacher's likeliest tokens at each position, and all others as one, instead of the sampled
+    token alone.
+    """
+
+    unused: ClassVar[tuple[str, ...]] = ("margin",)
+
+    kind: Literal["dense"]
+    divergence: Literal["forward_kl", "jsd"] = "forward_kl"
+    top_k: Positive = Field(
+        20, description="the teacher's likeliest tokens; more than 20 need `--max-logprobs` in its engine.extra_args"
+    )
+    beta: float = Field(0.5, gt=0, lt=1, description="of jsd: share of the teacher in the mixture")
+
+    @field_validator("divergence", mode="before")
+    @classmethod
+    def _has_a_tail(cls, divergence: object) -> object:
+        if divergence == "reverse_kl":
+            raise ValueError(
+                "reverse KL over the teacher's likeliest tokens is not offered: what it must punish is what the student does outside "
+                "of them, where this teacher's log-probs are not known. kind `opd` is reverse KL, on the tokens that were sampled"
+            )
+        return divergence
+
+    def likeliest(self) -> int:
+        """Return `top_k`."""
+        return self.top_k
+
+    def targets(self, step: "Step") -> "Targets":
+        """Return the weights that OPD has; its advantages have no part in the divergence."""
+        from mmopd.algorithm.reverse_kl import targets_of
+
+        return targets_of(step)
+
+    def loss(self, tokens: "Tokens", settings: "Algorithm") -> "Tensor":
+        """Return the weighted sum of the divergences."""
+        from mmopd.algorithm.divergence import forward_kl, jsd
+
+        if tokens.likeliest is None:  # a micro-batch without responses, whose one token has weight 0
+            return super().loss(tokens, settings)
+        teacher, student = tokens.likeliest
+        each = forward_kl(teacher, student) if self.divergence == "forward_kl" else jsd(teacher, student, self.beta)
+        return (tokens.weight * each).sum()

@@ -1,0 +1,33 @@
+"""ExOPD: OPD with a reference, away from which the student goes past its teacher."""
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+from pydantic import Field
+
+from mmopd.algorithm.base import Objective
+
+if TYPE_CHECKING:
+    from mmopd.algorithm.step import Step, Targets
+
+
+class ExOPD(Objective):
+    """OPD that goes past the teacher: `r = scale (log pi_T - log pi_ref) - (log pi - log pi_ref)`; scale 1 is OPD."""
+
+    unused: ClassVar[tuple[str, ...]] = ()
+
+    kind: Literal["exopd"]
+    scale: float = Field(1.25, ge=1)
+    reference: str | Mapping[str, str] = Field(
+        description="the teacher of the fleet that is the reference: the student's start; or for each teacher its base, {math: math_base}"
+    )
+
+    def references(self) -> str | Mapping[str, str]:
+        """Return `reference`."""
+        return self.reference
+
+    def targets(self, step: "Step") -> "Targets":
+        """Return the calibrated reward of each token, by `scale` past the teacher."""
+        from mmopd.algorithm.reverse_kl import targets_of
+
+        return targets_of(step, scale=self.scale)

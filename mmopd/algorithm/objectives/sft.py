@@ -1,0 +1,41 @@
+"""SFT: the teachers' own right answers instead of the student's rollouts."""
+
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+from pydantic import Field
+
+from mmopd.algorithm.base import Objective
+from mmopd.settings_file import Positive
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from mmopd.algorithm.settings import Algorithm
+    from mmopd.algorithm.step import Step, Targets, Tokens
+
+
+class SFT(Objective):
+    """Likelihood of the teachers' own right answers, which are sampled once, before training, and kept beside the
+    shards.
+    """
+
+    unused: ClassVar[tuple[str, ...]] = ("balance", "margin", "visual")
+
+    kind: Literal["sft"]
+    attempts: Positive = Field(8, description="answers of a teacher to each prompt")
+
+    def teacher_answers(self) -> int:
+        """Return `attempts`."""
+        return self.attempts
+
+    def targets(self, step: "Step") -> "Targets":
+        """Return equal weights for the tokens of a response."""
+        from mmopd.algorithm.likelihood import sft
+
+        return sft(step.response, weight=step.weight)
+
+    def loss(self, tokens: "Tokens", settings: "Algorithm") -> "Tensor":
+        """Return the negative log-likelihood."""
+        from mmopd.algorithm.likelihood import likelihood_loss
+
+        return likelihood_loss(tokens.logprob, tokens.weight)

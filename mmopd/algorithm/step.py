@@ -1,0 +1,68 @@
+"""What an objective is given and what it returns: a step, its targets, and the tokens of a micro-batch.
+
+N responses of a step, M tokens of all of them, one response after the other.
+"""
+
+from dataclasses import dataclass, field
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from mmopd.algorithm.settings import Algorithm
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """The responses of a step, over all ranks."""
+
+    response: Int[Tensor, " M"]  # which response the token belongs to, 0..N-1
+    student: Float[Tensor, " M"]  # log-prob of each token by the policy that sampled it, in nats
+    teacher: Float[Tensor, " M"] | None  # the same by the teacher of its prompt; None where none is needed
+    reference: Float[Tensor, " M"] | None  # the same by the teacher's reference, where the objective has references
+    outcome: Float[Tensor, " N"]  # 1 right, 0 wrong, between cut at `outcome_threshold`, NaN unknown
+    group: Int[Tensor, " N"]  # number of the response's prompt
+    weight: Float[Tensor, " N"]  # w_k of the teacher that scored the response (Eq. 4); 1 without teachers
+    settings: Algorithm
+    seed: int  # of the run and the step
+
+
+@dataclass(frozen=True, slots=True)
+class Targets:
+    """What the update needs of a step, and what a person wants to see of it."""
+
+    advantage: Float[Tensor, " M"]  # of OPD the calibrated token reward, in nats
+    token_weight: Float[Tensor, " M"]  # holds every mean, as `mean_weights` has it; 0 = leaves the loss
+    keep: Bool[Tensor, " N"]
+    # A value that this step does not have (no group with both outcomes, say) has no key.
+    diagnostics: dict[str, float] = field(default_factory=dict)
+    # log pi_T - log pi_theta, summed over the tokens that count, where there is a teacher
+    log_ratio: Float[Tensor, " N"] | None = None
+    counted: Int[Tensor, " N"] | None = None  # how many tokens that is
+
+
+@dataclass(frozen=True, slots=True)
+class Tokens:
+    """The M response tokens of a micro-batch; the weights of micro-batches and ranks together are those of a step."""
+
+    logprob: Float[Tensor, " M"]  # by the student as it is now; has a gradient
+    old: Float[Tensor, " M"]  # by the policy that sampled them
+    advantage: Float[Tensor, " M"]
+    weight: Float[Tensor, " M"]
+    # log-probs by (teacher, student) of the teacher's K likeliest tokens, where the objective asks for them
+    likeliest: tuple[Float[Tensor, "M K"], Float[Tensor, "M K"]] | None
+
+
+def mean_weights(
+    counted: Int[Tensor, " N"], keep: Bool[Tensor, " N"], weight: Float[Tensor, " N"] | float
+) -> Float[Tensor, " N"]:
+    """Return the weight of each token of a response: `weight / (counted * kept responses)`, and 0 where not kept.
+
+    With it a sum over tokens is a mean over the tokens of a response, then over the responses of the step.
+
+    Args:
+        counted: tokens of each response that count.
+        keep: responses that take part.
+        weight: of each response.
+    """
+    return torch.where(keep, weight / (counted.clamp(min=1) * keep.sum().clamp(min=1)), 0.0)
