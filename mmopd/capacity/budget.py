@@ -79,7 +79,7 @@ def budget(recipe: Recipe, machines: Machines, *, response: int | None = None, e
         raise UserError(
             f"algorithm.objective: {objective.kind} merges weights on the CPU, so that there is nothing to plan"
         )
-    whole = load_teachers(recipe)
+    whole = load_teachers(recipe.fleet, objective)
     mixture = catalog.load_mixture(recipe.mixture)
     tasks = load_tasks()
     before = references(whole, objective)

@@ -66,7 +66,7 @@ def check(recipe: Recipe, endpoints: Sequence[Path] = ()) -> Job:
     Raises:
         UserError: a file, a model, a shard, a task, a route or a tokenizer is missing or wrong; names it.
     """
-    whole = load_teachers(recipe)
+    whole = load_teachers(recipe.fleet, recipe.algorithm.objective)
     fleet = routed(whole)
     before = references(whole, recipe.algorithm.objective)
     elsewhere = from_files(whole, endpoints)

@@ -19,7 +19,7 @@ def show(recipe: Recipe, console: Console) -> None:
         UserError: a file that the recipe names is missing or wrong, or a prompt has no teacher or no view.
     """
     console.print(Syntax(settings_file.dump(recipe), "yaml", background_color="default"))
-    fleet = load_teachers(recipe)
+    fleet = load_teachers(recipe.fleet, recipe.algorithm.objective)
     mixture = catalog.load_mixture(recipe.mixture)
     reference = references(fleet, recipe.algorithm.objective)
     rollout = recipe.rollout

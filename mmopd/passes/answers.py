@@ -59,7 +59,7 @@ def find_answers(recipe: Recipe, sources: Mapping[str, Shards]) -> dict[str, tup
         UserError: a prompt has no teacher.
     """
     rollout = recipe.rollout
-    fleet = load_teachers(recipe)
+    fleet = load_teachers(recipe.fleet, recipe.algorithm.objective)
     tasks = load_tasks()
     found: dict[str, tuple[Path, Origin]] = {}
     sampling = {"attempts": attempts_of(recipe)} | rollout.model_dump(
@@ -122,7 +122,7 @@ async def _ask(
     rollout = recipe.rollout
     encoder = Encoder(recipe.student.model)
     n = attempts_of(recipe)
-    fleet = load_teachers(recipe)
+    fleet = load_teachers(recipe.fleet, recipe.algorithm.objective)
     tasks = load_tasks()
     async with AsyncExitStack() as stack:
         engines = {

@@ -58,7 +58,7 @@ def model_card(run: RunFolder, recipe: Recipe, step: int | None = None) -> str:
 
 
 def _teachers(recipe: Recipe) -> str:
-    fleet = load_teachers(recipe)
+    fleet = load_teachers(recipe.fleet, recipe.algorithm.objective)
     before = references(fleet, recipe.algorithm.objective)
     routes = {
         name: [f"{route.task}/{route.modality}" for route in fleet.routes if name in route.teachers]

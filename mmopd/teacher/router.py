@@ -9,7 +9,7 @@ from transformers import AutoTokenizer
 
 from mmopd import catalog
 from mmopd.algorithm.base import Objective
-from mmopd.config import Fleet, Recipe, Route, View
+from mmopd.config import Fleet, Route, View
 from mmopd.errors import UserError
 from mmopd.settings_file import suggest
 from mmopd.task.base import Task
@@ -79,15 +79,15 @@ def find_teachers(fleet: Fleet, tasks: Mapping[str, Task], task: str, modality: 
     )
 
 
-def load_teachers(recipe: Recipe) -> Fleet:
-    """The recipe's fleet; an empty one where its objective learns from outcomes alone.
+def load_teachers(fleet: Path | None, objective: Objective) -> Fleet:
+    """Read the fleet of a run; it is empty where the objective learns from outcomes alone.
 
     Raises:
         UserError: the file is missing or wrong.
     """
-    if recipe.fleet is None or not recipe.algorithm.objective.needs_teachers:
+    if fleet is None or not objective.needs_teachers:
         return Fleet(teachers={}, routes=())
-    return catalog.load_fleet(recipe.fleet)
+    return catalog.load_fleet(fleet)
 
 
 def routed(fleet: Fleet) -> Fleet:

@@ -51,7 +51,7 @@ class Rollouts:
         self._ranks = ranks
         students, teachers = endpoint.load_by_role(run.endpoints)
         tasks: Mapping[str, Task] = load_tasks()
-        fleet = load_teachers(recipe)
+        fleet = load_teachers(recipe.fleet, recipe.algorithm.objective)
         objective = recipe.algorithm.objective
         self.engines = [StudentClient(student, encoder, timeout=recipe.train.timeout) for student in students]
         self.kept = ScoreCache(run.scores, ranks.rank)
