@@ -144,7 +144,8 @@ def _check_tokens(response: Tensor, responses: int, **logprobs: Tensor) -> None:
         if not logprob.sum().isfinite() and not (finite := logprob.isfinite()).all():
             i = first(~finite)
             raise ValueError(
-                f"{name} log-prob of token {i} (response {response[i]}) is {logprob[i]:g}: such a score is absent, leave it out"
+                f"{name} log-prob of token {i} (response {response[i]}) is {logprob[i]:g}: such a score is absent, "
+                "leave it out"
             )
     stray = (response < 0) | (response >= responses)
     if stray.any():

@@ -24,7 +24,8 @@ class Difficulty(Config):
     attempts: Positive = 8
     policy: Literal["flatten", "drop_easy", "frontier"] = Field(
         "flatten",
-        description="the paper's; or to compare: without the always right ones (POLARIS), or weighted by p (1 - p) (PACED)",
+        description="the paper's; or to compare: without the always right ones (POLARIS), or weighted by p (1 - p) "
+        "(PACED)",
     )
     shape: Literal["auto", "u", "mirrored_j", "flat"] = Field("auto", description="of the histogram, for flatten")
     cap: float = Field(4.0, ge=1, description="largest sampling weight of a prompt, for flatten")
@@ -125,7 +126,8 @@ class Algorithm(Config):
     ratio_cap: float = Field(
         2.0,
         ge=1,
-        description="largest weight that a token gets for being likelier now than when it was sampled, with recomputed log-probs",
+        description="largest weight that a token gets for being likelier now than when it was sampled, with recomputed "
+        "log-probs",
     )
     log_ratio_clip: float = Field(
         10.0, gt=0, description="a token whose |log pi_student - log pi_teacher| reaches it is left out"

@@ -46,8 +46,7 @@ def attempts_of(recipe: Recipe) -> int:
     objective = recipe.algorithm.objective
     if not objective.teacher_answers():
         raise UserError(
-            f"algorithm.objective.kind is {objective.kind}, which does not learn from the teachers' own answers; "
-            "sft does"
+            f"algorithm.objective: `{objective.kind}` does not learn from the teachers' own answers; `sft` does"
         )
     return objective.teacher_answers()
 

@@ -11,6 +11,7 @@ from typing import Self
 import psutil
 
 from mmopd.algorithm.settings import Algorithm
+from mmopd.algorithm.step import Targets
 from mmopd.modality import Encoder
 from mmopd.records import Absent, Encoded, Sample, Score
 from mmopd.report.heatmap import as_json, token_row
@@ -71,7 +72,7 @@ class Recorder:
             metrics |= (
                 accuracy(prompts, samples, self._threshold) | entropy(samples) | {"staleness": staleness(samples, step)}
             )
-        metrics |= visual(prompts, samples) | divergence(prompts, batch) | calibration(batch.targets.diagnostics)
+        metrics |= visual(prompts, samples) | divergence(prompts, batch) | calibration(batch.targets)
         metrics |= {f"share/{name}": metrics[name] / len(samples) for name in WHERE if name in metrics}
         if updates:
             names = ("loss", "grad_norm", "lr", "clip_fraction", "packing", "sharing")
@@ -178,12 +179,13 @@ def visual(prompts: Sequence[Encoded], samples: Sequence[Sample]) -> dict[str, f
     return counts | {f"visual_advantage/{task}": fmean(values) for task, values in sorted(means.items())}
 
 
-def calibration(seen: Mapping[str, float]) -> dict[str, float]:
-    """The diagnostics of the objective, under the names of `mmopd.report.metrics`; what a step does not have stays
-    away.
+def calibration(targets: Targets) -> dict[str, float]:
+    """Return the diagnostics of the objective under the names of `mmopd.report.metrics`, without those that a step does
+    not have. Names that begin with `objective/` stay as they are.
     """
+    seen = targets.diagnostics
     shares = {"balanced_away": "balanced_away_share", "masked": "masked_share"}
-    counts = {name: round(seen[share] * seen["responses"]) for name, share in shares.items() if share in seen}
+    counts = {name: round(seen[share] * len(targets.keep)) for name, share in shares.items() if share in seen}
     names = {
         "correct_share_kept": "correct/kept",
         "return_mean": "return",
@@ -198,6 +200,6 @@ def calibration(seen: Mapping[str, float]) -> dict[str, float]:
         **{f"margin_{when}": f"margin/{when}" for when in ("before", "after")},
         **{f"margin_p{q}_{when}": f"margin/p{q}_{when}" for q in (10, 50, 90) for when in ("before", "after")},
     }
-    return {"kept": seen["responses_kept"], **counts} | {
-        ours: seen[theirs] for theirs, ours in names.items() if theirs in seen
-    }
+    found = {"kept": float(targets.keep.sum()), **counts}
+    found |= {ours: seen[theirs] for theirs, ours in names.items() if theirs in seen}
+    return found | {name: value for name, value in seen.items() if name.startswith("objective/")}
