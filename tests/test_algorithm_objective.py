@@ -286,3 +286,20 @@ def test_losses_of_micro_batches_add_up_to_that_of_the_batch():
         for i, j in ((0, 2), (2, 3), (3, 8))
     ]
     torch.testing.assert_close(sum(parts), whole)
+
+
+def test_sums_over_no_tokens_are_float64():
+    none = torch.zeros(0)
+    out = opd(
+        none,
+        none,
+        torch.zeros(0, dtype=torch.long),
+        outcome=torch.ones(2),
+        group=torch.zeros(2, dtype=torch.long),
+        weight=torch.ones(2),
+        settings=Algorithm(),
+        seed=0,
+    )
+    assert out.log_ratio is not None
+    assert out.log_ratio.dtype == torch.float64
+    assert out.log_ratio.tolist() == [0.0, 0.0]

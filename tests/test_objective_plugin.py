@@ -204,6 +204,12 @@ def main(model: Path, resolved: Path, out: Path) -> None:
     stop()
 
 
+def test_settings_of_all_objectives_are_read_without_torch():
+    code = "import sys, mmopd.config; assert not {'torch', 'numpy', 'transformers'} & sys.modules.keys()"
+    env = os.environ | {"PYTHONPATH": str(ROOT)}
+    subprocess.run([sys.executable, "-c", code], env=env, check=True)
+
+
 def test_no_other_file_asks_for_a_kind():
     asks = re.compile(
         r"(?<!\{)objective\.kind|isinstance\([a-z_.]*objective|isinstance\(.*\b(SFT|OPD|ExOPD|GRPO|Dense|ExPO)\)"
