@@ -1,6 +1,4 @@
-"""What converters of `data/` are written with: reading public data where it lies, columns by name, images as they are
-encoded.
-"""
+"""Helpers for the converters of `data/`: read public data where it lies, take columns by name, keep images encoded."""
 
 import io
 import json
@@ -23,13 +21,13 @@ from mmopd.task import Task
 
 TABLES = (".parquet", ".jsonl", ".json")
 PICTURES = frozenset({*(f".{extension}" for extension in FORMATS.values()), ".jpeg", ".tif"})
-BATCH = 64  # examples that are read at a time
+BATCH = 64  # examples read at a time
 MAX_FILE = 1 << 26  # bytes of an image file
 PLACEHOLDER = "<image>"  # where an image stands in a text
 
 
 class SourceSettings(Config):
-    """The settings that all converters have; each adds the names of its columns."""
+    """Settings that all converters share; each converter adds the names of its columns."""
 
     data: str = Field(
         description="a file (.parquet, .jsonl, .json), a folder of them or of `save_to_disk`, or a name on the hub"
@@ -47,12 +45,10 @@ class SourceSettings(Config):
 
 @dataclass(frozen=True)
 class Examples:
-    """Examples that can be gone through again; a line of a .jsonl file is bytes, which are parsed where it is
-    converted.
-    """
+    """Examples that can be iterated more than once; a line of a .jsonl file stays bytes until it is converted."""
 
     read: Callable[[], Iterator[Any]]
-    count: int  # 0 if it is not known
+    count: int  # 0 if unknown
 
     def __iter__(self) -> Iterator[Any]:
         return self.read()
@@ -62,13 +58,13 @@ class Examples:
 
 
 def read(settings: SourceSettings, columns: Iterable[str] | None = None) -> Examples:
-    """The examples of a data set; images stay encoded.
+    """Return the examples of a data set; images stay encoded.
 
     Args:
-        columns: that are needed; the others are not read where the format allows it. All if not given.
+        columns: the columns that are needed (all if not given); the others are skipped where the format allows it.
 
     Raises:
-        UserError: there is nothing of that name here, and the hub cannot be asked; or a file does not read.
+        UserError: no such file or folder exists and the hub cannot be reached, or a file cannot be read.
     """
     path, wanted = Path(settings.data), None if columns is None else {name.partition(".")[0] for name in columns}
     if (path / "dataset_info.json").is_file() or (path / "dataset_dict.json").is_file() or not path.exists():
@@ -83,10 +79,10 @@ def read(settings: SourceSettings, columns: Iterable[str] | None = None) -> Exam
 
 
 def column(example: Mapping[str, Any], name: str) -> Any:
-    """A value by the name of its column; `a.b` is `b` inside of `a`.
+    """Return a value by the name of its column; `a.b` is `b` inside of `a`.
 
     Raises:
-        RowError: there is none.
+        RowError: the column is missing or empty.
     """
     value: Any = example
     for part in [name] if name in example else name.split("."):
@@ -102,10 +98,10 @@ def column(example: Mapping[str, Any], name: str) -> Any:
 
 
 def text(example: Mapping[str, Any], name: str) -> str:
-    """A column as text, without white space around it.
+    """Return a column as text, stripped of white space at its ends.
 
     Raises:
-        RowError: there is none, or it is empty.
+        RowError: the column is missing or empty.
     """
     value = column(example, name)
     if isinstance(value, Mapping | list) or not (stripped := str(value).strip()):
@@ -114,10 +110,10 @@ def text(example: Mapping[str, Any], name: str) -> str:
 
 
 def answers(example: Mapping[str, Any], name: str) -> str:
-    """A column with one right answer or several, as the JSON list that verifiers of short answers take.
+    """Return a column with one or several right answers, as the JSON list that verifiers of short answers take.
 
     Raises:
-        RowError: there is none.
+        RowError: the column has no answer.
     """
     value = column(example, name)
     given = [str(one).strip() for one in (value if isinstance(value, list | tuple) else [value]) if one is not None]
@@ -127,11 +123,12 @@ def answers(example: Mapping[str, Any], name: str) -> str:
 
 
 def images(example: Mapping[str, Any], name: str, settings: SourceSettings) -> list[bytes]:
-    """A column with one image or several, as the files that they are: bytes, a path, what the hub stores, or an image
-    in memory.
+    """Return the encoded files of a column with one or several images.
+
+    An image may be bytes, a path, a record as the hub stores it, or an image in memory, which becomes a PNG.
 
     Raises:
-        RowError: there is none, or a file cannot be read.
+        RowError: there is no image, or a file cannot be read.
     """
     value = column(example, name)
     folder = Path(settings.data)
@@ -151,11 +148,10 @@ def ask(
     *,
     extra: Mapping[str, str] | None = None,
 ) -> Prompt:
-    """A row as the task puts it; where the question has `<image>` in it, the images stand there, and before it
-    otherwise.
+    """Return a row in the form of the task: images stand where `<image>` occurs in the question, or else before it.
 
     Raises:
-        RowError: more or fewer `<image>` than images.
+        RowError: the question has more or fewer `<image>` than there are images.
     """
     if PLACEHOLDER not in question:
         return task.prompt(key, question, answer, files, extra)
@@ -180,7 +176,7 @@ def _with_images(message: Message) -> Message:
 
 
 def _image(value: Any, root: Path) -> bytes:
-    if isinstance(value, Mapping):  # as the hub stores it
+    if isinstance(value, Mapping):  # as the hub stores an image
         value = value.get("bytes") or value.get("path")
     if isinstance(value, bytes):
         return value
@@ -249,7 +245,7 @@ def _lines(path: Path) -> Iterator[bytes]:
 
 
 def _pictures(folder: Path) -> Examples:
-    """A folder of image files: their path, their name, and the folder that they are in."""
+    """Return the image files of a folder as examples: their path, their name, and the folder that they are in."""
     files = sorted(file for file in folder.rglob("*") if file.suffix.lower() in PICTURES)
     if not files:
         raise UserError(f"{folder}: neither {', '.join(TABLES)} files nor images in it")
@@ -272,9 +268,9 @@ def _hub(settings: SourceSettings, folder: Path | None, wanted: set[str] | None)
         else:
             data = datasets.load_from_disk(str(folder))
             data = data[settings.split] if isinstance(data, datasets.DatasetDict) else data
-    except Exception as error:  # its own, the hub's and the network's
+    except Exception as error:  # errors of the library, of the hub and of the network
         where = "cannot be read" if folder else "no file or folder here, and the hub cannot be read"
         raise UserError(f"{settings.data}: {where} ({type(error).__name__}: {error})") from None
     names = [name for name in data.column_names if wanted is None or name in wanted]
-    stored = data.select_columns(names).with_format("arrow")  # as it is stored: nothing is decoded
+    stored = data.select_columns(names).with_format("arrow")  # the stored values: nothing is decoded
     return Examples(lambda: (row for table in stored.iter(BATCH) for row in table.to_pylist()), len(data))

@@ -1,9 +1,10 @@
-"""Bookkeeping of the offline difficulty pass (paper 3.3, A.1): counts, weights, the picture; no model runs here.
+"""Records of the offline difficulty pass (paper 3.3, A.1): counts, weights and the figure. No model runs here.
 
-The counts of a source lie beside its shards, in `difficulty/NAME.jsonl`, NAME for the student and the way it was
-sampled: every mixture, policy and run shares them. The file grows while the student answers, and is where a stopped
-pass goes on. From the counts come a run's `difficulty.json` (counts, shape and weights for each row of each source) and
-the histograms before and after (Fig. 3). The files say what they are made from, and are refused for anything else.
+The counts of a source are kept next to its shards, in `difficulty/NAME.jsonl`. NAME stands for the student and the way
+it was sampled, so all mixtures, policies and runs share the counts. The file grows while the student answers, and a
+stopped pass continues from it. A run's `difficulty.json` (counts, shape and weights for each row of each source) and
+the histograms before and after weighting (Fig. 3) are computed from the counts. Each file states what it is made from,
+and is refused for anything else.
 """
 
 import json
@@ -30,21 +31,21 @@ PICTURE = "difficulty.png"
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """What the pass found of one source of P rows."""
+    """Result of the pass for one source of P rows."""
 
     correct: tuple[int, ...]  # [P] right answers
     attempts: tuple[int, ...]  # [P] answers that the verifier could judge
-    shape: str  # of the histogram of correct / attempts
+    shape: str  # shape of the histogram of correct / attempts
     weights: tuple[float, ...]  # [P] for `Rows.weights`
 
 
 def origin(shards: Shards, student: str, settings: Difficulty, *, max_tokens: int, threshold: float) -> dict[str, Any]:
-    """What the counts of a source are made from; what is done with them later (policy, shape, cap) is no part of it.
+    """Return what the counts of a source are made from, without what is done with them later (policy, shape, cap).
 
     Args:
         student: hash of the model's files.
         max_tokens: response limit.
-        threshold: of an outcome that counts as right.
+        threshold: smallest outcome that counts as right.
     """
     sampling = settings.model_dump(mode="json", include={"attempts", "temperature", "top_p", "top_k"})
     return {
@@ -56,7 +57,7 @@ def origin(shards: Shards, student: str, settings: Difficulty, *, max_tokens: in
 
 
 def counts_file(shards: Shards, made_from: Origin) -> Path:
-    """Where the counts of a source are kept."""
+    """Return the path at which the counts of a source are kept."""
     return ledger_file(shards, "difficulty", made_from)
 
 
@@ -66,7 +67,7 @@ class Counts(Ledger):
     what = "the counts of the difficulty pass"
 
     def of(self, rows: int) -> tuple[list[int], list[int]]:
-        """(correct, attempts) of the rows 0 to `rows` - 1.
+        """Return (correct, attempts) of the rows 0 to `rows` - 1.
 
         Raises:
             KeyError: a row has not been counted.
@@ -76,7 +77,7 @@ class Counts(Ledger):
 
 
 def measure(counts: Counts, rows: int, settings: Difficulty) -> Measured:
-    """Shape and weights of a source of `rows` rows from complete counts.
+    """Compute shape and weights of a source of `rows` rows from complete counts.
 
     Raises:
         KeyError: a row has not been counted.
@@ -98,7 +99,7 @@ def measure(counts: Counts, rows: int, settings: Difficulty) -> Measured:
 
 
 def save(path: Path, measured: Mapping[str, Measured], fingerprints: Mapping[str, str]) -> None:
-    """Write `difficulty.json`; it is there when it is whole."""
+    """Write `difficulty.json`, whole or not at all."""
     sources = {name: {"fingerprint": fingerprints[name], **asdict(one)} for name, one in measured.items()}
     unfinished = path.with_suffix(".unfinished")
     unfinished.write_text(json.dumps({"version": VERSION, "sources": sources}))
@@ -109,7 +110,7 @@ def load(path: Path) -> dict[str, Measured]:
     """Read `difficulty.json`.
 
     Raises:
-        UserError: missing, or not such a file.
+        UserError: the file is missing, or is not a `difficulty.json`.
     """
     try:
         data = json.loads(path.read_text())
@@ -125,10 +126,11 @@ def load(path: Path) -> dict[str, Measured]:
 
 
 def histogram(measured: Measured) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """(before, after) [K + 1]: rows, and draws in an epoch as long, with 0..K right answers of K.
+    """Return (before, after) [K + 1]: rows by number of right answers 0..K, and their draws in one epoch.
 
-    A row with fewer judged answers than K counts where its share of right ones is nearest; the ends are for
-    never and always; one with none is left out.
+    The epoch is as long as the source. A row with fewer judged answers than K is counted in the bin nearest to its
+    share of right answers; the first and the last bin hold only rows that are never or always right. A row without
+    judged answers is left out.
     """
     correct = np.array(measured.correct)
     attempts = np.array(measured.attempts)
@@ -144,7 +146,7 @@ def histogram(measured: Measured) -> tuple[NDArray[np.float64], NDArray[np.float
 
 
 def table(measured: Mapping[str, Measured]) -> Table:
-    """What was found, a line for each source."""
+    """Return a table of the results, one line for each source."""
     shown = Table(title="Right answers of the untrained student", title_justify="left")
     for column in ("source", "rows", "never right", "sometimes", "always", "not judged", "shape", "weights"):
         shown.add_column(column, justify="left" if column in {"source", "shape"} else "right")
@@ -161,7 +163,7 @@ def table(measured: Mapping[str, Measured]) -> Table:
 
 
 def draw(path: Path, measured: Mapping[str, Measured]) -> None:
-    """The histograms of each source before and after as a PNG (Fig. 3)."""
+    """Draw the histograms of each source before and after weighting, as a PNG (Fig. 3)."""
     shown = {name: one for name, one in measured.items() if any(one.attempts)}
     figure = Figure(figsize=(6.4, 0.6 + 2.4 * max(1, len(shown))), layout="constrained")
     if not shown:

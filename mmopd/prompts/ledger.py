@@ -1,8 +1,7 @@
-"""What was found out about the rows of a source, kept beside its shards in a file that only grows: where a stopped pass
-goes on.
+"""Findings about the rows of a source, kept next to its shards in an append-only file that a stopped pass resumes from.
 
-The name stands for what the findings are made from, so that every mixture, recipe and run shares them; the first line
-says it in words, and the file is refused for anything else. A line more is a row more.
+The file name is a hash of what the findings are made from, so all mixtures, recipes and runs share them. The first line
+states it in full, and the file is refused for anything else. Each further line is one row.
 """
 
 import hashlib
@@ -21,19 +20,19 @@ Origin = Mapping[str, Any]
 
 
 def ledger_file(shards: Shards, kind: str, made_from: Origin) -> Path:
-    """Where the findings of a kind about a source are kept."""
+    """Return the path at which the findings of one kind about a source are kept."""
     name = hashlib.sha256(json.dumps(made_from, sort_keys=True).encode()).hexdigest()[:16]
     return shards.folder / kind / f"{name}.jsonl"
 
 
 class Ledger:
-    """Findings by row, each a list of JSON values. A context manager that holds the file, alone.
+    """Findings by row, each a list of JSON values. A context manager that holds an exclusive lock on the file.
 
     Raises:
         UserError: the file was made from something else, is not such a file, or cannot be written.
     """
 
-    what = "findings"  # as messages call them
+    what = "findings"  # their name in messages
 
     def __init__(self, path: Path, made_from: Origin) -> None:
         self._found: dict[int, list[Any]] = {}
@@ -44,10 +43,10 @@ class Ledger:
 
     @classmethod
     def read(cls, path: Path, made_from: Origin) -> dict[int, list[Any]]:
-        """The findings by row, of a file that others may hold.
+        """Return the findings by row from a file that another process may hold.
 
         Raises:
-            UserError: as of the class, or there is no such file.
+            UserError: as in the class, or the file does not exist.
         """
         try:
             return cls._parse(path, made_from)[0]
@@ -55,7 +54,7 @@ class Ledger:
             raise UserError(f"{path}: {cls.what} cannot be read here ({error.strerror})") from None
 
     def add(self, row: int, *found: Any) -> None:
-        """Keep what was found about a row."""
+        """Record what was found about a row."""
         self._found[row] = list(found)
         self._file.write(json.dumps([row, *found]) + "\n")
         self._file.flush()
@@ -82,7 +81,7 @@ class Ledger:
             claim(file, path, "run is measuring this source now")
             if path.stat().st_size:
                 self._found, length = self._parse(path, made_from)
-                file.truncate(length)  # without a line that a kill cut short
+                file.truncate(length)  # drop a last line that a kill cut short
             else:
                 file.write(json.dumps({"version": VERSION, "made_from": made_from}) + "\n")
                 file.flush()
@@ -91,7 +90,7 @@ class Ledger:
 
     @classmethod
     def _parse(cls, path: Path, made_from: Origin) -> tuple[dict[int, list[Any]], int]:
-        """The complete lines, and their length in bytes."""
+        """Return the findings of the complete lines, and the length of these lines in bytes."""
         whole, newline, _ = path.read_bytes().rpartition(b"\n")
         try:
             head, *lines = map(json.loads, whole.splitlines())

@@ -1,6 +1,4 @@
-"""What is in a source, and in a mixture of them, as `mmopd prepare` and `mmopd show data/MIX.yaml` print it; reads
-indices only.
-"""
+"""Views of a source and of a mixture, printed by `mmopd prepare` and `mmopd show data/MIX.yaml`; reads indices only."""
 
 from pathlib import Path
 
@@ -16,7 +14,7 @@ from mmopd.task.load import load_tasks
 
 
 def prepared(shards: Shards, count: Count) -> RenderableType:
-    """What a call of `mmopd prepare` has made: totals, and what was left out, with the first few of each cause."""
+    """Render what a call of `mmopd prepare` wrote: totals, and what was left out, with the first few of each cause."""
     made = f"{shards.folder}: {contents(shards.totals())}, {shards.bytes / 2**20:,.1f} MiB"
     bad = sum(count.left_out.values())
     of = f"of {count.examples:,} examples: {count.rows:,} rows, {count.not_wanted:,} not wanted, {bad:,} bad and left out"
@@ -24,7 +22,7 @@ def prepared(shards: Shards, count: Count) -> RenderableType:
 
 
 def contents(totals: Totals) -> str:
-    """Rows, tokens and images in a line."""
+    """Format rows, tokens and images in one line."""
     if totals.text is None or totals.visual is None:
         tokens = "tokens not counted"
     else:
@@ -42,10 +40,10 @@ def is_mixture(path: Path) -> bool:
 
 
 def mixture_tree(mixture: Mixture, title: str, prompts: int | None) -> Tree:
-    """The sources with their shares, and how often each is gone through.
+    """Build a tree of the sources with their shares and their epochs.
 
     Args:
-        prompts: that are drawn; so many that no source is gone through more than once if not given.
+        prompts: number of prompts drawn; if not given, as many as draw no row of any source twice.
 
     Raises:
         UserError: a source cannot be opened.

@@ -1,19 +1,19 @@
-"""`mmopd prepare data/SOURCE.py OUT`: data of any form into shards, in parallel, in order, and to be continued.
+"""`mmopd prepare data/SOURCE.py OUT`: converts data of any form into shards, in parallel, in order, and resumably.
 
-A converter is a file of `data/` with three names (`mmopd.prompts.convert` has what they are written with):
+A converter is a file of `data/` with three names (`mmopd.prompts.convert` has helpers for them):
 
-    class Settings(SourceSettings): ...           its keys are what `--set KEY=VALUE` changes; one is `task`, others
-    name columns def examples(settings) -> Iterable            what there is, always in the same order; cheap, since one
-    process reads it def convert(example, settings, task) -> Prompt | None      runs in many processes; an empty key
-    becomes the example's number
+    class Settings(SourceSettings): ...
+        Its keys are what `--set KEY=VALUE` changes: `task`, and others that name columns.
+    def examples(settings) -> Iterable
+        Returns the examples, always in the same order. It must be cheap: one process reads them.
+    def convert(example, settings, task) -> Prompt | None
+        Converts one example, in one of many processes; an empty key becomes the example's number.
 
-`convert` returns None for an example that is not wanted, and raises RowError (or ValueError, KeyError, ...) for one
-that is bad: it is left out and counted by cause. A line of bytes, as the reader of .jsonl files gives it, arrives
-parsed.
+`convert` returns None for an example that is not wanted, and raises RowError (or ValueError, KeyError, ...) for a bad
+one, which is left out and counted by cause. Lines of .jsonl files are parsed before they are passed.
 
-Shards are cut by rows and bytes alone, and what was read up to the end of each is written down: a call that is
-    continued gives the
-same bytes as one that was not interrupted, with any number of workers.
+Shards are cut by rows and bytes alone, and the progress up to the end of each shard is saved. A resumed call therefore
+gives the same bytes as an uninterrupted one, with any number of workers.
 """
 
 import json
@@ -43,15 +43,15 @@ from mmopd.runtime.fingerprint import hash_file
 from mmopd.runtime.locks import claim
 from mmopd.runtime.progress import Stage
 
-SHOWN = 3  # of the rows that were left out, for each cause
-HOPELESS = 500  # examples without one row
+SHOWN = 3  # rows that are shown of those left out, for each cause
+HOPELESS = 500  # bad examples without a single row, after which the call ends
 SUMMARY = "prepare.json"
 PROGRESS = "progress.json"
 
 
 @dataclass
 class Count:
-    """What has become of the examples: `examples` = `rows` + `not_wanted` + the sum of `left_out`."""
+    """Number of examples by result: `examples` = `rows` + `not_wanted` + the sum of `left_out`."""
 
     examples: int = 0
     rows: int = 0
@@ -61,13 +61,13 @@ class Count:
     shown: dict[str, list[str]] = field(default_factory=dict)  # cause -> the first few, with their numbers
 
     def leave_out(self, cause: str, detail: str) -> None:
-        """Count an example that is bad."""
+        """Count a bad example."""
         self.left_out[cause] += 1
         if len(shown := self.shown.setdefault(cause, [])) < SHOWN:
             shown.append(f"example {self.examples}: {detail[:500]}")
 
     def lines(self) -> list[str]:
-        """Why examples were left out."""
+        """Return the causes why examples were left out, as lines of text."""
         return [
             line
             for cause, n in self.left_out.most_common()
@@ -76,10 +76,10 @@ class Count:
 
 
 def load_converter(path: Path, overrides: Iterable[str]) -> tuple[ModuleType, SourceSettings]:
-    """The converter of a file, and its settings with `key=value` on top.
+    """Load the converter of a file, and its settings with `key=value` on top.
 
     Raises:
-        UserError: it is none, or a setting does not fit.
+        UserError: the file is not a converter, or a setting does not fit.
     """
     module = catalog.load_module(path)
     for name in ("Settings", "examples", "convert"):
@@ -101,25 +101,25 @@ def prepare(
     max_bytes: int = MAX_BYTES,
     stage: Stage | None = None,
 ) -> tuple[Shards, Count]:
-    """Write what a converter makes of its data as shards; `folder` appears when it is complete.
+    """Convert data and write it as shards; `folder` appears when it is complete.
 
     Args:
-        converter: a file as above.
-        overrides: `key=value` of its settings.
-        processor: model folder for which tokens are counted; they are not without one.
+        converter: a file as described above.
+        overrides: `key=value` pairs for its settings.
+        processor: model folder for which tokens are counted; without one they are not counted.
         workers: processes that convert; 1 converts in this one.
         max_bad: share of the examples that may be left out as bad.
         max_rows: rows of a shard, at most.
         max_bytes: bytes of content after which a shard is closed.
-        stage: shows how far it is.
+        stage: shows the progress.
 
     Raises:
-        UserError: `folder` has something in it, the converter or its data cannot be used, or too many examples are bad.
+        UserError: `folder` is not empty, the converter or its data cannot be used, or too many examples are bad.
     """
     check_free(folder)
     module, settings = load_converter(converter, overrides)
     job = Job(converter.resolve(), settings.model_dump_json(), processor.resolve() if processor else None, Path.cwd())
-    tools_of(job)  # what is missing is missed now
+    tools_of(job)  # fails now if something is missing
     made_from = {
         "converter": hash_file(converter),
         "settings": settings.model_dump(mode="json"),
@@ -203,7 +203,7 @@ def _check(count: Count, max_bad: float, folder: Path) -> None:
 
 @dataclass(frozen=True)
 class _Known:
-    """A counter of rows that have been counted."""
+    """A `Counter` for rows whose tokens are counted already."""
 
     processor: str
     tokens: Iterator[tuple[int, int]]
@@ -214,7 +214,7 @@ class _Known:
 
 @contextmanager
 def _opened(partial: Path, made_from: dict[str, Any]) -> Iterator[tuple[Path, Count]]:
-    """The folder of an unfinished source, and how far it is; one process at a time."""
+    """Yield the locked folder of an unfinished source, and its progress; one process at a time."""
     partial.mkdir(parents=True, exist_ok=True)
     lock = os.open(partial, os.O_RDONLY)
     try:
@@ -225,14 +225,14 @@ def _opened(partial: Path, made_from: dict[str, Any]) -> Iterator[tuple[Path, Co
 
 
 def _resume(partial: Path, made_from: dict[str, Any]) -> Count:
-    """How far an earlier call came with the same; what else it left is removed."""
+    """Return the progress of an earlier call with the same inputs, and remove everything else that it left."""
     count = Count()
     try:
         kept = json.loads((partial / PROGRESS).read_text())
         if kept.pop("made_from") == made_from:
             count = Count(**kept | {"left_out": Counter(kept["left_out"])})
     except (FileNotFoundError, ValueError, KeyError, TypeError):
-        pass  # nothing whole is there
+        pass  # there is no complete progress file
     finished = {f"{number:05d}{suffix}" for number in range(count.shards) for suffix in (".tar", index.SUFFIX)}
     for path in partial.iterdir():
         if path.name not in finished | {PROGRESS}:
@@ -241,7 +241,7 @@ def _resume(partial: Path, made_from: dict[str, Any]) -> Count:
 
 
 def _keys(partial: Path, shards: int) -> Iterator[str]:
-    """The keys of the rows in finished tars."""
+    """Yield the keys of the rows in finished tars."""
     for number in range(shards):
         done = Index.load(partial / f"{number:05d}.tar")
         for row in range(len(done)):

@@ -1,19 +1,19 @@
 """The plan: an endless, exactly weighted sequence of (source, row), the same on every rank.
 
-Two independent parts, both without random state.
+It has two independent parts, both without random state.
 
-*Which source*: Tijdeman's algorithm for the chairman assignment problem (Discrete Mathematics 32, 1980). Each source
-is owed its weight's share of every draw; drawn is the one that must come first, of those that may come yet. With K
-sources no count is ever further than 1 - 1/(2K - 2) from its share, so that any window of draws, of whatever length, is
-within 2 rows of its weights. The state is one number for each source: what it is owed.
+*Which source*: Tijdeman's algorithm for the chairman assignment problem (Discrete Mathematics 32, 1980). Every draw
+adds its share of the weights to what each source is owed. The draw takes the source with the earliest deadline among
+those that are owed enough. With K sources no count is ever further than 1 - 1/(2K - 2) from its share, so any window of
+draws, whatever its length, is within 2 rows of its weights. The state is one number for each source: what it is owed.
 
 *Which row of it*: epochs. In an epoch a row of weight w (relative to the source's mean) occurs floor(w) or ceil(w)
-times: after E epochs always within one of E * w. Without weights that is every row once. The order of an epoch is drawn
-from (seed, source, epoch), and spreads the copies of a row over the epoch. The state is two numbers: epoch and
-position.
+times: after E epochs its count is always within one of E * w. Without weights every row occurs once. The order of an
+epoch is drawn from (seed, source, epoch), and spreads the copies of a row over the epoch. The state is two numbers:
+epoch and position.
 
-A row that cannot be used is replaced by the next one of its source, so that windows keep their composition; it is
-counted by source and cause, and its place in the epoch is used up, so that a resume goes on behind it.
+A row that cannot be used is replaced by the next row of its source, so that windows keep their composition. It is
+counted by source and cause. Its place in the epoch is used up, so a resumed run continues after it.
 """
 
 import hashlib
@@ -30,8 +30,8 @@ from mmopd.errors import UserError
 from mmopd.prompts.rows import RowError
 
 VERSION = 2
-MAX_BAD = 100  # unusable rows of a source in a row: then it is the source that is broken
-SLACK = 1e-9  # rows; sums of shares are not exact, and of two sources that are owed 1/2 each one must be found
+MAX_BAD = 100  # consecutive unusable rows after which the source counts as broken
+SLACK = 1e-9  # rows; sums of shares are inexact, and one of two sources that are owed 1/2 each must qualify
 ONE = 1 << 32  # row weights are fixed-point: sums of floats would let a weight of 1 skip a row
 
 T = TypeVar("T")
@@ -39,23 +39,23 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class Rows:
-    """What the plan knows of a source: how many rows, which ones, and how often each is wanted."""
+    """A source as the plan sees it: number of rows, fingerprint of the content, and how often each row is wanted."""
 
     count: int
     fingerprint: str
-    weights: Sequence[float] | None = None  # [count], relative to each other; all alike if not given
+    weights: Sequence[float] | None = None  # [count], relative to each other; all equal if not given
 
 
 class PromptPlan:
     """Draws prompts by weight. Every rank makes the same plan and takes its share of what it draws.
 
     Args:
-        sources: by name.
-        weights: of the sources, relative to each other; one that is 0 is not drawn.
-        seed: of the order of the rows.
+        sources: the sources by name.
+        weights: weights of the sources, relative to each other; a source of weight 0 is not drawn.
+        seed: seed of the order of the rows.
 
     Raises:
-        UserError: a source without rows, or weights that are negative, not finite, all zero or for other sources.
+        UserError: a source has no rows, or weights are negative, not finite, all zero or for other sources.
     """
 
     def __init__(self, sources: Mapping[str, Rows], weights: Mapping[str, float], seed: int) -> None:
@@ -68,11 +68,11 @@ class PromptPlan:
         self.reweight(weights)
 
     def reweight(self, weights: Mapping[str, float]) -> None:
-        """From the next draw on, draw sources by these weights. A source that returns from 0 starts level, without a
+        """Draw sources by these weights from the next draw on. A source that returns from 0 starts level, without a
         burst.
 
         Raises:
-            UserError: as above.
+            UserError: the weights are refused, as in the class.
         """
         if wrong := set(weights) ^ set(self._names):
             raise UserError(
@@ -93,19 +93,21 @@ class PromptPlan:
         self._owed = self._level(self._owed)
 
     def draw(self, n: int) -> list[tuple[str, int]]:
-        """The next n (source, row)."""
+        """Return the next n pairs (source, row)."""
         sources = [self._names[self._next_source()] for _ in range(n)]
         return [(source, self._streams[source].next()) for source in sources]
 
     def read(self, n: int, read: Callable[[str, int], T]) -> list[T]:
-        """`read(source, row)` of the next n. A row that cannot be read is replaced by the next of its source, and
-        counted in `replaced`.
+        """Return `read(source, row)` of the next n draws.
+
+        A row that cannot be read is replaced by the next one of its source, and counted in `replaced`.
 
         Args:
             read: raises RowError or ValueError for a row that cannot be used; must do so on every rank, or on none.
 
         Raises:
-            UserError: MAX_BAD rows of a source in a row (or all it has) cannot be used; names it and the last cause.
+            UserError: MAX_BAD consecutive rows of a source (or all its rows) cannot be used; names it and the
+                last cause.
         """
         return [self._usable(self._names[self._next_source()], read) for _ in range(n)]
 
@@ -127,11 +129,11 @@ class PromptPlan:
                 return value
 
     def epochs(self) -> dict[str, float]:
-        """How often each source has been gone through."""
+        """Return how many epochs of each source have been drawn."""
         return {name: stream.epochs() for name, stream in self._streams.items()}
 
     def state(self) -> dict[str, Any]:
-        """Where the plan stands, for `restore`: a few numbers for each source, ready for json."""
+        """Return the state of the plan for `restore`: a few numbers for each source, as JSON types."""
         replaced = {
             name: {cause: n for (source, cause), n in self.replaced.items() if source == name} for name in self._names
         }
@@ -150,14 +152,14 @@ class PromptPlan:
         }
 
     def restore(self, state: Mapping[str, Any], change: Collection[str] = ()) -> None:
-        """Go on where `state` was taken; the weights of the sources are those of the state.
+        """Continue where `state` was taken; the weights of the sources are those of the state.
 
         Args:
             change: sources that are added or removed on purpose. A new one starts level with the others, and all take
                 the weights that this plan was made with.
 
         Raises:
-            UserError: the state is of another version or seed, or its sources, their content or row weights are others.
+            UserError: the state has another version or seed, or its sources, their content or their row weights differ.
         """
         for key, mine in (("version", VERSION), ("seed", self._seed)):
             if state[key] != mine:
@@ -183,14 +185,12 @@ class PromptPlan:
         )
 
     def _level(self, owed: NDArray[np.float64]) -> NDArray[np.float64]:
-        """What is owed sums to zero over the sources that are drawn."""
+        """Shift what is owed so that it sums to zero over the sources that are drawn."""
         live = self._weights > 0
         return np.where(live, owed - owed[live].mean(), 0.0)
 
     def _next_source(self) -> int:
-        """Index of the source to draw: the earliest deadline among those that are owed enough (Tijdeman 1980, section
-        2).
-        """
+        """Return the index of the source with the earliest deadline among those owed enough (Tijdeman 1980, sec. 2)."""
         self._owed += self._share
         live = self._share > 0
         least = 1 / max(2, 2 * int(np.count_nonzero(live)) - 2)
@@ -211,7 +211,7 @@ class _Stream:
         self._seed = seed
         self._fingerprint = rows.fingerprint
         self.count = rows.count
-        self.bad = 0  # rows, one after the other, that could not be used
+        self.bad = 0  # consecutive rows that could not be used
         self._weights = None if rows.weights is None else _fixed_point(name, rows.count, rows.weights)
         self._epoch = 0
         self._position = 0
@@ -248,7 +248,7 @@ class _Stream:
         self._order = self._order_of(self._epoch)
 
     def _order_of(self, epoch: int) -> NDArray[np.int32]:
-        """The rows of an epoch, each as often as it is due, in their order."""
+        """Return the rows of an epoch in order, each as often as it is due."""
         start = self._random(epoch).random(self.count)
         if self._weights is None:
             return np.argsort(start, kind="stable").astype(np.int32)
@@ -265,7 +265,7 @@ class _Stream:
 
 
 def _fixed_point(name: str, count: int, given: Sequence[float]) -> NDArray[np.int64]:
-    """Row weights relative to their mean, in units of 1 / ONE."""
+    """Return row weights relative to their mean, in units of 1 / ONE."""
     weights = np.asarray(given, dtype=np.float64)
     if weights.shape != (count,):
         raise UserError(f"source {name!r}: {len(weights)} row weights for {count} rows; measure its difficulty again")

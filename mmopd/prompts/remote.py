@@ -1,8 +1,8 @@
-"""Shards that lie elsewhere (http, S3, GCS, ...: whatever fsspec opens), with local copies of bounded total size.
+"""Shards in remote storage (http, S3, GCS, ...: whatever fsspec opens), with local copies of bounded total size.
 
-The indices are small and are read whenever a source is opened; a tar is copied when a row of it is needed. A copy is
-named after its hash, appears when it is whole and right, and may be shared by sources, runs and processes. The least
-recently used go first.
+The indices are small and are read whenever a source is opened; a tar is copied when one of its rows is needed. A copy
+is named after its hash, appears when it is complete and its hash is right, and may be shared by sources, runs and
+processes. The least recently used copies are removed first.
 """
 
 import fcntl
@@ -24,35 +24,35 @@ ATTEMPTS = 3
 
 
 def is_remote(location: str | Path) -> bool:
-    """Whether this is a URL, and no path."""
+    """Return True for a URL, False for a path."""
     return isinstance(location, str) and "://" in location
 
 
 class Cache:
-    """A folder of copies, of `max_bytes` in all; safe to use from several processes at once."""
+    """A folder of local copies, of `max_bytes` in total; several processes may use it in parallel."""
 
     def __init__(self, folder: Path, max_bytes: int) -> None:
         self.folder = folder
         self.max_bytes = max_bytes
 
     def get(self, url: str, size: int, sha256: str) -> Path:
-        """A local copy of a file.
+        """Return a local copy of a file.
 
         Raises:
-            UserError: it cannot be copied, or is not what its index says; names it.
+            UserError: the file cannot be copied, or differs from what its index says; names it.
         """
         copy = self.folder / f"{sha256}.tar"
         if not self._touch(copy):
             with self._lock(sha256):
-                if not self._touch(copy):  # another process has copied it meanwhile
+                if not self._touch(copy):  # unless another process has copied it meanwhile
                     self._evict(size)
                     _download(url, size, sha256, copy)
                     self._touch(copy)
         return copy
 
     def _touch(self, copy: Path) -> bool:
-        """Note that a copy is used now; False if there is none."""
-        now = time.time_ns()  # the file system's own clock ticks too slowly to tell who was first
+        """Mark a copy as used now; return False if there is none."""
+        now = time.time_ns()  # the file system's own clock ticks too slowly to order two uses
         try:
             os.utime(copy, ns=(now, now))
         except FileNotFoundError:
@@ -67,7 +67,7 @@ class Cache:
             yield
 
     def _evict(self, coming: int) -> None:
-        """Make room; a copy that someone is reading stays readable until it is closed."""
+        """Remove old copies to make room; a copy that is being read stays readable until it is closed."""
         copies = sorted(
             (stat.st_mtime_ns, stat.st_size, path) for path in self.folder.glob("*.tar") if (stat := path.stat())
         )
@@ -91,10 +91,10 @@ class Remote:
         self._cache = cache
 
     def read_indices(self) -> Path:
-        """Copy the indices into a folder of their own, which they replace; returns it.
+        """Copy the indices into a folder of their own, in place of earlier ones, and return that folder.
 
         Raises:
-            UserError: nothing can be listed or read there.
+            UserError: nothing can be listed or read under the URL.
         """
         folder = self._cache.folder / hashlib.sha256(self.url.encode()).hexdigest()[:16]
         folder.mkdir(parents=True, exist_ok=True)
@@ -109,7 +109,7 @@ class Remote:
                 unfinished = folder / f".{name}.{os.getpid()}"
                 unfinished.write_bytes(system.cat_file(remote))
                 unfinished.replace(folder / name)
-        except Exception as error:  # each file system has its own
+        except Exception as error:  # each file system raises its own errors
             raise UserError(f"{self.url}: the shards cannot be read: {_why(error)}") from None
         for old in folder.glob(f"*{SUFFIX}"):
             if old.name not in found:
@@ -119,16 +119,16 @@ class Remote:
         return folder
 
     def fetch(self, index: Index) -> Path:
-        """A local copy of a tar."""
+        """Return a local copy of a tar."""
         return self._cache.get(f"{self.url}/{index.tar.name}", index.size, index.sha256)
 
     def read(self, index: Index, row: int) -> list[bytes]:
-        """`Index.read` from a local copy."""
+        """Read a row from a local copy, as `Index.read` does."""
         for _ in range(ATTEMPTS):
             try:
                 return index.read(self.fetch(index), row)
             except FileNotFoundError:
-                pass  # another process needed the room just now
+                pass  # another process evicted the copy before it was read
         raise UserError(
             f"{self._cache.folder}: copies of shards go before they are read; set cache_gib of the mixture to more"
         )
@@ -145,7 +145,7 @@ def _download(url: str, size: int, sha256: str, target: Path) -> None:
         unfinished.replace(target)
     except UserError:
         raise
-    except Exception as error:  # each file system has its own
+    except Exception as error:  # each file system raises its own errors
         raise UserError(f"{url}: the shard cannot be read: {_why(error)}") from None
     finally:
         unfinished.unlink(missing_ok=True)
@@ -158,14 +158,14 @@ def _download(url: str, size: int, sha256: str, target: Path) -> None:
     reraise=True,
 )
 def _copy(url: str, size: int, target: Path) -> str:
-    """Copy a file of a known size; returns its hash."""
+    """Copy a file of a known size and return its hash."""
     digest = hashlib.sha256()
     copied = 0
     with fsspec.open(url, "rb") as source, target.open("wb") as file:
         while block := source.read(BLOCK):
             copied += len(block)
             if copied > size:
-                break  # whatever it is, it is not the shard
+                break  # too long to be the shard
             digest.update(block)
             file.write(block)
     if copied > size:

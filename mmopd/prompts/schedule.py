@@ -1,4 +1,4 @@
-"""The weights of the sources at each step: as the mixture schedules them, and by how the student fares in each."""
+"""Weights of the sources at each step: the mixture's schedule, adapted to how often the student is right in each."""
 
 import math
 from collections.abc import Iterable, Mapping
@@ -6,15 +6,15 @@ from typing import Any
 
 from mmopd.config import Mixture
 
-MEMORY = 0.9  # how much of what was known of a source outlives a step in which it was drawn
+MEMORY = 0.9  # share of a source's running mean that remains after a step with outcomes of it
 
 
 class Schedule:
-    """Gives `PromptPlan.reweight` its weights, and is told how the rollouts ended.
+    """Source weights for `PromptPlan.reweight`, adapted to the outcomes of the rollouts.
 
-    A source's weight is that of the mixture at the step, times `(1 - a) + a * 4 p (1 - p)`, where p is the running mean
-    of its outcomes and a the mixture's `adapt`: sources that are all right or all wrong teach least. Without outcomes a
-    source keeps its weight.
+    The weight of a source is its weight in the mixture at the step, times `(1 - a) + a * 4 p (1 - p)`: p is the running
+    mean of its outcomes, a is the mixture's `adapt`. Sources that are all right or all wrong teach least. A source
+    without outcomes keeps its weight.
     """
 
     def __init__(self, mixture: Mixture) -> None:
@@ -22,11 +22,11 @@ class Schedule:
         self._right: dict[str, float] = {}  # source -> running mean of its outcomes
 
     def weights(self, step: int) -> dict[str, float]:
-        """Source -> weight at a step, for `PromptPlan.reweight`."""
+        """Return source -> weight at a step, for `PromptPlan.reweight`."""
         return {name: source.weight_at(step) * self._preference(name) for name, source in self._mixture.sources.items()}
 
     def observe(self, outcomes: Iterable[tuple[str, float]]) -> None:
-        """Take the outcomes of a step: (source, value), NaN for unknown. All ranks must be told the same."""
+        """Record the outcomes of a step: (source, value), NaN for unknown. Every rank must get the same outcomes."""
         known: dict[str, list[float]] = {}
         for source, value in outcomes:
             if not math.isnan(value):
@@ -36,11 +36,11 @@ class Schedule:
             self._right[source] = MEMORY * self._right.get(source, mean) + (1 - MEMORY) * mean
 
     def state(self) -> dict[str, Any]:
-        """For `restore`: a number for each source, ready for json."""
+        """Return the state for `restore`: one number for each source, as JSON types."""
         return dict(self._right)
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Go on where `state` was taken; sources that are not in the mixture any more are forgotten."""
+        """Continue where `state` was taken; sources that are no longer in the mixture are dropped."""
         self._right = {name: float(mean) for name, mean in state.items() if name in self._mixture.sources}
 
     def _preference(self, source: str) -> float:

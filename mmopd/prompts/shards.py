@@ -1,7 +1,7 @@
-"""Prompts as WebDataset tars with an index beside each: written once, read by row number.
+"""Prompts as WebDataset tars with an index next to each: written once, read by row number.
 
-The format is WebDataset's, so that other tools read the same files; the reading is map-style, because an exactly
-weighted plan that resumes exactly needs row numbers (a sequential reader has none). Images stay encoded.
+The format is WebDataset's, so other tools can read the files. The reading is map-style: an exactly weighted plan that
+resumes exactly needs row numbers, which a sequential reader does not have. Images stay encoded.
 """
 
 import copy
@@ -30,7 +30,7 @@ NUMBERED = re.compile(r"shard-\d+-of-(\d+)\.tar")
 
 @dataclass(frozen=True, slots=True)
 class Totals:
-    """What a source holds, from its indices alone."""
+    """Size of a source, from its indices alone."""
 
     rows: int
     images: int
@@ -39,15 +39,15 @@ class Totals:
 
 
 class Shards(Sequence[Prompt]):
-    """The rows of a folder of shards, by number, in the order in which they were written.
+    """The rows of a folder of shards by number, in the order in which they were written.
 
-    Opening reads the indices and compares sizes; `verify` compares hashes. Reading opens no file for longer than one
-    row takes, so that an instance is safe to use from threads and to hand to other processes.
+    Opening reads the indices and compares sizes; `verify` compares hashes. No file stays open after a row is read, so
+    an instance can be used from several threads and sent to other processes.
 
     Args:
         folder: holds `*.tar` with `*.index.safetensors`.
-        name: of the source, the first part of each prompt's key; the folder's name if not given.
-        remote: where the tars are, if not in the folder.
+        name: name of the source, the first part of each prompt's key; the folder's name if not given.
+        remote: where the tars are, if they are not in the folder.
 
     Raises:
         UserError: no folder, no shard, no row, a missing, truncated or surplus file; names it.
@@ -58,7 +58,7 @@ class Shards(Sequence[Prompt]):
             raise UserError(f"{folder}: no such folder of shards")
         self.folder = folder
         self.name = name or folder.name
-        self.left_out: Counter[str] = Counter()  # why `filtered` left rows out -> how many
+        self.left_out: Counter[str] = Counter()  # cause -> number of rows that `filtered` left out
         self._remote = remote
         indexed = (path.with_name(path.name.removesuffix(SUFFIX) + ".tar") for path in folder.glob(f"*{SUFFIX}"))
         tars = sorted({*folder.glob("*.tar"), *indexed})
@@ -69,7 +69,7 @@ class Shards(Sequence[Prompt]):
             )
         self._indices = [Index.load_alone(tar) if remote else Index.load(tar) for tar in tars]
         self._starts = [0, *np.cumsum([len(index) for index in self._indices]).tolist()]
-        self._kept: NDArray[np.int64] | None = None  # numbers of the rows that `filtered` kept; all without
+        self._kept: NDArray[np.int64] | None = None  # numbers of the rows that `filtered` kept; None for all
         if not len(self):
             raise UserError(f"{folder}: no rows, in {len(tars)} shards")
 
@@ -77,12 +77,12 @@ class Shards(Sequence[Prompt]):
         return int(self._starts[-1]) if self._kept is None else len(self._kept)
 
     def __getitem__(self, row: int) -> Prompt:  # type: ignore[override]
-        """One prompt.
+        """Return one prompt.
 
         Raises:
             IndexError: no such row.
-            RowError: its content is not that of a row.
-            UserError: the tar is not there any more.
+            RowError: the content of the row is not valid.
+            UserError: the tar cannot be read any more.
         """
         number = self._number(row)
         index, local = self._locate(number)
@@ -98,16 +98,17 @@ class Shards(Sequence[Prompt]):
             ) from None
 
     def row_of(self, key: str) -> int:
-        """The number under which the prompt of this key is found here."""
+        """Return the row number of the prompt with this key."""
         number = int(key.rpartition("/")[2])
         return number if self._kept is None else int(np.searchsorted(self._kept, number))
 
     def filtered(self, max_tokens: int) -> Self:
-        """The rows with at most so many tokens, images included; the others are counted in `left_out`. Reads the index
-        only.
+        """Return the rows with at most `max_tokens` tokens, images included; the others are counted in `left_out`.
+
+        Only the index is read.
 
         Raises:
-            UserError: the tokens have not been counted, or no row is left.
+            UserError: the tokens are not counted, or no row is left.
         """
         if self.processor is None:
             raise UserError(
@@ -123,20 +124,18 @@ class Shards(Sequence[Prompt]):
         return shorter
 
     def image_sizes(self, row: int) -> list[tuple[int, int]]:
-        """(width, height) of each image of a row, in pixels, from the index alone."""
+        """Return (width, height) of each image of a row, in pixels, from the index alone."""
         index, local = self._locate(self._number(row))
         return index.row_images(local)
 
     def tokens(self, row: int) -> int | None:
-        """Tokens of a row, images included, from the index alone; None if they have not been counted."""
+        """Return the tokens of a row, images included, from the index alone; None if they are not counted."""
         index, local = self._locate(self._number(row))
         return int(index.text[local] + index.visual[local]) if index.processor else None
 
     @property
     def processor(self) -> str | None:
-        """For which processor the tokens of all rows have been counted, see `tokens.hash_processor`; None if for none,
-        or for several.
-        """
+        """Processor for which all rows' tokens are counted (`tokens.hash_processor`); None for none or several."""
         processors = {index.processor for index in self._indices}
         return processors.pop() if len(processors) == 1 else None
 
@@ -150,7 +149,7 @@ class Shards(Sequence[Prompt]):
         return counts
 
     def totals(self) -> Totals:
-        """Rows, images and tokens, from the index alone."""
+        """Return rows, images and tokens, from the index alone."""
         counted = self.processor is not None
         sums = [
             (
@@ -164,21 +163,19 @@ class Shards(Sequence[Prompt]):
 
     @property
     def bytes(self) -> int:
-        """Size of all shards."""
+        """Total size of all shards."""
         return sum(index.size for index in self._indices)
 
     @property
     def fingerprint(self) -> str:
-        """Names the content: changes with any byte of any shard, with their order, and with the rows that `filtered`
-        kept.
-        """
+        """Hash of the content: changes with any byte of any shard, their order, and the rows that `filtered` kept."""
         digest = hashlib.sha256("\n".join(index.sha256 for index in self._indices).encode())
         if self._kept is not None and len(self._kept) < self._starts[-1]:
             digest.update(self._kept.tobytes())
         return digest.hexdigest()
 
     def verify(self) -> None:
-        """Read every byte and compare with the fingerprint.
+        """Read every byte and compare the hash of each shard with its index.
 
         Raises:
             UserError: a shard's content is not what was indexed; names it.
@@ -187,7 +184,7 @@ class Shards(Sequence[Prompt]):
             index.verify(self._remote.fetch(index) if self._remote else index.tar)
 
     def _number(self, row: int) -> int:
-        """The number of a row among those that were written."""
+        """Return the number of a row among those that were written."""
         if not 0 <= row < len(self):
             raise IndexError(f"{self.folder}: row {row} of {len(self)}")
         return row if self._kept is None else int(self._kept[row])
@@ -197,7 +194,7 @@ class Shards(Sequence[Prompt]):
         return self._indices[shard], number - self._starts[shard]
 
     def _chosen(self) -> Iterable[tuple[Index, NDArray[np.int64] | slice]]:
-        """Each index with its rows that are kept."""
+        """Yield each index with those of its rows that are kept."""
         for index, start, end in zip(self._indices, self._starts[:-1], self._starts[1:], strict=True):
             if self._kept is None:
                 yield index, slice(None)
@@ -206,13 +203,13 @@ class Shards(Sequence[Prompt]):
 
 
 def open_mixture(mixture: Mixture, tasks: Iterable[str], root: Path, processor: str | None = None) -> dict[str, Shards]:
-    """The sources of a mixture, by name, each without the rows that it leaves out.
+    """Open the sources of a mixture, by name, each without the rows that the mixture leaves out.
 
     Args:
-        tasks: names that there are.
-        root: what relative `shards` paths start from, and where copies of remote shards are kept.
-        processor: of the student (`tokens.hash_processor`); a limit on tokens that were counted for another one is
-            refused.
+        tasks: names of the known tasks.
+        root: folder from which relative `shards` paths start, and in which copies of remote shards are kept.
+        processor: hash of the student's processor (`tokens.hash_processor`); a token limit on rows that were counted
+            for another processor is refused.
 
     Raises:
         UserError: an unknown task, shards that cannot be opened, or rows of another task than the mixture says.
@@ -242,10 +239,10 @@ def open_mixture(mixture: Mixture, tasks: Iterable[str], root: Path, processor: 
 
 
 def open_remote(url: str, cache: Cache, name: str | None = None) -> Shards:
-    """The shards of an fsspec URL: their indices are read now, a tar when a row of it is needed.
+    """Open the shards of an fsspec URL: their indices are read now, a tar when one of its rows is needed.
 
     Raises:
-        UserError: nothing can be read there.
+        UserError: nothing can be read under the URL.
     """
     remote = Remote(url, cache)
     return Shards(remote.read_indices(), name or url.rstrip("/").rpartition("/")[2], remote)

@@ -1,4 +1,4 @@
-"""The part of `mmopd prepare` that runs in many processes: examples into rows, in their order."""
+"""The part of `mmopd prepare` that runs in many processes: converts examples to rows, in order."""
 
 import json
 import os
@@ -26,11 +26,11 @@ from mmopd.task.base import unverified
 from mmopd.task.load import load_tasks
 
 CHUNK = 16  # examples that a worker gets at a time
-AHEAD = 3  # chunks for each worker that are under way or waiting to be written
+AHEAD = 3  # chunks for each worker that are in progress or waiting to be written
 
 
 class Packed(NamedTuple):
-    """An example as a row."""
+    """An example that became a row."""
 
     key: str
     members: dict[str, bytes]  # extension -> content
@@ -38,7 +38,7 @@ class Packed(NamedTuple):
 
 
 class Left(NamedTuple):
-    """An example that is bad."""
+    """An example that is bad, and is left out."""
 
     cause: str
     detail: str
@@ -46,7 +46,7 @@ class Left(NamedTuple):
 
 @dataclass(frozen=True)
 class Job:
-    """What a worker needs to know."""
+    """Arguments of a worker."""
 
     converter: Path
     settings: str  # json
@@ -56,7 +56,7 @@ class Job:
 
 @dataclass(frozen=True)
 class Tools:
-    """What a `Job` names, loaded."""
+    """The parts that a `Job` names, loaded."""
 
     module: ModuleType
     settings: SourceSettings
@@ -66,7 +66,7 @@ class Tools:
 
 @lru_cache(maxsize=1)
 def tools_of(job: Job) -> Tools:
-    """Loaded once in each process."""
+    """Load the parts of a job, once in each process."""
     module = catalog.load_module(job.converter)
     settings: SourceSettings = module.Settings.model_validate_json(job.settings)
     tasks = load_tasks(job.workspace)
@@ -79,7 +79,7 @@ def tools_of(job: Job) -> Tools:
 
 
 def convert_all(job: Job, examples: Iterator[tuple[int, Any]], workers: int) -> Generator[Packed | Left | None]:
-    """What becomes of each example, in their order."""
+    """Convert the examples and yield in order: the row, a bad example, or None for one that is not wanted."""
     chunks = iter(lambda: list(islice(examples, CHUNK)), [])
     if workers == 1:
         yield from chain.from_iterable(_convert(job, chunk) for chunk in chunks)
@@ -107,8 +107,8 @@ def convert_all(job: Job, examples: Iterator[tuple[int, Any]], workers: int) -> 
 
 
 def _begin() -> None:
-    """In each worker, first of all."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that writes
+    """Prepare a worker process, before its first task."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is handled by the process that writes
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 
@@ -131,7 +131,7 @@ def _convert_one(tools: Tools, number: int, example: Any) -> Packed | Left | Non
         return Left(error.cause, error.detail)
     except UserError:
         raise
-    except Exception as error:  # of the converter, with this example
+    except Exception as error:  # an error of the converter on this example
         return Left(type(error).__name__, str(error))
 
 

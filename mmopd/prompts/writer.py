@@ -19,14 +19,14 @@ MAX_BYTES = 1 << 28
 
 
 class ShardWriter:
-    """Appends rows to tars `00000.tar`, `00001.tar`, ... of a folder; a tar is closed when it has `max_rows`, or
-    `max_bytes` of content.
+    """Appends rows to tars `00000.tar`, `00001.tar`, ... of a folder.
 
-    The end of a `with` block that is left by an exception closes the file, but does not finish it.
+    A tar is closed at `max_rows` rows or `max_bytes` of content. Leaving a `with` block by an exception closes the open
+    file without finishing the tar.
 
     Args:
-        shards: tars that are there already.
-        rows: rows in them. The tar key of a row is its number.
+        shards: number of tars that exist already.
+        rows: number of rows in them. The tar key of a row is its number.
     """
 
     def __init__(
@@ -41,7 +41,7 @@ class ShardWriter:
         self._in_shard = self._content = 0
 
     def add(self, members: Mapping[str, bytes]) -> Path | None:
-        """Append a row (extension -> content); returns the tar if that closed it."""
+        """Append a row (extension -> content); return the tar if this row closed it."""
         if self._writer is None:
             self._in_shard = self._content = 0
             self._writer = TarWriter(str(self._path()), encoder=False, mtime=0, compress=False)
@@ -51,7 +51,7 @@ class ShardWriter:
         return self.close() if self._in_shard >= self._max_rows or self._content >= self._max_bytes else None
 
     def close(self) -> Path | None:
-        """End the tar that is open; returns it."""
+        """Finish the open tar and return it; None if no tar is open."""
         if self._writer is None:
             return None
         self._writer.close()
@@ -71,7 +71,7 @@ class ShardWriter:
 
 
 def publish(partial: Path, tars: list[Path], folder: Path) -> Shards:
-    """Give the tars of a complete source their names, `shard-00000-of-00002.tar`, and the folder its place."""
+    """Rename the tars of a complete source to `shard-00000-of-00002.tar`, ... and move the folder to its place."""
     for number, tar in enumerate(tars):
         named = partial / f"shard-{number:05d}-of-{len(tars):05d}.tar"
         index_path(tar).rename(index_path(named))
@@ -83,17 +83,17 @@ def publish(partial: Path, tars: list[Path], folder: Path) -> Shards:
 
 
 def check_free(folder: Path) -> None:
-    """Refuse to write where something is.
+    """Refuse to write into a folder that is not empty.
 
     Raises:
-        UserError: the folder has something in it.
+        UserError: the folder is not empty, or is a file.
     """
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"{folder}: already there; remove it to write the source anew")
 
 
 def partial_folder(folder: Path) -> Path:
-    """Where a source is written before it is complete."""
+    """Return the folder in which a source is written until it is complete."""
     return folder.with_name(f".{folder.name}.partial")
 
 
@@ -112,14 +112,14 @@ def write_shards(
     Args:
         max_rows: rows of a shard, at most.
         max_bytes: bytes of content after which a shard is closed.
-        counter: counts the tokens of each row for the index; they are not counted without one.
+        counter: counts the tokens of each row for the index; without one they are not counted.
 
     Raises:
-        UserError: the folder has something in it, there are no rows, or a row is not well formed; names the row.
+        UserError: the folder is not empty, there are no rows, or a row is not well formed; names the row.
     """
     check_free(folder)
     partial = partial_folder(folder)
-    shutil.rmtree(partial, ignore_errors=True)  # a rest of an interrupted call
+    shutil.rmtree(partial, ignore_errors=True)  # left over from an interrupted call
     partial.mkdir(parents=True)
     try:
         with ShardWriter(partial, max_rows=max_rows, max_bytes=max_bytes) as writer:
