@@ -1,14 +1,14 @@
-"""The verifier of programs: run against unit tests in the sandbox; outputs are compared here, where the program cannot
-see it.
+r"""The verifier of programs: runs a program against unit tests in the sandbox, and compares the outputs outside of it.
 
-The answer key is JSON as in Eurus-2-RL-Data, TACO and APPS:
+The program cannot see the expected outputs. The answer key is JSON as in Eurus-2-RL-Data, TACO and APPS, in one of two
+forms. The first has texts for standard input and the output expected of each; the second has the arguments of a
+function and what the function (or `Solution().add`) must return:
 
-    {"inputs": ["1 2\\n", ...], "outputs": ["3\\n", ...]}                  standard input, and the output that is
-    expected of it {"fn_name": "add", "inputs": [[1, 2], ...], "outputs": [3, ...]}      arguments, and what the
-    function (or `Solution().add`) returns
+    {"inputs": ["1 2\n", ...], "outputs": ["3\n", ...]}
+    {"fn_name": "add", "inputs": [[1, 2], ...], "outputs": [3, ...]}
 
-An input of a function may also be text with one JSON value in a line, with JSON text as its output (LiveCodeBench), and
-an output may be the value in a list of one (APPS). A text may be given as a list of its lines.
+The arguments of a function may also be text with one JSON value per line, with JSON text as its output (LiveCodeBench),
+and an output may be a list that holds only the value (APPS). A text may be given as a list of its lines.
 """
 
 import functools
@@ -25,7 +25,7 @@ from mmopd.task.sandbox import Limits, Run, Sandbox
 from mmopd.task.verify import RIGHT, without_thoughts
 
 TOTAL = 45.0  # seconds for all tests of a program
-TIMEOUT = 60.0  # seconds for a task's `timeout`: the sandbox decides before the pool does
+TIMEOUT = 60.0  # seconds, for a task's `timeout`: longer than TOTAL, so that the sandbox decides before the pool
 TOLERANCE = 1e-6
 FENCE = re.compile(r"[ \t]*```[ \t]*([^\s`]*)[^`]*")
 PYTHON = frozenset({"python", "python3", "py", "py3"})
@@ -35,7 +35,7 @@ NUMBER = re.compile(r"[+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?")
 
 @dataclass(frozen=True, slots=True)
 class Tests:
-    """What an answer key says."""
+    """The tests of an answer key."""
 
     function: str | None
     inputs: list[Any]
@@ -43,11 +43,11 @@ class Tests:
 
 
 def verifier(limits: Limits = Limits(), *, namespaces: bool = True) -> Verify:
-    """A task's `verify`: the last Python block of the response passes every test.
+    """Return a task's `verify`: the last Python block of the response must pass every test.
 
     Args:
-        limits: for each test.
-        namespaces: see `Sandbox`; False is the weaker mode, for a machine that has no namespaces.
+        limits: limits of each test.
+        namespaces: see `Sandbox`; False is the weaker mode, for a machine without namespaces.
     """
 
     def verify(response: str, answer: str) -> Outcome:
@@ -64,9 +64,9 @@ def verifier(limits: Limits = Limits(), *, namespaces: bool = True) -> Verify:
 
 
 def program(response: str) -> str | None:
-    """The last fenced block that is marked as Python, or else the last without a mark; None if there is none."""
+    """Return the last fenced block marked as Python, or else the last block without a mark; None if there is none."""
     blocks: list[tuple[str, str]] = []
-    mark = None  # of the block that is open
+    mark = None  # mark of the open block; None outside of blocks
     body = list[str]()
     for line in without_thoughts(response).split("\n"):
         fence = FENCE.fullmatch(line)
@@ -83,10 +83,10 @@ def program(response: str) -> str | None:
 
 
 def read_key(answer: str) -> Tests:
-    """The tests of an answer key.
+    """Return the tests of an answer key.
 
     Raises:
-        ValueError: it is not of the form above, or no test could tell a right program from one that does nothing.
+        ValueError: the key has another form, or no test can tell a right program from one that does nothing.
     """
     key = json.loads(answer)
     if not isinstance(key, dict):
@@ -111,7 +111,10 @@ def read_key(answer: str) -> Tests:
 
 
 def same_output(said: str, expected: str) -> bool:
-    """Line by line and word by word; empty lines and blanks do not count, and decimal fractions may differ by 1e-6."""
+    """Compare two outputs line by line and word by word.
+
+    Empty lines and blanks do not count, and decimal fractions may differ by 1e-6.
+    """
     lines = [[line.split() for line in text.splitlines() if line.strip()] for text in (said, expected)]
     return len(lines[0]) == len(lines[1]) and all(
         len(ours) == len(theirs) and all(map(_same_word, ours, theirs)) for ours, theirs in zip(*lines, strict=True)
@@ -119,7 +122,7 @@ def same_output(said: str, expected: str) -> bool:
 
 
 def same_value(said: Any, expected: Any) -> bool:
-    """Equal as JSON; fractions may differ by 1e-6, and true is not 1."""
+    """Compare two JSON values; fractions may differ by 1e-6, and true is not 1."""
     if isinstance(said, bool) or isinstance(expected, bool):
         return said is expected
     if isinstance(said, float) or isinstance(expected, float):
@@ -133,7 +136,7 @@ def same_value(said: Any, expected: Any) -> bool:
 
 @functools.cache
 def _sandbox(limits: Limits, namespaces: bool) -> Sandbox:
-    """One for the process; it ends when the process does."""
+    """Return the sandbox of this process, which ends with the process."""
     return Sandbox(limits, namespaces=namespaces)
 
 
@@ -168,7 +171,7 @@ def _returned(run: Run, expected: Any) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class Wrapped:
-    """A value in a list of one: APPS has it for the value, and for the list."""
+    """A value in a list of one: APPS writes it both for the value and for the list."""
 
     value: Any
 

@@ -1,4 +1,4 @@
-"""Verifiers of short answers on charts and pages, after the metrics that the data sets were published with."""
+"""Verifiers of short answers on charts and pages, following the metrics published with the data sets."""
 
 import re
 from decimal import Decimal
@@ -12,11 +12,11 @@ LONGEST = 2000  # characters of a gold answer
 
 
 def relaxed_number(response: str, answer: str) -> Outcome:
-    """ChartQA's relaxed accuracy (arXiv 2203.10244, section 5.1): numbers within 5 % of the key, texts exactly once
-    normalised.
+    """Judge by ChartQA's relaxed accuracy (arXiv 2203.10244, section 5.1).
 
-    As published, years are numbers too: 1990 passes for 2010. Thousands separators, a currency sign and a percent sign
-    may be there or not; where only one side has a percent sign, 25 % is 25 or 0.25. A key of 0 takes 0 alone.
+    Numbers must be within 5 % of the key; texts must equal it after normalisation. As published, years are numbers too:
+    1990 passes for 2010. Thousands separators, a currency sign and a percent sign are optional; where only one side has
+    a percent sign, 25 % is 25 or 0.25. A key of 0 accepts only 0.
     """
     golds = [gold for gold in gold_answers(answer) if normalised(gold)]
     if not golds:
@@ -26,17 +26,18 @@ def relaxed_number(response: str, answer: str) -> Outcome:
 
 
 def anls(response: str, answer: str) -> Outcome:
-    """DocVQA's average normalised Levenshtein similarity (arXiv 1907.00490, Eq. 1): the best over the gold answers.
+    """Judge by DocVQA's average normalised Levenshtein similarity (arXiv 1907.00490, Eq. 1); the best gold answer
+    counts.
 
-    A soft score: 1 minus the edit distance over the longer length, of texts in lower case with single blanks; 0 where
-        half or more differs.
+    The score is soft: 1 minus the edit distance over the longer length, of texts in lower case with single blanks; 0
+    where half or more differs.
     """
     golds = [_folded(gold) for gold in gold_answers(answer)]
     if not any(golds) or max(map(len, golds)) > LONGEST:
         return Outcome(UNKNOWN, f"the answer key {answer[:100]!r} is empty or too long")
     said = _folded(plain(final_answer(response)))
     if marked_answer(response) is None and not any(gold.endswith(".") for gold in golds):
-        said = said.removesuffix(".")  # the end of a sentence
+        said = said.removesuffix(".")  # the full stop of a sentence
     return Outcome(max(_similarity(said, gold) for gold in golds if gold))
 
 
@@ -52,7 +53,7 @@ def _close(said: str, gold: str) -> bool:
 
 
 def _values(text: str) -> tuple[Decimal, bool] | tuple[()]:
-    """A number, and whether it is in percent; nothing if the text is no number."""
+    """Return a number and True if it is in percent; an empty tuple if the text is not a number."""
     bare = normalised(text).replace("−", "-").replace("\\%", "%").replace("\\", "").replace("{,}", ",")
     found = re.fullmatch(rf"(-?)\s*(?:[$€£¥]|usd)?\s*({NUMBER}|\.\d+)\s*(%|percent|per cent)?", bare)
     if not found:

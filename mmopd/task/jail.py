@@ -1,12 +1,13 @@
-"""The process in which model-written programs run; started by `mmopd.task.sandbox` by its path, standard library only.
+"""The process in which model-written programs run.
 
-It shuts itself in once, and then forks for each program: a fork of a small, warm interpreter takes a few milliseconds,
-where a new interpreter takes tens. Around all programs: user, mount, process, network, IPC, host-name and cgroup
-namespaces, and a root of their own, read-only, with the interpreter's libraries and nothing else (no /proc, /dev, /sys,
-/home). Around each program: an empty memory-backed directory, limits, no capability, and a seccomp filter under which
-it cannot fork, execute, signal another process or open a socket. What it is given comes as sealed files in memory that
-are read after the fork, so nothing of one program is in the memory of the next, and what is expected of it never comes
-here.
+`mmopd.task.sandbox` starts this file by its path; it needs the standard library only. It confines itself once, and then
+forks for each program: a fork of a small, warm interpreter takes a few milliseconds, a new interpreter takes tens.
+
+All programs share user, mount, process, network, IPC, host-name and cgroup namespaces, and a read-only root with the
+interpreter's libraries and nothing else (no /proc, /dev, /sys, /home). Each program has an empty memory-backed
+directory, limits, no capability, and a seccomp filter under which it cannot fork, execute, signal another process or
+open a socket. Its inputs are sealed files in memory that are read after the fork, so nothing of one program is in the
+memory of the next. Expected outputs never reach this process.
 """
 
 import atexit
@@ -34,8 +35,8 @@ from typing import Any
 
 Request = dict[str, Any]
 
-LIBRARIES = ("/lib", "/lib64", "/usr/lib", "/usr/lib64")  # for what the interpreter loads while a program runs
-# What programs import: once here instead of in each of them.
+LIBRARIES = ("/lib", "/lib64", "/usr/lib", "/usr/lib64")  # needed for what the interpreter loads while a program runs
+# Modules that programs often import: imported once here instead of in each program.
 PRELOADED = [
     "bisect",
     "cmath",
@@ -59,7 +60,7 @@ PRELOADED = [
     "threading",
     "typing",
 ]
-ROOM = "/room"  # the programs' directory, inside
+ROOM = "/room"  # the programs' directory, inside of the new root
 NOBODY = 65534
 JOB, INPUT, OUTPUT, ERRORS, RESULT = range(5)  # the files of a request, in this order
 
@@ -82,24 +83,24 @@ _libc = ctypes.CDLL(None, use_errno=True)
 
 
 def check(name: str, *arguments: object) -> None:
-    """Call the C library; OSError with the call's name where it fails."""
+    """Call a function of the C library; raise OSError with its name if it fails."""
     if getattr(_libc, name)(*arguments) != 0:
         code = ctypes.get_errno()
         raise OSError(code, f"{name}: {os.strerror(code)}")
 
 
 def shut_in() -> None:
-    """Go into new namespaces with a new root, as nobody; the next fork is process 1 of its own process namespace."""
+    """Enter new namespaces with a new root, as nobody; the next fork is process 1 of its own process namespace."""
     proc = os.open("/proc", os.O_PATH | os.O_DIRECTORY)
     if root := os.geteuid() == 0:
         try:
             check("unshare", NEWNS)
-        except PermissionError:  # root of a container, with no more rights than others
+        except PermissionError:  # root of a container, with no more rights than other users
             root = False
     if not root:
         _own_users(proc, NEWUSER | NEWNS)
     _new_root([str(Path(os.__file__).parents[1]), *sys.path], LIBRARIES)
-    if root:  # what is mounted by now cannot be unmounted from within
+    if root:  # mounts made so far cannot be unmounted from inside
         try:
             os.setgroups([])
             os.setresgid(NOBODY, NOBODY, NOBODY)
@@ -112,7 +113,7 @@ def shut_in() -> None:
 
 
 def _own_users(proc: int, flags: int) -> None:
-    """Into a new user namespace, in which this user alone exists, by the name of nobody."""
+    """Enter a new user namespace, in which only this user exists, under the name of nobody."""
     user, group = os.geteuid(), os.getegid()
     check("prctl", DUMPABLE, 1, 0, 0, 0)  # after a change of user, /proc/self would be root's
     check("unshare", flags)
@@ -123,7 +124,7 @@ def _own_users(proc: int, flags: int) -> None:
 
 
 def _new_root(python: list[str], libraries: tuple[str, ...]) -> None:
-    """A root with the interpreter's own folders, and the old root out of reach."""
+    """Enter a root with the interpreter's own folders, and put the old root out of reach."""
     shown = {path: os.path.realpath(path) for path in python if Path(path).is_dir()}
     check("mount", NONE, b"/", NONE, RECURSIVE | PRIVATE, NONE)
     check("mount", b"root", b"/tmp", b"tmpfs", NOSUID | NODEV, b"size=1m,mode=755")
@@ -146,7 +147,7 @@ def _new_root(python: list[str], libraries: tuple[str, ...]) -> None:
 
 
 def _show(path: str) -> None:
-    """The same folder, or the same link, as under the old root."""
+    """Make a folder or a link of the old root visible under the new root."""
     old = Path(f"/old{path}")
     if os.path.lexists(path) or not (old.is_symlink() or old.is_dir()):
         return
@@ -158,21 +159,24 @@ def _show(path: str) -> None:
         check("mount", str(old).encode(), path.encode(), NONE, BIND | RECURSIVE, NONE)
 
 
-# What a program may not ask of the kernel: numbers on x86_64 and on aarch64.
+# System calls that a program may not use: numbers on x86_64 and on aarch64.
 FORBIDDEN = {
     "fork": (57, None), "vfork": (58, None), "execve": (59, 221), "execveat": (322, 281),  # one process, this program
     "socket": (41, 198), "socketpair": (53, 199),  # vsock and netlink are in no network namespace
-    "ptrace": (101, 117), "process_vm_readv": (310, 270), "process_vm_writev": (311, 271), "process_madvise": (440, 440),
+    "ptrace": (101, 117), "process_vm_readv": (310, 270), "process_vm_writev": (311, 271),
+    "process_madvise": (440, 440),
     "pidfd_open": (434, 434), "pidfd_getfd": (438, 438), "pidfd_send_signal": (424, 424),
     "rt_sigqueueinfo": (129, 138), "rt_tgsigqueueinfo": (297, 240),
-    "memfd_create": (319, 279), "memfd_secret": (447, 447), "shmget": (29, 194), "semget": (64, 190), "msgget": (68, 186),
-    "mq_open": (240, 180),  # memory that no limit of a process counts
-    "add_key": (248, 217), "request_key": (249, 218), "keyctl": (250, 219), "bpf": (321, 280), "perf_event_open": (298, 241),
-    "userfaultfd": (323, 282), "io_uring_setup": (425, 425), "io_setup": (206, 0), "personality": (135, 92),
-    "unshare": (272, 97), "setns": (308, 268), "mount": (165, 40), "umount2": (166, 39), "pivot_root": (155, 41), "chroot": (161, 51),
-    "open_tree": (428, 428), "move_mount": (429, 429), "fsopen": (430, 430), "fsmount": (432, 432), "mount_setattr": (442, 442),
-    "open_by_handle_at": (304, 265), "name_to_handle_at": (303, 264), "fanotify_init": (300, 262), "inotify_init1": (294, 26),
-    "sync": (162, 81), "syncfs": (306, 267), "syslog": (103, 116), "kexec_load": (246, 104), "init_module": (175, 105),
+    "memfd_create": (319, 279), "memfd_secret": (447, 447),
+    "shmget": (29, 194), "semget": (64, 190), "msgget": (68, 186),
+    "mq_open": (240, 180),  # memory that is counted by no limit of a process
+    "add_key": (248, 217), "request_key": (249, 218), "keyctl": (250, 219), "bpf": (321, 280),
+    "perf_event_open": (298, 241), "userfaultfd": (323, 282), "io_uring_setup": (425, 425), "io_setup": (206, 0),
+    "personality": (135, 92), "unshare": (272, 97), "setns": (308, 268), "mount": (165, 40), "umount2": (166, 39),
+    "pivot_root": (155, 41), "chroot": (161, 51), "open_tree": (428, 428), "move_mount": (429, 429),
+    "fsopen": (430, 430), "fsmount": (432, 432), "mount_setattr": (442, 442), "open_by_handle_at": (304, 265),
+    "name_to_handle_at": (303, 264), "fanotify_init": (300, 262), "inotify_init1": (294, 26), "sync": (162, 81),
+    "syncfs": (306, 267), "syslog": (103, 116), "kexec_load": (246, 104), "init_module": (175, 105),
     "finit_module": (313, 273),
 }  # fmt: skip
 CLONE, CLONE3 = (56, 220), (435, 435)
@@ -184,18 +188,18 @@ ALLOW, KILL, EPERM, ENOSYS = 0x7FFF0000, 0x80000000, 0x00050001, 0x00050026
 
 
 def forbid() -> None:
-    """Put this process, and the threads it will have, under the filter. See seccomp(2); it cannot be taken off."""
+    """Put this process and its future threads under the filter, which cannot be removed; see seccomp(2)."""
     column, architecture = ARCHITECTURES[platform.machine()]
     rules = [(LOAD, 0, 0, 4), (EQUAL, 1, 0, architecture), (RETURN, 0, 0, KILL), (LOAD, 0, 0, 0)]
     if column == 0:
-        rules += [(AT_LEAST, 0, 1, 0x40000000), (RETURN, 0, 0, EPERM)]  # the second set of numbers that x86_64 has
+        rules += [(AT_LEAST, 0, 1, 0x40000000), (RETURN, 0, 0, EPERM)]  # the second set of numbers of x86_64 (x32)
     for numbers in FORBIDDEN.values():
         if (number := numbers[column]) is not None:
             rules += [(EQUAL, 0, 1, number), (RETURN, 0, 0, EPERM)]
     rules += [
         (EQUAL, 0, 1, CLONE3[column]),
         (RETURN, 0, 0, ENOSYS),
-    ]  # its flags are in memory; the C library takes clone instead
+    ]  # its flags are in memory; the C library falls back to clone
     spaces = NEWNS | NEWCGROUP | NEWUTS | NEWIPC | NEWUSER | NEWPID | NEWNET
     thread = [
         (LOAD, 0, 0, 16),
@@ -216,8 +220,9 @@ def forbid() -> None:
 
 
 def serve(channel: socket.socket, room: str, apart: bool) -> Request | None:
-    """Run what is asked for until the channel ends. Returns in two processes: here with None, in each program's with
-    its job.
+    """Run the requested programs until the channel ends.
+
+    Returns in two kinds of process: None in this one, and its job in the process of each program.
     """
     while True:
         message, files, _, _ = socket.recv_fds(channel, 1 << 16, 8)
@@ -244,19 +249,20 @@ def serve(channel: socket.socket, room: str, apart: bool) -> Request | None:
         _, status, usage = os.wait4(child, 0)
         if apart:
             with contextlib.suppress(ProcessLookupError):
-                os.kill(-1, signal.SIGKILL)  # all in this process namespace but its process 1; there should be nothing
+                os.kill(-1, signal.SIGKILL)  # all in this process namespace except process 1; there should be none
             check("umount2", room.encode(), DETACH)
         else:
             shutil.rmtree(room, ignore_errors=True)
-        if channel in ready:  # nobody waits for the reply
+        if channel in ready:  # nobody waits for the reply any more
             return None
         spent = {"cpu": usage.ru_utime + usage.ru_stime, "wall": time.monotonic() - begin}
         channel.send(json.dumps({"status": os.waitstatus_to_exitcode(status), "late": not ready, **spent}).encode())
 
 
 def _wait(child: int, channel: socket.socket, seconds: float) -> set[int | socket.socket]:
-    """What was first: the program's end, or that of the channel; nothing if the time was. The program has ended, or is
-    killed.
+    """Wait for the end of the program or of the channel, and return what came first; nothing if the time ran out.
+
+    A program that has not ended is killed.
     """
     ended = os.pidfd_open(child)
     watched: list[int | socket.socket] = [ended, channel]
@@ -268,7 +274,7 @@ def _wait(child: int, channel: socket.socket, seconds: float) -> set[int | socke
 
 
 def confine(request: Request, files: list[int], room: str) -> Request:
-    """Make this process the program's: its files, its directory, its limits; the job."""
+    """Set up this process for the program: its files, its directory, its limits. Return the job."""
     moved = [os.dup2(file, 20 + i) for i, file in enumerate(files)]
     job: Request = json.loads(_contents(moved[JOB]))
     for target, source in enumerate(moved[1:]):
@@ -286,15 +292,15 @@ def confine(request: Request, files: list[int], room: str) -> Request:
         resource.RLIMIT_MEMLOCK: 0,
         resource.RLIMIT_MSGQUEUE: 0,
     }
-    if room == ROOM:  # in a user namespace of its own; elsewhere all processes of the user count
+    if room == ROOM:  # only in a user namespace of its own; elsewhere all processes of the user would count
         limits[resource.RLIMIT_NPROC] = request["threads"]
     for which, value in limits.items():
         hard = resource.getrlimit(which)[1]
-        spare = which == resource.RLIMIT_CPU  # a second between the signal that says so and the one that kills
+        spare = which == resource.RLIMIT_CPU  # a second between SIGXCPU and the signal that kills
         both = (value, value + spare)
         resource.setrlimit(which, both if hard == resource.RLIM_INFINITY else (min(both[0], hard), min(both[1], hard)))
     check("prctl", NO_NEW_PRIVS, 1, 0, 0, 0)
-    check("capset", struct.pack("Ii", 0x20080522, 0), bytes(24))  # none
+    check("capset", struct.pack("Ii", 0x20080522, 0), bytes(24))  # no capability
     forbid()
     return job
 
@@ -306,9 +312,7 @@ def _contents(file: int) -> bytes:
 
 
 def execute(job: Request) -> None:
-    """Run the program as a script; then call its function, if one is named, and write what it returns to file 3 as
-    JSON.
-    """
+    """Run the program as a script; then call its function, if one is named, and write the result to file 3 as JSON."""
     module = types.ModuleType("__main__")
     sys.modules["__main__"] = module
     sys.argv = ["program.py"]
@@ -323,8 +327,9 @@ def execute(job: Request) -> None:
 
 
 def end(job: Request) -> None:
-    """Run a program and leave as an interpreter does, but without taking it apart, which would be most of the time of a
-    short program.
+    """Run a program and exit as an interpreter does, but without tearing the interpreter down.
+
+    The teardown would take most of the time of a short program.
     """
     status: object = 0
     try:
@@ -336,9 +341,9 @@ def end(job: Request) -> None:
         except BaseException:
             status = 1
             traceback.print_exc()
-        threading._shutdown()  # type: ignore[attr-defined]  # waits for its threads
+        threading._shutdown()  # type: ignore[attr-defined]  # waits for the program's threads
         atexit._run_exitfuncs()
-        sys.modules["__main__"].__dict__.clear()  # closes the files that it left open
+        sys.modules["__main__"].__dict__.clear()  # closes the files that the program left open
         for stream in (sys.stdout, sys.stderr, sys.__stdout__):
             if stream is not None and not stream.closed:
                 stream.flush()
@@ -348,12 +353,15 @@ def end(job: Request) -> None:
 
 
 def main(file: int, apart: bool) -> Request | None:
-    """Shut in, say so, and serve; with `apart` false there are limits and the filter, but no namespaces."""
+    """Confine this process, report it, and serve.
+
+    If `apart` is false, there are limits and the filter, but no namespaces.
+    """
     channel = socket.socket(fileno=file)
     try:
         for name in PRELOADED:
             __import__(name)
-        builtins.exit = builtins.quit = sys.exit  # type: ignore[assignment]  # which `site` would have put there
+        builtins.exit = builtins.quit = sys.exit  # type: ignore[assignment]  # `site` is not loaded, which defines them
         if apart:
             shut_in()
         room = ROOM if apart else tempfile.mkdtemp(prefix="mmopd-room-")

@@ -1,4 +1,4 @@
-"""The tasks of the catalogue."""
+"""Loads the tasks of the catalogue."""
 
 from pathlib import Path
 
@@ -8,7 +8,7 @@ from mmopd.task.base import Task
 
 
 def load_tasks(workspace: Path | None = None) -> dict[str, Task]:
-    """Every task of modalities/ by its name: a file of the workspace replaces the shipped one of the same file name.
+    """Load every task of modalities/, by name; a file of the workspace replaces the shipped file of the same name.
 
     Raises:
         UserError: a file does not load or has no `task`, or two files have a task of the same name; names the files.

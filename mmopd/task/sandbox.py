@@ -1,7 +1,7 @@
-"""Programs that nobody has read, run apart from everything: `Sandbox.run`.
+"""Runs programs that nobody has read, isolated from everything else: `Sandbox.run`.
 
-The process that runs them is `mmopd.task.jail`, one for each sandbox, started when it is first needed and kept. What a
-program gets and gives goes through files in memory, of bounded size. Linux only, 5.14 or newer.
+Programs run in a process of `mmopd.task.jail`, one for each sandbox, which is started when it is first needed and kept.
+Inputs and outputs of a program are files in memory, of bounded size. Linux only, 5.14 or newer.
 """
 
 import contextlib
@@ -22,23 +22,24 @@ from typing import Any, Self
 from mmopd.errors import UserError
 from mmopd.task import jail
 
-KERNEL = (5, 14)  # the first that counts processes in each user namespace apart
-START = 60.0  # seconds for the process to shut itself in
+KERNEL = (5, 14)  # the first that counts processes separately in each user namespace
+START = 60.0  # seconds for the process to confine itself
 GRACE = 10.0  # seconds for its answer, beyond the program's time
 WAY_OUT = (
-    "Model-written programs run in Linux namespaces, and this machine does not give them. Allow user namespaces (sysctl "
-    "user.max_user_namespaces, kernel.apparmor_restrict_unprivileged_userns=0); or start the container with --cap-add SYS_ADMIN, or with "
-    "--security-opt seccomp=unconfined --security-opt apparmor=unconfined; or give the task a verifier that does without, "
-    "`code.verifier(namespaces=False)`, under which a program can read every file that you can."
+    "Model-written programs run in Linux namespaces, and this machine does not allow them. Allow user namespaces "
+    "(sysctl user.max_user_namespaces, kernel.apparmor_restrict_unprivileged_userns=0); or start the container with "
+    "--cap-add SYS_ADMIN, or with --security-opt seccomp=unconfined --security-opt apparmor=unconfined; or give the "
+    "task a verifier that works without namespaces, `code.verifier(namespaces=False)`: a program can then read every "
+    "file that you can read."
 )
 
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """For one run of a program."""
+    """Limits of one run of a program."""
 
-    cpu: int = 4  # seconds of all its threads
-    wall: float = 10.0  # seconds, asleep or not
+    cpu: int = 4  # seconds, of all its threads together
+    wall: float = 10.0  # seconds of wall-clock time
     memory: int = 1 << 29  # bytes of address space
     disk: int = 1 << 24  # bytes of its directory, which is in memory
     output: int = 1 << 22  # bytes of a file, standard output included
@@ -47,19 +48,19 @@ class Limits:
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """What became of a program."""
+    """Result of a run of a program."""
 
     output: bytes  # standard output, cut at the limit
     errors: str  # the end of standard error
-    result: bytes  # JSON of what the function returned; empty if none was called, or it did not return
-    status: int  # of its exit; -n if signal n ended it
-    late: bool  # killed, since its time was up
+    result: bytes  # JSON of the function's result; empty if no function was called, or it did not return
+    status: int  # exit status; -n if signal n ended the program
+    late: bool  # killed because its time was up
     cpu: float  # seconds
     wall: float  # seconds
 
     @property
     def failure(self) -> str:
-        """Why it is not as good as one that ended by itself with status 0; empty if it is."""
+        """Reason why the program did not end by itself with status 0; empty if it did."""
         if self.late or self.status == -signal.SIGXCPU:
             return "out of time"
         if self.status == 0:
@@ -72,9 +73,9 @@ class Sandbox:
     """Runs programs one after the other; threads may share it.
 
     Args:
-        limits: for each run.
-        namespaces: False does without them where the machine has none: there are the limits, no network, no other
-            process and no signal, but a program can read what the user can.
+        limits: limits of each run.
+        namespaces: False works on a machine without namespaces: limits, no network, no other process and no signal
+            still hold, but a program can read what the user can.
     """
 
     def __init__(self, limits: Limits = Limits(), *, namespaces: bool = True) -> None:
@@ -85,12 +86,11 @@ class Sandbox:
         self._channel: socket.socket | None = None
 
     def run(self, program: str, stdin: str = "", *, function: str | None = None, arguments: Sequence[Any] = ()) -> Run:
-        """Run a Python program as a script, and then call its function (or that of its class `Solution`) if one is
-        named.
+        """Run a Python program as a script; then call a function of it (or of its class `Solution`), if one is named.
 
         Raises:
-            UserError: the machine does not allow what it takes to keep programs apart.
-            RuntimeError: the process that runs programs has died or hangs; the next call starts another.
+            UserError: the machine does not allow what is needed to isolate programs.
+            RuntimeError: the process that runs programs has died or hangs; the next call starts another one.
         """
         job = json.dumps({"program": program, "function": function, "arguments": list(arguments)})
         with self._lock, contextlib.ExitStack() as files:
@@ -101,7 +101,7 @@ class Sandbox:
         return Run(output, errors[-4096:].decode(errors="replace"), result, **reply)
 
     def close(self) -> None:
-        """End the process; nothing of any program is left."""
+        """End the process; nothing of any program remains."""
         with self._lock:
             self._close()
 
@@ -131,8 +131,9 @@ class Sandbox:
     def _start(self) -> socket.socket:
         if platform.system() != "Linux" or platform.machine() not in jail.ARCHITECTURES or _kernel() < KERNEL:
             raise UserError(
-                f"Model-written programs run on Linux {'.'.join(map(str, KERNEL))} or newer, on {' or '.join(jail.ARCHITECTURES)};"
-                f" this is {platform.system()} {platform.release()} on {platform.machine()}"
+                f"Model-written programs run on Linux {'.'.join(map(str, KERNEL))} or newer, on "
+                f"{' or '.join(jail.ARCHITECTURES)}; "
+                f"this is {platform.system()} {platform.release()} on {platform.machine()}"
             )
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         mode = "apart" if self._namespaces else "limits"
@@ -146,7 +147,7 @@ class Sandbox:
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.DEVNULL,
                 cwd="/",
-                start_new_session=True,  # Ctrl-C is for its parent
+                start_new_session=True,  # Ctrl-C is handled by the parent
             )
         ours.settimeout(START)
         self._channel = ours
@@ -169,7 +170,7 @@ class Sandbox:
         if process is not None:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(1.0)  # it ends with the channel
-            process.kill()  # what is below it dies with it
+            process.kill()  # its child processes die with it
             process.wait()
 
 
@@ -178,7 +179,7 @@ def _kernel() -> tuple[int, ...]:
 
 
 def _memory(files: contextlib.ExitStack, contents: bytes | None = None) -> int:
-    """A file in memory, sealed if it has contents."""
+    """Return a file in memory, sealed if it has contents."""
     file = os.memfd_create("mmopd", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
     files.callback(os.close, file)
     if contents is not None:

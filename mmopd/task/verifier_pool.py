@@ -1,7 +1,7 @@
-"""Verifiers in processes of their own, beside the rollout.
+"""Verifiers in processes of their own, which run during the rollout.
 
-A verifier judges text that a model wrote: it may loop, exhaust memory or kill its process. Each worker is one process
-that is killed when its time is up and started anew when it is next needed; a failed verifier gives an unknown outcome
+A verifier judges text that a model wrote: it may loop, exhaust memory or kill its process. Each worker is one process,
+which is killed when its time is up and started again when it is next needed. A failed verifier gives an unknown outcome
 with a reason, never a wrong one.
 """
 
@@ -27,12 +27,12 @@ START = 120.0  # seconds for a worker to load the tasks
 
 
 class VerifierPool:
-    """Judges answers by task name, `workers` at once.
+    """Judges answers by task name, up to `workers` in parallel.
 
     Args:
-        workspace: where the tasks are looked for, before the shipped ones.
-        workers: processes.
-        timeout: seconds for one answer, of tasks that do not name their own.
+        workspace: folder whose tasks take precedence over the shipped ones.
+        workers: number of processes.
+        timeout: seconds for one answer, for tasks without a timeout of their own.
 
     Raises:
         UserError: a file of modalities/ does not load.
@@ -58,11 +58,11 @@ class VerifierPool:
         return self._threads.submit(self._ask, task, response, answer)
 
     async def verify(self, task: str, response: str, answer: str) -> Outcome:
-        """Judge one answer; others go on meanwhile."""
+        """Judge one answer without blocking the event loop."""
         return await asyncio.wrap_future(self.submit(task, response, answer))
 
     def close(self) -> None:
-        """Drop what is queued, and end the processes."""
+        """Drop queued answers and end the processes."""
         for worker in self._all:
             worker.stop()
         self._threads.shutdown(cancel_futures=True)
@@ -84,7 +84,7 @@ class VerifierPool:
 
 
 class _Worker:
-    """One process of `mmopd.task.verifier_worker`, which is asked and answers in lines of json."""
+    """One process of `mmopd.task.verifier_worker`; questions and answers are lines of JSON."""
 
     def __init__(self, workspace: Path | None) -> None:
         self._command = [sys.executable, "-m", "mmopd.task.verifier_worker", *([str(workspace)] if workspace else [])]
@@ -107,13 +107,13 @@ class _Worker:
         return Outcome(math.nan if value is None else value, reason)
 
     def stop(self) -> None:
-        """Cut short what is under way, from another thread."""
+        """Stop the answer in progress, from another thread."""
         self._closing = True
         if (process := self._process) is not None:
             process.kill()
 
     def kill(self) -> None:
-        """End the process; the next question starts another."""
+        """End the process; the next question starts another one."""
         process = self._process
         self._process = None
         if process is not None:
@@ -131,7 +131,7 @@ class _Worker:
             raise RuntimeError(f"a verifier process did not start: {' '.join(self._command)}") from None
 
     def _exchange(self, line: bytes, timeout: float) -> bytes:
-        """Send a line and wait for one; EOFError where the process is gone."""
+        """Send a line and wait for one; raise EOFError if the process is gone."""
         process = self._process
         assert process is not None
         assert process.stdin is not None

@@ -1,6 +1,4 @@
-"""The process behind `mmopd.task.verifier_pool`: reads questions as lines of json, writes outcomes. Ends with its
-input.
-"""
+"""The process of `mmopd.task.verifier_pool`: reads questions as lines of JSON, writes outcomes, ends with its input."""
 
 import json
 import os
@@ -16,14 +14,14 @@ from mmopd.task.base import Task
 from mmopd.task.load import load_tasks
 
 LONGEST = 200  # characters of a reason
-MEMORY = 4 << 30  # bytes of address space beyond what loading took: `9**9**9` must not take the machine
+MEMORY = 4 << 30  # bytes of address space beyond what loading took: `9**9**9` must not exhaust the machine
 
 
 def main(workspace: Path | None) -> None:
     """Serve until standard input ends."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's business
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is handled by the parent
     replies = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # what a verifier prints is no reply
+    os.dup2(2, 1)  # what a verifier prints must not be taken for a reply
     tasks = load_tasks(workspace)
     limit = psutil.Process().memory_info().vms + MEMORY
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
@@ -32,7 +30,7 @@ def main(workspace: Path | None) -> None:
         task, response, answer, timeout = json.loads(line)
         signal.setitimer(
             signal.ITIMER_REAL, timeout + 1
-        )  # the parent kills before; this is for when the parent is gone
+        )  # the parent kills earlier; this is for when the parent is gone
         outcome = outcome_of(tasks[task], response, answer)
         signal.setitimer(signal.ITIMER_REAL, 0)
         print(
@@ -41,7 +39,7 @@ def main(workspace: Path | None) -> None:
 
 
 def outcome_of(task: Task, response: str, answer: str) -> Outcome:
-    """The task's verdict; unknown, with the reason, where its verifier raises or answers nonsense."""
+    """Return the task's verdict; unknown, with a reason, where its verifier raises or returns no valid outcome."""
     try:
         outcome = task.verify(response, answer)
         if not isinstance(outcome, Outcome) or (outcome.known and not 0 <= outcome.value <= 1):

@@ -1,9 +1,9 @@
 """Verifiers: (response text, answer key) -> `Outcome`.
 
-1 is right and 0 is wrong; an answer that cannot be found in the response is wrong. Unknown (NaN) is only for what is
-not the student's doing: an answer key that does not fit the verifier. An exception is unknown too; the pool sees to
-that, and to the time and memory that a verifier may take. A key with several right answers is a JSON list of texts
-(`gold_answers`); `exact`, `math`, `relaxed_number` and `anls` take one.
+1 is right and 0 is wrong; an answer that cannot be found in the response is wrong. Unknown (NaN) is only for what the
+student did not cause: an answer key that does not fit the verifier. An exception is unknown too; the pool handles it,
+and limits the time and the memory of a verifier. A key with several right answers is a JSON list of texts
+(`gold_answers`); `exact`, `math`, `relaxed_number` and `anls` accept one.
 """
 
 import json
@@ -17,7 +17,7 @@ from mmopd.records import UNKNOWN, Outcome
 RIGHT = Outcome(1.0)
 WRONG = Outcome(0.0)
 NUMBER = r"-?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?"
-LONGEST = 2000  # characters of an answer; what follows them is not looked at
+LONGEST = 2000  # characters of an answer; the rest is ignored
 WORDS = re.compile(r"(?i:yes|no|true|false|odd|even|none)|(?=.*[A-Za-z]{4})[A-Za-z]+(?:[ '-][A-Za-z]+)*")
 ENDS = re.compile(r"""^(?:[ ,;:!?"'`*$()\[\]]|\.(?!\d))+|[ .,;:!?"'`*$()\[\]]+$""")
 CHOICE = re.compile(
@@ -29,19 +29,19 @@ CHOICE = re.compile(
 
 
 def number_after_equals(response: str, answer: str) -> Outcome:
-    """The number after the last `=`, with nothing but blanks behind it, is the answer."""
+    """Judge the number after the last `=`; only blanks may follow it."""
     found = re.fullmatch(rf"\s*({NUMBER})\s*", response.rpartition("=")[2]) if "=" in response else None
     return _same_number(found[1] if found else None, answer)
 
 
 def final_number(response: str, answer: str) -> Outcome:
-    """The last number of the response is the answer (GSM8K's rule)."""
+    """Judge the last number of the response (GSM8K's rule)."""
     found = re.findall(rf"(?<![\w.]){NUMBER}(?!\w)", without_thoughts(response))
     return _same_number(found[-1] if found else None, answer)
 
 
 def exact(response: str, answer: str) -> Outcome:
-    r"""The final answer is the key, up to case, width, blanks, `\text{}` and punctuation around it."""
+    r"""Compare the final answer with the key, up to case, width, blanks, `\text{}` and punctuation around it."""
     golds = {normalised(plain(gold)) for gold in gold_answers(answer)}
     if not any(golds):
         return Outcome(UNKNOWN, f"the answer key {answer!r} is empty")
@@ -49,11 +49,10 @@ def exact(response: str, answer: str) -> Outcome:
 
 
 def choice(response: str, answer: str) -> Outcome:
-    """The final answer names the option of the key, and no other.
+    """Judge whether the final answer names the option of the key, and no other.
 
-    Strict on both sides: the key is one letter, and the final answer is that letter alone, in brackets, or followed by
-        a
-    mark: `B`, `(B)`, `B.`, `B: because`. "Blue" names no option.
+    Both sides are strict: the key is one letter, and the final answer is that letter alone, in brackets, or followed by
+    a mark: `B`, `(B)`, `B.`, `B: because`. "Blue" names no option.
     """
     key = answer.strip().strip("().").upper()
     if not re.fullmatch("[A-Z]", key):
@@ -64,32 +63,30 @@ def choice(response: str, answer: str) -> Outcome:
 
 
 def math(response: str, answer: str) -> Outcome:
-    """The final answer equals the key as a mathematical expression (math-verify); a key in words is compared as words.
+    """Compare the final answer with the key as mathematics (math-verify); a key in words is compared as words.
 
-    math-verify's own time limits are signals, which threads cannot have and whose failure it reports as "wrong"; they
-    are off, and errors are raised. What bounds the time is the pool. A response that it cannot read is wrong.
+    math-verify's own time limits are signals, which do not work in threads and whose failure it reports as "wrong".
+    They are off, and errors are raised; the pool limits the time. A response that it cannot read is wrong.
     """
     outcomes = [_math(response, gold) for gold in gold_answers(answer)]
     return max(outcomes, key=lambda outcome: outcome.value if outcome.known else -1.0)
 
 
 def puzzle(response: str, answer: str) -> Outcome:
-    """The key decides: the letter of an option, strictly (`choice`); words, exactly (`exact`); or else mathematics
-    (`math`).
-    """
+    """Judge by the form of the key: `choice` for the letter of an option, `exact` for words, otherwise `math`."""
     if re.fullmatch(r"\s*\(?[A-Z]\)?\.?\s*", answer):
         return choice(response, answer)
     return math(response, answer) if re.search(r"\d|\\[a-z]", answer) else exact(response, answer)
 
 
 def without_thoughts(response: str) -> str:
-    """The response after its `</think>`; empty where the thought was never ended."""
+    """Return the response after its `</think>`; empty if the thought never ends."""
     head, end, tail = response.rpartition("</think>")
     return tail if end else head + ("" if "<think>" in response else tail)
 
 
 def marked_answer(response: str) -> str | None:
-    r"""What is marked as the answer: the last `<answer>`, or else the last `\boxed`; None if there is neither."""
+    r"""Return the answer that is marked: the last `<answer>`, or else the last `\boxed`; None if there is neither."""
     text = without_thoughts(response)
     ends = [mark.start() for mark in re.finditer("</answer>", text, re.IGNORECASE)][-1:]
     starts = [mark.end() for mark in re.finditer("<answer>", text, re.IGNORECASE) if ends and mark.end() <= ends[0]]
@@ -101,8 +98,9 @@ def marked_answer(response: str) -> str | None:
 
 
 def final_answer(response: str) -> str:
-    r"""What is marked as the answer, or else what follows "answer is", "option:" or the like in the last line, or else
-    that line.
+    """Return the marked answer.
+
+    Without a mark, return what follows "answer is", "option:" or the like in the last line, or that whole line.
     """
     marked = marked_answer(response)
     if marked is not None:
@@ -115,11 +113,11 @@ def final_answer(response: str) -> str:
 
 
 def gold_answers(key: str) -> list[str]:
-    """The right answers of a key: one, or several as a JSON list of texts."""
+    """Return the right answers of a key: one, or several if the key is a JSON list of texts."""
     if key.lstrip().startswith("["):
         try:
             golds = json.loads(key)
-        except ValueError:  # an interval, for one
+        except ValueError:  # for example an interval
             return [key]
         if isinstance(golds, list) and golds and all(isinstance(gold, str) for gold in golds):
             return golds
@@ -127,14 +125,14 @@ def gold_answers(key: str) -> list[str]:
 
 
 def plain(text: str) -> str:
-    r"""Without what only changes the look: `\text{}` and its like, emphasis, dollars around it."""
+    r"""Remove what only changes the look: `\text{}` and the like, emphasis, dollars around the text."""
     bare = re.sub(r"\\(?:text|textbf|mathrm|mathbf|textit)\s*\{([^{}]*)\}", r"\1", text)
     bare = bare.replace("**", "").strip()
     return bare.strip("$").strip() if bare.startswith("$") and bare.endswith("$") else bare
 
 
 def normalised(text: str) -> str:
-    """Lower case, one width (NFKC), single blanks, no punctuation at the ends."""
+    """Return the text in lower case, with one width (NFKC), single blanks, and no punctuation at its ends."""
     folded = " ".join(unicodedata.normalize("NFKC", text).casefold().split())
     return ENDS.sub("", folded)
 
@@ -147,7 +145,7 @@ def _same_number(found: str | None, answer: str) -> Outcome:
 
 
 def _boxed(text: str) -> str | None:
-    r"""What the last `\boxed{...}` holds; braces may nest."""
+    r"""Return the content of the last `\boxed{...}`; braces may nest."""
     start = text.rfind("\\boxed{")
     if start < 0:
         return None
@@ -160,10 +158,10 @@ def _boxed(text: str) -> str | None:
 
 
 def _math(response: str, answer: str) -> Outcome:
-    from math_verify import parse, verify  # takes a second, and tasks without mathematics do not need it
+    from math_verify import parse, verify  # takes a second to import, and tasks without mathematics do not need it
 
     logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns that its time limits are off
-    if WORDS.fullmatch(plain(answer)):  # it would take words for products of letters, and "on" for "no"
+    if WORDS.fullmatch(plain(answer)):  # math-verify would read words as products of letters, and "on" as "no"
         return exact(response, answer)
     gold = parse(_latex(answer), parsing_timeout=None, raise_on_error=True)
     if not gold:
@@ -182,11 +180,11 @@ def _math(response: str, answer: str) -> Outcome:
 
 
 def _latex(expression: str) -> str:
-    """The expression between dollars, without which math-verify reads LaTeX only in part."""
+    """Return the expression between dollars; without them math-verify reads only a part of LaTeX."""
     expression = _digits(expression).replace(r"\$", "")
     return expression if re.search(r"\$|\\\(|\\\[|\\boxed", expression) else f"${expression}$"
 
 
 def _digits(text: str) -> str:
-    """With ASCII digits for those of other scripts."""
+    """Replace digits of other scripts by ASCII digits."""
     return "".join(str(unicodedata.decimal(sign)) if sign.isdecimal() else sign for sign in text)
