@@ -33,8 +33,8 @@ class Dense(Objective):
     def _has_a_tail(cls, divergence: object) -> object:
         if divergence == "reverse_kl":
             raise ValueError(
-                "reverse KL over the teacher's likeliest tokens is not offered: what it must punish is what the student "
-                "does outside of them, where this teacher's log-probs are not known. kind `opd` is reverse KL, on the "
+                "reverse KL over the teacher's likeliest tokens is not offered: what it must punish is what the "
+                "student does outside of them, where this teacher's log-probs are not known. kind `opd` is reverse KL, on the "
                 "tokens that were sampled"
             )
         return divergence

@@ -19,8 +19,8 @@ class ExOPD(Objective):
     kind: Literal["exopd"]
     scale: float = Field(1.25, ge=1)
     reference: str | Mapping[str, str] = Field(
-        description="the teacher of the fleet that is the reference: the student's start; or for each teacher its base, "
-        "{math: math_base}"
+        description="the teacher of the fleet that is the reference: the student's start; or for each teacher its "
+        "base, {math: math_base}"
     )
 
     def references(self) -> str | Mapping[str, str]:
