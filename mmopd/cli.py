@@ -41,7 +41,7 @@ HostOption = Annotated[str, typer.Option(help="The address that servers listen o
 
 
 def main() -> None:
-    """Entry point: a UserError is one message on stderr and exit status 2; SIGTERM ends like an exception, so that
+    """Entry point: a UserError is one message on stderr and the exit status of its kind; SIGTERM ends like an exception, so that
     children are stopped.
     """
     signal.signal(signal.SIGTERM, _terminate)
@@ -49,7 +49,7 @@ def main() -> None:
         app()
     except UserError as error:
         Console(stderr=True, highlight=False).print(f"[bold red]error:[/] {_escape(str(error))}", soft_wrap=True)
-        sys.exit(2)
+        sys.exit(error.exit_status)
 
 
 @app.callback(invoke_without_command=True)

@@ -10,7 +10,7 @@ from typing import Annotated, Any, TypeVar, get_args
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from mmopd.errors import UserError
+from mmopd.errors import ConfigError
 
 C = TypeVar("C", bound=BaseModel)
 Fraction = Annotated[float, Field(ge=0, le=1)]
@@ -40,11 +40,11 @@ def read(cls: type[C], path: Path, overrides: Iterable[str] = ()) -> C:
     try:
         data = yaml.safe_load(path.read_text())
     except FileNotFoundError:
-        raise UserError(f"{path}: no such file") from None
+        raise ConfigError(f"{path}: no such file") from None
     except yaml.YAMLError as error:
-        raise UserError(f"{path}: not valid YAML: {error}") from None
+        raise ConfigError(f"{path}: not valid YAML: {error}") from None
     if not isinstance(data, dict):
-        raise UserError(f"{path}: expected keys and values, found {type(data).__name__}")
+        raise ConfigError(f"{path}: expected keys and values, found {type(data).__name__}")
     return build(cls, data, str(path), overrides)
 
 
@@ -63,7 +63,7 @@ def build(cls: type[C], data: dict[str, Any], where: str, overrides: Iterable[st
         return cls.model_validate(data)
     except ValidationError as error:
         lines = [_explain(cls, e["loc"], e["msg"], e["type"]) for e in error.errors()]
-        raise UserError("\n".join(f"{where}: {line}" for line in lines)) from None
+        raise ConfigError("\n".join(f"{where}: {line}" for line in lines)) from None
 
 
 def dump(settings: BaseModel) -> str:
@@ -74,14 +74,14 @@ def dump(settings: BaseModel) -> str:
 def _set(data: dict[str, Any], override: str) -> None:
     key, eq, value = override.partition("=")
     if not eq:
-        raise UserError(f"{override!r}: an override is written key=value, such as train.steps=20")
+        raise ConfigError(f"{override!r}: an override is written key=value, such as train.steps=20")
     *parents, last = key.split(".")
     for parent in parents:
         if data.get(parent) is None:
             data[parent] = {}
         data = data[parent]
         if not isinstance(data, dict):
-            raise UserError(f"{override!r}: {parent!r} is a value and has no keys")
+            raise ConfigError(f"{override!r}: {parent!r} is a value and has no keys")
     data[last] = yaml.safe_load(value)
 
 

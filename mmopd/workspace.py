@@ -7,7 +7,7 @@ from types import ModuleType
 
 import mmopd
 from mmopd import settings_file
-from mmopd.errors import UserError
+from mmopd.errors import ConfigError
 
 
 def shipped() -> Path:
@@ -30,7 +30,7 @@ def find(name: str | Path, workspace: Path | None = None) -> Path:
     kind = Path(name).parent
     suffix = Path(name).suffix
     known = {str(kind / path.name) for root in roots for path in (root / kind).glob(f"*{suffix}")}
-    raise UserError(f"{name}: no such file in {roots[0]}, nor is it shipped{settings_file.suggest(str(name), known)}")
+    raise ConfigError(f"{name}: no such file in {roots[0]}, nor is it shipped{settings_file.suggest(str(name), known)}")
 
 
 def load_module(path: Path) -> ModuleType:
@@ -53,5 +53,5 @@ def load_module(path: Path) -> ModuleType:
         while trace is not None:
             line = trace.tb_lineno if trace.tb_frame.f_code.co_filename == str(path) else line
             trace = trace.tb_next
-        raise UserError(f"{path}{f':{line}' if line else ''}: {type(error).__name__}: {error}") from error
+        raise ConfigError(f"{path}{f':{line}' if line else ''}: {type(error).__name__}: {error}") from error
     return module

@@ -17,7 +17,7 @@ from mmopd import catalog
 from mmopd.commands.job import check
 from mmopd.commands.train import launch
 from mmopd.config import Recipe
-from mmopd.errors import UserError
+from mmopd.errors import ConfigError, UserError
 from mmopd.runtime.run_folder import RunFolder
 
 DEMO = Path(".mmopd") / "demo"
@@ -54,12 +54,12 @@ def run_and_fail(resolved: Recipe) -> str:
     return str(error.value)
 
 
-def test_a_typo_is_one_line_with_status_2_and_no_traceback(mine: Path) -> None:
+def test_a_typo_is_one_line_with_the_status_of_a_wrong_setting_and_no_traceback(mine: Path) -> None:
     edit(mine / "recipes" / "small.yaml", lambda text: text.replace("rollout:", "rolout:"))
     done = subprocess.run(
         [sys.executable, "-m", "mmopd", "train", "recipes/small.yaml"], capture_output=True, text=True, check=False
     )
-    assert done.returncode == 2
+    assert done.returncode == ConfigError.exit_status
     assert "recipes/small.yaml: unknown key 'rolout'; did you mean 'rollout'?" in done.stderr
     assert "Traceback" not in done.stderr
     assert not (mine / "runs").exists()

@@ -10,7 +10,7 @@ from mmopd.capacity.memory import GIB, Gpu, Load, Part, ceil_gib
 from mmopd.capacity.model_size import Model, read_model
 from mmopd.capacity.step_time import Served, Share, Time, Work, step_times
 from mmopd.config import Fleet, Mixture, Recipe
-from mmopd.errors import UserError
+from mmopd.errors import ConfigError
 from mmopd.serving.placement import place
 from mmopd.serving.specs import ServerSpec, student_specs
 from mmopd.settings_file import suggest
@@ -76,7 +76,7 @@ def budget(recipe: Recipe, machines: Machines, *, response: int | None = None, e
     """
     objective = recipe.algorithm.objective
     if not objective.trains:
-        raise UserError(
+        raise ConfigError(
             f"algorithm.objective: {objective.kind} merges weights on the CPU, so that there is nothing to plan"
         )
     whole = load_teachers(recipe.fleet, objective)
@@ -123,7 +123,7 @@ def largest(recipe: Recipe, mixture: Mixture, tasks: Mapping[str, Task], servers
     pictures = [0]
     for source in mixture.sources.values():
         if source.task not in tasks:
-            raise UserError(f"no task {source.task!r} in modalities/{suggest(source.task, tasks)}")
+            raise ConfigError(f"no task {source.task!r} in modalities/{suggest(source.task, tasks)}")
         prompts.append(source.max_prompt_tokens or max(0, free))
         pictures.append(prompts[-1] if tasks[source.task].modality != "text" else 0)
     patches = max(pictures) * tower.merge if tower else 0

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from mmopd.config import Train
-from mmopd.errors import UserError
+from mmopd.errors import CheckpointError, UserError
 
 MAX_BYTES = 1 << 20  # of a config.json
 
@@ -116,12 +116,12 @@ def read_model(folder: Path, train: Train | None = None) -> Model:
     """
     path = folder / "config.json"
     if not path.is_file():
-        raise UserError(
+        raise CheckpointError(
             f"{folder}: there is no config.json; it is all that an estimate needs of a model: "
             f"hf download OWNER/{folder.name} config.json --local-dir {folder}"
         )
     if path.stat().st_size > MAX_BYTES:
-        raise UserError(f"{path}: {path.stat().st_size:,} bytes are no configuration of a model")
+        raise CheckpointError(f"{path}: {path.stat().st_size:,} bytes are no configuration of a model")
     import torch
     import transformers
 
@@ -134,7 +134,7 @@ def read_model(folder: Path, train: Train | None = None) -> Model:
     except UserError:
         raise
     except Exception as error:
-        raise UserError(f"{path}: no model can be built from it: {type(error).__name__}: {error}") from error
+        raise CheckpointError(f"{path}: no model can be built from it: {type(error).__name__}: {error}") from error
     weights = tuple(Weight(name, p.numel(), p.requires_grad) for name, p in built.named_parameters())
     text = config.get_text_config()
     experts = getattr(text, "num_experts", None)

@@ -26,7 +26,7 @@ from scipy.stats import t as student_t
 from mmopd import catalog
 from mmopd.commands.train import launch
 from mmopd.config import Comparison, ComparisonTable, Recipe
-from mmopd.errors import UserError
+from mmopd.errors import UserError, kind_of
 from mmopd.evaluate.table import Results
 from mmopd.runtime.processes import Children
 from mmopd.runtime.progress import Stage, Stages
@@ -127,7 +127,7 @@ def resolve(comparison: Comparison, run: Run) -> Recipe:
     try:
         return catalog.load_recipe(comparison.recipe, overrides=overrides)
     except UserError as error:
-        raise UserError(f"variant {run.variant!r}: {error}") from None
+        raise kind_of(error.exit_status)(f"variant {run.variant!r}: {error}") from None
 
 
 def what_is_served(recipe: Recipe) -> list[Any]:
@@ -150,7 +150,7 @@ def _run(run: Run, recipe: Recipe, standing: Standing, stage: Stage) -> None:
             launch(folder, recipe, Console(file=file, width=WIDTH), standing=standing)
     except UserError as error:
         way_out = f"Its log is {log}; the same command goes on from there, or makes it anew without its folder"
-        raise UserError(f"{run.folder.name}: {error}\n{way_out}") from error
+        raise kind_of(error.exit_status)(f"{run.folder.name}: {error}\n{way_out}") from error
 
 
 @contextmanager

@@ -5,7 +5,7 @@ import time
 
 from mmopd.commands.job import Job, give
 from mmopd.commands.merge import merge
-from mmopd.errors import UserError
+from mmopd.errors import ConfigError, UserError
 from mmopd.runtime.processes import Children
 from mmopd.runtime.progress import Stages
 from mmopd.runtime.rank_processes import Pulses, check_ranks, last_metrics, one_line, start_ranks
@@ -76,7 +76,7 @@ def extrapolate(job: Job, run: RunFolder, children: Children, servers: Servers, 
     if elsewhere := [
         name for name, teacher in job.fleet.teachers.items() if teacher.model is None or teacher.adapter is not None
     ]:
-        raise UserError(
+        raise ConfigError(
             f"teacher {elsewhere[0]!r}: expo merges whole weights, so that every teacher needs a `model` here and no "
             "adapter"
         )

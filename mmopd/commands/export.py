@@ -5,7 +5,7 @@ its end does.
 import time
 from pathlib import Path
 
-from mmopd.errors import UserError
+from mmopd.errors import CheckpointError, UserError
 from mmopd.runtime.processes import Children
 from mmopd.runtime.progress import Stages
 from mmopd.runtime.rank_processes import Pulses, check_ranks, start_ranks
@@ -31,7 +31,7 @@ def export_checkpoint(
     chosen = there.get(max(there, default=0) if step is None else step)
     if chosen is None:
         which = f"of step {step}" if step is not None else "yet"
-        raise UserError(
+        raise CheckpointError(
             f"{run.checkpoints}: no checkpoint {which}; there is {', '.join(map(str, sorted(there))) or 'none'}"
         )
     out = out or run.root / f"export-{step_of(chosen.name)}"

@@ -11,7 +11,7 @@ from pathlib import Path
 from mmopd import catalog
 from mmopd.commands.merge import Checkpoint
 from mmopd.config import Fleet, Recipe, Suite
-from mmopd.errors import UserError
+from mmopd.errors import CheckpointError, ServerError
 from mmopd.evaluate.lmms import read_suite
 from mmopd.modality import Encoder
 from mmopd.preflight.check import Check
@@ -75,7 +75,7 @@ def check(recipe: Recipe, endpoints: Sequence[Path] = ()) -> Job:
     folders = {name: t.model for name, t in used.items() if t.model is not None and name not in there}
     for name, folder in {"student": recipe.student.model, **folders}.items():
         if not (folder / "config.json").is_file():
-            raise UserError(
+            raise CheckpointError(
                 f"{folder}: no model in this folder (of {name}); it needs a config.json and weights in safetensors"
             )
     tasks = load_tasks()
@@ -149,7 +149,7 @@ def prove(job: Job, servers: Servers, run: RunFolder, stages: Stages) -> list[Ch
             checks = asyncio.run(ask())
         except EngineError as error:
             servers.check()
-            raise UserError(f"{error} ({servers.log('student')})") from error
+            raise ServerError(f"{error} ({servers.log('student')})") from error
         save(checks, run.preflight)
         stage.outcome = summary(checks, endpoints)
     return checks
@@ -166,4 +166,4 @@ def give(run: RunFolder, model: Path, version: str) -> None:
         with Checkpoint(model) as checkpoint, FileSync(students) as link:
             link.send(((name, checkpoint.tensor(name)) for name in sorted(checkpoint.names)), version)
     except SyncError as error:
-        raise UserError(f"the student's engine does not take the weights of {model}: {error}") from error
+        raise ServerError(f"the student's engine does not take the weights of {model}: {error}") from error

@@ -15,7 +15,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from mmopd.errors import UserError
+from mmopd.errors import CheckpointError, UserError
 from mmopd.runtime.progress import Stage
 
 WEIGHTS = "*.safetensors"
@@ -30,7 +30,9 @@ class Checkpoint:
         self.folder = folder
         self.files = sorted(folder.glob(WEIGHTS))
         if not self.files or not (folder / "config.json").is_file():
-            raise UserError(f"{folder}: no model in this folder; it needs a config.json and weights in safetensors")
+            raise CheckpointError(
+                f"{folder}: no model in this folder; it needs a config.json and weights in safetensors"
+            )
 
     def __enter__(self) -> Self:
         with ExitStack() as stack:
@@ -40,7 +42,7 @@ class Checkpoint:
                 try:
                     handle = stack.enter_context(safe_open(file, "pt"))
                 except Exception as error:
-                    raise UserError(f"{file}: cannot be read as safetensors ({error})") from None
+                    raise CheckpointError(f"{file}: cannot be read as safetensors ({error})") from None
                 self.layout[file.name] = sorted(handle.keys())
                 self._open |= dict.fromkeys(self.layout[file.name], handle)
             self._stack = stack.pop_all()
@@ -127,7 +129,7 @@ def _merged(
         elif all(torch.equal(start, teacher.tensor(name)) for teacher in teachers):
             yield name, start
         else:
-            raise UserError(f"{name}: whole numbers that differ between base and teachers cannot be extrapolated")
+            raise CheckpointError(f"{name}: whole numbers that differ between base and teachers cannot be extrapolated")
         stage.advance()
 
 
@@ -135,9 +137,11 @@ def _check_same(base: Checkpoint, teacher: Checkpoint) -> None:
     """Both have the same tensors, of the same shapes."""
     if differ := sorted(base.names ^ teacher.names):
         where = base.folder if differ[0] in base.names else teacher.folder
-        raise UserError(
+        raise CheckpointError(
             f"{teacher.folder}: another architecture than {base.folder}: the tensor {differ[0]!r} is only in {where}"
         )
     for name in sorted(base.names):
         if (a := base.shape(name)) != (b := teacher.shape(name)):
-            raise UserError(f"{teacher.folder}: another architecture than {base.folder}: {name!r} is {b} and not {a}")
+            raise CheckpointError(
+                f"{teacher.folder}: another architecture than {base.folder}: {name!r} is {b} and not {a}"
+            )

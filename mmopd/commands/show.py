@@ -7,7 +7,7 @@ from rich.table import Table
 
 from mmopd import catalog, settings_file
 from mmopd.config import Fleet, Mixture, Recipe
-from mmopd.errors import UserError
+from mmopd.errors import ConfigError
 from mmopd.task.load import load_tasks
 from mmopd.teacher.router import RoutedTeacher, find_teachers, load_teachers, references
 
@@ -62,7 +62,7 @@ def teachers_table(fleet: Fleet, mixture: Mixture) -> Table:
         table.add_column(column)
     for name in dict.fromkeys(source.task for source in mixture.sources.values()):
         if name not in tasks:
-            raise UserError(f"no task {name!r} in modalities/{settings_file.suggest(name, tasks)}")
+            raise ConfigError(f"no task {name!r} in modalities/{settings_file.suggest(name, tasks)}")
         for i, teacher in enumerate(find_teachers(fleet, tasks, name, tasks[name].modality)):
             prompts = "" if i else f"{name} ({tasks[name].modality})"
             table.add_row(prompts, teacher.name, f"{teacher.share:.0%}", f"{teacher.weight:g}", escape(_shown(teacher)))

@@ -21,7 +21,7 @@ from typing import Any, Literal
 
 from mmopd import settings_file
 from mmopd.config import Benchmark, Suite
-from mmopd.errors import UserError
+from mmopd.errors import ConfigError, UserError
 from mmopd.evaluate.calls import Calls
 from mmopd.evaluate.tasks import Task, prepare
 from mmopd.evaluate.validate import InvalidRunError, Measured, last_words, validate
@@ -91,14 +91,14 @@ def read_suite(path: Path, workspace: Path) -> Suite:
     columns = [b.column for b in suite.benchmarks]
     for column in columns:
         if columns.count(column) > 1:
-            raise UserError(f"{path}: two benchmarks have the column {column!r}; a column is one benchmark")
+            raise ConfigError(f"{path}: two benchmarks have the column {column!r}; a column is one benchmark")
     benchmarks = []
     for benchmark in suite.benchmarks:
         update: dict[str, Any] = {}
         if benchmark.task.endswith((".yaml", ".yml")):
             update["task"] = str(path.parent.absolute() / benchmark.task)
             if not Path(update["task"]).is_file():
-                raise UserError(f"{path}: {benchmark.column}: no task file {benchmark.task!r} in {path.parent}")
+                raise ConfigError(f"{path}: {benchmark.column}: no task file {benchmark.task!r} in {path.parent}")
         if benchmark.data is not None:
             update["data"] = workspace.absolute() / benchmark.data
         benchmarks.append(benchmark.model_copy(update=update))
@@ -287,13 +287,13 @@ def _versions() -> dict[str, str]:
 def _check_name(model: str) -> None:
     for part in NOT_A_NAME:
         if part in model:
-            raise UserError(
+            raise ConfigError(
                 f"the served model is called {model!r}: lmms-eval takes every name with {part!r} in it for a model of "
                 "OpenAI "
                 "and drops temperature and token limit; serve it under another name"
             )
     if not re.fullmatch(r"[\w./:@+-]+", model):
-        raise UserError(
+        raise ConfigError(
             f"the served model is called {model!r}: lmms-eval reads commas, blanks and `=` as syntax; serve it under "
             "another name"
         )

@@ -11,7 +11,7 @@ import yaml
 
 import mmopd
 from mmopd.config import Benchmark
-from mmopd.errors import UserError
+from mmopd.errors import ConfigError, DataError, UserError
 from mmopd.runtime.fingerprint import hash_files
 
 
@@ -72,11 +72,11 @@ def read_task(path: Path) -> dict[str, Any]:
     try:
         settings = yaml.load(path.read_text(), _Loader)
     except FileNotFoundError:
-        raise UserError(f"{path}: no such task file") from None
+        raise ConfigError(f"{path}: no such task file") from None
     except yaml.YAMLError as error:
-        raise UserError(f"{path}: not valid YAML: {error}") from None
+        raise ConfigError(f"{path}: not valid YAML: {error}") from None
     if not isinstance(settings, dict):
-        raise UserError(f"{path}: expected the keys of an lmms-eval task, found {type(settings).__name__}")
+        raise ConfigError(f"{path}: expected the keys of an lmms-eval task, found {type(settings).__name__}")
     included = settings.pop("include", [])
     merged: dict[str, Any] = {}
     for other in reversed([included] if isinstance(included, str) else included):
@@ -97,7 +97,7 @@ def builtin(name: str) -> Path:
     line = re.compile(rf"^task:\s*[\"']?{re.escape(name)}[\"']?\s*(#.*)?$", re.MULTILINE)
     found = next((path for path in sorted(here.rglob("*.yaml")) if line.search(path.read_text(errors="replace"))), None)
     if found is None:
-        raise UserError(
+        raise ConfigError(
             f"lmms-eval has no task {name!r}; `python -m lmms_eval tasks list` lists them, a task of your own is "
             "named by its .yaml file"
         )
@@ -113,9 +113,9 @@ def count_rows(data: Path) -> int:
     try:
         return int(pq.read_metadata(data).num_rows)
     except FileNotFoundError:
-        raise UserError(f"{data}: no such file; it is the `data` of a benchmark") from None
+        raise DataError(f"{data}: no such file; it is the `data` of a benchmark") from None
     except Exception as error:
-        raise UserError(f"{data}: not a whole parquet file: {error}") from error
+        raise DataError(f"{data}: not a whole parquet file: {error}") from error
 
 
 def _sources(task: Path) -> list[Path]:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from transformers import AutoProcessor, Qwen3VLProcessor
 
-from mmopd.errors import UserError
+from mmopd.errors import CheckpointError
 from mmopd.modality.image import PixelPolicy, open_image, size_of, to_rgb
 from mmopd.modality.video import Clips, Grid
 from mmopd.records import Encoded, Prompt
@@ -32,7 +32,7 @@ class Encoder:
         try:
             self.processor: Any = AutoProcessor.from_pretrained(model)
         except Exception as error:
-            raise UserError(f"{model}: no processor can be loaded from this folder: {error}") from error
+            raise CheckpointError(f"{model}: no processor can be loaded from this folder: {error}") from error
         self.tokenizer: Any = self.processor.tokenizer
         images = self.processor.image_processor
         self.pixels = PixelPolicy(

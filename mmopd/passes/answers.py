@@ -14,7 +14,7 @@ from random import Random
 from typing import Any
 
 from mmopd.config import Fleet, Recipe
-from mmopd.errors import UserError
+from mmopd.errors import ConfigError, DataError
 from mmopd.modality import Encoder
 from mmopd.passes.each_row import each_row
 from mmopd.prompts.ledger import Ledger, Origin, ledger_file
@@ -45,7 +45,7 @@ def attempts_of(recipe: Recipe) -> int:
     """
     objective = recipe.algorithm.objective
     if not objective.teacher_answers():
-        raise UserError(
+        raise ConfigError(
             f"algorithm.objective: `{objective.kind}` does not learn from the teachers' own answers; `sft` does"
         )
     return objective.teacher_answers()
@@ -101,7 +101,7 @@ def run_answers(
             asyncio.run(_ask(recipe, sources, answers, teachers, stage))
         right = {name: sum(len(one[row]) for row in range(len(sources[name]))) for name, one in answers.items()}
         if none := [name for name, n in right.items() if not n]:
-            raise UserError(
+            raise DataError(
                 f"source {none[0]}: no answer of its teachers is right, so that there is nothing to learn from; see "
                 "its verifier"
             )

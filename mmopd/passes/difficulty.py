@@ -10,7 +10,7 @@ from pathlib import Path
 
 from mmopd.algorithm.settings import Algorithm, Difficulty
 from mmopd.config import Rollout, Student
-from mmopd.errors import UserError
+from mmopd.errors import ConfigError
 from mmopd.modality import Encoder
 from mmopd.passes.each_row import each_row
 from mmopd.prompts import difficulty_counts
@@ -135,7 +135,7 @@ async def _answer(
 
 def _settings(algorithm: Algorithm) -> Difficulty:
     if algorithm.difficulty is None:
-        raise UserError(
+        raise ConfigError(
             "algorithm.difficulty is null in this recipe: there is nothing to measure; give it at least `{}`"
         )
     return algorithm.difficulty

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from mmopd.errors import UserError
+from mmopd.errors import ServerError
 from mmopd.modality import Encoder
 from mmopd.prompts.ledger import Ledger
 from mmopd.prompts.rows import RowError
@@ -70,4 +70,4 @@ def answering(servers: Servers, logs: Path, what: str = "") -> Iterator[None]:
         yield
     except EngineError as error:
         servers.check()
-        raise UserError(f"{what}{error}; the logs are in {logs}") from error
+        raise ServerError(f"{what}{error}; the logs are in {logs}") from error

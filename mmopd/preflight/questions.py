@@ -17,7 +17,7 @@ import numpy as np
 from PIL import Image
 
 from mmopd.config import Fleet, Teacher, View
-from mmopd.errors import UserError
+from mmopd.errors import ConfigError, DataError, UserError
 from mmopd.modality import Encoder
 from mmopd.modality.image import PixelPolicy, open_image, size_of, to_rgb
 from mmopd.prompts.shards import Shards
@@ -84,7 +84,7 @@ def look(sources: Mapping[str, Sequence[Prompt]], encoder: Encoder) -> list[Kind
             if len(heap) > LONGEST:
                 heapq.heappop(heap)
         if not here:
-            raise UserError(
+            raise DataError(
                 f"sources.{name}: none of the {len(rows)} rows that were tried can be read; write the source again"
             )
         for key, heap in here.items():
@@ -270,7 +270,7 @@ def _check_clips(name: str, teacher: Teacher, routed: Sequence[tuple[Kind, View]
         (len(prompt.videos) for kind, view in routed if view.images != "drop" for prompt in kind.shown), default=0
     )
     if teacher.model is not None and clips > teacher.engine.videos:
-        raise UserError(
+        raise ConfigError(
             f"teachers.{name}.engine.videos: {teacher.engine.videos}, and prompts with {clips} are routed to it: set it to {clips}"
         )
 

@@ -15,7 +15,7 @@ import aiohttp
 from rich.console import Console
 
 from mmopd.config import Fleet
-from mmopd.errors import UserError
+from mmopd.errors import ConfigError, ServerError
 from mmopd.modality import Encoder
 from mmopd.preflight.check import Check, render
 from mmopd.preflight.examination import Examination, Vocabulary
@@ -59,7 +59,7 @@ async def preflight(
         UserError: a teacher that a route leads to has no endpoint.
     """
     if missing := sorted({name for route in fleet.routes for name in route.teachers if not endpoints.get(name)}):
-        raise UserError(
+        raise ConfigError(
             f"teacher {missing[0]!r} has no endpoint; it must be served before the run, or name its `endpoints`"
         )
     vocabulary = Vocabulary(encoder)
@@ -180,7 +180,7 @@ def insist(checks: Sequence[Check], console: Console) -> None:
     if any(check.state != "ok" for check in checks):
         show(checks, console)
     if failed := [f"- {c.of}, {c.name}: {c.found}\n  → {c.way_out}" for c in checks if c.state == "fail"]:
-        raise UserError("the teachers' scores cannot be trusted yet:\n" + "\n".join(failed))
+        raise ServerError("the teachers' scores cannot be trusted yet:\n" + "\n".join(failed))
 
 
 def _count(n: int, word: str) -> str:

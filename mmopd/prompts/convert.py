@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 from PIL import Image
 from pydantic import Field
 
-from mmopd.errors import UserError
+from mmopd.errors import DataError
 from mmopd.prompts.rows import FORMATS, RowError
 from mmopd.records import Message, Prompt
 from mmopd.settings_file import Config, Positive
@@ -198,13 +198,13 @@ def _image(value: Any, root: Path) -> bytes:
 def _files(path: Path, settings: SourceSettings) -> list[Path]:
     if path.is_file():
         if path.suffix not in TABLES:
-            raise UserError(f"{path}: files of {', '.join(TABLES)} can be read")
+            raise DataError(f"{path}: files of {', '.join(TABLES)} can be read")
         return [path]
     files = sorted(file for file in path.rglob("*") if file.suffix in TABLES and file.is_file())
     if settings.subset is not None:
         files = [file for file in files if file.name.startswith(settings.subset) or file.parent.name == settings.subset]
         if not files:
-            raise UserError(f"{path}: no file whose name begins with {settings.subset!r} (subset)")
+            raise DataError(f"{path}: no file whose name begins with {settings.subset!r} (subset)")
     return [file for file in files if file.name.startswith(settings.split)] or files
 
 
@@ -213,17 +213,17 @@ def _table(path: Path, wanted: set[str] | None) -> Examples:
         try:
             count = pq.read_metadata(path).num_rows
         except (pa.ArrowException, OSError) as error:
-            raise UserError(f"{path}: not a parquet file, or a truncated one ({error})") from None
+            raise DataError(f"{path}: not a parquet file, or a truncated one ({error})") from None
         return Examples(lambda: _parquet(path, wanted), count)
     if path.suffix == ".jsonl":
         return Examples(lambda: _lines(path), 0)
     try:
         data = json.loads(path.read_bytes())
     except ValueError as error:
-        raise UserError(f"{path}: not valid JSON ({error})") from None
+        raise DataError(f"{path}: not valid JSON ({error})") from None
     rows = data.get("data") if isinstance(data, dict) else data
     if not isinstance(rows, list):
-        raise UserError(f"{path}: a list of examples is needed, or one under the key 'data'")
+        raise DataError(f"{path}: a list of examples is needed, or one under the key 'data'")
     return Examples(lambda: iter(rows), len(rows))
 
 
@@ -234,7 +234,7 @@ def _parquet(path: Path, wanted: set[str] | None) -> Iterator[Any]:
             for batch in file.iter_batches(BATCH, columns=names):
                 yield from batch.to_pylist()
     except (pa.ArrowException, OSError) as error:
-        raise UserError(f"{path}: cannot be read to its end ({error})") from None
+        raise DataError(f"{path}: cannot be read to its end ({error})") from None
 
 
 def _lines(path: Path) -> Iterator[bytes]:
@@ -248,7 +248,7 @@ def _pictures(folder: Path) -> Examples:
     """Return the image files of a folder as examples: their path, their name, and the folder that they are in."""
     files = sorted(file for file in folder.rglob("*") if file.suffix.lower() in PICTURES)
     if not files:
-        raise UserError(f"{folder}: neither {', '.join(TABLES)} files nor images in it")
+        raise DataError(f"{folder}: neither {', '.join(TABLES)} files nor images in it")
     rows = [
         {"file_name": str(file.relative_to(folder)), "name": file.stem, "label": file.parent.name} for file in files
     ]
@@ -259,7 +259,7 @@ def _hub(settings: SourceSettings, folder: Path | None, wanted: set[str] | None)
     try:
         import datasets
     except ImportError:
-        raise UserError(
+        raise DataError(
             f"{settings.data}: no file or folder here, and the package `datasets` is not installed"
         ) from None
     try:
@@ -270,7 +270,7 @@ def _hub(settings: SourceSettings, folder: Path | None, wanted: set[str] | None)
             data = data[settings.split] if isinstance(data, datasets.DatasetDict) else data
     except Exception as error:  # errors of the library, of the hub and of the network
         where = "cannot be read" if folder else "no file or folder here, and the hub cannot be read"
-        raise UserError(f"{settings.data}: {where} ({type(error).__name__}: {error})") from None
+        raise DataError(f"{settings.data}: {where} ({type(error).__name__}: {error})") from None
     names = [name for name in data.column_names if wanted is None or name in wanted]
     stored = data.select_columns(names).with_format("arrow")  # the stored values: nothing is decoded
     return Examples(lambda: (row for table in stored.iter(BATCH) for row in table.to_pylist()), len(data))

@@ -21,7 +21,7 @@ from rich.table import Table
 
 from mmopd.algorithm import difficulty_shape, difficulty_weights, drop_easy_weights, frontier_weights
 from mmopd.algorithm.settings import Difficulty
-from mmopd.errors import UserError
+from mmopd.errors import ConfigError, DataError
 from mmopd.prompts.ledger import VERSION, Ledger, Origin, check_version, ledger_file
 from mmopd.prompts.shards import Shards
 
@@ -92,7 +92,7 @@ def measure(counts: Counts, rows: int, settings: Difficulty) -> Measured:
     else:
         weights = {"drop_easy": drop_easy_weights, "frontier": frontier_weights}[settings.policy](c, k)
     if not weights.any():
-        raise UserError(
+        raise ConfigError(
             f"algorithm.difficulty.policy: {settings.policy} leaves no prompt of a source, all are {shape}; choose flatten"
         )
     return Measured(tuple(correct), tuple(attempts), shape, tuple(weights.tolist()))
@@ -120,9 +120,9 @@ def load(path: Path) -> dict[str, Measured]:
             for name, one in data["sources"].items()
         }
     except FileNotFoundError:
-        raise UserError(f"{path}: no such file; run the difficulty pass first") from None
+        raise DataError(f"{path}: no such file; run the difficulty pass first") from None
     except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise UserError(f"{path}: not the result of a difficulty pass ({error}); delete it to measure again") from None
+        raise DataError(f"{path}: not the result of a difficulty pass ({error}); delete it to measure again") from None
 
 
 def histogram(measured: Measured) -> tuple[NDArray[np.float64], NDArray[np.float64]]:

@@ -21,7 +21,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load, save
 from webdataset.tariterators import base_plus_ext
 
-from mmopd.errors import UserError
+from mmopd.errors import DataError
 from mmopd.modality.video import clip_size
 from mmopd.prompts.rows import RowError, check_image, unpack
 from mmopd.prompts.tokens import Counter
@@ -98,10 +98,10 @@ class Index:
             UserError: the tar or its index is missing, the index does not read, or the tar has another size.
         """
         if not tar.is_file():
-            raise UserError(f"{tar}: this shard is missing, though its index is there; write the source again")
+            raise DataError(f"{tar}: this shard is missing, though its index is there; write the source again")
         index = cls.load_alone(tar)
         if (size := tar.stat().st_size) != index.size:
-            raise UserError(
+            raise DataError(
                 f"{tar}: {size} bytes, and its index says {index.size}: truncated or replaced; write the source again"
             )
         return index
@@ -134,10 +134,10 @@ class Index:
         except FileNotFoundError:
             if tar.with_suffix(OLD_SUFFIX).exists():
                 old = f"{tar.with_suffix(OLD_SUFFIX)}: an index of version 1"
-                raise UserError(f"{old}; write the source again, or run {_command(tar)}") from None
-            raise UserError(f"{path}: the shard {tar.name} has no index; make it with {_command(tar)}") from None
+                raise DataError(f"{old}; write the source again, or run {_command(tar)}") from None
+            raise DataError(f"{path}: the shard {tar.name} has no index; make it with {_command(tar)}") from None
         except (ValueError, KeyError, TypeError, SafetensorError) as error:
-            raise UserError(
+            raise DataError(
                 f"{path}: not an index of a shard ({type(error).__name__}: {error}); write the source again"
             ) from None
         return index
@@ -162,7 +162,7 @@ class Index:
             UserError: the content is not what was indexed.
         """
         if hash_file(tar) != self.sha256:
-            raise UserError(
+            raise DataError(
                 f"{tar}: its content is not what {index_path(self.tar).name} was made from; write the source again"
             )
 
@@ -194,7 +194,7 @@ def index_tar(tar: Path, counter: Counter | None = None) -> None:
             if counter is not None:
                 tokens.append(counter(row))
         except ValueError as error:
-            raise UserError(f"{tar}: row {key!r}: {error}") from None
+            raise DataError(f"{tar}: row {key!r}: {error}") from None
         kind.append(kinds.setdefault((row.task, row.modality), len(kinds)))
         spans += [(info.offset_data, info.size) for info in infos]
         first.append(len(spans))
@@ -233,12 +233,12 @@ def _rows(tar: Path) -> Iterator[tuple[str, list[tarfile.TarInfo], list[bytes], 
                     continue
                 stem, extension = base_plus_ext(info.name)
                 if stem is None:
-                    raise UserError(f"{tar}: the member {info.name!r} has no extension")
+                    raise DataError(f"{tar}: the member {info.name!r} has no extension")
                 if stem != key:
                     if row:
                         yield _read(tar, archive, key, row)
                     if stem in seen:
-                        raise UserError(f"{tar}: the key {stem!r} occurs twice")
+                        raise DataError(f"{tar}: the key {stem!r} occurs twice")
                     seen.add(stem)
                     key = stem
                     row = []
@@ -247,7 +247,7 @@ def _rows(tar: Path) -> Iterator[tuple[str, list[tarfile.TarInfo], list[bytes], 
                 yield _read(tar, archive, key, row)
             _check_end(tar, archive.offset)
     except (tarfile.TarError, OSError, EOFError) as error:
-        raise UserError(f"{tar}: not a tar, or a truncated one ({error})") from None
+        raise DataError(f"{tar}: not a tar, or a truncated one ({error})") from None
 
 
 def _check_end(tar: Path, offset: int) -> None:
@@ -272,14 +272,14 @@ def _read(
         )
         if place is None or place in numbered:
             what = "is neither KEY.json, KEY.NUMBER.FORMAT nor KEY.clipNUMBER.NUMBER.FORMAT, or occurs twice"
-            raise UserError(f"{tar}: row {key!r}: member {info.name!r} {what}")
+            raise DataError(f"{tar}: row {key!r}: member {info.name!r} {what}")
         numbered[place] = info
     found = collections.Counter(clip for clip, _ in numbered)
     if sorted(numbered) != [
         (clip, number - (clip < 0)) for clip in range(-1, len(found) - 1) for number in range(found[clip])
     ]:
         names = [info.name for _, info in row]
-        raise UserError(
+        raise DataError(
             f"{tar}: row {key!r}: it has the members {names}; needed are one json, images from 0 on, and frames from 0 on"
         )
     infos = [numbered[place] for place in sorted(numbered)]
@@ -287,5 +287,5 @@ def _read(
     if short := next(
         (info.name for info, content in zip(infos, contents, strict=True) if len(content) != info.size), None
     ):
-        raise UserError(f"{tar}: truncated inside {short!r}")
+        raise DataError(f"{tar}: truncated inside {short!r}")
     return key, infos, contents, [found[clip] for clip in range(len(found) - 1)]

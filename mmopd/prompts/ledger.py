@@ -11,7 +11,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Self, TextIO
 
-from mmopd.errors import UserError
+from mmopd.errors import DataError
 from mmopd.prompts.shards import Shards
 from mmopd.runtime.locks import claim
 
@@ -39,7 +39,7 @@ class Ledger:
         try:
             self._file = self._open(path, made_from)
         except OSError as error:
-            raise UserError(f"{path}: {self.what} cannot be kept here ({error.strerror})") from None
+            raise DataError(f"{path}: {self.what} cannot be kept here ({error.strerror})") from None
 
     @classmethod
     def read(cls, path: Path, made_from: Origin) -> dict[int, list[Any]]:
@@ -51,7 +51,7 @@ class Ledger:
         try:
             return cls._parse(path, made_from)[0]
         except OSError as error:
-            raise UserError(f"{path}: {cls.what} cannot be read here ({error.strerror})") from None
+            raise DataError(f"{path}: {cls.what} cannot be read here ({error.strerror})") from None
 
     def add(self, row: int, *found: Any) -> None:
         """Record what was found about a row."""
@@ -97,7 +97,7 @@ class Ledger:
             _check(path, head, made_from)
             return {int(row): found for row, *found in lines}, len(whole) + len(newline)
         except (ValueError, TypeError, KeyError) as error:
-            raise UserError(f"{path}: not {cls.what} ({error}); delete it to measure again") from None
+            raise DataError(f"{path}: not {cls.what} ({error}); delete it to measure again") from None
 
 
 def check_version(data: Mapping[str, Any]) -> None:
@@ -111,4 +111,4 @@ def _check(path: Path, data: Mapping[str, Any], made_from: Origin) -> None:
     was = data["made_from"]
     now = json.loads(json.dumps(made_from))
     if changed := sorted(key for key in {*was, *now} if was.get(key) != now.get(key)):
-        raise UserError(f"{path}: made from another {', another '.join(changed)}; delete it to measure again")
+        raise DataError(f"{path}: made from another {', another '.join(changed)}; delete it to measure again")

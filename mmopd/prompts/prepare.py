@@ -30,7 +30,7 @@ from types import ModuleType
 from typing import Any
 
 from mmopd import catalog, settings_file
-from mmopd.errors import UserError
+from mmopd.errors import ConfigError, DataError
 from mmopd.prompts import index
 from mmopd.prompts.convert import SourceSettings
 from mmopd.prompts.index import Index, index_tar
@@ -84,7 +84,7 @@ def load_converter(path: Path, overrides: Iterable[str]) -> tuple[ModuleType, So
     module = catalog.load_module(path)
     for name in ("Settings", "examples", "convert"):
         if not hasattr(module, name):
-            raise UserError(f"{path}: not a converter, it has no `{name}`; it needs Settings, examples and convert")
+            raise ConfigError(f"{path}: not a converter, it has no `{name}`; it needs Settings, examples and convert")
     settings: SourceSettings = settings_file.build(module.Settings, {}, str(path), overrides)
     return module, settings
 
@@ -190,13 +190,13 @@ def _check(count: Count, max_bad: float, folder: Path) -> None:
     bad = sum(count.left_out.values())
     lines = "".join(f"\n  {line}" for line in count.lines())
     if not count.rows:
-        raise UserError(
+        raise DataError(
             f"{folder}: no row came of {count.examples:,} examples, {count.not_wanted:,} of them not wanted{lines}"
         )
     if bad > max_bad * (count.rows + bad):
         total = count.rows + bad
         share = f"{bad:,} of {total:,} examples ({bad / total:.1%}) are bad, more than --max-bad {max_bad:.1%}"
-        raise UserError(
+        raise DataError(
             f"{folder}: {share}; what is done is kept, so that a call with a higher one ends at once{lines}"
         )
 

@@ -26,7 +26,7 @@ from typing import Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from mmopd.errors import UserError
+from mmopd.errors import CheckpointError, ConfigError, DataError
 from mmopd.prompts.rows import RowError
 
 VERSION = 2
@@ -75,7 +75,7 @@ class PromptPlan:
             UserError: the weights are refused, as in the class.
         """
         if wrong := set(weights) ^ set(self._names):
-            raise UserError(
+            raise ConfigError(
                 f"weights for {sorted(weights)}, and the sources are {self._names}: {sorted(wrong)} is in one of them "
                 "only"
             )
@@ -83,9 +83,9 @@ class PromptPlan:
         if bad := [
             name for name, value in zip(self._names, values, strict=True) if not (value >= 0 and math.isfinite(value))
         ]:
-            raise UserError(f"source {bad[0]!r}: a weight of {weights[bad[0]]}; a weight is 0 or more")
+            raise ConfigError(f"source {bad[0]!r}: a weight of {weights[bad[0]]}; a weight is 0 or more")
         if not values.any():
-            raise UserError(f"the weights of the sources {self._names} are all zero")
+            raise ConfigError(f"the weights of the sources {self._names} are all zero")
         if np.array_equal(values, self._weights):
             return
         self._weights = values
@@ -121,7 +121,7 @@ class PromptPlan:
                 self.replaced[source, error.cause if isinstance(error, RowError) else "unusable"] += 1
                 stream.bad += 1
                 if stream.bad >= min(MAX_BAD, stream.count):
-                    raise UserError(
+                    raise DataError(
                         f"source {source!r}: {stream.bad} rows in a row cannot be used; the last one: {error}"
                     ) from None
             else:
@@ -163,14 +163,14 @@ class PromptPlan:
         """
         for key, mine in (("version", VERSION), ("seed", self._seed)):
             if state[key] != mine:
-                raise UserError(
+                raise CheckpointError(
                     f"the plan's {key} is {mine}, and that of the checkpoint {state[key]}: this run cannot be continued"
                 )
         kept: Mapping[str, Mapping[str, Any]] = state["sources"]
         changed = set(kept) ^ set(self._names)
         if wrong := changed ^ set(change):
             was = f"the sources were {sorted(kept)} and are now {self._names}"
-            raise UserError(
+            raise CheckpointError(
                 f"{was}: {sorted(wrong)} "
                 f"{'was added or removed' if wrong & changed else 'was neither added nor removed'}"
             )
@@ -206,7 +206,7 @@ class _Stream:
 
     def __init__(self, name: str, rows: Rows, seed: int) -> None:
         if rows.count < 1:
-            raise UserError(f"source {name!r} has no rows")
+            raise DataError(f"source {name!r} has no rows")
         self._name = name
         self._seed = seed
         self._fingerprint = rows.fingerprint
@@ -239,7 +239,7 @@ class _Stream:
     def restore(self, state: Mapping[str, Any]) -> None:
         for key, what in (("fingerprint", "content"), ("row_weights", "difficulty weights")):
             if state[key] != self.state()[key]:
-                raise UserError(
+                raise DataError(
                     f"source {self._name!r}: its {what} changed since the checkpoint: this run cannot be continued on "
                     "it"
                 )
@@ -268,8 +268,8 @@ def _fixed_point(name: str, count: int, given: Sequence[float]) -> NDArray[np.in
     """Return row weights relative to their mean, in units of 1 / ONE."""
     weights = np.asarray(given, dtype=np.float64)
     if weights.shape != (count,):
-        raise UserError(f"source {name!r}: {len(weights)} row weights for {count} rows; measure its difficulty again")
+        raise DataError(f"source {name!r}: {len(weights)} row weights for {count} rows; measure its difficulty again")
     if not (np.isfinite(weights).all() and (weights >= 0).all() and weights.any()):
-        raise UserError(f"source {name!r}: row weights must be finite, 0 or more, and not all 0")
+        raise DataError(f"source {name!r}: row weights must be finite, 0 or more, and not all 0")
     fixed: NDArray[np.int64] = np.rint(weights / weights.mean() * ONE).astype(np.int64)
     return fixed

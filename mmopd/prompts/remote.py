@@ -16,7 +16,7 @@ from pathlib import Path
 import fsspec
 from tenacity import retry, retry_if_not_exception_type, stop_after_attempt, wait_exponential
 
-from mmopd.errors import UserError
+from mmopd.errors import ConfigError, DataError, UserError
 from mmopd.prompts.index import SUFFIX, Index, index_path
 
 BLOCK = 1 << 22
@@ -110,12 +110,12 @@ class Remote:
                 unfinished.write_bytes(system.cat_file(remote))
                 unfinished.replace(folder / name)
         except Exception as error:  # each file system raises its own errors
-            raise UserError(f"{self.url}: the shards cannot be read: {_why(error)}") from None
+            raise DataError(f"{self.url}: the shards cannot be read: {_why(error)}") from None
         for old in folder.glob(f"*{SUFFIX}"):
             if old.name not in found:
                 old.unlink()
         if not found:
-            raise UserError(f"{self.url}: no *{SUFFIX} there")
+            raise DataError(f"{self.url}: no *{SUFFIX} there")
         return folder
 
     def fetch(self, index: Index) -> Path:
@@ -129,7 +129,7 @@ class Remote:
                 return index.read(self.fetch(index), row)
             except FileNotFoundError:
                 pass  # another process evicted the copy before it was read
-        raise UserError(
+        raise ConfigError(
             f"{self._cache.folder}: copies of shards go before they are read; set cache_gib of the mixture to more"
         )
 
@@ -139,14 +139,14 @@ def _download(url: str, size: int, sha256: str, target: Path) -> None:
     try:
         digest = _copy(url, size, unfinished)
         if digest != sha256:
-            raise UserError(
+            raise DataError(
                 f"{url}: its content is not what {index_path(Path(url)).name} was made from; write the source again"
             )
         unfinished.replace(target)
     except UserError:
         raise
     except Exception as error:  # each file system raises its own errors
-        raise UserError(f"{url}: the shard cannot be read: {_why(error)}") from None
+        raise DataError(f"{url}: the shard cannot be read: {_why(error)}") from None
     finally:
         unfinished.unlink(missing_ok=True)
 
@@ -169,7 +169,7 @@ def _copy(url: str, size: int, target: Path) -> str:
             digest.update(block)
             file.write(block)
     if copied > size:
-        raise UserError(f"{url}: more than the {size} bytes that its index says: replaced; write the source again")
+        raise DataError(f"{url}: more than the {size} bytes that its index says: replaced; write the source again")
     if copied < size:
         raise OSError(f"it ended after {copied} of {size} bytes")
     return digest.hexdigest()

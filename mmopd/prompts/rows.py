@@ -11,7 +11,7 @@ from typing import Any
 
 from pydantic_core import from_json
 
-from mmopd.errors import UserError
+from mmopd.errors import DataError
 from mmopd.modality.image import open_image, size_of
 from mmopd.modality.video import clip_size
 from mmopd.records import Message, Prompt
@@ -34,7 +34,7 @@ MAX_TEXT = 1_000_000  # characters of a row's messages
 MAX_ANSWER = 16_000_000  # characters of an answer key; unit tests are long
 
 
-class RowError(UserError):
+class RowError(DataError):
     """A row that cannot be used: left out and counted when shards are prepared, replaced and counted when they are
     read.
 

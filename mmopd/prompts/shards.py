@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mmopd.config import Mixture
-from mmopd.errors import UserError
+from mmopd.errors import ConfigError, DataError
 from mmopd.prompts.index import SUFFIX, Index
 from mmopd.prompts.remote import Cache, Remote, is_remote
 from mmopd.prompts.rows import RowError, unpack
@@ -55,7 +55,7 @@ class Shards(Sequence[Prompt]):
 
     def __init__(self, folder: Path, name: str | None = None, remote: Remote | None = None) -> None:
         if not folder.is_dir():
-            raise UserError(f"{folder}: no such folder of shards")
+            raise DataError(f"{folder}: no such folder of shards")
         self.folder = folder
         self.name = name or folder.name
         self.left_out: Counter[str] = Counter()  # cause -> number of rows that `filtered` left out
@@ -64,14 +64,14 @@ class Shards(Sequence[Prompt]):
         tars = sorted({*folder.glob("*.tar"), *indexed})
         totals = [int(match[1]) for tar in tars if (match := NUMBERED.fullmatch(tar.name))]
         if totals and (len(set(totals)) > 1 or len(totals) != totals[0]):
-            raise UserError(
+            raise DataError(
                 f"{folder}: {len(totals)} shards, and their names say there are {max(totals)}; write the source again"
             )
         self._indices = [Index.load_alone(tar) if remote else Index.load(tar) for tar in tars]
         self._starts = [0, *np.cumsum([len(index) for index in self._indices]).tolist()]
         self._kept: NDArray[np.int64] | None = None  # numbers of the rows that `filtered` kept; None for all
         if not len(self):
-            raise UserError(f"{folder}: no rows, in {len(tars)} shards")
+            raise DataError(f"{folder}: no rows, in {len(tars)} shards")
 
     def __len__(self) -> int:
         return int(self._starts[-1]) if self._kept is None else len(self._kept)
@@ -90,7 +90,7 @@ class Shards(Sequence[Prompt]):
             content, *images = self._remote.read(index, local) if self._remote else index.read(index.tar, local)
             return unpack(f"{self.name}/{number}", content, images)
         except OSError as error:
-            raise UserError(f"{index.tar}: the shard cannot be read any more ({error.strerror or error})") from None
+            raise DataError(f"{index.tar}: the shard cannot be read any more ({error.strerror or error})") from None
         except (ValueError, RowError) as error:
             cause = error.cause if isinstance(error, RowError) else "unreadable"
             raise RowError(
@@ -111,7 +111,7 @@ class Shards(Sequence[Prompt]):
             UserError: the tokens are not counted, or no row is left.
         """
         if self.processor is None:
-            raise UserError(
+            raise DataError(
                 f"{self.folder}: its tokens have not been counted; `mmopd index {self.folder} --processor MODEL` does it"
             )
         total = np.concatenate([index.text + index.visual for index in self._indices])
@@ -120,7 +120,7 @@ class Shards(Sequence[Prompt]):
         shorter._kept = before[total[before] <= max_tokens]
         shorter.left_out = self.left_out + Counter({f"over {max_tokens} tokens": len(before) - len(shorter._kept)})
         if not len(shorter):
-            raise UserError(f"{self.folder}: each of its {len(before)} rows has more than {max_tokens} tokens")
+            raise DataError(f"{self.folder}: each of its {len(before)} rows has more than {max_tokens} tokens")
         return shorter
 
     def image_sizes(self, row: int) -> list[tuple[int, int]]:
@@ -219,20 +219,22 @@ def open_mixture(mixture: Mixture, tasks: Iterable[str], root: Path, processor: 
     opened = {}
     for name, source in mixture.sources.items():
         if source.task not in tasks:
-            raise UserError(f"sources.{name}.task: no task {source.task!r} in modalities/{suggest(source.task, tasks)}")
+            raise ConfigError(
+                f"sources.{name}.task: no task {source.task!r} in modalities/{suggest(source.task, tasks)}"
+            )
         shards = (
             open_remote(str(source.shards), cache, name)
             if is_remote(source.shards)
             else Shards(root / source.shards, name)
         )
         if found := {task for task, _ in shards.kinds} - {source.task}:
-            raise UserError(
+            raise ConfigError(
                 f"sources.{name}.task: {source.task!r}, and {shards.folder} has rows of task {', '.join(sorted(found))}"
             )
         if source.max_prompt_tokens is not None:
             if processor and shards.processor and processor != shards.processor:
                 where = f"sources.{name}.max_prompt_tokens: its tokens were counted for another processor than the student's"
-                raise UserError(f"{where}; count them again with `mmopd index {source.shards} --processor STUDENT`")
+                raise DataError(f"{where}; count them again with `mmopd index {source.shards} --processor STUDENT`")
             shards = shards.filtered(source.max_prompt_tokens)
         opened[name] = shards
     return opened

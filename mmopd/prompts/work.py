@@ -16,7 +16,7 @@ from types import ModuleType
 from typing import Any, NamedTuple
 
 from mmopd import catalog, settings_file
-from mmopd.errors import UserError
+from mmopd.errors import ConfigError, UserError
 from mmopd.prompts.convert import SourceSettings
 from mmopd.prompts.rows import RowError, pack
 from mmopd.prompts.tokens import TokenCounter
@@ -71,7 +71,7 @@ def tools_of(job: Job) -> Tools:
     settings: SourceSettings = module.Settings.model_validate_json(job.settings)
     tasks = load_tasks(job.workspace)
     if settings.task not in tasks:
-        raise UserError(
+        raise ConfigError(
             f"{job.converter}: task: no task {settings.task!r} in "
             f"modalities/{settings_file.suggest(settings.task, tasks)}"
         )

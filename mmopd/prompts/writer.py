@@ -7,7 +7,7 @@ from typing import Self
 
 from webdataset import TarWriter
 
-from mmopd.errors import UserError
+from mmopd.errors import DataError, UserError
 from mmopd.prompts.index import index_path, index_tar
 from mmopd.prompts.rows import RowError, pack
 from mmopd.prompts.shards import Shards
@@ -125,7 +125,7 @@ def write_shards(
         with ShardWriter(partial, max_rows=max_rows, max_bytes=max_bytes) as writer:
             tars = [tar for tar in (*_write(rows, writer), writer.close()) if tar is not None]
         if not tars:
-            raise UserError(f"{folder}: there are no rows to write")
+            raise DataError(f"{folder}: there are no rows to write")
         for tar in tars:
             index_tar(tar, counter)
         return publish(partial, tars, folder)
@@ -138,4 +138,4 @@ def _write(rows: Iterable[Prompt], writer: ShardWriter) -> Iterator[Path | None]
         try:
             yield writer.add(pack(row))
         except RowError as error:
-            raise UserError(f"row {number} ({row.key or 'no key'}): {error}") from None
+            raise DataError(f"row {number} ({row.key or 'no key'}): {error}") from None

@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from mmopd.errors import UserError
+from mmopd.errors import KINDS, UserError, kind_of
 from mmopd.runtime.network import HOST, free_port
 from mmopd.runtime.processes import Child, Children
 from mmopd.runtime.watchdog import HUNG, LAST, LATER, LEFT, TOGETHER, WAITED, pulse_of
@@ -36,7 +36,8 @@ def check_ranks(running: Sequence[Child], timeout: float, *, stopping: bool) -> 
         stopping: they have been asked to; one that was not ready to listen yet is not to blame.
 
     Raises:
-        UserError: one has; names the one that is to blame, with the last lines of its log.
+        UserError: one has, of the kind that its exit status says; names the one that is to blame, with the last lines
+            of its log.
     """
     fine = {None, 0, 128 + signal.SIGTERM} if stopping else {None, 0}
     if all(rank.returncode in fine for rank in running):
@@ -53,13 +54,13 @@ def check_ranks(running: Sequence[Child], timeout: float, *, stopping: bool) -> 
         time.sleep(0.1)
     causes = causes or [rank for rank in running if rank.alive] or failed
     # One that knows why it ended, or else one that a signal ended.
-    blamed = max(causes, key=lambda rank: (rank.returncode in {2, HUNG}, rank.returncode or 0))
+    blamed = max(causes, key=lambda rank: (rank.returncode in {*KINDS, HUNG}, rank.returncode or 0))
     ended = (
         f"ended with status {blamed.returncode}"
         if not blamed.alive
         else f"has not answered for train.timeout = {timeout:.0f} s"
     )
-    raise UserError(f"{blamed.name} {ended}; the last lines of {blamed.log}:\n{blamed.tail()}")
+    raise kind_of(blamed.returncode)(f"{blamed.name} {ended}; the last lines of {blamed.log}:\n{blamed.tail()}")
 
 
 class Pulses:

@@ -9,7 +9,7 @@ from typing import Literal
 
 import msgspec
 
-from mmopd.errors import UserError
+from mmopd.errors import ConfigError
 
 MAX_BYTES = 1 << 20  # of a file of endpoints
 
@@ -51,15 +51,15 @@ def load(path: Path) -> dict[str, Endpoint]:
     try:
         status = path.stat()
     except FileNotFoundError:
-        raise UserError(f"{path}: no such file of endpoints; it is there while the servers run") from None
+        raise ConfigError(f"{path}: no such file of endpoints; it is there while the servers run") from None
     if status.st_mode & 0o077:
-        raise UserError(f"{path}: other users may read it, and there are keys in it: chmod 600 {path}")
+        raise ConfigError(f"{path}: other users may read it, and there are keys in it: chmod 600 {path}")
     if status.st_size > MAX_BYTES:
-        raise UserError(f"{path}: {status.st_size:,} bytes are no file of endpoints")
+        raise ConfigError(f"{path}: {status.st_size:,} bytes are no file of endpoints")
     try:
         found = msgspec.json.decode(path.read_bytes(), type=list[Endpoint])
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not a file of endpoints, as `mmopd serve` writes it: {error}") from None
+        raise ConfigError(f"{path}: not a file of endpoints, as `mmopd serve` writes it: {error}") from None
     return {endpoint.name: endpoint for endpoint in found}
 
 

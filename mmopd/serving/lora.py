@@ -7,7 +7,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
-from mmopd.errors import UserError
+from mmopd.errors import CheckpointError
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
@@ -40,33 +40,37 @@ def read_adapter(path: Path) -> Adapter:
     weights = path / WEIGHTS
     for file in (config, weights):
         if not file.is_file():
-            raise UserError(f"{path}: no LoRA adapter in this folder: there is no {file.name}")
+            raise CheckpointError(f"{path}: no LoRA adapter in this folder: there is no {file.name}")
     if config.stat().st_size > MAX_CONFIG_BYTES:
-        raise UserError(f"{config}: {config.stat().st_size:,} bytes are no adapter's configuration")
+        raise CheckpointError(f"{config}: {config.stat().st_size:,} bytes are no adapter's configuration")
     try:
         settings = json.loads(config.read_text())
         kind = settings["peft_type"]
         rank = max(settings["r"], *(settings.get("rank_pattern") or {}).values(), 0)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(
+        raise CheckpointError(
             f"{config}: not the configuration of a LoRA adapter ({type(error).__name__}: {error})"
         ) from None
     if kind != "LORA":
-        raise UserError(f"{config}: peft_type is {kind!r}; vLLM serves LORA alone: merge this adapter into its model")
+        raise CheckpointError(
+            f"{config}: peft_type is {kind!r}; vLLM serves LORA alone: merge this adapter into its model"
+        )
     if not isinstance(rank, int) or not 0 < rank <= RANKS[-1]:
-        raise UserError(f"{config}: rank {rank!r}; vLLM serves 1 to {RANKS[-1]}: merge this adapter into its model")
+        raise CheckpointError(
+            f"{config}: rank {rank!r}; vLLM serves 1 to {RANKS[-1]}: merge this adapter into its model"
+        )
     try:
         with safe_open(weights, "pt") as file:
             keys = list(file.keys())
     except SafetensorError as error:
-        raise UserError(f"{weights}: not a safetensors file ({error})") from None
+        raise CheckpointError(f"{weights}: not a safetensors file ({error})") from None
     left_out = [
         key
         for key in keys
         if not key.endswith((".lora_A.weight", ".lora_B.weight")) or any(part in key for part in NOT_SERVED)
     ]
     if left_out:
-        raise UserError(
+        raise CheckpointError(
             f"{weights}: {left_out[0]!r} is nothing that vLLM is known to serve, and it would say nothing: "
             "train the adapter on the linear layers of the blocks alone, or merge it into its model"
         )

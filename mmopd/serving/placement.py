@@ -8,7 +8,7 @@ from collections.abc import Collection, Sequence
 import psutil
 import torch
 
-from mmopd.errors import UserError
+from mmopd.errors import ServerError
 from mmopd.serving.specs import KV_CACHE_MIB, ServerSpec
 
 SHARED_MIB = 700  # measured: the process that has imported vLLM ...
@@ -51,7 +51,7 @@ def check_memory(specs: Sequence[ServerSpec]) -> None:
     own = SHARED_MIB + SERVER_MIB * len(specs)
     free = psutil.virtual_memory().available >> 20
     if own + weights + cache > free:
-        raise UserError(
+        raise ServerError(
             f"{len(specs)} vLLM servers need about {own + weights + cache:,} MiB of memory (vLLM {own:,}, weights "
             f"{weights:,}, "
             f"KV cache {cache:,}) and {free:,} MiB are free: lower engine.kv_cache_mib, or end other programs"

@@ -21,7 +21,7 @@ from pathlib import Path
 import httpx
 import torch
 
-from mmopd.errors import UserError
+from mmopd.errors import CheckpointError, ConfigError, ServerError
 from mmopd.runtime.network import HOST, local
 from mmopd.runtime.processes import Children, stop
 from mmopd.runtime.progress import Stages
@@ -91,7 +91,7 @@ class Servers(dict[str, Endpoint]):
                 break
             if time.monotonic() > deadline:
                 name = next(iter(self._away))
-                raise UserError(
+                raise ServerError(
                     f"server {name!r} is not ready in time; the last lines of its log:\n{_last_words(self.log(name))}"
                 )
             time.sleep(0.1)
@@ -131,9 +131,9 @@ class Servers(dict[str, Endpoint]):
         self._away[name] = time.monotonic()
         self._on_event(name, f"ended with status {status}, started again")
 
-    def _lost(self, name: str, status: int, log: Path) -> UserError:
+    def _lost(self, name: str, status: int, log: Path) -> ServerError:
         again = f", after {self.restarts[name]} restarts" if self.restarts[name] else ""
-        return UserError(
+        return ServerError(
             f"server {name!r} ended with status {status}{again}; the last lines of {log}:\n{_last_words(log)}"
         )
 
@@ -199,9 +199,9 @@ def serve(
     cpu = not torch.cuda.is_available()
     for spec in specs:
         if not (spec.model / "config.json").is_file():
-            raise UserError(f"{spec.model}: no model to serve as {spec.name!r}: there is no config.json")
+            raise CheckpointError(f"{spec.model}: no model to serve as {spec.name!r}: there is no config.json")
         if cpu and spec.sync == "ipc":
-            raise UserError("student.sync: ipc shares a GPU, and there is none here; leave it out")
+            raise ConfigError("student.sync: ipc shares a GPU, and there is none here; leave it out")
     if cpu:
         check_memory(specs)
     key = key or secrets.token_urlsafe(32)
@@ -273,10 +273,10 @@ def _reserve(spec: ServerSpec, host: str) -> Iterator[int]:
         try:
             held.bind((host, spec.engine.port or 0))
         except socket.gaierror as error:
-            raise UserError(f"--host {host}: no address of this machine ({error.strerror})") from None
+            raise ServerError(f"--host {host}: no address of this machine ({error.strerror})") from None
         except OSError as error:
             port = f"port {spec.engine.port}" if spec.engine.port else "a port"
-            raise UserError(
+            raise ServerError(
                 f"{port} on {host} for server {spec.name!r} cannot be used ({error.strerror}): "
                 "set engine.port to another, or leave it out for a free one"
             ) from None

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from mmopd import catalog
-from mmopd.errors import UserError
+from mmopd.errors import ConfigError
 from mmopd.task.base import Task
 
 
@@ -20,8 +20,8 @@ def load_tasks(workspace: Path | None = None) -> dict[str, Task]:
     for path in files.values():
         task = getattr(catalog.load_module(path), "task", None)
         if not isinstance(task, Task):
-            raise UserError(f"{path}: it has no `task = Task(name=..., modality=..., verify=...)`")
+            raise ConfigError(f"{path}: it has no `task = Task(name=..., modality=..., verify=...)`")
         if task.name in tasks:
-            raise UserError(f"{path}: its task is named {task.name!r}, and so is that of {origin[task.name]}")
+            raise ConfigError(f"{path}: its task is named {task.name!r}, and so is that of {origin[task.name]}")
         tasks[task.name], origin[task.name] = task, path
     return tasks

@@ -17,7 +17,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Self
 
-from mmopd.errors import UserError
+from mmopd.errors import ConfigError
 from mmopd.records import UNKNOWN, Outcome
 from mmopd.settings_file import suggest
 from mmopd.task.base import Task
@@ -54,7 +54,7 @@ class VerifierPool:
             UserError: no such task.
         """
         if task not in self.tasks:
-            raise UserError(f"no task {task!r} in modalities/{suggest(task, self.tasks)}")
+            raise ConfigError(f"no task {task!r} in modalities/{suggest(task, self.tasks)}")
         return self._threads.submit(self._ask, task, response, answer)
 
     async def verify(self, task: str, response: str, answer: str) -> Outcome:

@@ -14,7 +14,7 @@ import httpx
 from rich.console import Console
 
 from mmopd.config import Engine, Fleet
-from mmopd.errors import UserError
+from mmopd.errors import ConfigError, ServerError
 from mmopd.runtime.network import HOST, is_loopback, public_url
 from mmopd.runtime.processes import Children
 from mmopd.runtime.progress import Stages
@@ -166,13 +166,13 @@ def from_files(fleet: Fleet, files: Sequence[Path]) -> list[Endpoint]:
     for path in files:
         for endpoint in load(path).values():
             if endpoint.teacher not in fleet.teachers:
-                raise UserError(
+                raise ConfigError(
                     f"{path}: the fleet has no teacher "
                     f"{endpoint.teacher or endpoint.name!r}{suggest(endpoint.teacher, fleet.teachers)}"
                 )
             models = _models(endpoint, f"{path}: {endpoint.name}")
             if endpoint.model not in models:
-                raise UserError(
+                raise ServerError(
                     f"{path}: {endpoint.name}: {endpoint.url} serves {', '.join(models)}, and not {endpoint.model!r}"
                 )
             found.setdefault(endpoint.teacher, []).append(endpoint)
@@ -202,9 +202,9 @@ def key_in(variable: str, owner: str, setting: str) -> str:
     """
     key = os.environ.get(variable, "")
     if not key:
-        raise UserError(f"{owner}: the environment variable {variable} ({setting}) is not set")
+        raise ConfigError(f"{owner}: the environment variable {variable} ({setting}) is not set")
     if not re.fullmatch(r"[!-~]+", key):  # else no HTTP header could carry it
-        raise UserError(
+        raise ConfigError(
             f"{owner}: the environment variable {variable} ({setting}) holds blanks, line ends or other signs that no "
             "key has"
         )
@@ -232,12 +232,12 @@ def _models(endpoint: Endpoint, owner: str) -> list[str]:
     try:
         reply = httpx.get(f"{endpoint.url}/v1/models", headers=endpoint.headers, timeout=30)
         if reply.status_code in {401, 403}:
-            raise UserError(f"{owner}: {endpoint.url} does not take the key (status {reply.status_code})")
+            raise ServerError(f"{owner}: {endpoint.url} does not take the key (status {reply.status_code})")
         models = [str(model["id"]) for model in reply.raise_for_status().json()["data"]]
     except (httpx.HTTPError, httpx.InvalidURL, ValueError, LookupError, TypeError) as error:
-        raise UserError(
+        raise ServerError(
             f"{owner}: {endpoint.url} does not answer as a vLLM server ({type(error).__name__}: {error})"
         ) from error
     if not models:
-        raise UserError(f"{owner}: {endpoint.url} serves no model")
+        raise ServerError(f"{owner}: {endpoint.url} serves no model")
     return models

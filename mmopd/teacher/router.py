@@ -10,7 +10,7 @@ from transformers import AutoTokenizer
 from mmopd import catalog
 from mmopd.algorithm.base import Objective
 from mmopd.config import Fleet, Route, View
-from mmopd.errors import UserError
+from mmopd.errors import CheckpointError, ConfigError
 from mmopd.settings_file import suggest
 from mmopd.task.base import Task
 from mmopd.teacher.view import BUILT_IN, ViewError, check_view
@@ -39,7 +39,7 @@ def find_route(fleet: Fleet, task: str, modality: str) -> Route:
         "".join(f"\n  - {{task: {r.task!r}, modality: {r.modality!r}, teacher: {r.teacher}}}" for r in fleet.routes)
         or " none"
     )
-    raise UserError(
+    raise ConfigError(
         f"no route for prompts of task {task!r} and modality {modality!r}; add one to the fleet's routes, which "
         f"are:{routes}"
     )
@@ -56,7 +56,7 @@ def find_view(fleet: Fleet, tasks: Mapping[str, Task], task: str, name: str) -> 
         if name in views:
             return views[name]
     known = [known for views in layers for known in views]
-    raise UserError(
+    raise ConfigError(
         f"no view {name!r} for prompts of task {task!r}, in the fleet, the task, or built in{suggest(name, known)}"
     )
 
@@ -115,9 +115,9 @@ def references(fleet: Fleet, objective: Objective) -> Fleet | None:
         for teacher, share in route.teachers.items():
             name = named if isinstance(named, str) else named.get(teacher)
             if name is None:
-                raise UserError(f"{key}: teacher {teacher!r} has none; add `{teacher}: NAME`, a teacher of the fleet")
+                raise ConfigError(f"{key}: teacher {teacher!r} has none; add `{teacher}: NAME`, a teacher of the fleet")
             if name not in fleet.teachers:
-                raise UserError(f"{key}: the fleet has no teacher {name!r}{suggest(name, fleet.teachers)}")
+                raise ConfigError(f"{key}: the fleet has no teacher {name!r}{suggest(name, fleet.teachers)}")
             shares[name] = shares.get(name, 0.0) + share
         routes.append(route.model_copy(update={"teacher": shares}))
     return routed(fleet.model_copy(update={"routes": tuple(routes)}))
@@ -139,7 +139,7 @@ def check_routes(fleet: Fleet, tasks: Mapping[str, Task], pairs: Iterable[tuple[
             try:
                 check_view(view)
             except ViewError as error:
-                raise UserError(f"view {name!r} of {owner}: {error}") from None
+                raise ConfigError(f"view {name!r} of {owner}: {error}") from None
     for task, modality in pairs:
         find_teachers(fleet, tasks, task, modality)
 
@@ -166,7 +166,7 @@ def check_tokenizers(student: Path, teachers: Mapping[str, Path]) -> None:
                 f"{token!r} is {i} for the student and {'unknown' if their is None else their} for the teacher"
                 for token, i, their in differing[:3]
             )
-            raise UserError(
+            raise ConfigError(
                 f"teacher {name!r} ({folder}): {len(differing)} of {len(ours)} tokens differ from the student's "
                 f"({student}): {shown}. "
                 "A teacher must share the student's tokenizer: choose one of the same model family"
@@ -177,5 +177,5 @@ def _vocabulary(folder: Path) -> dict[str, int]:
     try:
         vocabulary: dict[str, int] = AutoTokenizer.from_pretrained(folder).get_vocab()
     except Exception as error:
-        raise UserError(f"{folder}: no tokenizer can be loaded from this folder: {error}") from error
+        raise CheckpointError(f"{folder}: no tokenizer can be loaded from this folder: {error}") from error
     return vocabulary

@@ -18,7 +18,7 @@ from typing import Self
 from cachetools import LRUCache
 
 from mmopd.config import Fleet, View
-from mmopd.errors import UserError
+from mmopd.errors import ConfigError
 from mmopd.modality import Encoder
 from mmopd.records import Absent, Encoded, Score
 from mmopd.serving import wire
@@ -67,13 +67,13 @@ class Scorer:
     ) -> None:
         if top_k and (shared := next((route for route in fleet.routes if len(route.teachers) > 1), None)):
             names = ", ".join(shared.teachers)
-            raise UserError(
+            raise ConfigError(
                 f"the {top_k} likeliest tokens of {names} cannot be mixed: each knows its own only; route to one teacher"
             )
         self._used = sorted({name for route in fleet.routes for name in route.teachers})
         for name in self._used:
             if not endpoints.get(name):
-                raise UserError(
+                raise ConfigError(
                     f"teacher {name!r} has no endpoint; it must be served before the run, or name its `endpoints`"
                 )
         self.counts: Counter[str] = Counter()

@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from mmopd.errors import UserError
+from mmopd.errors import CheckpointError
 from mmopd.train.distributed import Ranks
 from mmopd.train.trainer import Trainer
 
@@ -83,7 +83,7 @@ class Checkpoints:
             except FileNotFoundError:  # another rank's save has failed, and it says why
                 raise error from None
             shutil.rmtree(failed, ignore_errors=True)
-            raise UserError(
+            raise CheckpointError(
                 f"the checkpoint of step {step} was not written ({error}), and the one before it is as it was: "
                 f"{self._room(trainer)}"
             ) from error
@@ -96,7 +96,9 @@ class Checkpoints:
         """What is written fits, as far as one can tell; on all ranks alike."""
         if any(trainer.ranks.all_max([shutil.disk_usage(self.folder).free < _needed(trainer)])):
             shutil.rmtree(torn, ignore_errors=True)
-            raise UserError(f"no checkpoint was written, and those before it are as they were: {self._room(trainer)}")
+            raise CheckpointError(
+                f"no checkpoint was written, and those before it are as they were: {self._room(trainer)}"
+            )
 
     def _room(self, trainer: Trainer) -> str:
         needs, free = (size / 2**30 for size in (_needed(trainer), shutil.disk_usage(self.folder).free))
@@ -201,7 +203,7 @@ def _load_resized(trainer: Trainer, path: Path) -> None:
     while not any(ranks.all_max([converter is not None and converter.poll() is not None])):
         time.sleep(0.2)
     if any(ranks.all_max([converter is not None and converter.returncode != 0])):
-        raise UserError(
+        raise CheckpointError(
             f"{path}: cannot be converted for {ranks.size} ranks (is the disk full?); the log of rank 0 says why"
         )
     decay = [group["weight_decay"] for group in engine.optimizer.param_groups]

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
-from mmopd.errors import UserError
+from mmopd.errors import CheckpointError
 from mmopd.runtime.network import free_port
 
 SRUN = {
@@ -59,10 +59,10 @@ class Ranks:
         """Go on if no rank has a fault; else raise the first one on all of them.
 
         Raises:
-            UserError: a rank has one.
+            CheckpointError: a rank has one; what ranks agree on is whether each could write its files.
         """
         if found := next(filter(None, self.gather_objects(fault)), ""):
-            raise UserError(found)
+            raise CheckpointError(found)
 
     def _reduce(self, values: Sequence[float], how: Any) -> list[float]:
         self.beat()

@@ -16,7 +16,7 @@ from mmopd.train.trainer import Trainer
 
 
 def main() -> int:
-    """Load and write; a UserError ends with its message and status 2."""
+    """Load and write; a UserError ends with its message and the status of its kind."""
     folder, checkpoint, out = map(Path, sys.argv[1:])
     run = RunFolder(folder)
     recipe = run.recipe()
@@ -29,7 +29,7 @@ def main() -> int:
             export(trainer, out, model_card(run, recipe, step_of(checkpoint.name)))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
-        return 2
+        return error.exit_status
     return 0
 
 

@@ -17,7 +17,7 @@ from typing import Any
 from mmopd import catalog
 from mmopd.algorithm.settings import Algorithm
 from mmopd.config import Recipe
-from mmopd.errors import UserError
+from mmopd.errors import ServerError
 from mmopd.modality import Encoder
 from mmopd.prompts import difficulty_counts
 from mmopd.prompts.shards import open_mixture
@@ -203,7 +203,7 @@ def check_absent(samples: Sequence[Sample], limit: float, step: int) -> None:
             for (teacher, cause), n in causes.most_common()
         )
         share = f"{len(absent)} of {len(samples)} responses have no score"
-        raise UserError(f"step {step}: {share}, more than train.max_absent = {limit} allows:{lines}")
+        raise ServerError(f"step {step}: {share}, more than train.max_absent = {limit} allows:{lines}")
 
 
 def scoring(counts: Counter[str]) -> dict[str, float]:

@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from mmopd.config import Lora
-from mmopd.errors import UserError
+from mmopd.errors import ConfigError
 from mmopd.serving.lora import WEIGHTS
 from mmopd.train.students import part_of
 
@@ -64,7 +64,7 @@ def add_adapters(student: Any, settings: Lora) -> None:
     chosen = [name for name in there if not settings.targets or name.rpartition(".")[2] in settings.targets]
     if unknown := set(settings.targets) - {name.rpartition(".")[2] for name in chosen}:
         known = ", ".join(sorted({name.rpartition(".")[2] for name in there}))
-        raise UserError(
+        raise ConfigError(
             f"train.lora.targets: no linear layer {sorted(unknown)[0]!r} in {', '.join(settings.parts)}; there is "
             f"{known}"
         )

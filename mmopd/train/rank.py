@@ -20,7 +20,7 @@ from urllib.parse import urlsplit
 import torch
 
 from mmopd.config import Recipe
-from mmopd.errors import UserError
+from mmopd.errors import ConfigError, UserError
 from mmopd.runtime.run_folder import RunFolder
 from mmopd.runtime.watchdog import LEFT, TOGETHER, WAITED, Watchdog, asked_to_stop, pulse_of
 from mmopd.serving import endpoint
@@ -30,8 +30,8 @@ from mmopd.train.loop import train
 
 
 def main() -> int:
-    """Train; a UserError ends with its message and status 2, and SIGTERM with a checkpoint, behind the running step,
-    and status 0.
+    """Train; a UserError ends with its message and the status of its kind, and SIGTERM with a checkpoint, behind the
+    running step, and status 0.
     """
     if not torch.cuda.is_available():
         torch.set_num_threads(1)  # several processes with more threads than cores slow each other down 20 times
@@ -45,7 +45,7 @@ def main() -> int:
             return work(run, recipe, changed, stop)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
-        return 2
+        return error.exit_status
 
 
 def work(run: RunFolder, recipe: Recipe, changed: Sequence[str], stop: threading.Event) -> int:
@@ -105,15 +105,15 @@ def check_place(wanted: int, engine: str, places: Sequence[tuple[str, bool]]) ->
     """
     hosts = list(dict.fromkeys(host for host, _ in places))
     if len(places) != wanted:
-        raise UserError(
+        raise ConfigError(
             f"the launcher has started {len(places)} ranks, and train.ranks is {wanted}: make them the same"
         )
     if engine in {"127.0.0.1", "localhost"} and len(hosts) > 1:
-        raise UserError(
+        raise ConfigError(
             f"ranks run on {', '.join(hosts)}, and the servers listen on one of them alone: mmopd train --host 0.0.0.0"
         )
     if not places[0][1]:
-        raise UserError(
+        raise ConfigError(
             f"rank 0 is on {hosts[0]}, and the student's engine on {engine}: it hands over the weights through the "
             "memory of one machine, "
             f"so that {engine} has to come first in the launcher's list of hosts"

@@ -7,7 +7,7 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from mmopd.config import Mixture
-from mmopd.errors import UserError
+from mmopd.errors import DataError
 from mmopd.modality import Encoder
 from mmopd.prompts.difficulty_counts import Measured
 from mmopd.prompts.prompt_plan import PromptPlan, Rows
@@ -81,7 +81,7 @@ class Stream:
             UserError: a row could be read on one rank and not on another.
         """
         if len(set(ranks.gather_objects(sum(self._plan.replaced.values())))) > 1:
-            raise UserError(
+            raise DataError(
                 "a row could be read on one rank and not on another: all ranks must see the same shards, whole"
             )
 

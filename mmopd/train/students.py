@@ -19,7 +19,7 @@ from transformers.integrations.flash_attention import flash_attention_forward
 from transformers.utils.import_utils import is_flash_attn_2_available
 
 from mmopd.config import Part
-from mmopd.errors import UserError
+from mmopd.errors import CheckpointError, ConfigError
 from mmopd.train.logprob import Student
 from mmopd.train.pack import Layout
 from mmopd.train.prefix_tree import with_key_index
@@ -54,20 +54,20 @@ def load_student(folder: Path, dtype: torch.dtype) -> Any:
     try:
         kind = AutoConfig.from_pretrained(folder).model_type
     except Exception as error:
-        raise UserError(f"{folder}: no model configuration can be read from this folder: {error}") from error
+        raise CheckpointError(f"{folder}: no model configuration can be read from this folder: {error}") from error
     if kind not in STUDENTS:
         there = ", ".join(f"{kind} ({family})" for kind, (family, _) in FAMILIES.items())
-        raise UserError(f"{folder}: no student class for model_type {kind!r}; there is {there}")
+        raise ConfigError(f"{folder}: no student class for model_type {kind!r}; there is {there}")
     AttentionInterface.register("flash_attention_2", with_key_index(flash_attention_forward))
     try:
         model, report = STUDENTS[kind].from_pretrained(
             folder, dtype=dtype, attn_implementation=attention(), output_loading_info=True
         )
     except Exception as error:
-        raise UserError(f"{folder}: the weights cannot be loaded: {error}") from error
+        raise CheckpointError(f"{folder}: the weights cannot be loaded: {error}") from error
     if report["missing_keys"] or report["mismatched_keys"]:
         wrong = sorted(map(str, [*report["missing_keys"], *report["mismatched_keys"]]))
-        raise UserError(f"{folder}: {len(wrong)} weights are missing or have another shape, such as {wrong[0]}")
+        raise CheckpointError(f"{folder}: {len(wrong)} weights are missing or have another shape, such as {wrong[0]}")
     return model
 
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from mmopd.algorithm.settings import Algorithm
 from mmopd.algorithm.step import Tokens
 from mmopd.config import Train
-from mmopd.errors import UserError
+from mmopd.errors import ConfigError
 from mmopd.modality import Encoder
 from mmopd.train.distributed import Ranks
 from mmopd.train.lora import Weight, add_adapters, weights
@@ -67,7 +67,7 @@ def deepspeed_config(settings: Train, ranks: Ranks) -> dict[str, Any]:
     optimizer: dict[str, Any] = {"lr": settings.lr, "betas": settings.betas, "weight_decay": settings.weight_decay}
     if settings.offload:
         if not on_gpu:
-            raise UserError("train.offload: this machine has no GPU whose memory it would save; leave it out")
+            raise ConfigError("train.offload: this machine has no GPU whose memory it would save; leave it out")
         zero |= {
             "offload_optimizer": {"device": "cpu", "pin_memory": True},
             "offload_param": {"device": "cpu", "pin_memory": True},

@@ -11,7 +11,7 @@ from mmopd.algorithm.objectives.expo import ExPO
 from mmopd.algorithm.objectives.grpo import GRPO
 from mmopd.algorithm.objectives.opd import OPD
 from mmopd.algorithm.objectives.sft import SFT
-from mmopd.errors import UserError
+from mmopd.errors import ConfigError
 from mmopd.settings_file import suggest
 
 OBJECTIVES: dict[str, type[Objective]] = {
@@ -35,7 +35,7 @@ def find_objective(kind: str) -> type[Objective]:
     path = Path.cwd() / FOLDER / f"{kind}.py"
     if kind in OBJECTIVES:
         if path.is_file():
-            raise UserError(f"{path}: `{kind}` is the name of a built-in objective: give the file another name")
+            raise ConfigError(f"{path}: `{kind}` is the name of a built-in objective: give the file another name")
         return OBJECTIVES[kind]
     if kind.isidentifier() and path.is_file():
         return _load(path, path.stat().st_mtime_ns)
@@ -57,7 +57,7 @@ def _load(path: Path, changed: int) -> type[Objective]:
         if isinstance(value, type) and issubclass(value, Objective) and value.__module__ == module.__name__
     ]
     if len(own) != 1:
-        raise UserError(f"{path}: it defines {len(own)} classes derived from mmopd.algorithm.Objective; it needs one")
+        raise ConfigError(f"{path}: it defines {len(own)} classes derived from mmopd.algorithm.Objective; it needs one")
     if own[0].targets is Objective.targets:
-        raise UserError(f"{path}: {own[0].__name__} has no method `targets(self, step)`")
+        raise ConfigError(f"{path}: {own[0].__name__} has no method `targets(self, step)`")
     return own[0]
