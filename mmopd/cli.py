@@ -41,8 +41,8 @@ HostOption = Annotated[str, typer.Option(help="The address that servers listen o
 
 
 def main() -> None:
-    """Entry point: a UserError is one message on stderr and the exit status of its kind; SIGTERM ends like an exception, so that
-    children are stopped.
+    """Entry point: a UserError is one message on stderr and the exit status of its kind; SIGTERM ends like an
+    exception, so that children are stopped.
     """
     signal.signal(signal.SIGTERM, _terminate)
     try:
@@ -55,7 +55,7 @@ def main() -> None:
 @app.callback(invoke_without_command=True)
 def _version(version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False) -> None:
     if version:
-        print(__version__)
+        console.print(__version__, markup=False)
         raise typer.Exit
 
 

@@ -1,4 +1,4 @@
-"""Errors that a person is meant to read, by kind; each kind has an exit status, so that a script can tell them apart."""
+"""Errors that a person is meant to read, by kind. Each kind has an exit status, by which a script tells them apart."""
 
 from typing import ClassVar
 
@@ -14,7 +14,7 @@ class UserError(Exception):
 
 
 class ConfigError(UserError):
-    """A setting, or a file of the catalogue (recipe, fleet, mixture, suite, task), is missing, unknown or cannot work."""
+    """A setting or a file of the catalogue (recipe, fleet, mixture, suite, task) is missing, unknown or cannot work."""
 
     exit_status = 3
 

@@ -13,6 +13,8 @@ import sys
 import sysconfig
 from pathlib import Path
 
+from rich.console import Console
+
 from mmopd.errors import UserError
 
 HOOK = "mmopd_torchvision_hook"
@@ -113,8 +115,9 @@ def _hook_torchvision() -> list[str]:
 
 
 if __name__ == "__main__":
+    console = Console(highlight=False)
     try:
         for line in repair():
-            print(f"repaired: {line}")
+            console.print(f"repaired: {line}", markup=False, soft_wrap=True)
     except UserError as error:
         sys.exit(str(error))

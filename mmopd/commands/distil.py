@@ -1,5 +1,6 @@
 """The stage of `mmopd train` that makes the distilled student: ranks that train, or teachers that are merged."""
 
+import logging
 import math
 import time
 
@@ -12,6 +13,8 @@ from mmopd.runtime.rank_processes import Pulses, check_ranks, last_metrics, one_
 from mmopd.runtime.run_folder import RunFolder
 from mmopd.runtime.watchdog import asked_to_stop
 from mmopd.serving.servers import Servers
+
+logger = logging.getLogger(__name__)
 
 MERGED = "merged"  # version of weights that were merged
 
@@ -44,6 +47,7 @@ def distil(job: Job, run: RunFolder, children: Children, servers: Servers, stage
             servers.check()
             if asked.is_set() and until == math.inf:
                 until = time.monotonic() + timeout
+                logger.info("stop requested: the ranks finish their step and save a checkpoint")
                 stages.console.print("asked to stop: behind this step, with a checkpoint", highlight=False)
                 if job.launcher:
                     run.stop.touch()  # a launcher that is told to end may end its ranks at once (deepspeed's does)

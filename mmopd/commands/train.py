@@ -24,6 +24,7 @@ from mmopd.prompts import difficulty_counts
 from mmopd.report.html import write_report
 from mmopd.report.model_card import CARD, model_card
 from mmopd.rollout.sync import FRESH, FileSync, SyncError
+from mmopd.runtime import logs
 from mmopd.runtime.network import HOST
 from mmopd.runtime.processes import Children
 from mmopd.runtime.progress import Stages
@@ -63,7 +64,11 @@ def launch(
             "DS_ACCELERATOR", "cpu"
         )  # DeepSpeed, which transformers imports, would warn that it found nothing else
     warn_of(host, console)
-    with alone_in(run.root), Stages(console, run.timings) as stages:
+    with (
+        alone_in(run.root),
+        logs.to_file(run.logs / "launcher.log", "launcher"),
+        Stages(console, run.timings) as stages,
+    ):
         prepare(recipe, stages)
         job = dataclasses.replace(check(recipe, endpoints), changed=changed, launcher=launcher, host=host)
         say_left_out(job, console)

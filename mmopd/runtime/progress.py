@@ -4,6 +4,7 @@ On a terminal the lines are live; in a log (no terminal) each stage prints when 
 """
 
 import json
+import logging
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -24,6 +25,8 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 from rich.text import Text
+
+logger = logging.getLogger(__name__)
 
 LOG_EVERY = 10.0  # seconds between lines of one stage where there is no terminal
 
@@ -64,6 +67,13 @@ class Stage:
         self._stages.progress.remove_task(self._bar)
         self._stages.say("")
         mark = "[green]✓[/]" if ok else "[red]✗[/]"
+        logger.info(
+            "%s: %s in %.1f s%s",
+            self.title,
+            "done" if ok else "failed",
+            seconds,
+            f", {self.outcome}" if self.outcome else "",
+        )
         tail = f"  [dim]{self.outcome}[/]" if self.outcome else ""
         self._stages.console.print(f"{mark} {self.title}  [cyan]{seconds:.1f} s[/]{tail}", highlight=False)
 
@@ -106,6 +116,7 @@ class Stages:
         """One stage; its time counts under `title`, and an exception ends it with a cross."""
         if not self.console.is_terminal:
             self.console.print(f"… {title}", highlight=False)
+        logger.info("%s: begins", title)
         stage = Stage(self, title)
         begin = time.monotonic()
         ok = False

@@ -12,6 +12,7 @@ import faulthandler
 import os
 import signal
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -19,6 +20,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Self
+
+from mmopd.runtime.logs import last_words
 
 # Exit statuses of a rank.
 HUNG = 124  # no progress, as timeout(1) has it
@@ -90,22 +93,27 @@ class Watchdog:
                 self._pulse.touch()
             silent = time.monotonic() - self._last
             if silent > self._limit:
-                faulthandler.dump_traceback(sys.stderr, all_threads=True)
-                print(
-                    f"error: rank {self._rank} has made no progress for {silent:.0f} s, at {self.where}; it was here:",
-                    file=sys.stderr,
-                )
+                said = f"rank {self._rank} has made no progress for {silent:.0f} s, at {self.where}; it was here:"
                 aside = (
                     [t for t in threading.enumerate() if t.name.startswith(TRAINER)] if not self._loop_counts else []
                 )
                 busy = (aside or [threading.main_thread()])[0]
-                print("".join(_stack(sys._current_frames()[busy.ident or 0])), file=sys.stderr, flush=True)
+                where = "".join(_stack(sys._current_frames()[busy.ident or 0]))
+                last_words(self._pulse.stem, f"{_all_stacks()}{said}\n{where}")
                 os._exit(HUNG)
 
 
 def pulse_of(log: Path) -> Path:
     """Where the watchdog of the rank with this log gives signs of life."""
     return log.with_suffix(".pulse")
+
+
+def _all_stacks() -> str:
+    """The stacks of all threads, as faulthandler writes them."""
+    with tempfile.TemporaryFile() as file:
+        faulthandler.dump_traceback(file, all_threads=True)
+        file.seek(0)
+        return file.read().decode(errors="replace")
 
 
 def _stack(frame: FrameType) -> list[str]:

@@ -6,6 +6,7 @@ servers, which has imported vLLM once; on GPU one for each.
 """
 
 import json
+import logging
 import os
 import re
 import secrets
@@ -22,6 +23,7 @@ import httpx
 import torch
 
 from mmopd.errors import CheckpointError, ConfigError, ServerError
+from mmopd.runtime.logs import message_of
 from mmopd.runtime.network import HOST, local
 from mmopd.runtime.processes import Children, stop
 from mmopd.runtime.progress import Stages
@@ -29,6 +31,8 @@ from mmopd.serving.endpoint import Endpoint
 from mmopd.serving.placement import assign_gpus, check_memory
 from mmopd.serving.specs import ServerSpec, to_server
 from mmopd.serving.supervisor import KEY_VARIABLE, READY, Server
+
+logger = logging.getLogger(__name__)
 
 TIMEOUT = 1800.0  # seconds until all servers are ready; large checkpoints take minutes
 LAST_LINES = 12
@@ -129,6 +133,7 @@ class Servers(dict[str, Endpoint]):
             raise self._lost(name, int(status), self.log(name))
         self.restarts[name] += 1
         self._away[name] = time.monotonic()
+        logger.warning("server %s ended with status %s, and is started again", name, status)
         self._on_event(name, f"ended with status {status}, started again")
 
     def _lost(self, name: str, status: int, log: Path) -> ServerError:
@@ -155,7 +160,7 @@ class _Supervisor:
             file.seek(self._heard)
             whole, newline, _ = file.read().rpartition(b"\n")
         self._heard += len(whole + newline)
-        lines = whole.decode(errors="replace").splitlines()
+        lines = [message_of(line) for line in whole.decode(errors="replace").splitlines()]
         self._pid = next((int(found[1]) for line in lines if (found := _PID.fullmatch(line))), self._pid)
         return [found for line in lines if (found := _SAID.fullmatch(line))]
 
@@ -299,6 +304,6 @@ def _last_words(log: Path) -> str:
     """
     if not log.is_file():
         return "(there is no log)"
-    lines = [_LOG_PREFIX.sub("", line) for line in log.read_text(errors="replace").splitlines()]
+    lines = [_LOG_PREFIX.sub("", message_of(line)) for line in log.read_text(errors="replace").splitlines()]
     said = [line for line in lines if line.strip() and not line.startswith((" ", "Traceback"))]
     return "\n".join(list(dict.fromkeys(said))[-LAST_LINES:])

@@ -2,14 +2,13 @@
 JSON list of `Server`.
 
 This process is the supervisor: each server is forked from it, and forks its engine in turn. With `--preload` (on CPU)
-    it
-has imported vLLM first, once for all: that is most of a small server's start-up time and memory. Without it (on GPU,
-    one
-supervisor for each server) it imports nothing, since a process that has touched CUDA cannot be forked. [not run on GPU]
+it has imported vLLM first, once for all: that is most of a small server's start-up time and memory. Without it (on GPU,
+one supervisor for each server) it loads the standard library only, since a process that has touched CUDA cannot be
+forked. [not run on GPU]
 
 Until the launcher says that all are ready (SIGUSR1), the first server that ends takes the others with it. After that
-one that may be restarted is, on the same port, and what happens is said in lines of this process's output (`started`,
-`restarted`, `ended`).
+one that may be restarted is, on the same port, and this process's log says what happens in lines that the launcher
+reads (`started`, `restarted`, `ended`).
 
 This calls the API server's module, because the `vllm` command of the CPU wheel cannot find its own version.
 """
@@ -19,6 +18,7 @@ import functools
 import gc
 import hmac
 import json
+import logging
 import multiprocessing
 import os
 import select
@@ -31,6 +31,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
 from typing import Any, TypedDict
+
+from mmopd.runtime import logs
+
+logger = logging.getLogger("mmopd.serving.supervisor")
 
 KEY_VARIABLE = "VLLM_API_KEY"
 RESTARTS = 3  # of one server within WINDOW; one more death, and it is given up
@@ -102,6 +106,7 @@ def run(server: Server) -> None:
     output = os.open(server["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     os.dup2(output, 1)
     os.dup2(output, 2)
+    logs.start(server["name"])
     os.environ.update(server["env"])
     import uvicorn
     from vllm.entrypoints.launchers.api_server import entry
@@ -229,8 +234,8 @@ def _ignore(number: int, frame: FrameType | None) -> None:
 
 
 def say(line: str) -> None:
-    """A line of this process's output, which the launcher reads."""
-    print(line, flush=True)
+    """A line of this process's log, which the launcher reads."""
+    logger.info(line)
 
 
 def started(pid: int) -> str:
@@ -252,6 +257,7 @@ def main(arguments: list[str]) -> int:
     """Serve until told to stop; the exit status."""
     *flags, encoded = arguments
     servers: list[Server] = json.loads(encoded)
+    logs.start("servers" if len(servers) > 1 else f"{servers[0]['name']}.supervisor")
     if flags == ["--preload"]:
         preload({Path(server["model"]) for server in servers})
     return Supervisor(servers).run()

@@ -337,7 +337,7 @@ def end(job: Request) -> None:
             execute(job)
         except SystemExit as error:
             if (status := error.code or 0) and not isinstance(status, int):
-                print(status, file=sys.stderr)
+                sys.stderr.write(f"{status}\n")
         except BaseException:
             status = 1
             traceback.print_exc()

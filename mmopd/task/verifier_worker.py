@@ -6,6 +6,7 @@ import resource
 import signal
 import sys
 from pathlib import Path
+from typing import IO
 
 import psutil
 
@@ -25,7 +26,7 @@ def main(workspace: Path | None) -> None:
     tasks = load_tasks(workspace)
     limit = psutil.Process().memory_info().vms + MEMORY
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
-    print("ready", file=replies, flush=True)
+    send(replies, "ready")
     for line in sys.stdin:
         task, response, answer, timeout = json.loads(line)
         signal.setitimer(
@@ -33,9 +34,13 @@ def main(workspace: Path | None) -> None:
         )  # the parent kills earlier; this is for when the parent is gone
         outcome = outcome_of(tasks[task], response, answer)
         signal.setitimer(signal.ITIMER_REAL, 0)
-        print(
-            json.dumps([outcome.value if outcome.known else None, outcome.reason[:LONGEST]]), file=replies, flush=True
-        )
+        send(replies, json.dumps([outcome.value if outcome.known else None, outcome.reason[:LONGEST]]))
+
+
+def send(replies: IO[str], line: str) -> None:
+    """Write a line to the parent."""
+    replies.write(f"{line}\n")
+    replies.flush()
 
 
 def outcome_of(task: Task, response: str, answer: str) -> Outcome:

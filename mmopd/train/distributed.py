@@ -101,6 +101,11 @@ def start(timeout: float) -> Ranks:
     return Ranks(dist.get_rank(), dist.get_world_size(), device, dist.new_group(backend="gloo", timeout=limit))
 
 
+def own_rank() -> int:
+    """Return the number of this rank, before it joins the others: RANK, or srun's."""
+    return int(os.environ.get("RANK") or place(os.environ)["RANK"])
+
+
 def place(env: Mapping[str, str]) -> dict[str, str]:
     """The variables of a rank whose launcher has set none: those of a task of srun, or of a rank that is alone.
 

@@ -2,21 +2,27 @@
 rank.
 """
 
+import logging
 import sys
 from pathlib import Path
 
 from mmopd.errors import UserError
 from mmopd.modality import Encoder
 from mmopd.report.model_card import model_card
+from mmopd.runtime import logs
 from mmopd.runtime.run_folder import RunFolder, step_of
+from mmopd.train import distributed
 from mmopd.train.checkpoint import load
 from mmopd.train.export import export
 from mmopd.train.rank import joined
 from mmopd.train.trainer import Trainer
 
+logger = logging.getLogger("mmopd.train.export_rank")
+
 
 def main() -> int:
     """Load and write; a UserError ends with its message and the status of its kind."""
+    logs.start(f"export{distributed.own_rank()}")
     folder, checkpoint, out = map(Path, sys.argv[1:])
     run = RunFolder(folder)
     recipe = run.recipe()
@@ -28,7 +34,7 @@ def main() -> int:
             load(trainer, checkpoint)
             export(trainer, out, model_card(run, recipe, step_of(checkpoint.name)))
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        logger.error("%s", error)
         return error.exit_status
     return 0
 

@@ -8,10 +8,10 @@ were added or removed on purpose before a resume.
 
 import asyncio
 import dataclasses
+import logging
 import socket
 import sys
 import threading
-import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,6 +21,7 @@ import torch
 
 from mmopd.config import Recipe
 from mmopd.errors import ConfigError, UserError
+from mmopd.runtime import logs
 from mmopd.runtime.run_folder import RunFolder
 from mmopd.runtime.watchdog import LEFT, TOGETHER, WAITED, Watchdog, asked_to_stop, pulse_of
 from mmopd.serving import endpoint
@@ -28,11 +29,14 @@ from mmopd.train import distributed
 from mmopd.train.distributed import Ranks
 from mmopd.train.loop import train
 
+logger = logging.getLogger("mmopd.train.rank")
+
 
 def main() -> int:
     """Train; a UserError ends with its message and the status of its kind, and SIGTERM with a checkpoint, behind the
     running step, and status 0.
     """
+    logs.start(f"rank{distributed.own_rank()}")
     if not torch.cuda.is_available():
         torch.set_num_threads(1)  # several processes with more threads than cores slow each other down 20 times
     folder, *changed = (
@@ -44,7 +48,7 @@ def main() -> int:
         with asked_to_stop() as stop:
             return work(run, recipe, changed, stop)
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        logger.error("%s", error)
         return error.exit_status
 
 
@@ -82,11 +86,11 @@ def joined(run: RunFolder, name: str, timeout: float) -> Iterator[tuple[Ranks, W
         waited = distributed.waited_in_vain(error)
         if not (waited or distributed.was_left(error)):
             raise
-        traceback.print_exc()
         what = (
             f"did not come within {TOGETHER * timeout:.0f} s (train.timeout = {timeout:g})" if waited else "has ended"
         )
-        print(f"error: rank {ranks.rank}, at {watchdog.where}: another one {what}", file=sys.stderr)
+        logger.error("a collective operation has failed", exc_info=error)
+        logger.error("rank %d, at %s: another one %s", ranks.rank, watchdog.where, what)
         raise SystemExit(WAITED if waited else LEFT) from None
     finally:
         distributed.stop()

@@ -5,8 +5,8 @@ Not settings: a run that skips more than a few updates does not need a higher li
     was kept.
 """
 
+import logging
 import shutil
-import sys
 from collections import deque
 from collections.abc import Sequence
 
@@ -18,6 +18,8 @@ from mmopd.train.export import export
 from mmopd.train.prefix_tree import Item
 from mmopd.train.skipped_batch import write_batch
 from mmopd.train.trainer import NotFiniteError, Trainer
+
+logger = logging.getLogger(__name__)
 
 ALLOWED = 3  # updates that may be skipped ...
 WINDOW = 20  # ... of so many one after the other
@@ -87,9 +89,6 @@ class SkippingUpdater:
             self._trainer.ranks.agree(fault)
             export(self._trainer, folder / "model")
         except UserError as lost:
-            print(
-                f"warning: step {step} was skipped ({error}), and is not kept for `mmopd replay`: {lost}",
-                file=sys.stderr,
-            )
+            logger.warning("step %d was skipped (%s), and is not kept for `mmopd replay`: %s", step, error, lost)
             if self._trainer.ranks.rank == 0:
                 shutil.rmtree(folder, ignore_errors=True)
