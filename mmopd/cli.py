@@ -378,8 +378,20 @@ def replay(
 
 @app.command()
 def show(
-    recipe: Annotated[Path, typer.Argument(help="A recipe, or a mixture such as data/demo.yaml.", show_default=False)],
+    recipe: Annotated[
+        Path | None, typer.Argument(help="A recipe, or a mixture such as data/demo.yaml.", show_default=False)
+    ] = None,
     overrides: Overrides = None,
+    *,
+    key: Annotated[
+        str | None,
+        typer.Option(
+            "--explain",
+            metavar="KEY",
+            help="Print what a setting means, such as train.lr or delta, instead.",
+            show_default=False,
+        ),
+    ] = None,
     prompts: Annotated[
         int | None,
         typer.Option(
@@ -387,7 +399,17 @@ def show(
         ),
     ] = None,
 ) -> None:
-    """Print the resolved RECIPE, with every default, and what it would start; or what is in a mixture."""
+    """Print the resolved RECIPE, with every default, and what it would start; or what is in a mixture.
+
+    With --explain, print what a setting of any file of the catalogue means, its type, range and default.
+    """
+    if key is not None:
+        from mmopd.commands.reference import explain
+
+        explain(key, console)
+        return
+    if recipe is None:
+        raise UserError("give a recipe (mmopd show recipes/demo.yaml), a mixture, or --explain KEY")
     from mmopd import catalog
     from mmopd.commands.show import show as print_recipe
     from mmopd.prompts.mixture_view import is_mixture, mixture_tree

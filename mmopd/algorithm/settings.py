@@ -21,28 +21,50 @@ from mmopd.settings_file import Config, Fraction, Positive, suggest
 class Difficulty(Config):
     """Offline balancing: K answers per prompt, and weights that flatten the histogram (paper 3.3, A.1)."""
 
-    attempts: Positive = 8
+    attempts: Positive = Field(
+        8,
+        description="Answers to each prompt, K. The paper leaves it open; 8 gives nine classes of difficulty. The "
+        "pass costs K responses for each prompt, once",
+    )
     policy: Literal["flatten", "drop_easy", "frontier"] = Field(
         "flatten",
-        description="the paper's; or to compare: without the always right ones (POLARIS), or weighted by p (1 - p) "
-        "(PACED)",
+        description="How counts become sampling weights. `flatten` is the paper's; to compare: `drop_easy` leaves out"
+        " what is always right (POLARIS), `frontier` weighs by p (1 - p) (PACED)",
     )
-    shape: Literal["auto", "u", "mirrored_j", "flat"] = Field("auto", description="of the histogram, for flatten")
-    cap: float = Field(4.0, ge=1, description="largest sampling weight of a prompt, for flatten")
-    temperature: float = Field(1.0, gt=0)
-    top_p: float = Field(0.95, gt=0, le=1)
-    top_k: int = Field(50, ge=0)
+    shape: Literal["auto", "u", "mirrored_j", "flat"] = Field(
+        "auto",
+        description="Shape of the histogram, for `flatten`: `u` raises the middle, `mirrored_j` everything that is "
+        "not always right, `flat` nothing. `auto` decides from the counts, as the paper describes",
+    )
+    cap: float = Field(
+        4.0,
+        ge=1,
+        description="Largest sampling weight of a prompt, for `flatten`, in times of an unweighted prompt. 4 (our "
+        "choice, the paper gives none) keeps rare prompts from being repeated without bound",
+    )
+    temperature: float = Field(1.0, gt=0, description="Sampling temperature of the pass. 1 as in the paper (A.1)")
+    top_p: float = Field(0.95, gt=0, le=1, description="Nucleus share of the pass. 0.95 as in the paper (A.1)")
+    top_k: int = Field(50, ge=0, description="Likeliest tokens of the pass, 0 for all. 50 as in the paper (A.1)")
 
 
 class Balance(Config):
     """Online balancing of right and wrong responses (paper 3.3, A.2)."""
 
-    scope: Literal["group", "batch"] = "group"
+    scope: Literal["group", "batch"] = Field(
+        "group",
+        description="Where right and wrong are balanced: in each `group` that has both, as the authors' scripts do "
+        "it, or over the whole `batch` of all ranks, as the paper's text says",
+    )
     ratio: float = Field(
-        1.0, ge=0, description="right : wrong to reach; 1 is the paper's 1 : 1, 0 and .inf ask for one side alone"
+        1.0,
+        ge=0,
+        description="Right : wrong to reach. 1 is the paper's 1 : 1; 0 keeps only wrong and .inf only right "
+        "responses, for comparisons",
     )
     tolerance: Fraction = Field(
-        0.05, description="allowed distance of the share of right ones, in scope batch; no use in scope group"
+        0.05,
+        description="Distance that the share of right responses may have from its aim, in scope `batch`. 0.05 is our "
+        "choice, the paper gives none. No effect in scope `group`",
     )
 
 
@@ -52,15 +74,37 @@ OF_ONE_KIND = {"direction": "shift", "retain": "mask"}  # settings of a margin
 class Margin(Config):
     """Outcome-guided margin calibration (paper 3.4, A.4): one of shift or mask."""
 
-    kind: Literal["shift", "mask"] = "shift"
-    scope: Literal["group", "global"] = "group"
-    mode: Literal["mean", "minmax"] = "mean"
-    direction: Literal["lift", "suppress", "spread"] = Field(
-        "spread", description="of shift; an error where mask is asked for"
+    kind: Literal["shift", "mask"] = Field(
+        "shift",
+        description="What enforces the margin: `shift` moves the rewards of right or wrong responses, `mask` leaves "
+        "out the responses that break it. The paper's settings use shift",
     )
-    delta: float = Field(0.4, ge=0, allow_inf_nan=False, description="margin to reach, in nats")
+    scope: Literal["group", "global"] = Field(
+        "group",
+        description="Responses that have one margin: each prompt's `group`, as in the paper's settings, or `global`, "
+        "all of the batch over all ranks",
+    )
+    mode: Literal["mean", "minmax"] = Field(
+        "mean",
+        description="How the margin is measured: `mean` right minus mean wrong return (the paper's settings), or "
+        "`minmax`, the lowest right minus the highest wrong (Eq. 9), which asks for more",
+    )
+    direction: Literal["lift", "suppress", "spread"] = Field(
+        "spread",
+        description="What shift moves: `lift` raises right responses, `suppress` lowers wrong ones, `spread` does "
+        "half of each. The paper has spread for text and lift with images. An error with `mask`",
+    )
+    delta: float = Field(
+        0.4,
+        ge=0,
+        allow_inf_nan=False,
+        description="Margin to reach between the returns of right and wrong responses, in nats per token. 0.4 as in "
+        "the paper's text runs; 0 asks for no more than the right order",
+    )
     retain: Fraction = Field(
-        0.25, description="share of a side that mask always keeps; an error where shift is asked for"
+        0.25,
+        description="Share of a side that mask keeps at least. 0.25 as in Algorithm 1 of the paper; one response of "
+        "each side always stays. An error with `shift`",
     )
 
     @model_validator(mode="before")
@@ -90,10 +134,15 @@ class Visual(Config):
     """
 
     share: Fraction = Field(
-        0.05, description="share of the responses to image prompts that are scored a second time, without the image"
+        0.05,
+        description="Share of the responses to image prompts that are scored a second time, with a blank image, to "
+        "measure what the image does. 0.05 costs 5 % more scoring; 0 measures nothing",
     )
     token_weight: float = Field(
-        0.0, ge=0, description="strength of a token weight that favours tokens that need the image; 0 = off"
+        0.0,
+        ge=0,
+        description="Strength of a token weight that favours tokens that need the image. 0 switches it off: it is not"
+        " part of the paper's recipe. It acts on the responses that `share` measures",
     )
 
 
@@ -121,18 +170,35 @@ class Algorithm(Config):
     balance: Balance | None = Balance()
     margin: Margin | None = Margin()
     visual: Visual | None = Visual()
-    clip_low: float = Field(0.2, ge=0, lt=1, description="pi / pi_old is clipped at 1 - this, and at 1 + clip_high")
-    clip_high: float = Field(0.28, ge=0)
+    clip_low: float = Field(
+        0.2, ge=0, lt=1, description="The ratio of new to old policy is clipped at 1 - clip_low. 0.2 as in the paper"
+    )
+    clip_high: float = Field(
+        0.28,
+        ge=0,
+        description="The ratio of new to old policy is clipped at 1 + clip_high. 0.28 as in the paper: likelier "
+        "tokens may move a little further",
+    )
     ratio_cap: float = Field(
         2.0,
         ge=1,
-        description="largest weight that a token gets for being likelier now than when it was sampled, with recomputed "
-        "log-probs",
+        description="Largest weight of a token for being likelier to the trainer than to the engine that sampled it, "
+        "where log-probs are recomputed. 2 bounds the variance; with train.old_logprobs: engine it has no"
+        " effect",
     )
     log_ratio_clip: float = Field(
-        10.0, gt=0, description="a token whose |log pi_student - log pi_teacher| reaches it is left out"
+        10.0,
+        gt=0,
+        description="A token whose |log pi_student - log pi_teacher| reaches this, in nats, is left out. 10 as in the"
+        " paper; lower it where a few tokens dominate the gradient",
     )
-    outcome_threshold: float = Field(0.5, gt=0, le=1, description="a soft outcome at or above it counts as right")
+    outcome_threshold: float = Field(
+        0.5,
+        gt=0,
+        le=1,
+        description="Outcome at or above which a response counts as right, for soft outcomes between 0 and 1 (A.3). "
+        "0.5 is our choice; exact outcomes are 0 or 1",
+    )
 
     @model_validator(mode="before")
     @classmethod

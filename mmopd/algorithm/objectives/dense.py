@@ -21,12 +21,26 @@ class Dense(Objective):
 
     unused: ClassVar[tuple[str, ...]] = ("margin",)
 
-    kind: Literal["dense"]
-    divergence: Literal["forward_kl", "jsd"] = "forward_kl"
-    top_k: Positive = Field(
-        20, description="the teacher's likeliest tokens; more than 20 need `--max-logprobs` in its engine.extra_args"
+    kind: Literal["dense"] = Field(
+        description="`dense`: a divergence over the teacher's likeliest tokens at each position"
     )
-    beta: float = Field(0.5, gt=0, lt=1, description="of jsd: share of the teacher in the mixture")
+    divergence: Literal["forward_kl", "jsd"] = Field(
+        "forward_kl",
+        description="`forward_kl`, which covers what the teacher does, or `jsd`, which lies between forward and "
+        "reverse KL",
+    )
+    top_k: Positive = Field(
+        20,
+        description="Likeliest tokens of the teacher at each position; all others count as one. 20 is the most that "
+        "vLLM gives by default; more need `--max-logprobs` in the teacher's engine.extra_args",
+    )
+    beta: float = Field(
+        0.5,
+        gt=0,
+        lt=1,
+        description="Share of the teacher in the mixture, for `jsd`. 0.5 treats teacher and student alike; no effect "
+        "with `forward_kl`",
+    )
 
     @field_validator("divergence", mode="before")
     @classmethod

@@ -16,11 +16,15 @@ class ExOPD(Objective):
 
     unused: ClassVar[tuple[str, ...]] = ()
 
-    kind: Literal["exopd"]
-    scale: float = Field(1.25, ge=1)
+    kind: Literal["exopd"] = Field(description="`exopd`: OPD that goes past the teacher, by a reference")
+    scale: float = Field(
+        1.25,
+        ge=1,
+        description="How far to go, lambda: 1 is OPD, more goes past the teacher. 1.25 as in ExOPD's own runs",
+    )
     reference: str | Mapping[str, str] = Field(
-        description="the teacher of the fleet that is the reference: the student's start; or for each teacher its "
-        "base, {math: math_base}"
+        description="Teacher of the fleet that is the reference, the student's start; or for each teacher its own "
+        "base, as `{math: math_base}`"
     )
 
     def references(self) -> str | Mapping[str, str]:

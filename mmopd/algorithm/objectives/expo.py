@@ -12,8 +12,15 @@ class ExPO(Objective):
 
     unused: ClassVar[tuple[str, ...]] = ("difficulty", "balance", "margin", "visual")
 
-    kind: Literal["expo"]
-    alpha: float = Field(1.25, gt=0, description="1 is the mean of the teachers, more goes past it")
+    kind: Literal["expo"] = Field(
+        description="`expo`: no training; the teachers' weights are merged and extrapolated from the student's"
+    )
+    alpha: float = Field(
+        1.25,
+        gt=0,
+        description="How far to go: 1 is the mean of the teachers, more goes past it. 1.25 is our default; the paper "
+        "says only that it is above 1",
+    )
 
     def extrapolation(self) -> float:
         """Return `alpha`."""

@@ -2,6 +2,8 @@
 
 from typing import TYPE_CHECKING, ClassVar, Literal
 
+from pydantic import Field
+
 from mmopd.algorithm.base import Objective
 
 if TYPE_CHECKING:
@@ -16,7 +18,7 @@ class GRPO(Objective):
     needs_teachers: ClassVar[bool] = False
     unused: ClassVar[tuple[str, ...]] = ("balance", "margin", "visual")
 
-    kind: Literal["grpo"]
+    kind: Literal["grpo"] = Field(description="`grpo`: outcomes alone, without a teacher (Table B.1)")
 
     def targets(self, step: "Step") -> "Targets":
         """Return the advantage of each response in its group."""

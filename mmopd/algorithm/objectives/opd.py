@@ -2,6 +2,8 @@
 
 from typing import TYPE_CHECKING, ClassVar, Literal
 
+from pydantic import Field
+
 from mmopd.algorithm.base import Objective
 
 if TYPE_CHECKING:
@@ -15,7 +17,11 @@ class OPD(Objective):
 
     unused: ClassVar[tuple[str, ...]] = ()
 
-    kind: Literal["opd"] = "opd"
+    kind: Literal["opd"] = Field(
+        "opd",
+        description="`opd`: reverse KL to the teacher on the student's own tokens, with a token's log-ratio as its "
+        "reward (paper 3.2)",
+    )
 
     def targets(self, step: "Step") -> "Targets":
         """Return the calibrated reward of each token."""

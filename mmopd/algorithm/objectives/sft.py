@@ -21,8 +21,12 @@ class SFT(Objective):
 
     unused: ClassVar[tuple[str, ...]] = ("balance", "margin", "visual")
 
-    kind: Literal["sft"]
-    attempts: Positive = Field(8, description="answers of a teacher to each prompt")
+    kind: Literal["sft"] = Field(description="`sft`: likelihood of the teachers' own right answers")
+    attempts: Positive = Field(
+        8,
+        description="Answers that a teacher gives to each prompt, of which the right ones are kept. 8 finds one for "
+        "most prompts that a teacher can answer; more cost in proportion",
+    )
 
     def teacher_answers(self) -> int:
         """Return `attempts`."""

@@ -1,0 +1,254 @@
+"""The reference of all settings: `mmopd show --explain KEY`, and docs/reference/, written by `python -m
+mmopd.commands.reference`.
+
+Everything is read from the models of `mmopd.config`, so that the pages say what the code does. Loads no torch.
+"""
+
+import difflib
+import inspect
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import NoneType, UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
+
+from annotated_types import Ge, Gt, Le, Lt, MinLen
+from pydantic import BaseModel
+from pydantic.fields import FieldInfo
+from rich.console import Console
+from rich.markup import escape
+
+from mmopd.config import Comparison, Fleet, Mixture, Recipe, Suite
+from mmopd.errors import UserError
+
+PAGES: dict[str, tuple[type[BaseModel], str]] = {
+    "recipe": (Recipe, "recipes/*.yaml"),
+    "fleet": (Fleet, "teachers/*.yaml"),
+    "mixture": (Mixture, "data/*.yaml"),
+    "suite": (Suite, "eval/*.yaml"),
+    "comparison": (Comparison, "recipes/compare_*.yaml"),
+}
+NAME, NUMBER = "NAME", "N"  # in paths: a name that the file chooses, a position in a list
+WORDS = {int: "whole number", float: "number", str: "text", bool: "true or false", Path: "path", Any: "any value"}
+BOUNDS = {Ge: ("ge", "≥"), Gt: ("gt", ">"), Le: ("le", "≤"), Lt: ("lt", "<")}
+HEADER = "<!-- Written by `python -m mmopd.commands.reference`; a test compares it with the models. -->"
+
+
+@dataclass(frozen=True, slots=True)
+class Section:
+    """A model at a place of a file."""
+
+    path: tuple[str, ...]  # () for the file itself
+    model: type[BaseModel]
+    kind: str = ""  # where several models can stand there: the value of `kind` that chooses this one
+
+    @property
+    def title(self) -> str:
+        """Return its path, and its kind."""
+        return ".".join(self.path) + (f" (kind: {self.kind})" if self.kind else "")
+
+    @property
+    def about(self) -> str:
+        """Return the docstring as one paragraph."""
+        return " ".join((inspect.getdoc(self.model) or "").split())
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Key:
+    """A setting at a place of a file."""
+
+    page: str
+    section: Section
+    name: str
+    field: FieldInfo
+
+    @property
+    def path(self) -> tuple[str, ...]:
+        """Return the names from the top of the file."""
+        return (*self.section.path, self.name)
+
+    @property
+    def type(self) -> str:
+        """Return the type and the range in words."""
+        return _words(self.field.annotation, self.field.metadata)
+
+    @property
+    def default(self) -> str:
+        """Return the default as it is written in YAML; `required` without one."""
+        if self.field.is_required():
+            return "required"
+        return _yaml(self.field.get_default(call_default_factory=True))
+
+
+def sections(model: type[BaseModel], path: tuple[str, ...] = ()) -> Iterator[Section]:
+    """The model, and all models under it, in the order of their fields."""
+    kinds = _kinds(model)
+    for one in kinds:
+        yield Section(path, one, _kind_of(one) if len(kinds) > 1 else "")
+        for name, field in one.model_fields.items():
+            for below, inner in _models(field.annotation):
+                yield from sections(inner, (*path, name, *below))
+
+
+def keys(page: str) -> list[Key]:
+    """Every setting of a kind of file that holds a value, not settings."""
+    return [
+        Key(page, section, name, field)
+        for section in sections(PAGES[page][0])
+        for name, field in section.model.model_fields.items()
+        if not _is_section(field)
+    ]
+
+
+def explain(key: str, console: Console) -> None:
+    """Print what a key means: by its whole path, or by its last names where that is enough.
+
+    Raises:
+        UserError: there is no such key; names the nearest.
+    """
+    known = [one for page in PAGES for one in keys(page)]
+    wanted = key.split(".")
+    ranks = {one: rank for one in known if (rank := _match(wanted, one.path)) is not None}
+    if not ranks:
+        names = {".".join(one.path) for one in known} | {one.name for one in known}
+        near = difflib.get_close_matches(key, names) or difflib.get_close_matches(wanted[-1], names)
+        raise UserError(f"no key {key!r}" + (f"; did you mean {' or '.join(map(repr, near))}?" if near else ""))
+    found = [one for one, rank in ranks.items() if rank == min(ranks.values())]
+    for i, one in enumerate(found):
+        console.print("\n" * (i > 0) + f"[bold]{escape('.'.join(one.path))}[/]  in {PAGES[one.page][1]}")
+        if one.section.kind:
+            console.print(f"  with kind: {one.section.kind}")
+        console.print(
+            f"  {escape(one.type)}; " + (f"default {escape(one.default)}" if _has_default(one) else "required")
+        )
+        console.print(f"  {escape(one.field.description or '')}.")
+
+
+def pages() -> dict[str, str]:
+    """The pages of docs/reference/ by file name."""
+    return {f"{page}.md": _page(page) for page in PAGES}
+
+
+def _page(page: str) -> str:
+    lines = [f"# `{PAGES[page][1]}`", "", HEADER, ""]
+    for section in sections(PAGES[page][0]):
+        if section.path:
+            lines += [f"## `{'.'.join(section.path)}`" + (f", `kind: {section.kind}`" if section.kind else ""), ""]
+        lines += [section.about, ""]
+        own = [one for one in keys(page) if one.section == section]
+        if own:
+            lines += ["| key | type | default | |", "|---|---|---|---|"]
+            lines += [
+                f"| `{one.name}` | {_cell(one.type)} | {_code(one)} | {_cell(one.field.description)}. |" for one in own
+            ]
+            lines += [""]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def _cell(text: str | None) -> str:
+    return (text or "").replace("|", "\\|").replace("<", "&lt;")
+
+
+def _code(key: Key) -> str:
+    return f"`{_cell(key.default)}`" if _has_default(key) else "required"
+
+
+def _has_default(key: Key) -> bool:
+    return not key.field.is_required()
+
+
+def _match(wanted: Sequence[str], path: Sequence[str]) -> int | None:
+    """How well names fit a path: 0 all of it, 1 its end, 2 a section of it; None: not. A file's own names fit NAME."""
+    n = len(wanted)
+    for begin in reversed(range(len(path) - n + 1)):
+        part = path[begin : begin + n]
+        if wanted[-1] == part[-1] and all(w == p or p in {NAME, NUMBER} for w, p in zip(wanted, part, strict=True)):
+            return 2 if begin + n < len(path) else 0 if n > 1 and not begin else 1
+    return None
+
+
+def _kinds(model: type[BaseModel]) -> list[type[BaseModel]]:
+    """The models that can stand where this one is asked for: all objectives for their base."""
+    from mmopd.algorithm.base import Objective
+    from mmopd.algorithm.objectives import OBJECTIVES
+
+    return list(OBJECTIVES.values()) if model is Objective else [model]
+
+
+def _kind_of(model: type[BaseModel]) -> str:
+    return str(get_args(model.model_fields["kind"].annotation)[0])
+
+
+def _is_section(field: FieldInfo) -> bool:
+    """Whether the value is one group of settings; lists and mappings of them are keys with a value of their own."""
+    return any(not below for below, _ in _models(field.annotation))
+
+
+def _models(annotation: Any) -> Iterator[tuple[tuple[str, ...], type[BaseModel]]]:
+    """Models in an annotation, each with the part of its path between the key and the model's own keys."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        yield (), annotation
+        return
+    origin, inner = get_origin(annotation), get_args(annotation)
+    if origin is Annotated:
+        inner = inner[:1]
+    below = (NUMBER,) if origin is tuple else (NAME,) if _is_mapping(origin) else ()
+    for one in inner:
+        for path, model in _models(one):
+            yield (*below, *path), model
+
+
+def _is_mapping(origin: Any) -> bool:
+    return isinstance(origin, type) and issubclass(origin, Mapping)
+
+
+def _words(annotation: Any, metadata: Sequence[Any] = ()) -> str:
+    """A type and its range in words."""
+    origin, inner = get_origin(annotation), get_args(annotation)
+    if origin is Annotated:
+        return _words(inner[0], [*_flat(inner[1:]), *metadata])
+    ranges = "".join(f", {sign} {getattr(bound, name):g}" for bound, name, sign in _bounds(metadata))
+    if origin in (Union, UnionType):
+        kinds = [one for one in inner if one is not NoneType]
+        words = " or ".join(_words(one) for one in kinds) + ranges
+        return f"{words}; or null" if NoneType in inner else words
+    if origin is Literal:
+        return ", ".join(f"`{value}`" for value in inner)
+    if origin is tuple:
+        some = "at least one" if any(isinstance(one, MinLen) for one in metadata) else ""
+        if len(inner) == 2 and inner[1] is not Ellipsis:
+            return f"two of: {_words(inner[0])}"
+        return "list of " + (f"{some} of " if some else "") + _words(inner[0])
+    if _is_mapping(origin):
+        return f"mapping: {_words(inner[0])} to {_words(inner[1])}"
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return "settings"
+    return WORDS[annotation] + ranges
+
+
+def _flat(metadata: Sequence[Any]) -> list[Any]:
+    return [one for item in metadata for one in (item.metadata if isinstance(item, FieldInfo) else [item])]
+
+
+def _bounds(metadata: Sequence[Any]) -> Iterator[tuple[Any, str, str]]:
+    for bound in _flat(metadata):
+        if type(bound) in BOUNDS:
+            name, sign = BOUNDS[type(bound)]
+            yield bound, name, sign
+
+
+def _yaml(value: Any) -> str:
+    """A default as YAML has it, on one line."""
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    if isinstance(value, tuple | list):
+        return f"[{', '.join(map(_yaml, value))}]"
+    if isinstance(value, Mapping):
+        return f"{{{', '.join(f'{key}: {_yaml(one)}' for key, one in value.items())}}}"
+    return f"{value:g}" if isinstance(value, float) else '""' if value == "" else str(value)
+
+
+if __name__ == "__main__":
+    folder = Path(__file__).parents[2] / "docs" / "reference"
+    for name, text in pages().items():
+        (folder / name).write_text(text)

@@ -1,0 +1,81 @@
+"""Model of recipes/*.yaml: a whole run."""
+
+from pathlib import Path
+from typing import Self
+
+from pydantic import Field, model_validator
+
+from mmopd.algorithm.settings import Algorithm
+from mmopd.config.student import Rollout, Student
+from mmopd.config.train import Train
+from mmopd.settings_file import Config
+
+
+class Recipe(Config):
+    """`recipes/*.yaml`: a whole run."""
+
+    prepare: Path | None = Field(
+        None,
+        description="File of data/ with a function `prepare(workspace, stage)` that makes what the recipe refers to. "
+        "`null`: everything is there",
+    )
+    seed: int = Field(0, description="Seed of all draws: prompts, sampling, balance. A resumed run draws the same")
+    student: Student
+    fleet: Path | None = Field(
+        None, description="File of teachers/. `null` only for an objective that needs no teacher"
+    )
+    mixture: Path = Field(description="File of data/ with the sources of prompts")
+    suite: Path | None = Field(
+        None, description="File of eval/ for the evaluation before and after. `null` evaluates nothing"
+    )
+    rollout: Rollout = Rollout()
+    algorithm: Algorithm = Algorithm()
+    train: Train = Train()
+
+    @model_validator(mode="after")
+    def _has_teachers(self) -> Self:
+        objective = self.algorithm.objective
+        if self.fleet is None and objective.needs_teachers:
+            raise ValueError(f"fleet: missing, and `{objective.kind}` learns from teachers; `grpo` needs none")
+        return self
+
+    @model_validator(mode="after")
+    def _sync_has_its_trainer(self) -> Self:
+        objective = self.algorithm.objective
+        if self.student.sync != "file" and not objective.trains:
+            raise ValueError(
+                f"student.sync: `{objective.kind}` sends merged weights once, without a trainer; leave it out"
+            )
+        if self.student.sync == "ipc" and self.rollout.async_steps:
+            raise ValueError(
+                "student.sync: with ipc the engine sleeps while the trainer learns; rollout.async_steps needs it awake"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _may_run_ahead(self) -> Self:
+        objective = self.algorithm.objective
+        if self.recomputes and not objective.samples_rollouts:
+            key = "rollout.async_steps" if self.rollout.async_steps else "train.old_logprobs"
+            raise ValueError(f"{key}: `{objective.kind}` learns from no rollouts; leave it out")
+        if self.rollout.async_steps and self.train.old_logprobs == "engine":
+            raise ValueError(
+                "train.old_logprobs: with rollout.async_steps the engine's log-probs are those of older weights; leave it out, or recompute"
+            )
+        return self
+
+    @property
+    def recomputes(self) -> bool:
+        """Whether the trainer computes the log-probs of what was sampled itself."""
+        return self.train.old_logprobs == "recompute" or self.rollout.async_steps > 0
+
+    @model_validator(mode="after")
+    def _engine_takes_a_group(self) -> Self:
+        limit = self.student.engine.max_num_seqs
+        attempts = self.algorithm.difficulty.attempts if self.algorithm.difficulty else 0
+        for key, n in (("rollout.group", self.rollout.group), ("algorithm.difficulty.attempts", attempts)):
+            if n > limit:
+                raise ValueError(
+                    f"{key} is {n}, and student.engine.max_num_seqs is {limit}: vLLM takes no request for more responses than that"
+                )
+        return self
