@@ -261,7 +261,7 @@ def test_other_weights_or_other_rows_are_measured_again_and_a_timeout_leaves_not
         one = short.model_copy(update={"benchmarks": (benchmark,)})
         [record] = evaluate(server.endpoint, one, out=tmp_path / "out", weights=weights, cache=out / "cache")
         assert record.status == "failed"
-        assert "not done after 1 s" in record.reason
+        assert "not finished after 1 s" in record.reason
     assert all(
         process.ppid() == os.getpid() for process in psutil.Process().children(recursive=True)
     )  # calls are forked by a child

@@ -1,1 +1,1 @@
-"""The demo world: data and tiny models that are made on the spot."""
+"""The demo world: data and tiny models that are made locally."""

@@ -1,8 +1,8 @@
 """Supervised training of the demo's models: the base student, and the teachers that continue from it.
 
-One process, plain transformers, full-length sequences of a few dozen tokens. A base is *weak but
-sure of itself* when it is trained to the end on little data; stopping early gives one that no
-on-policy method can improve, because its samples are noise.
+One process, plain transformers, full-length sequences of a few dozen tokens. A base that is trained to the end on
+little data is *weak but sure of itself*. Stopping early gives a base that no on-policy method can improve, because its
+samples are noise.
 """
 
 import io
@@ -30,13 +30,13 @@ Progress = Callable[[int, float], None]
 
 @dataclass(frozen=True)
 class Course:
-    """What a model is trained on, and for how long."""
+    """The training data of a model, and how long it is trained."""
 
-    rows: Mapping[str, int]  # how many of each task
+    rows: Mapping[str, int]  # number of rows of each task
     split: Split
     steps: int
     lr: float
-    careless: float = 0.0  # share of the solutions' hard places that are wrong
+    careless: float = 0.0  # share of the hard steps of the solutions that are wrong
 
 
 @dataclass(frozen=True)
@@ -104,7 +104,7 @@ def encode(row: Row, processor: Qwen3VLProcessor) -> Example:
 
 
 def _batches(rows: int, batch: int, seed: int) -> Iterator[list[int]]:
-    """Endless batches of row numbers, a new order every epoch; an epoch's end may fall inside a batch."""
+    """Yield endless batches of row numbers, in a new order every epoch; an epoch may end inside a batch."""
     rng = random.Random(seed)
     queue: list[int] = []
     while True:
@@ -115,7 +115,7 @@ def _batches(rows: int, batch: int, seed: int) -> Iterator[list[int]]:
 
 
 def _loss(model: Qwen3VLForConditionalGeneration, examples: Sequence[Example]) -> Tensor:
-    """Mean cross-entropy over the solutions' tokens (right padding: a causal model does not see it)."""
+    """Return the mean cross-entropy over the solutions' tokens (right padding, which a causal model does not see)."""
     ids = pad_sequence([e.ids for e in examples], batch_first=True)
     patches = [e.patches for e in examples if e.patches is not None]
     grids = [e.grid for e in examples if e.grid is not None]

@@ -3,16 +3,16 @@
 - *text*: additions of two two-digit numbers, column by column: `7+5=12 4+8=12+1=13 =132`.
 - *image*: two handwritten digits (scans that scikit-learn ships) side by side: `3+5=8`.
 
-Each task has three splits. `few` is all that the base student ever sees; `train` (which contains
-`few`) is for the teachers and for the distillation prompts; `heldout` shares no addition and no
-scan with the other two. Solutions can be `careless`: carries forgotten, lookalike digits misread.
+Each task has three splits. `few` is all that the base student ever sees; `train` (which contains `few`) is for the
+teachers and for the distillation prompts; `heldout` shares no addition and no scan with the other two. Solutions can be
+`careless`: carries are forgotten, lookalike digits are misread.
 
-A base that learned from few and careless solutions is weak *and knows the alternative*: it gives
-the right token a probability near 0.2, which its own samples find. A base that merely saw too
-little is wrong with 0.9 to 0.005, and distillation on its own samples hardly moves it.
+A base that learned from few and careless solutions is weak *and knows the alternative*: it gives the right token a
+probability near 0.2, so its own samples contain it. A base that only saw too little data gives the wrong token 0.9 and
+the right one 0.005, and distillation on its own samples hardly changes it.
 
-The tokenizer is a byte-level BPE with the rules and special tokens of Qwen, trained on English
-text that scikit-learn ships, so nothing is downloaded.
+The tokenizer is a byte-level BPE with the rules and special tokens of Qwen. It is trained on English text that
+scikit-learn ships, so nothing is downloaded.
 """
 
 import functools
@@ -45,7 +45,7 @@ Split = Literal["few", "train", "heldout"]
 
 SCAN_SPLITS: dict[Split, range] = {"few": range(400), "train": range(1400), "heldout": range(1400, 1797)}
 ADDITION_SPLITS: dict[Split, slice] = {"few": slice(600), "train": slice(6500), "heldout": slice(6500, None)}
-LOOKALIKES = {7: 1, 8: 3, 9: 4}  # what a careless reader takes for what
+LOOKALIKES = {7: 1, 8: 3, 9: 4}  # digit -> the digit for which a careless reader takes it
 
 CONTROL_TOKENS = [
     "<|endoftext|>",
@@ -113,10 +113,10 @@ class Row(TypedDict):
 
 
 def additions(split: Split, n: int, seed: int, careless: float = 0.0) -> list[Row]:
-    """`n` rows of the text task, without repeats while the split has any left.
+    """Return `n` rows of the text task, without repeats while the split has any left.
 
     Args:
-        careless: the share of carries that the worked solution forgets (`answer` is always right).
+        careless: share of the carries that the worked solution forgets (`answer` is always right).
     """
     pairs = _addition_pairs()[ADDITION_SPLITS[split]]
     rng = random.Random(f"additions-{split}-{seed}")
@@ -124,10 +124,10 @@ def additions(split: Split, n: int, seed: int, careless: float = 0.0) -> list[Ro
 
 
 def digit_sums(split: Split, n: int, seed: int, careless: float = 0.0) -> list[Row]:
-    """`n` rows of the image task: two scans of the split each, drawn independently.
+    """Return `n` rows of the image task; each has two scans of the split, drawn independently.
 
     Args:
-        careless: the share of `LOOKALIKES` that the worked solution misreads (`answer` is always right).
+        careless: share of the `LOOKALIKES` that the worked solution misreads (`answer` is always right).
     """
     rng = random.Random(f"digit_sums-{split}-{seed}")
     scans = SCAN_SPLITS[split]
@@ -146,7 +146,7 @@ def _draw(pairs: list[tuple[int, int]], n: int, rng: random.Random) -> list[tupl
 
 @functools.cache
 def _addition_pairs() -> list[tuple[int, int]]:
-    """All 8,100 pairs of two-digit numbers, in an order that is fixed once and for all."""
+    """Return all 8,100 pairs of two-digit numbers, in a fixed order."""
     pairs = [(a, b) for a in range(10, 100) for b in range(10, 100)]
     random.Random(0).shuffle(pairs)
     return pairs
@@ -184,7 +184,7 @@ def _digit_sum(left: int, right: int, misread: tuple[bool, bool]) -> Row:
 
 @functools.cache
 def _scans() -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
-    """[1797, 8, 8] ink from 0 to 16, and [1797] labels."""
+    """Return [1797, 8, 8] ink from 0 to 16, and [1797] labels."""
     digits = load_digits()
     return digits.images, digits.target
 
@@ -193,7 +193,7 @@ def build_student(folder: str | Path, seed: int = 0, *, scale: int = 1) -> None:
     """Write an untrained student (model, processor, generation config) that transformers and vLLM can load.
 
     Args:
-        scale: of its widths and heads; 2 has 3.5 times as many numbers as 1.
+        scale: factor of its widths and heads; 2 gives 3.5 times as many parameters as 1.
     """
     processor = build_processor()
     torch.manual_seed(seed)
@@ -206,7 +206,7 @@ def build_student(folder: str | Path, seed: int = 0, *, scale: int = 1) -> None:
 
 
 def build_processor() -> Qwen3VLProcessor:
-    """The processor of the demo's models: 32 x 32 pixels are one visual token."""
+    """Return the processor of the demo's models: 32 x 32 pixels are one visual token."""
     pixels = {"shortest_edge": 32 * 32, "longest_edge": 256 * 256}
     patches = {"patch_size": 16, "merge_size": 2, "temporal_patch_size": 2, "size": pixels}
     return Qwen3VLProcessor(
@@ -218,7 +218,7 @@ def build_processor() -> Qwen3VLProcessor:
 
 
 def build_tokenizer() -> Qwen2Tokenizer:
-    """A byte-level BPE with Qwen's splitting rules and control tokens; `VOCAB_SIZE` ids in all."""
+    """Train a byte-level BPE with Qwen's splitting rules and control tokens; `VOCAB_SIZE` ids in total."""
     trained = Tokenizer(BPE())
     rules = Qwen2Tokenizer(vocab={}, merges=[]).backend_tokenizer
     trained.normalizer = rules.normalizer
@@ -248,7 +248,7 @@ def build_tokenizer() -> Qwen2Tokenizer:
 
 
 def _english() -> Iterator[str]:
-    """Text to train the BPE on: the descriptions of scikit-learn's data sets, and the words of the chat format."""
+    """Yield text for the BPE: descriptions of scikit-learn's data sets, and the words of the chat format."""
     for file in sorted(importlib.resources.files("sklearn.datasets.descr").iterdir(), key=lambda file: file.name):
         if file.name.endswith(".rst"):
             yield file.read_text(encoding="utf-8")
@@ -256,7 +256,7 @@ def _english() -> Iterator[str]:
 
 
 def _model_config(tokenizer: Qwen2Tokenizer, scale: int) -> Qwen3VLConfig:
-    """About 1 M parameters at scale 1; head_dim 32 is the smallest that vLLM's CPU attention takes."""
+    """Return a configuration of about 1 M parameters at scale 1; vLLM's CPU attention needs head_dim 32 or more."""
     ids = tokenizer.get_vocab()
     return Qwen3VLConfig(
         architectures=["Qwen3VLForConditionalGeneration"],

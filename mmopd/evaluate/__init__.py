@@ -1,4 +1,4 @@
-"""Benchmarks through lmms-eval, and the table of their results."""
+"""Runs benchmarks with lmms-eval, and tabulates their results."""
 
 from mmopd.evaluate.lmms import BenchmarkScore, evaluate, read_suite
 from mmopd.evaluate.table import Results, Row

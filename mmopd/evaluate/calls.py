@@ -1,5 +1,6 @@
-"""Calls of lmms-eval, each in a process that is forked from one that has imported it: the import takes longer than many
-a benchmark.
+"""Calls of lmms-eval, each in a process forked from one that has imported it.
+
+The import takes longer than many benchmarks.
 """
 
 import contextlib
@@ -21,13 +22,13 @@ _CONTEXT = multiprocessing.get_context("forkserver")
 
 
 def warm_up() -> None:
-    """Begin with the import, in a process of its own, which ends with this thread: a later call finds it done."""
+    """Start the import in a process of its own, which ends with this thread; a later call finds the import done."""
     _CONTEXT.set_forkserver_preload(PRELOAD)
     forkserver.ensure_running()
 
 
 class Calls:
-    """Those of a `with` block: none runs any more when it ends, however it ends. Threads may share it."""
+    """The lmms-eval calls of a `with` block; all are ended with the block, however it ends. Threads may share it."""
 
     def __init__(self) -> None:
         self._running: set[ForkServerProcess] = set()
@@ -49,24 +50,26 @@ class Calls:
     def run(
         self, arguments: Sequence[str], log: Path, env: Mapping[str, str], *, offline: bool, timeout: float
     ) -> int | None:
-        """The exit status of `python -m lmms_eval ARGUMENTS`, minus n if signal n ended it; None if it was not done in
-        time.
+        """Run `python -m lmms_eval ARGUMENTS`.
 
         Args:
-            log: its output is appended to it.
-            env: added to the environment.
-            offline: nothing is asked of the model hub.
+            log: file to which its output is appended.
+            env: variables added to the environment.
+            offline: send no request to the model hub.
             timeout: seconds.
 
+        Returns:
+            The exit status, -n if signal n ended the call, or None if it did not end in time.
+
         Raises:
-            RuntimeError: the block has ended; a thread was too late.
+            RuntimeError: the block has ended already.
         """
         process = _CONTEXT.Process(
             target=_call, args=(list(arguments), str(log.absolute()), dict(env), offline, Path.cwd())
         )
         with self._changing:
             if self._stopped:
-                raise RuntimeError("lmms-eval: not called, since its siblings have been stopped")
+                raise RuntimeError("lmms-eval was not called: the other calls of the block have been stopped")
             process.start()
             self._running.add(process)
         process.join(timeout)
@@ -79,15 +82,15 @@ class Calls:
 
 
 def _kill(process: ForkServerProcess) -> None:
-    """And all that it has started."""
+    """Kill a process and all that it has started."""
     if process.is_alive():
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid or 0, signal.SIGKILL)
-        process.kill()  # it had no group of its own yet
+        process.kill()  # if it has no process group of its own yet
 
 
 def _call(arguments: Sequence[str], log: str, env: Mapping[str, str], offline: bool, folder: Path) -> None:
-    """In the forked process: be what `python -m lmms_eval` is."""
+    """Run lmms-eval in the forked process, as `python -m lmms_eval` does."""
     os.setsid()
     threading.Thread(target=_end_with_parent, daemon=True).start()
     output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
@@ -100,7 +103,7 @@ def _call(arguments: Sequence[str], log: str, env: Mapping[str, str], offline: b
     import huggingface_hub
     from lmms_eval.__main__ import cli_evaluate
 
-    if offline:  # read from the environment long ago
+    if offline:  # the environment variables were read at import, before the fork
         huggingface_hub.constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = (
             datasets.config.HF_DATASETS_OFFLINE
         ) = True

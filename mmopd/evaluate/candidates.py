@@ -1,6 +1,4 @@
-"""Served models through a suite, one row of a table each: base, teachers, the distilled student, or any folders (`mmopd
-eval`).
-"""
+"""Evaluates served models on a suite, one row of a table each: base, teachers, distilled student, or any folders."""
 
 import dataclasses
 from collections.abc import Callable, Sequence
@@ -17,23 +15,24 @@ from mmopd.runtime.fingerprint import hash_model
 from mmopd.runtime.progress import Stages
 from mmopd.serving.endpoint import Endpoint
 
-CACHE = Path(".mmopd") / "eval"  # of the workspace: what several runs share
+CACHE = Path(".mmopd") / "eval"  # folder of the workspace, shared by its runs
 
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """A served model that is evaluated, one row of the results table."""
+    """A served model to evaluate; one row of the results table."""
 
     name: str
     kind: Kind
     endpoint: Endpoint
-    model: Path | None  # the folder with exactly its weights; None if it runs elsewhere, or has an adapter
-    objection: Callable[[], str] = lambda: ""  # why what was measured does not count, if it does not
+    model: Path | None  # the folder with exactly its weights; None for a remote model or one with an adapter
+    objection: Callable[[], str] = lambda: ""  # returns why a measurement does not count, or ""
 
 
 def evaluate_all(suite: Suite | None, candidates: Sequence[Candidate], out: Path, stages: Stages) -> list[Row]:
-    """The suite on each candidate; what was measured with the same weights, data and settings is taken from the
-    cache.
+    """Run the suite on each candidate.
+
+    Results of the same weights, data and settings are taken from the cache.
     """
     if suite is None:
         return []
@@ -59,16 +58,16 @@ def evaluate_all(suite: Suite | None, candidates: Sequence[Candidate], out: Path
 
 
 def print_results(results: Results, console: Console) -> None:
-    """The table, if there is anything in it."""
+    """Print the table, if it has any rows."""
     if results.rows:
         console.print(results.rich(title="Score on held-out data, 0-100"))
 
 
 def check_results(results: Results) -> None:
-    """Every benchmark has a score.
+    """Check that every benchmark has a score.
 
     Raises:
-        UserError: one has none; says why.
+        UserError: a benchmark has none; says why.
     """
     if failed := results.failures():
         raise UserError(

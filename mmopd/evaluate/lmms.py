@@ -1,9 +1,9 @@
-"""The bridge to lmms-eval: one process per benchmark, against a model that is already served.
+"""The bridge to lmms-eval: one process for each benchmark, against a model that is already served.
 
-lmms-eval exits with 0 where nothing ran, scores a request that failed as a wrong answer, and by default judges
-mathematics in threads, in which the judge cannot work. Hence the flags of `_arguments`, and `validate`: a benchmark has
-a score only if every check passes; otherwise it has *failed*, with a reason, and no score. lmms-eval's own cache is
-not used: it knows neither the weights nor a failed request.
+lmms-eval exits with status 0 even if nothing ran, scores a failed request as a wrong answer, and by default judges
+mathematics in threads, where the judge cannot work. The flags of `_arguments` and the checks of `validate` correct
+this: a benchmark has a score only if every check passes; otherwise it has *failed*, with a reason and no score.
+lmms-eval's own cache is not used: it knows neither the weights nor which requests failed.
 """
 
 import dataclasses
@@ -27,7 +27,7 @@ from mmopd.evaluate.tasks import Task, prepare
 from mmopd.evaluate.validate import InvalidRunError, Measured, last_words, validate
 from mmopd.serving.endpoint import Endpoint
 
-SIDE_BY_SIDE = 2  # calls at once: one waits for the server while the other judges
+SIDE_BY_SIDE = 2  # calls in parallel: one waits for the server while the other judges
 PACKAGES = (
     "lmms-eval",
     "math-verify",
@@ -35,15 +35,15 @@ PACKAGES = (
     "transformers",
     "datasets",
     "openai",
-)  # what can move a score
+)  # packages whose version can change a score
 NOT_A_NAME = (
     "o1",
     "o3",
     "o4",
     "gpt-5",
-)  # lmms-eval takes a model whose name contains one for OpenAI's, and drops the temperature
+)  # lmms-eval takes a model with such a name for one of OpenAI's, and drops the temperature
 
-# A benchmark, and its score; None when it starts.
+# Called with a benchmark and its score, which is None when the benchmark starts.
 OnEvent = Callable[[Benchmark, "BenchmarkScore | None"], None]
 
 
@@ -70,11 +70,11 @@ class BenchmarkScore:
 
     @classmethod
     def read(cls, path: Path) -> "BenchmarkScore":
-        """The record that `write` wrote."""
+        """Read a record that `write` wrote."""
         return cls(**json.loads(path.read_text()))
 
     def write(self, path: Path) -> None:
-        """Write JSON, whole or not at all."""
+        """Write the record as JSON, whole or not at all."""
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
         partial.write_text(json.dumps(dataclasses.asdict(self), indent=1))
@@ -82,10 +82,10 @@ class BenchmarkScore:
 
 
 def read_suite(path: Path, workspace: Path) -> Suite:
-    """A suite with absolute paths: task files are named from the suite's own folder, data from the workspace.
+    """Read a suite and make its paths absolute: task files from the suite's folder, data from the workspace.
 
     Raises:
-        UserError: the file does not read, two columns have one name, or a task file is missing.
+        UserError: the file cannot be read, two columns have the same name, or a task file is missing.
     """
     suite = settings_file.read(Suite, path)
     columns = [b.column for b in suite.benchmarks]
@@ -118,20 +118,18 @@ def evaluate(
     """Measure a served model on every benchmark of a suite (of `read_suite`).
 
     Args:
-        out: gets a folder per benchmark with the log, lmms-eval's own results and the record; an earlier one is
+        out: gets a folder per benchmark with the log, lmms-eval's own results and the record; an earlier folder is
             replaced.
         weights: hash of the served model's files (`hash_model`), part of the key under which a record is reused.
-        cache: where valid records are kept and found again; only used with `weights`.
-        objection: asked behind each measurement, for a reason why it does not count; "" if there is none.
+        cache: folder where valid records are kept and found again; only used with `weights`.
+        objection: called after each measurement; returns a reason why it does not count, or "".
         on_event: called from two threads.
 
     Returns:
-        A record per benchmark, in the suite's order. A benchmark that could not be measured is a record with status
-        failed.
+        One record per benchmark, in the suite's order; its status is failed if the benchmark could not be measured.
 
     Raises:
-        UserError: lmms-eval is not installed, a task or its data is missing, or the model has a name that lmms-eval
-            mistakes.
+        UserError: lmms-eval is not installed, a task or its data is missing, or lmms-eval would misread the model name.
     """
     versions = _versions()
     _check_name(endpoint.model)
@@ -155,7 +153,7 @@ def evaluate(
     with (
         ThreadPoolExecutor(SIDE_BY_SIDE) as pool,
         Calls() as calls,
-    ):  # left in reverse: first the calls end, then the threads
+    ):  # exited in reverse order: first the calls end, then the threads
         running = [pool.submit(job.run, calls, on_event) for job in jobs]
         try:
             return [future.result() for future in running]
@@ -230,7 +228,7 @@ class _Job:
         local = self.benchmark.data is not None
         status = calls.run(self._arguments(output), log, self._environment(), offline=local, timeout=self.suite.timeout)
         if status is None:
-            raise InvalidRunError(f"not done after {self.suite.timeout} s (`timeout` of the suite); log: {log}")
+            raise InvalidRunError(f"not finished after {self.suite.timeout} s (`timeout` of the suite); log: {log}")
         if status != 0:
             raise InvalidRunError(f"lmms-eval ended with status {status}: {last_words(log)}; log: {log}")
         return validate(output, self.task.name, self.benchmark, self.task.rows)
@@ -242,9 +240,9 @@ class _Job:
             "--model_args": f"model={self.endpoint.model},num_concurrent={self.suite.concurrency},max_retries=3",
             "--tasks": self.task.name,
             "--output_path": str(output),
-            # math-verify's time limit is a signal, and raises in threads: every answer would be wrong
+            # math-verify's time limit is a signal, which raises in threads: every answer would count as wrong
             "--process_docs_parallel": "1",
-            "--verbosity": "DEBUG",  # with any other, an exception ends with status 0
+            "--verbosity": "DEBUG",  # with any other level, an exception ends with status 0
         }
         if b.reasoning_tags == "none":  # the default strips <think>...</think>, before the format is judged
             options["--reasoning_tags"] = "none"
@@ -257,7 +255,7 @@ class _Job:
         return ["--log_samples", *(word for option in options.items() for word in option)]
 
     def _environment(self) -> dict[str, str]:
-        """Where the model is: the key would be seen by everybody on the command line."""
+        """Return the variables that name the model; on the command line everybody could see the key."""
         url = self.endpoint.url.rstrip("/")
         return {
             "OPENAI_API_KEY": self.endpoint.api_key or "none",

@@ -1,4 +1,4 @@
-"""The results table: models down, benchmarks across, and how much of the gap to the teachers was closed."""
+"""The results table: models down, benchmarks across, and the share of the gap to the teachers that was closed."""
 
 import csv
 import dataclasses
@@ -15,44 +15,44 @@ from mmopd.evaluate.lmms import BenchmarkScore
 
 Kind = Literal["base", "teacher", "distilled"]
 
-NO_GAP = 1.0  # points; with a smaller lead of the best teacher there is no gap to speak of
+NO_GAP = 1.0  # points; with a smaller lead of the best teacher there is no gap to close
 GAP_CLOSED = "gap closed"
 NONE = "–"
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """A model and its records, one per benchmark."""
+    """A model and its records, one for each benchmark."""
 
     name: str
     kind: Kind
     records: tuple[BenchmarkScore, ...]
 
     def record(self, column: str) -> BenchmarkScore | None:
-        """The record of a benchmark, if it was run on this model."""
+        """Return the record of a benchmark, or None if it was not run on this model."""
         return next((r for r in self.records if r.column == column), None)
 
     def score(self, column: str) -> float | None:
-        """Its score on 0-100, if it has one."""
+        """Return the score on 0-100, or None."""
         record = self.record(column)
         return record.score if record else None
 
 
 @dataclass(frozen=True, slots=True)
 class Results:
-    """What was measured; renders as a terminal table, Markdown, CSV and JSON."""
+    """All measurements; renders as a terminal table, Markdown, CSV and JSON."""
 
     columns: tuple[str, ...]
     rows: tuple[Row, ...]
 
     @classmethod
     def of(cls, rows: Sequence[Row]) -> "Results":
-        """The columns in the order in which they first appear."""
+        """Collect rows; the columns are in the order in which they first appear."""
         return cls(tuple(dict.fromkeys(r.column for row in rows for r in row.records)), tuple(rows))
 
     @classmethod
     def read(cls, path: Path) -> "Results":
-        """What `write` wrote as `results.json`."""
+        """Read the `results.json` that `write` wrote."""
         data = json.loads(path.read_text())
         rows = [
             Row(r["name"], r["kind"], tuple(BenchmarkScore(**record) for record in r["records"])) for r in data["rows"]
@@ -67,7 +67,7 @@ class Results:
         (folder / "results.csv").write_text(self.csv())
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything, with the gaps that were closed, as JSON types."""
+        """Return everything as JSON types, with the closed gaps."""
         rows = [
             {"name": r.name, "kind": r.kind, "records": [dataclasses.asdict(record) for record in r.records]}
             for r in self.rows
@@ -75,8 +75,9 @@ class Results:
         return {"columns": list(self.columns), "rows": rows, "gap_closed": self.gaps_closed()}
 
     def gap_closed(self, column: str) -> float | None:
-        """(distilled - base) / (best teacher - base); None where one has no score, or no teacher leads by `NO_GAP`
-        points.
+        """Return (distilled - base) / (best teacher - base).
+
+        None if one of the three has no score, or no teacher leads by `NO_GAP` points.
         """
         base = self._best("base", column)
         distilled = self._best("distilled", column)
@@ -86,15 +87,15 @@ class Results:
         return (distilled - base) / (teacher - base)
 
     def gaps_closed(self) -> Mapping[str, float | None]:
-        """`gap_closed` of every column."""
+        """Return `gap_closed` of every column."""
         return {column: self.gap_closed(column) for column in self.columns}
 
     def failures(self) -> list[BenchmarkScore]:
-        """The records without a score."""
+        """Return the records without a score."""
         return [r for row in self.rows for r in row.records if r.status == "failed"]
 
     def rich(self, title: str | None = None) -> Table:
-        """For a terminal."""
+        """Render the table for a terminal."""
         table = Table(title=title, title_justify="left", footer_style="bold")
         table.add_column("", footer=GAP_CLOSED if self._compares() else "")
         for column in self.columns:
@@ -106,7 +107,7 @@ class Results:
         return table
 
     def markdown(self) -> str:
-        """A table for a README or an issue, and under it why anything failed."""
+        """Render a table for a README or an issue, followed by the reasons of failures."""
         lines = ["| " + " | ".join(["", *self.columns]) + " |", "|---|" + "---:|" * len(self.columns)]
         lines += [
             "| " + " | ".join([row.name, *(_cell(row.record(c)) for c in self.columns)]) + " |" for row in self.rows
@@ -117,7 +118,7 @@ class Results:
         return "\n".join(lines) + "\n"
 
     def csv(self) -> str:
-        """One line per model and benchmark: the long form, which spreadsheets pivot."""
+        """Render one line per model and benchmark: the long form, which spreadsheets can pivot."""
         file = io.StringIO()
         fields = ("column", "task", "metric", "status", "score", "stderr", "n", "seconds", "weights", "data", "reason")
         writer = csv.writer(file, lineterminator="\n")

@@ -1,4 +1,4 @@
-"""Task files of lmms-eval: where they are, what they are made of, and how they are pointed at local data."""
+"""Task files of lmms-eval: where they are, what they consist of, and how they are pointed at local data."""
 
 import importlib.util
 import re
@@ -17,30 +17,30 @@ from mmopd.runtime.fingerprint import hash_files
 
 @dataclass(frozen=True, slots=True)
 class Task:
-    """A task as lmms-eval is given it."""
+    """A task in the form in which lmms-eval gets it."""
 
     name: str  # for --tasks, and the key in the results
     folder: Path | None  # for --include_path; None for a built-in task with its own data
-    rows: int | None  # rows of the local data, where every one of them is asked
-    code: str  # hash of the task's files; built-in ones change only with lmms-eval
+    rows: int | None  # rows of the local data, if each of them is asked
+    code: str  # hash of the task's files; empty for a built-in task, which changes only with lmms-eval
     data: str  # hash of the local data, or empty
 
 
 class _Loader(yaml.SafeLoader):
-    """Reads task files without importing the functions that they name."""
+    """Reads task files without importing the functions named in them."""
 
 
 _Loader.add_constructor("!function", lambda loader, node: str(node.value))
 
 
 def prepare(benchmark: Benchmark, folder: Path) -> Task:
-    """Write what lmms-eval needs to find the task of a benchmark into `folder`, which is made.
+    """Write what lmms-eval needs to find the task of a benchmark into `folder`, which is created.
 
-    A task with local data, or one that is not built in, becomes a file that includes the original by its absolute
-    path; it gets another name, since lmms-eval prefers a built-in task to one of the same name.
+    A task with local data, or one that is not built in, becomes a file that includes the original by its absolute path.
+    It gets another name, since lmms-eval prefers a built-in task to another task of the same name.
 
     Raises:
-        UserError: no such task, or its data is missing or no parquet file.
+        UserError: the task does not exist, or its data is missing or not a parquet file.
     """
     own = benchmark.task.endswith((".yaml", ".yml"))
     if not own and benchmark.data is None:
@@ -64,10 +64,10 @@ def prepare(benchmark: Benchmark, folder: Path) -> Task:
 
 
 def read_task(path: Path) -> dict[str, Any]:
-    """The settings of a task file, with what it includes; functions are left as their names.
+    """Return the settings of a task file and of the files it includes; functions stay names.
 
     Raises:
-        UserError: the file, or one that it includes, is missing or no YAML mapping.
+        UserError: the file, or one that it includes, is missing or not a YAML mapping.
     """
     try:
         settings = yaml.load(path.read_text(), _Loader)
@@ -85,7 +85,7 @@ def read_task(path: Path) -> dict[str, Any]:
 
 
 def builtin(name: str) -> Path:
-    """The file of a task that lmms-eval ships.
+    """Return the file of a task that lmms-eval ships.
 
     Raises:
         UserError: lmms-eval is not installed, or ships no such task.
@@ -105,10 +105,10 @@ def builtin(name: str) -> Path:
 
 
 def count_rows(data: Path) -> int:
-    """Rows of a parquet file.
+    """Count the rows of a parquet file.
 
     Raises:
-        UserError: it is missing, or no (whole) parquet file.
+        UserError: the file is missing, or is not a complete parquet file.
     """
     try:
         return int(pq.read_metadata(data).num_rows)
@@ -119,7 +119,7 @@ def count_rows(data: Path) -> int:
 
 
 def _sources(task: Path) -> list[Path]:
-    """Everything a task of one's own may be made of: the files beside it, and mmopd's verifiers."""
+    """List all files that an own task may depend on: the files in its folder, and mmopd's verifiers."""
     verifiers = Path(mmopd.__path__[0]) / "task"
     return [
         *sorted(p for p in task.parent.iterdir() if p.suffix in {".yaml", ".yml", ".py"}),

@@ -1,6 +1,4 @@
-"""Whether an lmms-eval run counts: its exit status, results and samples are all looked at, since none is enough
-alone.
-"""
+"""Checks that an lmms-eval run counts, from its results and samples: neither is enough alone."""
 
 import json
 import math
@@ -13,17 +11,17 @@ from typing import Any
 from mmopd.config import Benchmark
 
 MAX_EMPTY = 0.1  # share of answers that may be empty
-PLACEHOLDER = "[LMMS_EVAL_"  # how lmms-eval begins an answer that it did not get
+PLACEHOLDER = "[LMMS_EVAL_"  # start of the text that lmms-eval writes for an answer that it did not get
 ANSI = re.compile(r"\x1b\[[0-9;]*m")
 
 
 class InvalidRunError(Exception):
-    """Why a run does not count."""
+    """A run that does not count; the message says why."""
 
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """What a valid run measured: score and standard error on 0-100, over n questions."""
+    """Result of a valid run: score and standard error on 0-100, over n questions."""
 
     score: float
     stderr: float | None
@@ -35,10 +33,10 @@ def validate(output: Path, task: str, benchmark: Benchmark, rows: int | None) ->
     """Read the results below `output`, a folder that was empty before the run.
 
     Args:
-        rows: questions that the task has, where that is known from elsewhere.
+        rows: number of questions of the task, if it is known from elsewhere.
 
     Raises:
-        InvalidRunError: with the reason.
+        InvalidRunError: the run does not count; says why.
     """
     files = sorted(output.rglob("*_results.json"))
     if len(files) != 1:
@@ -62,7 +60,7 @@ def validate(output: Path, task: str, benchmark: Benchmark, rows: int | None) ->
 
 
 def last_words(log: Path) -> str:
-    """The last line of a log that says something, for a reason."""
+    """Return the last line of a log that is not empty, to be used in a reason."""
     lines = [ANSI.sub("", line).strip() for line in log.read_text(errors="replace").splitlines()]
     return next((line[:300] for line in reversed(lines) if line), "nothing was logged")
 
@@ -84,7 +82,7 @@ def _is_number(value: object) -> bool:
 
 
 def _expected(results: dict[str, Any], task: str, benchmark: Benchmark, rows: int | None) -> int:
-    """How many questions should have been asked."""
+    """Return how many questions should have been asked; refuse a run that asked another number."""
     counts = results.get("n-samples", {}).get(task, {})
     expected = int(rows if rows is not None else counts.get("original", 0))
     if benchmark.limit is not None:
@@ -95,11 +93,11 @@ def _expected(results: dict[str, Any], task: str, benchmark: Benchmark, rows: in
 
 
 def _check_samples(output: Path, task: str, expected: int) -> int:
-    """The number of answers, once each is known to be one."""
+    """Return the number of answers, after checking that each is an answer."""
     files = sorted(output.rglob(f"*_samples_{task}.jsonl"))
     if len(files) != 1:
         raise InvalidRunError(f"{len(files)} files of samples, expected one")
-    with files[0].open() as lines:  # not splitlines, which also splits at U+2028
+    with files[0].open() as lines:  # splitlines would also split at U+2028
         samples = [json.loads(line) for line in lines]
     if len(samples) != expected:
         raise InvalidRunError(f"{len(samples)} answers for {expected} questions")
@@ -114,7 +112,7 @@ def _check_samples(output: Path, task: str, expected: int) -> int:
 
 
 def _texts(value: object) -> Iterator[str]:
-    """The strings of a nested list."""
+    """Yield the strings of a nested list."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, list):
