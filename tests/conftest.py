@@ -1,7 +1,10 @@
 import dataclasses
 import os
 import signal
+import subprocess
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,6 +14,7 @@ from mmopd import catalog
 from mmopd.demo.world import build_student
 from mmopd.modality import Encoder
 from mmopd.runtime.progress import Stages
+from mmopd.serving import supervisor
 
 # Before any test starts a process: the machine's few cores are shared by servers, ranks and the tests themselves.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -21,25 +25,67 @@ signal.signal(signal.SIGHUP, signal.SIG_DFL)
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-# Files that take minutes come first, so that the last worker is not left alone with one of them.
+# Files that start servers or ranks come first, the longest ahead, so that the last worker is not left alone with one of
+# them.
 LONG = (
     "resume",
     "end_to_end",
-    "objectives",
-    "trainer",
     "students",
+    "objectives",
+    "serve",
+    "trainer",
+    "tutorial",
     "evaluate",
     "lora",
-    "tutorial",
-    "video",
     "sandbox",
+    "video",
+    "scoring",
+    "security",
+    "replay",
+    "supervisor",
+    "serve_command",
+    "text_teacher",
+    "preflight",
+    "views",
+    "estimate",
     "bad_input",
 )
 
+# Parts of the commands that start what only a test with the mark `server` may start: vLLM's supervisor, and training
+# ranks.
+HEAVY = (supervisor.__name__, "train.rank", "_worker.py")
 
+
+@pytest.hookimpl(tryfirst=True)  # before `-m` selects
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     rank = {f"test_{name}": i for i, name in enumerate(LONG)}
     items.sort(key=lambda item: rank.get(item.path.stem, len(LONG)))
+    for item in items:
+        if "server" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.server)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
+    """A test that starts a server or a rank and does not ask for `server` fails: `make test-fast` would run it."""
+    plain = subprocess.Popen.__init__
+
+    def start(process: Any, command: Any, *args: Any, **settings: Any) -> None:
+        if any(part in str(command) for part in HEAVY):
+            pytest.fail(f"{command}: what starts this has to ask for the fixture `server`")
+        plain(process, command, *args, **settings)
+
+    with pytest.MonkeyPatch.context() as patch:
+        if not item.get_closest_marker("server"):
+            patch.setattr(subprocess.Popen, "__init__", start)
+        return (yield)
+
+
+@pytest.fixture(scope="session")
+def server() -> None:
+    """For what starts vLLM, training ranks or lmms-eval, fixture or test: `make test-fast` leaves out all that depends
+    on it.
+    """
 
 
 @pytest.fixture(scope="session")
@@ -62,7 +108,8 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("workspace")
     world = catalog.load_module(catalog.shipped() / "data" / "demo.py")
     for name in ("BASE", "TEXT_TEACHER", "IMAGE_TEACHER"):
-        setattr(world, name, dataclasses.replace(getattr(world, name), steps=12))
+        course = getattr(world, name)  # of 12 steps, 768 rows at most are seen; all are encoded before
+        setattr(world, name, dataclasses.replace(course, steps=12, rows=dict.fromkeys(course.rows, 400)))
     world.PROMPTS = dict.fromkeys(world.PROMPTS, 16)
     world.HELD_OUT = dict.fromkeys(world.HELD_OUT, 6)
     with Stages(Console(quiet=True)) as stages, stages.stage("prepare") as stage:

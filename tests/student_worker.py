@@ -10,7 +10,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -23,6 +22,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 from train_worker import TRAIN, make_items
 from transformers import AutoConfig, GenerationConfig, Qwen2VLImageProcessor, Qwen2VLVideoProcessor
+from waiting import wait_for, wait_for_exit
 
 from mmopd.algorithm import clipped_loss
 from mmopd.algorithm.settings import Algorithm
@@ -137,7 +137,7 @@ def build(kind: str, folder: Path, dtype: torch.dtype = torch.float32) -> None:
 
 def main(model: Path, out: Path, job: list[dict[str, Any]]) -> None:
     torch.set_num_threads(1)
-    ranks = start(120)
+    ranks = start(600)
     for number, one in enumerate(job):
         settings = Train.model_validate({**TRAIN.model_dump(), **one["train"]})
         result = (
@@ -218,10 +218,7 @@ async def gap(trainer: Trainer, student: Endpoint, encoder: Encoder) -> float:
 
 
 def await_file(path: Path) -> bool:
-    end = time.monotonic() + 240
-    while not (path.is_file() and path.stat().st_size):
-        assert time.monotonic() < end
-        time.sleep(0.2)
+    wait_for(lambda: path.is_file() and path.stat().st_size, [path.parent], every=0.2)
     return True
 
 
@@ -248,7 +245,7 @@ def run(
             workers.append(subprocess.Popen(command, env=one, stdout=log, stderr=subprocess.STDOUT))
     try:
         with serving(model, out, engine):  # starts while the ranks load what they import
-            codes = [worker.wait(240) for worker in workers]
+            codes = wait_for_exit(workers, [out])
     finally:
         for worker in workers:
             worker.kill()

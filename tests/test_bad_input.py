@@ -122,6 +122,7 @@ def test_too_little_memory_is_said_before_anything_starts(mine: Path, monkeypatc
     assert "3 vLLM servers need about" in run_and_fail(recipe())
 
 
+@pytest.mark.usefixtures("server")
 def test_a_server_that_dies_during_start_shows_its_last_words(mine: Path) -> None:
     edit(
         mine / "teachers" / "demo.yaml",

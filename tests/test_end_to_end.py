@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 from transformers import AutoProcessor, Qwen3VLForConditionalGeneration
+from waiting import wait_for, wait_for_exit
 
 from mmopd.config import Recipe
 from mmopd.evaluate import Results
@@ -22,6 +23,7 @@ from mmopd.runtime.fingerprint import hash_model
 from mmopd.runtime.run_folder import RunFolder
 from mmopd.settings_file import read
 
+pytestmark = pytest.mark.usefixtures("server")
 SMALL = [
     "train.steps=4",
     "train.checkpoint_every=2",
@@ -38,25 +40,30 @@ class Command:
 
     def __init__(self, workspace: Path, *args: str) -> None:
         self.mark = uuid.uuid4().hex
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "mmopd", *args],
-            cwd=workspace,
-            env={**os.environ, MARK: self.mark},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
+        self.logs = workspace / "commands" / self.mark
+        self.logs.mkdir(parents=True)
+        self.output, self.written = self.logs / "output.log", [self.logs, workspace / "runs"]
+        with self.output.open("w") as output:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "mmopd", *args],
+                cwd=workspace,
+                env={**os.environ, MARK: self.mark},
+                stdout=output,
+                stderr=subprocess.STDOUT,
+            )
 
     def finish(self) -> tuple[int, str]:
-        output, _ = self.process.communicate(timeout=600)
-        return self.process.returncode, output
+        (status,) = wait_for_exit([self.process], self.written)
+        return status, self.output.read_text()
 
-    def wait_for(self, happened: Callable[[], bool], timeout: float = 300) -> None:
-        deadline = time.monotonic() + timeout
-        while not happened():
-            assert self.process.poll() is None, self.finish()[1]
-            assert time.monotonic() < deadline
-            time.sleep(0.1)
+    def wait_for(self, happened: Callable[[], bool]) -> None:
+        def look() -> bool:
+            if happened():
+                return True
+            assert self.process.poll() is None, self.output.read_text()
+            return False
+
+        wait_for(look, self.written)
 
     def survivors(self) -> list[str]:
         """Command lines of processes that still carry the mark."""

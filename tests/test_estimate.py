@@ -18,6 +18,7 @@ import transformers
 from rich.console import Console
 from student_worker import FAMILIES, build
 from typer.testing import CliRunner
+from waiting import LIMIT
 
 from mmopd import catalog
 from mmopd.algorithm.settings import Algorithm
@@ -211,6 +212,7 @@ def measure(model: Path, out: Path) -> None:
     stop()
 
 
+@pytest.mark.usefixtures("server")
 def test_the_state_of_zero_3_is_what_deepspeed_holds_on_each_rank_and_the_engine_gets_what_is_counted(
     tiny: Path, tmp_path: Path
 ) -> None:
@@ -231,7 +233,7 @@ def test_the_state_of_zero_3_is_what_deepspeed_holds_on_each_rank_and_the_engine
         for n in range(ranks)
     ]
     try:
-        errors = [process.communicate(timeout=240)[1] for process in running]
+        errors = [process.communicate(timeout=LIMIT)[1] for process in running]
     finally:
         for process in running:
             process.kill()

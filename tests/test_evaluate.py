@@ -21,6 +21,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
+from waiting import wait_for
 
 from mmopd.catalog import shipped
 from mmopd.config import Benchmark, Suite
@@ -167,12 +168,12 @@ def dynamath(path: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def measured(
-    suite: Suite, tmp_path_factory: pytest.TempPathFactory
+    server: None, suite: Suite, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[tuple[dict[str, BenchmarkScore], Server, Path]]:
     out = tmp_path_factory.mktemp("eval")
-    with Server(behave) as server:
-        records = evaluate(server.endpoint, suite, out=out / "out", weights="w0", cache=out / "cache")
-        yield {r.column: r for r in records}, server, out
+    with Server(behave) as answering:
+        records = evaluate(answering.endpoint, suite, out=out / "out", weights="w0", cache=out / "cache")
+        yield {r.column: r for r in records}, answering, out
 
 
 def test_planted_wrong_answers_lower_the_score_by_just_their_share(
@@ -267,6 +268,7 @@ def test_other_weights_or_other_rows_are_measured_again_and_a_timeout_leaves_not
     )  # calls are forked by a child
 
 
+@pytest.mark.usefixtures("server")
 @pytest.mark.parametrize("importing", [True, False])
 def test_nothing_goes_on_where_the_one_that_calls_is_killed(importing: bool, tmp_path: Path) -> None:
     """Before there is a call, or in one, which imports for itself here."""
@@ -276,13 +278,10 @@ def test_nothing_goes_on_where_the_one_that_calls_is_killed(importing: bool, tmp
         f" c.run(['--tasks', 'list'], Path({str(tmp_path / 'log')!r}), {{}}, offline=True, timeout=60)",
     ]
     with subprocess.Popen([sys.executable, "-c", "\n".join(lines)]) as process:
-        caller, deadline = psutil.Process(process.pid), time.monotonic() + 60
-        while len(started := caller.children(recursive=True)) < (
-            2 if importing else 3
-        ):  # multiprocessing has one for its own use
-            assert process.poll() is None
-            assert time.monotonic() < deadline
-            time.sleep(0.05)
+        caller, needed = psutil.Process(process.pid), 2 if importing else 3  # multiprocessing has one for its own use
+        wait_for(lambda: len(caller.children(recursive=True)) >= needed or process.poll() is not None, every=0.05)
+        started = caller.children(recursive=True)
+        assert len(started) >= needed
         time.sleep(3)
         assert all(one.is_running() for one in started)
         process.kill()

@@ -32,7 +32,7 @@ class Found(NamedTuple):
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory: pytest.TempPathFactory) -> Found:
+def found(server: None, tmp_path_factory: pytest.TempPathFactory) -> Found:
     folder = tmp_path_factory.mktemp("lora")
     build("qwen3_vl", folder / "model")
     job = [LANGUAGE, LANGUAGE | {"resume": "0"}, EVERYWHERE]

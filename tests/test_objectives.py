@@ -288,7 +288,7 @@ def easy(workspace, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def runs(easy):
+def runs(server, easy):
     """A run of each kind, one after the other as `mmopd compare` makes them, and one of them twice; on servers that
     stay up.
     """

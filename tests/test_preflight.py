@@ -410,7 +410,7 @@ def test_a_clean_table_is_not_printed_before_a_run(encoder, kinds):
 
 
 @pytest.fixture(scope="module")
-def real(tmp_path_factory):
+def real(server, tmp_path_factory):
     """(endpoint, folder, settings) of a real vLLM server with a random tiny Qwen3-VL."""
     folder = tmp_path_factory.mktemp("real")
     build_student(folder / "model")

@@ -20,7 +20,7 @@ from mmopd.train.skipped_batch import read_batch, write_batch
 
 
 @pytest.fixture(scope="module")
-def guarded(model: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[RunFolder, dict[str, Any]]:
+def guarded(server: None, model: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[RunFolder, dict[str, Any]]:
     run = RunFolder(tmp_path_factory.mktemp("guarded") / "run")
     student = Student.model_validate({"model": str(model)})
     run.create(

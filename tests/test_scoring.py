@@ -261,7 +261,7 @@ def test_a_routed_teacher_without_an_endpoint_is_named(encoder):
 
 
 @pytest.fixture(scope="module")
-def real(tmp_path_factory):
+def real(server, tmp_path_factory):
     """(endpoint, folder) of a real vLLM server with a random tiny Qwen3-VL."""
     folder = tmp_path_factory.mktemp("real")
     build_student(folder / "model")

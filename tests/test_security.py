@@ -52,7 +52,7 @@ class Served(NamedTuple):
 
 
 @pytest.fixture(scope="module")
-def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+def served(server: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     """`mmopd serve`, in an environment that would open every route of a vLLM that is started by hand."""
     folder = tmp_path_factory.mktemp("served")
     build_student(folder / "model", 0)

@@ -17,6 +17,7 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from PIL import Image
+from waiting import LIMIT
 
 from mmopd.config import Engine
 from mmopd.demo.world import build_student, digit_sums
@@ -59,7 +60,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 
 
 @pytest.fixture(scope="module")
-def running(models: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+def running(server: None, models: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
     logs, events = tmp_path_factory.mktemp("logs"), list[tuple[str, str]]()
     adapters = make_adapters(models[1], tmp_path_factory.mktemp("adapters"))
     specs = [
@@ -115,6 +116,7 @@ def test_memory_that_is_short_is_said_with_what_is_needed(models: tuple[Path, Pa
     assert "engine.kv_cache_mib" in message
 
 
+@pytest.mark.usefixtures("server")
 def test_a_server_that_dies_during_start_shows_its_last_words(models: tuple[Path, Path], tmp_path: Path) -> None:
     broken = tmp_path / "broken"
     shutil.copytree(models[0], broken)
@@ -252,7 +254,7 @@ def test_scoring_goes_on_after_a_teacher_was_killed_and_nothing_is_lost(
     old = processes_of(running.teacher, running.children)
     os.kill(min(old) if process == "API server" else max(old), signal.SIGKILL)
 
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + LIMIT
 
     def insist(question: "Question", tokens: list[int]) -> torch.Tensor:
         while True:
@@ -316,7 +318,7 @@ def test_weights_are_broadcast_again_to_an_engine_that_was_started_again(
 
 def version_of_the_next(running: Running, sync: WeightSync[Any]) -> str | None:
     """What the student's engine holds that is started behind one that was killed."""
-    deadline, version = time.monotonic() + 120, None
+    deadline, version = time.monotonic() + LIMIT, None
     while version is None:
         assert time.monotonic() < deadline
         time.sleep(0.2)

@@ -9,7 +9,6 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,6 +20,7 @@ from fake_package import fake_model, install
 from rich.console import Console
 from safetensors.torch import save_file
 from typer.testing import CliRunner
+from waiting import wait_for
 
 from mmopd.cli import app
 from mmopd.config import Engine, Fleet, Teacher
@@ -134,7 +134,7 @@ def test_a_folder_that_is_no_adapter_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator["Command"]:
+def served(server: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator["Command"]:
     """`mmopd serve`, in a folder of its own; its key comes from the environment."""
     command = Command(
         tmp_path_factory.mktemp("served"), "serve", "fleet.yaml", "--out", "out/fleet.json", "--api-key-env", "NODE_KEY"
@@ -159,12 +159,10 @@ class Command:
                 [sys.executable, "-m", "mmopd", *args], cwd=folder, env=env, stdout=file, stderr=file
             )
 
-    def wait_for(self, text: str, seconds: float = 60) -> str:
-        deadline = time.monotonic() + seconds
-        while text not in (said := self.output.read_text()):
-            assert self.process.poll() is None, said
-            assert time.monotonic() < deadline, said
-            time.sleep(0.05)
+    def wait_for(self, text: str) -> str:
+        wait_for(lambda: text in self.output.read_text() or self.process.poll() is not None, [self.folder], every=0.05)
+        said = self.output.read_text()
+        assert text in said, said
         return said
 
     def assert_stops_cleanly(self, number: signal.Signals, endpoints: str) -> None:
@@ -214,6 +212,7 @@ def test_serve_shows_what_dies_and_comes_back(served: Command) -> None:
     assert get(one, "/v1/models")
 
 
+@pytest.mark.usefixtures("server")
 def test_serve_warns_where_others_can_reach_it_and_stops_at_ctrl_c(tmp_path: Path) -> None:
     command = Command(tmp_path, "serve", "fleet.yaml", "--host", "0.0.0.0")
     said = command.wait_for("Ctrl-C stops.")

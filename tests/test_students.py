@@ -42,7 +42,7 @@ class Found(NamedTuple):
 
 
 @pytest.fixture(scope="module", params=ENGINES)
-def found(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Found:
+def found(server: None, request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Found:
     kind, folder = request.param, tmp_path_factory.mktemp(request.param)
     build(kind, folder / "model")
     job = [{"train": {"gradient_checkpointing": True}}, {"train": {"freeze": FROZEN[kind]}}]

@@ -3,7 +3,7 @@
 import os
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -11,6 +11,7 @@ import httpx
 import pytest
 import torch
 from fake_package import fake_model, install
+from waiting import LIMIT, wait_for
 
 from mmopd.config import Engine
 from mmopd.errors import UserError
@@ -19,6 +20,7 @@ from mmopd.serving.endpoint import Endpoint
 from mmopd.serving.servers import Servers, serve
 from mmopd.serving.specs import ServerSpec
 
+pytestmark = pytest.mark.usefixtures("server")
 Event = tuple[str, str]
 
 
@@ -37,7 +39,7 @@ def specs(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.Mo
 def running(specs: list[ServerSpec], logs: Path) -> Iterator[tuple[Servers, list[Event]]]:
     events: list[Event] = []
     with Children() as children:
-        with serve(specs, children, logs, lambda *event: events.append(event), timeout=60) as servers:
+        with serve(specs, children, logs, lambda *event: events.append(event), timeout=LIMIT) as servers:
             yield servers, events
         assert not any(child.alive for child in children)
 
@@ -45,13 +47,6 @@ def running(specs: list[ServerSpec], logs: Path) -> Iterator[tuple[Servers, list
 def pids(endpoint: Endpoint) -> dict[str, int]:
     found: dict[str, int] = httpx.get(f"{endpoint.url}/pids", headers=endpoint.headers).json()
     return found
-
-
-def wait_for(happened: Callable[[], bool], seconds: float = 20) -> None:
-    deadline = time.monotonic() + seconds
-    while not happened():
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
 
 
 def runs(pid: int) -> bool:

@@ -23,6 +23,7 @@ from mmopd.teacher.router import check_tokenizers
 from mmopd.teacher.scorer import Scorer
 from mmopd.teacher.view import BUILT_IN, encode_view
 
+pytestmark = pytest.mark.usefixtures("server")
 FLEET = Fleet.model_validate(
     {"teachers": {"text": {"endpoints": ["http://t"], "view": "text"}}, "routes": [{"teacher": "text"}]}
 )

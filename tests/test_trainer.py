@@ -45,12 +45,12 @@ def model(out: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def two(model: Path, out: Path) -> dict[str, Any]:
+def two(server: None, model: Path, out: Path) -> dict[str, Any]:
     return launch(model, out / "two", "straight", 2, port())
 
 
 @pytest.fixture(scope="module")
-def one(model: Path, out: Path) -> dict[str, Any]:
+def one(server: None, model: Path, out: Path) -> dict[str, Any]:
     return launch(model, out / "one", "straight", 1, port())
 
 
@@ -223,6 +223,7 @@ def test_old_checkpoints_are_pruned(resumed: dict[str, Any]) -> None:
     ]  # 0.7 and 0.5 of 0.2, none, 0.7, 0.5, 0.1; and the newest
 
 
+@pytest.mark.usefixtures("server")
 def test_a_checkpoint_that_does_not_fit_is_refused_removed_and_the_one_before_it_stays(model: Path, out: Path) -> None:
     ended = launch(model, out / "full", "full", 2, port())
     found = torch.load(out / "full" / "full-0.pt")
@@ -237,6 +238,7 @@ def test_a_checkpoint_that_does_not_fit_is_refused_removed_and_the_one_before_it
     assert Checkpoints(out / "full" / "checkpoints", keep=2).latest() == out / "full" / "checkpoints" / "step-00000001"
 
 
+@pytest.mark.usefixtures("server")
 def test_a_rank_that_hangs_ends_itself_and_says_where_and_the_others_wait_no_longer_than_the_timeout(
     model: Path, out: Path
 ) -> None:

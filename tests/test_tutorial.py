@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from waiting import LIMIT
 
 PAGE = Path(__file__).parents[1] / "docs" / "adding-a-task.md"
 BLOCK = re.compile(r"^```(python|yaml|bash)\n(.*?)^```", re.MULTILINE | re.DOTALL)
@@ -39,6 +40,7 @@ def test_the_page_saves_each_file_once_and_runs_what_it_saves():
     assert sum(not name for name, _ in steps(PAGE.read_text())) == 6
 
 
+@pytest.mark.usefixtures("server")
 def test_a_reader_who_does_what_the_page_says_gets_there(place):
     env = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
     printed = []
@@ -48,7 +50,7 @@ def test_a_reader_who_does_what_the_page_says_gets_there(place):
             (place / name).write_text(text)
             continue
         done = subprocess.run(
-            shlex.split(text), cwd=place, env=env, capture_output=True, text=True, timeout=400, check=False
+            shlex.split(text), cwd=place, env=env, capture_output=True, text=True, timeout=LIMIT, check=False
         )
         assert done.returncode == 0, f"{text}\n{done.stdout[-2000:]}{done.stderr[-2000:]}"
         printed.append(done.stdout)

@@ -317,7 +317,7 @@ def test_the_report_shows_some_frames(encoded: dict[str, Encoded]) -> None:
 
 
 @pytest.fixture(scope="module")
-def real(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Endpoint]:
+def real(server: None, model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Endpoint]:
     engine = Engine(dtype="float32", max_model_len=768, max_num_seqs=32, kv_cache_mib=64, enforce_eager=True, videos=2)
     spec = ServerSpec("films", model, engine, updatable=False)
     logs = tmp_path_factory.mktemp("logs")

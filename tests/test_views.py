@@ -340,6 +340,7 @@ def hf_logprobs(model, teacher, shown):
     return [row[t].item() for row, t in zip(rows, TOKENS, strict=True)]
 
 
+@pytest.mark.usefixtures("server")
 def test_a_real_server_scores_the_students_tokens_under_every_view(encoder, tmp_path):
     build_student(tmp_path / "model")
     teacher = with_large_budget(tmp_path / "model")

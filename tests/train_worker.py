@@ -20,6 +20,7 @@ from typing import Any
 
 import deepspeed
 import torch
+from waiting import wait_for_exit
 
 from mmopd.algorithm.settings import Algorithm
 from mmopd.catalog import load_recipe
@@ -82,7 +83,7 @@ BATCHES = ["TitIIt", "t", "iTtI", "IIi"]  # the second leaves one rank of two wi
 
 def main(model: Path, out: Path, job: str) -> None:
     torch.set_num_threads(1)
-    ranks = start(20 if job == "hanging" else 60)
+    ranks = start(20 if job == "hanging" else 600)
     encoder = Encoder(model)
     trainer = Trainer(model, encoder, TRAIN, Algorithm(), ranks)
     result = JOBS[job](trainer, encoder, out)
@@ -382,8 +383,7 @@ def launch(model: Path, out: Path, job: str, size: int, port: int) -> dict[str, 
             command = [sys.executable, __file__, str(model), str(out), job]
             ranks.append(subprocess.Popen(command, env=env, stdout=log, stderr=subprocess.STDOUT))
     try:
-        end = time.monotonic() + 240
-        codes = [process.wait(max(1, end - time.monotonic())) for process in ranks]
+        codes = wait_for_exit(ranks, [out])
     finally:
         for process in ranks:
             process.kill()

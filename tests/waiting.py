@@ -1,0 +1,50 @@
+"""How long a test waits for other processes: while they write, and a busy machine is no failure; one generous limit
+ends what hangs.
+"""
+
+import subprocess
+import time
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
+from pathlib import Path
+
+# seconds without a byte in a log; imports alone, which write nothing, take 400 where 18 processes share two cores
+SILENT = 600.0
+LIMIT = 1800.0  # seconds in all
+
+
+def wait_for(happened: Callable[[], object], folders: Sequence[Path] = (), every: float = 0.1) -> None:
+    """Return once something has happened.
+
+    Args:
+        happened: whether it has.
+        folders: where those that it depends on write their logs and metrics.
+        every: seconds between two looks.
+    """
+    began = since = time.monotonic()
+    written = written_in(folders)
+    while not happened():
+        now = time.monotonic()
+        if (latest := written_in(folders)) != written:
+            written, since = latest, now
+        assert now - since < SILENT, f"nothing is written in {[str(f) for f in folders]} for {SILENT:.0f} s"
+        assert now - began < LIMIT, f"not done within {LIMIT:.0f} s"
+        time.sleep(every)
+
+
+def wait_for_exit(
+    processes: Iterable["subprocess.Popen[str] | subprocess.Popen[bytes]"], folders: Sequence[Path] = ()
+) -> list[int]:
+    """The exit statuses of processes, when all have ended."""
+    running = list(processes)
+    wait_for(lambda: all(process.poll() is not None for process in running), folders)
+    return [process.returncode for process in running]
+
+
+def written_in(folders: Sequence[Path]) -> int:
+    """Bytes in all logs and metrics below folders."""
+    total = 0
+    for file in (file for folder in folders for kind in ("*.log", "*.jsonl") for file in folder.rglob(kind)):
+        with suppress(FileNotFoundError):  # removed since it was listed
+            total += file.stat().st_size
+    return total
