@@ -19,14 +19,12 @@ from mmopd.serving import supervisor
 # Before any test starts a process: the machine's few cores are shared by servers, ranks and the tests themselves.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 torch.set_num_threads(1)
-# In the background or under nohup these are ignored, and so would be in every process that a test interrupts or hangs
-# up on.
+# In the background or under nohup these signals are ignored, and every process that a test starts would ignore them too.
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-# Files that start servers or ranks come first, the longest ahead, so that the last worker is not left alone with one of
-# them.
+# Files that start servers or ranks come first, the longest ahead, so that no worker is left alone with one at the end.
 LONG = (
     "resume",
     "end_to_end",
@@ -34,6 +32,7 @@ LONG = (
     "objectives",
     "serve",
     "trainer",
+    "golden",
     "tutorial",
     "evaluate",
     "lora",
@@ -51,9 +50,8 @@ LONG = (
     "bad_input",
 )
 
-# Parts of the commands that start what only a test with the mark `server` may start: vLLM's supervisor, and training
-# ranks.
-HEAVY = (supervisor.__name__, "train.rank", "_worker.py")
+# Parts of commands that only a test with the mark `server` may start: vLLM's supervisor, and training ranks.
+HEAVY = (supervisor.__name__, "train.rank", "_worker.py", "golden/worker.py")
 
 
 @pytest.hookimpl(tryfirst=True)  # before `-m` selects
@@ -83,9 +81,7 @@ def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def server() -> None:
-    """For what starts vLLM, training ranks or lmms-eval, fixture or test: `make test-fast` leaves out all that depends
-    on it.
-    """
+    """Mark what starts vLLM, training ranks or lmms-eval: `make test-fast` leaves out all that depends on this."""
 
 
 @pytest.fixture(scope="session")
