@@ -1,6 +1,6 @@
-"""Train the demo's student on recorded responses: `python worker.py MODEL RESPONSES OUT full|quick`, a process per
-rank.
+"""Train the demo's student on recorded responses: `python worker.py MODEL RESPONSES OUT full|quick`.
 
+There is one process per rank.
 RANK, WORLD_SIZE etc. are in the environment. Each case trains a student of its own from the same weights, through the
 product's path: `build_batch`, `minibatches`, `Trainer.update`. Rank 0 builds MODEL if it does not exist, and writes OUT
 as JSON: the machine, and for each case the loss and the gradient norm of every update, and a checksum of the weights
@@ -62,9 +62,7 @@ class Case:
     """One training run."""
 
     objective: str
-    # One sample a row, several micro-batches an update; else prompts are shared, rows packed, and there is one
-    # micro-batch.
-    padded: bool = False
+    padded: bool = False  # one sample a row and several micro-batches an update; else packed rows and one micro-batch
     lora: bool = False
 
     def name(self, ranks: int) -> str:
