@@ -21,7 +21,7 @@ def golden() -> dict[str, Any]:
     return found
 
 
-def test_losses_are_the_golden_ones(golden: dict[str, Any]) -> None:
+def test_losses_are_the_golden_ones(server: None, golden: dict[str, Any]) -> None:
     found = run(ROOT, "quick")
     compared = differences(golden, found)
     assert [one.case for one in compared] == list(found["cases"])

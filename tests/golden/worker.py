@@ -174,7 +174,7 @@ def checksum(trainer: Trainer) -> str:
 
 
 def machine() -> dict[str, str]:
-    """Name what the last bits of a loss depend on: the CPU, the instructions that torch uses, the libraries' versions."""
+    """Name what the last bits of a loss depend on: the CPU, its instructions in use, the versions of libraries."""
     fields = ("vendor_id", "cpu family", "model", "model name", "stepping")
     lines = (line.partition(":") for line in Path("/proc/cpuinfo").read_text().split("\n\n")[0].splitlines())
     cpu = {name.strip(): value.strip() for name, _, value in lines}
