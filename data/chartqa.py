@@ -1,10 +1,9 @@
-"""ChartQA (`HuggingFaceM4/ChartQA`, ACL 2022): questions on charts, whose answers are numbers or a few words.
+"""ChartQA (`HuggingFaceM4/ChartQA`, ACL 2022): questions on charts, answered by a number or a few words.
 
     mmopd prepare data/chartqa.py shards/chartqa
 
 Columns as published: `image`, `query`, `label` (a list with one answer), `human_or_machine` (0: a person wrote the
-    question, 1: a
-model did). The answer key is a JSON list of the right answers.
+question, 1: a model did). The answer key is a JSON list of the right answers.
 """
 
 from collections.abc import Iterable

@@ -1,10 +1,9 @@
-"""DeepMath-103K (`zwhe99/DeepMath-103K`, arXiv 2504.11456): mathematics in words, each with a final answer.
+"""DeepMath-103K (`zwhe99/DeepMath-103K`, arXiv 2504.11456): mathematics in words, each problem with a final answer.
 
     mmopd prepare data/deepmath.py shards/deepmath --set min_difficulty=6
 
-Columns as published: `question`, `final_answer`, `difficulty` (a number, most from 5 to 9), `topic`, `r1_solution_1` to
-    `_3`. The
-solutions are not read.
+Columns as published: `question`, `final_answer`, `difficulty` (a number, mostly from 5 to 9), `topic`, `r1_solution_1`
+to `_3`. The solutions are not read.
 """
 
 from collections.abc import Iterable
@@ -24,7 +23,7 @@ class Settings(SourceSettings):
     question: str = "question"
     answer: str = "final_answer"
     difficulty: str = "difficulty"
-    min_difficulty: float = Field(0.0, description="easier problems are not wanted")
+    min_difficulty: float = Field(0.0, description="problems below this difficulty are not wanted")
 
 
 def examples(settings: Settings) -> Iterable[Any]:

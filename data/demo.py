@@ -1,7 +1,7 @@
-"""The demo's world, made on this machine: a base student, two teachers that continue from it, shards, held-out tables.
+"""The demo world, made on this machine: a base student, two teachers that continue from it, shards, held-out tables.
 
-`prepare(workspace, stage)` is what `prepare: data/demo.py` in a recipe calls. Each part goes to `.mmopd/demo/`, and is
-made anew only when what it is made from (the settings below, the code that makes it, the parts before it) has changed.
+A recipe calls `prepare(workspace, stage)` by `prepare: data/demo.py`. Each part goes to `.mmopd/demo/`. It is made
+again only if its inputs have changed: the settings below, the code that makes it, or the parts before it.
 """
 
 import hashlib
@@ -22,15 +22,14 @@ from mmopd.prompts.index import VERSION
 from mmopd.records import Prompt
 from mmopd.runtime.progress import Stage
 
-PROMPTS = {"additions": 300, "digit_sum": 300}  # to distil on
-HELD_OUT = {"additions": 300, "digit_sum": 300}  # to evaluate on
-# The base sees few scans, few additions and careless solutions, and is trained to the end: weak, sure of itself, not
-# blind to what is right
-# (One that is stopped early samples noise, and one that never saw the right way does not find it: neither can be
-# improved on-policy.)
+PROMPTS = {"additions": 300, "digit_sum": 300}  # prompts for distillation
+HELD_OUT = {"additions": 300, "digit_sum": 300}  # rows for evaluation
+# The base sees few scans, few additions and careless solutions, and is trained to the end: it is weak and sure of
+# itself, but has seen right solutions. A base that is stopped early samples noise, and one that never saw a right
+# solution does not find it; neither can be improved on-policy.
 BASE = pretrain.Course(rows={"additions": 3000, "digit_sum": 3000}, split="few", steps=300, lr=2e-3, careless=0.75)
-# A teacher that never errs gives a wrong token less than e^-10, and the objective leaves such tokens out: this one errs
-# now and then.
+# A teacher that never errs gives a wrong token a probability below e^-10, and the objective leaves such tokens out.
+# This teacher therefore errs now and then.
 TEXT_TEACHER = pretrain.Course(rows={"additions": 6000}, split="train", steps=120, lr=1e-3, careless=0.02)
 IMAGE_TEACHER = pretrain.Course(rows={"digit_sum": 6000}, split="train", steps=250, lr=1e-3)
 
@@ -39,18 +38,18 @@ Problems = Callable[[], list[world.Row]]
 
 
 def prepare(workspace: Path, stage: Stage) -> None:
-    """Make what is missing or out of date under `workspace`."""
+    """Make the parts that are missing or out of date under `workspace`."""
     root = folder_of(workspace)
     make(root, parts(root, stage), stage)
 
 
 def folder_of(workspace: Path) -> Path:
-    """Where the world is."""
+    """Return the folder of the demo world."""
     return workspace / ".mmopd" / "demo"
 
 
 def parts(root: Path, stage: Stage) -> list[tuple[str, object, Make]]:
-    """(name, what it is made from beside the parts before it, how) of everything."""
+    """List all parts: (name, what it is made from apart from the earlier parts, function that makes it)."""
     return [
         ("untrained", "", world.build_student),
         ("base", BASE, partial(learn, BASE, root / "untrained", stage)),
@@ -66,16 +65,16 @@ def parts(root: Path, stage: Stage) -> list[tuple[str, object, Make]]:
 
 def make(root: Path, parts: list[tuple[str, object, Make]], stage: Stage) -> None:
     """Make the parts that are missing or out of date."""
-    logging.disable_progress_bar()  # transformers' own; `stage` has one for the whole
+    logging.disable_progress_bar()  # of transformers; `stage` shows the progress of the whole
     key, made = inspect.getsource(world) + inspect.getsource(pretrain), 0
     for name, made_from, how in parts:
-        key = hashlib.sha256(repr((key, name, made_from)).encode()).hexdigest()  # covers all the parts before it, too
+        key = hashlib.sha256(repr((key, name, made_from)).encode()).hexdigest()  # covers all earlier parts too
         made += _make(root / name, key, how)
     stage.outcome = f"{made} parts made" if made else f"cached in {root.relative_to(root.parents[1])}"
 
 
 def _make(folder: Path, key: str, make: Make) -> bool:
-    """Make a folder unless it was made from the same; it appears when it is whole."""
+    """Make a folder unless it was made from the same inputs; it appears when it is complete. Return True if made."""
     stamp = folder.with_name(f".{folder.name}.made-from.json")
     if folder.is_dir() and stamp.is_file() and json.loads(stamp.read_text()) == key:
         return False
@@ -90,7 +89,7 @@ def _make(folder: Path, key: str, make: Make) -> bool:
 
 
 def learn(course: pretrain.Course, start: Path, stage: Stage, folder: Path) -> None:
-    """Train the model of `start` on rows of the course, and write it to `folder`."""
+    """Train the model of `start` on the rows of a course, and write it to `folder`."""
     train(
         course,
         start,
@@ -101,7 +100,7 @@ def learn(course: pretrain.Course, start: Path, stage: Stage, folder: Path) -> N
 
 
 def train(course: pretrain.Course, start: Path, rows: list[world.Row], stage: Stage, folder: Path) -> None:
-    """The same on these rows."""
+    """Train the model of `start` on these rows, and write it to `folder`."""
     name = folder.name.strip(".").removesuffix(".unfinished")
     stage.total(course.steps)
 
@@ -113,7 +112,7 @@ def train(course: pretrain.Course, start: Path, rows: list[world.Row], stage: St
 
 
 def shards(task: str, problems: Problems, student: Path, folder: Path) -> None:
-    """Write problems as prompts of a task."""
+    """Write problems as shards of prompts of a task."""
     prompts = [
         Prompt(
             f"{task}/{i}",
@@ -129,7 +128,7 @@ def shards(task: str, problems: Problems, student: Path, folder: Path) -> None:
 
 
 def table(problems: Problems, folder: Path) -> None:
-    """Write what lmms-eval reads: one row a problem, with at most one image."""
+    """Write the table that lmms-eval reads: one row for each problem, with at most one image."""
     rows = problems()
     columns = {
         "question": [row["messages"][0]["content"][-1]["text"] for row in rows],
@@ -142,5 +141,5 @@ def table(problems: Problems, folder: Path) -> None:
 
 
 def rows_of(task: str, split: world.Split, n: int, careless: float = 0.0) -> list[world.Row]:
-    """Problems of a task of the demo."""
+    """Return problems of one of the demo's tasks."""
     return (world.additions if task == "additions" else world.digit_sums)(split, n, seed=0, careless=careless)

@@ -1,12 +1,11 @@
-"""The demo's world and more teachers, for `mmopd compare recipes/compare_demo.yaml`.
+"""The demo world and more teachers, for `mmopd compare recipes/compare_demo.yaml`.
 
-The *unreliable* text teacher is sure of itself and wrong wherever the units of an addition sum to a number of
-`STUBBORN` (two carries in five are forgotten, always); elsewhere it is as the demo's. The *strong* one is several times
-as large as the student, and knows both tasks.
+The *unreliable* text teacher is sure of itself, and wrong wherever the units of an addition sum to a number of
+`STUBBORN` (it always forgets these carries, two in five). Elsewhere it is as good as the demo's text teacher. The
+*strong* teacher is several times as large as the student, and knows both tasks.
 
-For several teachers of one modality, additions are two tasks: those with a sum of two digits, and those with a sum of
-    three. Each has a
-teacher that is the demo's in its own half, and as careless as the base in the other one.
+For several teachers of one modality, the additions are split into two tasks: sums of two digits, and sums of three.
+Each task has a teacher that equals the demo's on its own task, and is as careless as the base on the other one.
 """
 
 from collections.abc import Callable
@@ -20,17 +19,17 @@ from mmopd.runtime.progress import Stage
 
 demo = catalog.load_module(Path(__file__).with_name("demo.py"))
 
-STUBBORN = (10, 13, 16)  # of the sums of units with a carry, 10 to 18
+STUBBORN = (10, 13, 16)  # out of the sums of units that carry, 10 to 18
 UNRELIABLE = pretrain.Course(rows={"additions": 6000}, split="train", steps=120, lr=1e-3, careless=0.02)
 STRONG = pretrain.Course(rows={"additions": 6000, "digit_sum": 6000}, split="train", steps=500, lr=1e-3, careless=0.02)
 SCALE = 2
-LARGE = 100  # the least sum of a large addition
+LARGE = 100  # the smallest sum of a large addition
 
 Kind = Callable[[world.Row], bool]
 
 
 def prepare(workspace: Path, stage: Stage) -> None:
-    """Make what is missing or out of date under `workspace`."""
+    """Make the parts that are missing or out of date under `workspace`."""
     root = demo.folder_of(workspace)
     more = [
         (
@@ -74,27 +73,27 @@ def teach(
 
 
 def lessons(course: pretrain.Course, careless: float, where: Kind) -> list[world.Row]:
-    """The additions of a course, with solutions that are careless to another degree where a problem is of this kind."""
+    """Return the additions of a course; where `where` is true, solutions have the other share of `careless` steps."""
     (n,) = course.rows.values()
     usual, other = (world.additions(course.split, n, seed=0, careless=share) for share in (course.careless, careless))
     return [b if where(b) else a for a, b in zip(usual, other, strict=True)]
 
 
 def additions(kind: Kind, split: world.Split, n: int) -> list[world.Row]:
-    """`n` additions of a kind (at least a quarter of all are of it)."""
+    """Return `n` additions of a kind (at least a quarter of all additions must be of it)."""
     return [row for row in world.additions(split, 4 * n, seed=0) if kind(row)][:n]
 
 
 def is_stubborn(row: world.Row) -> bool:
-    """Whether the units sum to what the unreliable teacher forgets the carry of: a solution begins with `7+5=12 ...`."""
+    """Return True if the unreliable teacher forgets the carry; a solution begins with the units, `7+5=12 ...`."""
     return int(row["solution"].partition(" ")[0].partition("=")[2]) in STUBBORN
 
 
 def is_large(row: world.Row) -> bool:
-    """Whether the sum has three digits."""
+    """Return True if the sum has three digits."""
     return int(row["answer"]) >= LARGE
 
 
 def is_small(row: world.Row) -> bool:
-    """Whether it has two."""
+    """Return True if the sum has two digits."""
     return not is_large(row)

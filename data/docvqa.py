@@ -1,13 +1,12 @@
-"""DocVQA and InfographicVQA (docvqa.org; on the hub `lmms-lab/DocVQA`, subsets `DocVQA` and `InfographicVQA`):
-questions on pages.
+"""DocVQA and InfographicVQA (docvqa.org; on the hub `lmms-lab/DocVQA`): questions on pages.
 
     mmopd prepare data/docvqa.py shards/infovqa --set subset=InfographicVQA --set split=validation
     mmopd prepare data/docvqa.py shards/docvqa --set data=docvqa/train_v1.0.json --set image=image
 
-The hub's copy has only the validation and test parts; the training part comes from docvqa.org, as a .json file with
-image paths beside it (`image` for DocVQA, `image_local_name` for InfographicVQA, with `root` for the folder of the
-images). Columns as published: `questionId`, `question`, `answers` (one right answer or several), `image`. The answer
-key is a JSON list of them.
+The subsets on the hub are `DocVQA` and `InfographicVQA`, with the validation and test parts only. The training part
+comes from docvqa.org, as a .json file with image paths (`image` for DocVQA; `image_local_name` for InfographicVQA, with
+`root` for the folder of the images). Columns as published: `questionId`, `question`, `answers` (one or several right
+answers), `image`. The answer key is a JSON list of the answers.
 """
 
 from collections.abc import Iterable

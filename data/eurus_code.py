@@ -1,13 +1,11 @@
-"""The code part of Eurus-2-RL-Data (`PRIME-RL/Eurus-2-RL-Data`, arXiv 2502.01456): competition problems with unit
-tests.
+"""The code part of Eurus-2-RL-Data (`PRIME-RL/Eurus-2-RL-Data`, arXiv 2502.01456): problems with unit tests.
 
     mmopd prepare data/eurus_code.py shards/eurus_code
 
 Columns as published: `data_source`, `prompt` (a chat: a system turn with the authors' own actions, then the problem),
-    `ability` (`code` or
-`math`), `reward_model` (`ground_truth`: JSON with `inputs` and `outputs`, and `fn_name` where a function is called and
-nothing is read from standard input; `style`), `extra_info` (`split`, `index`). The answer key is that JSON. The system
-turn is left out, and so is the request for the form of the answer: the task has its own.
+`ability` (`code` or `math`), `reward_model` (`ground_truth`: JSON with `inputs` and `outputs`, and with `fn_name` where
+a function is called instead of reading standard input; `style`), `extra_info` (`split`, `index`). The answer key is
+that JSON. The system turn and the request for an answer format are left out: the task has its own.
 """
 
 import json
@@ -20,7 +18,7 @@ from mmopd.prompts.convert import SourceSettings
 from mmopd.records import Prompt
 from mmopd.task import Task
 
-REQUEST = "Write Python code to solve the problem."  # and what follows it
+REQUEST = "Write Python code to solve the problem."  # this text and what follows it are left out
 
 
 class Settings(SourceSettings):
@@ -50,7 +48,7 @@ def convert(example: dict[str, Any], settings: Settings, task: Task) -> Prompt |
 
 
 def unit_tests(given: Any) -> str:
-    """The tests as JSON, as they are published, once they are known to be tests."""
+    """Return the tests as JSON, as published, after checking that they are tests."""
     tests = json.loads(given) if isinstance(given, str) else given
     inputs, outputs = tests.get("inputs"), tests.get("outputs")
     if not (isinstance(inputs, list) and isinstance(outputs, list) and len(inputs) == len(outputs) > 0):

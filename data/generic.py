@@ -1,14 +1,15 @@
-"""Any JSONL, JSON or Parquet file, a folder of them, a data set of the hub, or a folder of images.
+r"""Any JSONL, JSON or Parquet file, a folder of them, a data set of the hub, or a folder of images.
 
-    mmopd prepare data/generic.py shards/mine --set data=mine.jsonl --set task=text_math mmopd prepare data/generic.py
-    shards/mine --set data=photos/metadata.jsonl --set task=image_math --set images=file_name mmopd prepare
-    data/generic.py shards/birds --set data=birds/ --set task=birds --set images=file_name \\
+    mmopd prepare data/generic.py shards/mine --set data=mine.jsonl --set task=text_math
+    mmopd prepare data/generic.py shards/mine --set data=photos/metadata.jsonl --set task=image_math \
+        --set images=file_name
+    mmopd prepare data/generic.py shards/birds --set data=birds/ --set task=birds --set images=file_name \
         --set answer=label --set "ask=Which bird?"
 
-Columns are named by the settings; `a.b` is `b` inside of `a`. A folder without tables but with images has the columns
-`file_name`, `name` (of the file) and `label` (the folder it is in). `<image>` in a question stands for an image;
-otherwise they come before it. An answer that is a list or an object becomes JSON, as verifiers with several right
-answers take it.
+The settings name the columns; `a.b` is `b` inside of `a`. A folder without tables but with images has the columns
+`file_name`, `name` (of the file) and `label` (the folder that it is in). Images stand where `<image>` occurs in a
+question, or else before it. An answer that is a list or an object becomes JSON, as verifiers of several right answers
+take it.
 """
 
 import json
@@ -25,11 +26,11 @@ from mmopd.task import Task
 
 class Settings(SourceSettings):
     question: str = "question"
-    ask: str | None = Field(None, description="the question to all examples, where there is no column for it")
+    ask: str | None = Field(None, description="the question for all examples, if no column has one")
     answer: str = "answer"
-    images: str | None = Field(None, description="column with an image, or several; none if not set")
-    number: str | None = Field(None, description="column with a name of the example; its place if not set")
-    extra: tuple[str, ...] = Field((), description="columns with more texts for views, such as caption")
+    images: str | None = Field(None, description="column with one or several images; no images if not set")
+    number: str | None = Field(None, description="column with the name of an example; its number if not set")
+    extra: tuple[str, ...] = Field((), description="columns with further texts for views, such as caption")
 
 
 def examples(settings: Settings) -> Iterable[Any]:

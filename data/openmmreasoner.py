@@ -1,13 +1,13 @@
-"""OpenMMReasoner-RL-74K (`OpenMMReasoner/OpenMMReasoner-RL-74K`, arXiv 2511.16334): one call for each of its subsets.
+"""OpenMMReasoner-RL-74K (`OpenMMReasoner/OpenMMReasoner-RL-74K`, arXiv 2511.16334): one call for each subset.
 
     mmopd prepare data/openmmreasoner.py shards/mmk12 --set subset=mmk12
     mmopd prepare data/openmmreasoner.py shards/puzzlevqa --set subset=puzzlevqa --set task=image_choice
 
 Subsets: `mmk12`, `wemath_standard`, `wemath_pro` (the paper's mathematics), `algopuzzle`, `puzzlevqa`,
-    `thinklite_vl_hard` (its logic),
-`tqa`, `virl39k`. Columns as the authors' trainer reads them: `prompt` (a chat; `<image>` in a text stands for an
-image), `images`, `reward_model` (`ground_truth`, `style`), `data_source`, `extra_info`. System turns are left out, and
-so is what the user is told of the form of the answer, which goes from `instruction` to the end: the task has its own.
+`thinklite_vl_hard` (its logic), `tqa`, `virl39k`. Columns as the authors' trainer reads them: `prompt` (a chat;
+`<image>` in a text stands for an image), `images`, `reward_model` (`ground_truth`, `style`), `data_source`,
+`extra_info`. System turns are left out. The request for an answer format, from `instruction` to the end of the user's
+turn, is left out too: the task has its own.
 """
 
 from collections.abc import Iterable
@@ -24,12 +24,12 @@ from mmopd.task import Task
 
 class Settings(SourceSettings):
     data: str = "OpenMMReasoner/OpenMMReasoner-RL-74K"
-    subset: str | None = Field(None, description="one of those above; all if not set")
+    subset: str | None = Field(None, description="one of the subsets above; all if not set")
     task: str = "image_math"
     prompt: str = "prompt"
     images: str = "images"
     answer: str = "reward_model.ground_truth"
-    instruction: str = Field("", description="where the request for a form of the answer begins, if there is one")
+    instruction: str = Field("", description="first words of the request for an answer format, if there is one")
 
 
 def examples(settings: Settings) -> Iterable[Any]:
@@ -46,7 +46,7 @@ def convert(example: dict[str, Any], settings: Settings, task: Task) -> Prompt:
 
 
 def said(content: str | list[dict[str, Any]]) -> str:
-    """The text of a turn, with `<image>` where images stand."""
+    """Return the text of a turn, with `<image>` where images stand."""
     if isinstance(content, str):
         return content
     return "".join(part.get("text") or columns.PLACEHOLDER for part in content)

@@ -1,4 +1,4 @@
-"""Questions on charts, with a number or a few words for an answer (ChartQA); numbers may be 5 % off."""
+"""Questions on charts, answered by a number, which may be 5 % off, or by a few words (ChartQA)."""
 
 from mmopd.task import Task, documents
 from mmopd.task.base import user_turn

@@ -1,4 +1,4 @@
-"""Questions on images with lettered options (PuzzleVQA, AI2D and their like); the key is the letter."""
+"""Questions on images with lettered options (PuzzleVQA, AI2D and the like); the key is the letter."""
 
 from mmopd.task import Task, verify
 from mmopd.task.base import user_turn

@@ -1,6 +1,4 @@
-"""Questions on scanned pages and infographics, answered in the words of the page (DocVQA, InfographicVQA); judged
-softly, by ANLS.
-"""
+"""Questions on scanned pages and infographics, answered in the page's words (DocVQA, InfographicVQA); scored by ANLS."""
 
 from mmopd.task import Task, documents
 from mmopd.task.base import user_turn

@@ -1,4 +1,4 @@
-"""Demo: additions with a sum of three digits, where these and the smaller ones have teachers of their own."""
+"""Demo: additions with a sum of three digits, for runs in which small and large additions have their own teachers."""
 
 from mmopd.task import Task, verify
 

@@ -1,13 +1,11 @@
-"""Competition problems whose solution is a Python program, judged by unit tests in a sandbox (Eurus-2-RL-Data's code
-and its like).
-"""
+"""Competition problems solved by a Python program, which unit tests judge in a sandbox (code of Eurus-2-RL-Data)."""
 
 from mmopd.task import Task, code
 from mmopd.task.base import user_turn
 
 INSTRUCTION = (
-    "Solve it in Python 3, with the standard library alone. Reason step by step, and end with the whole program in one ```python block: it "
-    "reads standard input and writes standard output, or defines the function that is asked for."
+    "Solve it in Python 3, with the standard library alone. Reason step by step, and end with the whole program in one "
+    "```python block: it reads standard input and writes standard output, or defines the function that is asked for."
 )
 
 task = Task(

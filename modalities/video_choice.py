@@ -1,4 +1,4 @@
-"""Questions on clips with lettered options: what moves where, what happens first, how often; the key is the letter."""
+"""Questions on clips with lettered options (what moves where, what comes first, how often); the key is the letter."""
 
 from mmopd.task import Task, verify
 from mmopd.task.base import user_turn

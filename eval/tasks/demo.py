@@ -1,4 +1,4 @@
-"""What lmms-eval asks of the demo's tasks: the image, the question, and whether an answer is right."""
+"""The functions of the demo's lmms-eval tasks: the images and the question of a row, and the score of an answer."""
 
 import io
 from typing import Any
@@ -17,5 +17,5 @@ def question(row: dict[str, Any]) -> str:
 
 
 def score(row: dict[str, Any], responses: list[str]) -> dict[str, float]:
-    """What the verifier of the training tasks says; NaN where the answer key is no number, which fails the benchmark."""
+    """Score an answer with the verifier used in training; NaN, which fails the benchmark, if the key is no number."""
     return {"accuracy": verify.number_after_equals(responses[0], row["answer"]).value}

@@ -33,13 +33,13 @@ class SourceSettings(Config):
         description="a file (.parquet, .jsonl, .json), a folder of them or of `save_to_disk`, or a name on the hub"
     )
     subset: str | None = Field(
-        None, description="a configuration on the hub; of a folder, the files whose names begin with it"
+        None, description="a configuration on the hub; for a folder: the files whose names begin with it"
     )
-    split: str = Field("train", description="of a folder, the files whose names begin with it, if there are any")
+    split: str = Field("train", description="for a folder: the files whose names begin with it, if there are any")
     task: str = Field(description="a task of modalities/")
-    limit: Positive | None = Field(None, description="only so many examples, from the start")
+    limit: Positive | None = Field(None, description="read only this many examples, from the start")
     root: Path | None = Field(
-        None, description="what image paths in a column start from; the folder of the data if not set"
+        None, description="folder in which image paths of a column start; the folder of the data if not set"
     )
 
 
