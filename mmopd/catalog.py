@@ -9,6 +9,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TypeVar
 
+import yaml
+
 from mmopd import settings_file
 from mmopd.config import Comparison, Fleet, Mixture, Recipe, Suite
 from mmopd.errors import UserError
@@ -19,6 +21,7 @@ __all__ = [
     "KINDS",
     "find",
     "init",
+    "is_mixture",
     "load_comparison",
     "load_fleet",
     "load_mixture",
@@ -41,6 +44,15 @@ def load_fleet(name: str | Path, workspace: Path | None = None) -> Fleet:
 def load_mixture(name: str | Path, workspace: Path | None = None) -> Mixture:
     """A file of data/."""
     return _load(Mixture, name, workspace)
+
+
+def is_mixture(path: Path) -> bool:
+    """True for the file of a mixture; False for a recipe, and for what is no YAML (whoever loads it says so)."""
+    try:
+        data = yaml.safe_load(path.read_text())
+    except yaml.YAMLError:
+        return False
+    return isinstance(data, dict) and "sources" in data
 
 
 def load_suite(name: str | Path, workspace: Path | None = None) -> Suite:

@@ -411,12 +411,14 @@ def show(
     if recipe is None:
         raise UserError("give a recipe (mmopd show recipes/demo.yaml), a mixture, or --explain KEY")
     from mmopd import catalog
-    from mmopd.commands.show import show as print_recipe
-    from mmopd.prompts.mixture_view import is_mixture, mixture_tree
 
-    if is_mixture(catalog.find(recipe)):
+    if catalog.is_mixture(catalog.find(recipe)):
+        from mmopd.prompts.mixture_view import mixture_tree
+
         console.print(mixture_tree(catalog.load_mixture(recipe), str(recipe), prompts))
     else:
+        from mmopd.commands.show import show as print_recipe
+
         print_recipe(catalog.load_recipe(recipe, overrides=overrides or ()), console)
 
 

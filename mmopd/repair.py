@@ -67,6 +67,18 @@ def imports(module: str) -> bool:
     return subprocess.run([sys.executable, "-c", f"import {module}"], check=False, capture_output=True).returncode == 0
 
 
+def torchvision_loads() -> bool:
+    """Whether torchvision imports, as far as its files say; a real import takes seconds.
+
+    Its operators do not load where they were built for CUDA and torch was not, and then it does not import without the
+    hook.
+    """
+    site = importlib.metadata.distribution("torchvision").locate_file("")
+    libraries = list(Path(str(site), "torchvision").glob("_C*.so"))
+    wants_cuda = any(b"libtorch_cuda.so" in library.read_bytes() for library in libraries)
+    return not wants_cuda or not is_cpu_torch() or importlib.util.find_spec(HOOK) is not None
+
+
 def installed(package: str) -> bool:
     """Whether `package` is installed as a distribution."""
     try:

@@ -61,7 +61,7 @@ def test_a_cuda_vllm_without_a_gpu_is_a_failure_and_a_cpu_one_beside_a_gpu_a_war
 
 def test_a_torchvision_that_does_not_import_is_sent_to_the_repair(versions, monkeypatch):
     versions["torchvision"] = "0.28.0"
-    monkeypatch.setattr(doctor.repair, "imports", lambda module: False)
+    monkeypatch.setattr(doctor.repair, "torchvision_loads", lambda: False)
     assert doctor.torchvision() == Check("torchvision", "fail", "0.28.0, does not import", "python -m mmopd.repair")
 
 

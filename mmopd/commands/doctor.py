@@ -1,7 +1,7 @@
 """What this machine can do and what is missing: `mmopd doctor`.
 
 Each check looks at one thing that a run needs and, where it falls short, says the way out. `fail` means that a run
-on this machine cannot work, `warn` that some of it cannot. Nothing heavy is imported but torch. What the servers of a
+on this machine cannot work, `warn` that some of it cannot. Nothing heavy is imported, except for a CUDA build of torch, which alone can say what GPUs it can use. What the servers of a
 recipe can do is looked at by `mmopd.preflight.run`, with the same `Check`s.
 """
 
@@ -79,7 +79,7 @@ def torchvision() -> Check:
     found = version_of("torchvision")
     if found is None:
         return Check("torchvision", "fail", "not installed", "the image processors need it: pip install torchvision")
-    if not repair.imports("torchvision"):
+    if not repair.torchvision_loads():
         return Check("torchvision", "fail", f"{found}, does not import", "python -m mmopd.repair")
     return Check(
         "torchvision", "ok", f"{found}, with the import hook" if importlib.util.find_spec(repair.HOOK) else found
@@ -228,8 +228,8 @@ def version_of(distribution: str) -> str | None:
 
 
 def gpu_names() -> list[str]:
-    """The GPUs that torch can use; [] without torch."""
-    if version_of("torch") is None:
+    """The GPUs that torch can use; [] without torch, and for a CPU build, which need not be imported to know that."""
+    if (version_of("torch") or "+cpu").endswith("+cpu"):
         return []
     import torch
 

@@ -6,7 +6,6 @@ import io
 from dataclasses import dataclass
 
 from PIL import Image, ImageFile, ImageOps
-from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize
 
 MAX_SIDE = 20_000  # pixels; a larger header is refused before anything is decoded
 MAX_PIXELS = 100_000_000
@@ -29,6 +28,8 @@ class PixelPolicy:
         Raises:
             ValueError: one side is more than 200 times the other.
         """
+        from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize  # seconds, with torch
+
         rows, columns = smart_resize(height, width, self.patch * self.merge, self.min_pixels, self.max_pixels)
         return 1, rows // self.patch, columns // self.patch
 

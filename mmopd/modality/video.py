@@ -9,14 +9,13 @@ between the tokens that begin and end vision.
 import base64
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
-
-import numpy as np
-import torch
-from transformers import Qwen3VLProcessor
-from transformers.models.qwen3_vl.video_processing_qwen3_vl import smart_resize
+from typing import TYPE_CHECKING, Any
 
 from mmopd.modality.image import open_image, size_of, to_rgb
+
+if TYPE_CHECKING:  # torch and transformers take seconds, and limits and sizes need neither
+    from torch import Tensor
+    from transformers import Qwen3VLProcessor
 
 FPS = 2  # Qwen-VL's own rate; servers are told by MEDIA_SETTINGS, and no request can say otherwise
 MIN_FRAMES, MAX_FRAMES = 2, 768  # of a clip; what Qwen3-VL takes
@@ -80,6 +79,8 @@ class VideoPolicy:
         Raises:
             ValueError: one side is more than 200 times the other.
         """
+        from transformers.models.qwen3_vl.video_processing_qwen3_vl import smart_resize
+
         unit, most = self.patch * self.merge, self.max_pixels
         if self.frame_tokens is not None:
             most = frames * max(min(self.frame_tokens * unit**2, most // frames), int(self.min_pixels * 1.05))
@@ -106,7 +107,7 @@ class Clips:
         token: the id that stands for a clip in a prompt, and for each of its visual tokens.
     """
 
-    def __init__(self, processor: Qwen3VLProcessor) -> None:
+    def __init__(self, processor: "Qwen3VLProcessor") -> None:
         self._tokenizer: Any = processor.tokenizer
         self._processor: Any = processor.video_processor
         own = self._processor
@@ -133,13 +134,16 @@ class Clips:
             expanded += [*self._tokenizer.encode(f"<{second:.1f} seconds>", add_special_tokens=False), *pads]
         return expanded
 
-    def pixel_values(self, frames: Sequence[bytes], grid: Grid) -> torch.Tensor:
+    def pixel_values(self, frames: Sequence[bytes], grid: Grid) -> "Tensor":
         """[patches, channels * time * patch * patch] of a clip.
 
         Raises:
             ValueError: the processor cuts it into another grid.
             OSError: a frame ends before its pixels do, or they are damaged.
         """
+        import numpy as np
+        import torch
+
         pixels = torch.stack(
             [torch.from_numpy(np.array(to_rgb(open_image(frame)))).permute(2, 0, 1) for frame in frames]
         )
@@ -148,5 +152,5 @@ class Clips:
         batch = self._processor([pixels], **said, return_tensors="pt")
         if batch["video_grid_thw"].tolist() != [list(grid)]:
             raise ValueError(f"processor grid {batch['video_grid_thw'].tolist()}, counted {grid}")
-        patches: torch.Tensor = batch["pixel_values_videos"]
+        patches: Tensor = batch["pixel_values_videos"]
         return patches

@@ -19,7 +19,6 @@ import numpy as np
 from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.numpy import load, save
-from webdataset.tariterators import base_plus_ext
 
 from mmopd.errors import DataError
 from mmopd.modality.video import clip_size
@@ -223,6 +222,8 @@ def _rows(tar: Path) -> Iterator[tuple[str, list[tarfile.TarInfo], list[bytes], 
     """(key, members, contents, frames of each clip) of each row; members: its json, its images, the frames of its
     clips, by number.
     """
+    from webdataset.tariterators import base_plus_ext  # imports torch, and reading an index needs neither
+
     seen: set[str] = set()
     try:
         with tarfile.open(tar, "r:") as archive:

@@ -1,19 +1,21 @@
 """Views of a source and of a mixture, printed by `mmopd prepare` and `mmopd show data/MIX.yaml`; reads indices only."""
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import yaml
 from rich.console import Group, RenderableType
 from rich.markup import escape
 from rich.tree import Tree
 
 from mmopd.config import Mixture
-from mmopd.prompts.prepare import Count
 from mmopd.prompts.shards import Shards, Totals, open_mixture
 from mmopd.task.load import load_tasks
 
+if TYPE_CHECKING:
+    from mmopd.prompts.prepare import Count  # imports pyarrow
 
-def prepared(shards: Shards, count: Count) -> RenderableType:
+
+def prepared(shards: Shards, count: "Count") -> RenderableType:
     """Render what a call of `mmopd prepare` wrote: totals, and what was left out, with the first few of each cause."""
     made = f"{shards.folder}: {contents(shards.totals())}, {shards.bytes / 2**20:,.1f} MiB"
     bad = sum(count.left_out.values())
@@ -28,15 +30,6 @@ def contents(totals: Totals) -> str:
     else:
         tokens = f"{totals.text + totals.visual:,} tokens ({totals.visual:,} of images)"
     return f"{totals.rows:,} rows, {tokens}, {totals.images:,} images"
-
-
-def is_mixture(path: Path) -> bool:
-    """Whether a file of the catalogue is a mixture, and not a recipe."""
-    try:
-        data = yaml.safe_load(path.read_text())
-    except yaml.YAMLError:
-        return False  # whoever reads it next says what is wrong
-    return isinstance(data, dict) and "sources" in data
 
 
 def mixture_tree(mixture: Mixture, title: str, prompts: int | None) -> Tree:

@@ -9,12 +9,9 @@ import fcntl
 import hashlib
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-
-import fsspec
-from tenacity import retry, retry_if_not_exception_type, stop_after_attempt, wait_exponential
 
 from mmopd.errors import ConfigError, DataError, UserError
 from mmopd.prompts.index import SUFFIX, Index, index_path
@@ -98,6 +95,8 @@ class Remote:
         """
         folder = self._cache.folder / hashlib.sha256(self.url.encode()).hexdigest()[:16]
         folder.mkdir(parents=True, exist_ok=True)
+        import fsspec
+
         try:
             system, path = fsspec.core.url_to_fs(self.url)
             found = {
@@ -137,7 +136,7 @@ class Remote:
 def _download(url: str, size: int, sha256: str, target: Path) -> None:
     unfinished = target.with_name(f".{target.name}.{os.getpid()}")
     try:
-        digest = _copy(url, size, unfinished)
+        digest = _persistently(_copy)(url, size, unfinished)
         if digest != sha256:
             raise DataError(
                 f"{url}: its content is not what {index_path(Path(url)).name} was made from; write the source again"
@@ -151,14 +150,22 @@ def _download(url: str, size: int, sha256: str, target: Path) -> None:
         unfinished.unlink(missing_ok=True)
 
 
-@retry(
-    stop=stop_after_attempt(ATTEMPTS),
-    wait=wait_exponential(0.2, max=5),
-    retry=retry_if_not_exception_type(UserError),
-    reraise=True,
-)
+def _persistently(copy: Callable[[str, int, Path], str]) -> Callable[[str, int, Path], str]:
+    """Try `copy` again when it fails, unless the file itself is wrong (UserError)."""
+    from tenacity import retry, retry_if_not_exception_type, stop_after_attempt, wait_exponential
+
+    return retry(
+        stop=stop_after_attempt(ATTEMPTS),
+        wait=wait_exponential(0.2, max=5),
+        retry=retry_if_not_exception_type(UserError),
+        reraise=True,
+    )(copy)
+
+
 def _copy(url: str, size: int, target: Path) -> str:
     """Copy a file of a known size and return its hash."""
+    import fsspec
+
     digest = hashlib.sha256()
     copied = 0
     with fsspec.open(url, "rb") as source, target.open("wb") as file:

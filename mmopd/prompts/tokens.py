@@ -3,7 +3,6 @@
 from pathlib import Path
 from typing import Protocol
 
-from mmopd.modality import Encoder
 from mmopd.records import Prompt
 from mmopd.runtime.fingerprint import hash_files
 
@@ -47,6 +46,8 @@ class TokenCounter:
     """
 
     def __init__(self, model: Path) -> None:
+        from mmopd.modality import Encoder  # imports transformers, which takes seconds
+
         self._encoder = Encoder(model)
         self.processor = hash_processor(model)
 

@@ -5,8 +5,6 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
 
-from transformers import AutoTokenizer
-
 from mmopd import catalog
 from mmopd.algorithm.base import Objective
 from mmopd.config import Fleet, Route, View
@@ -174,6 +172,8 @@ def check_tokenizers(student: Path, teachers: Mapping[str, Path]) -> None:
 
 
 def _vocabulary(folder: Path) -> dict[str, int]:
+    from transformers import AutoTokenizer  # seconds, with torch
+
     try:
         vocabulary: dict[str, int] = AutoTokenizer.from_pretrained(folder).get_vocab()
     except Exception as error:

@@ -10,15 +10,18 @@ from hashlib import blake2b
 from io import BytesIO
 from string import Formatter
 from threading import Lock
+from typing import TYPE_CHECKING
 
 from cachetools import LRUCache, cached
 from PIL import Image
 
 from mmopd.config import View
-from mmopd.modality import Encoder, PixelPolicy
-from mmopd.modality.image import MAX_PIXELS, check_size, open_image, size_of, to_rgb
+from mmopd.modality.image import MAX_PIXELS, PixelPolicy, check_size, open_image, size_of, to_rgb
 from mmopd.modality.video import clip_size
 from mmopd.records import Encoded, Message, Prompt
+
+if TYPE_CHECKING:
+    from mmopd.modality import Encoder  # imports transformers, which rules for views do not need
 
 BUILT_IN: Mapping[str, View] = {
     "full": View(),
@@ -65,7 +68,7 @@ def blinded(view: View) -> View:
     return view.model_copy(update={"images": "blank"})
 
 
-def encode_view(encoder: Encoder, encoded: Encoded, view: View) -> Encoded:
+def encode_view(encoder: "Encoder", encoded: Encoded, view: View) -> Encoded:
     """The prompt as a teacher with this view reads it; `encoded` itself if that is all of it as it stands.
 
     Under a pixel budget the images are sent in the size that the budget gives them, as PNG, and are expected to become
