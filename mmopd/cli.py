@@ -11,6 +11,8 @@ import typer
 from rich.console import Console
 
 from mmopd import __version__
+from mmopd.commands import files
+from mmopd.commands.options import EndpointsOption, HostOption, Overrides, RecipeArgument, RunOption, console
 from mmopd.errors import UserError
 
 app = typer.Typer(
@@ -20,24 +22,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
 )
-console = Console(highlight=False)
-
-RecipeArgument = Annotated[Path, typer.Argument(help="A recipe file, such as recipes/demo.yaml.", show_default=False)]
-Overrides = Annotated[
-    list[str] | None,
-    typer.Argument(metavar="[KEY=VALUE]...", help="Settings to change, such as train.steps=20.", show_default=False),
-]
-RunOption = Annotated[
-    Path | None,
-    typer.Option("--run", help="The run folder to make. [default: runs/NAME-DATE-TIME]", show_default=False),
-]
-EndpointsOption = Annotated[
-    list[Path] | None,
-    typer.Option(
-        help="A file of `mmopd serve`: the teachers in it are used from there; may be repeated.", show_default=False
-    ),
-]
-HostOption = Annotated[str, typer.Option(help="The address that servers listen on; 0.0.0.0 for all of this machine's.")]
 
 
 def main() -> None:
@@ -75,7 +59,7 @@ def init(
 
 @app.command()
 def demo(overrides: Overrides = None, run: RunOption = None) -> None:
-    """The whole job on this machine, in minutes: `mmopd train recipes/demo.yaml`, with a tiny student and real parts."""
+    """Run the whole job on this machine, in minutes: `mmopd train recipes/demo.yaml`, with a tiny student and real parts."""
     train(Path("recipes/demo.yaml"), overrides, run)
 
 
@@ -134,7 +118,7 @@ def train(
     try:
         launch(folder, resolved, console, endpoints=endpoints or (), changed=changed or (), launcher=command, host=host)
     except KeyboardInterrupt:
-        console.print(f"interrupted; `mmopd train --resume {folder.root}` goes on from the last checkpoint")
+        console.print(f"interrupted; `mmopd train --resume {folder.root}` continues from the last checkpoint")
         raise typer.Exit(130) from None
 
 
@@ -151,9 +135,7 @@ def serve(
         typer.Option(help="The environment variable with the key; a new one is made if not given.", show_default=False),
     ] = None,
 ) -> None:
-    """Serve the teachers of FLEET on their own, for runs of other jobs or machines, until Ctrl-C; what dies is started
-    again.
-    """
+    """Serve the teachers of FLEET alone, for other jobs or machines, until Ctrl-C; a server that dies is restarted."""
     from mmopd import catalog
     from mmopd.commands.serve import serve as serve_fleet
 
@@ -174,10 +156,9 @@ def measure_difficulty(
         ),
     ] = None,
 ) -> None:
-    """Let the untrained student answer every prompt of RECIPE several times, and show how hard they are.
+    """Let the untrained student answer every prompt of RECIPE several times, and show how hard the prompts are.
 
-    The counts are kept beside the shards, so that a stopped pass goes on where it was, and `mmopd train` needs none of
-    its own.
+    The counts are kept next to the shards: a stopped pass continues where it was, and `mmopd train` uses them.
     """
     from mmopd import catalog
     from mmopd.commands.difficulty import measure
@@ -211,10 +192,9 @@ def compare(
     ],
     out: Annotated[Path, typer.Option(help="Folder for the runs, the tables and the plots.")] = Path("compare"),
 ) -> None:
-    """Run a grid of variants and seeds, one after the other, and write tables with intervals; what is finished is not
-    run again.
+    """Run a grid of variants and seeds, one after the other, and write tables with intervals.
 
-    Servers stay up from one run to the next, as long as the next one needs the same models with the same settings.
+    Finished runs are not repeated. Servers stay up as long as the next run needs the same models with the same settings.
     """
     from mmopd import catalog
     from mmopd.commands.compare import compare as run_grid
@@ -224,7 +204,7 @@ def compare(
         with Stages(console) as stages:
             page = run_grid(comparison.stem, catalog.load_comparison(comparison), out, stages)
     except (KeyboardInterrupt, SystemExit) as stop:  # Ctrl-C and SIGTERM
-        console.print("stopped; the same command goes on from the last checkpoint of its run")
+        console.print("stopped; the same command continues from the last checkpoint of its run")
         if isinstance(stop, SystemExit):
             raise
         raise typer.Exit(130) from None
@@ -232,148 +212,8 @@ def compare(
     console.print(f"The tables: {page}", highlight=False, markup=False)
 
 
-@app.command()
-def merge(
-    base: Annotated[
-        Path, typer.Argument(help="HF folder of the model that the teachers were trained from.", show_default=False)
-    ],
-    teachers: Annotated[
-        list[str], typer.Argument(metavar="FOLDER[=WEIGHT]...", help="HF folders of the teachers.", show_default=False)
-    ],
-    out: Annotated[Path, typer.Option(help="The HF folder to write.", show_default=False)],
-    alpha: Annotated[
-        float, typer.Option(help="How far to go: 1 is the mean of the teachers, more goes past it (ExPO).")
-    ] = 1.25,
-) -> None:
-    """Merge TEACHERS and extrapolate from BASE, without training (ExPO, a baseline); one tensor in memory at a time."""
-    from mmopd.commands.merge import merge as extrapolate
-    from mmopd.commands.merge import parse_teacher
-    from mmopd.runtime.progress import Stages
-
-    with Stages(console) as stages, stages.stage("merge") as stage:
-        extrapolate(base, dict(map(parse_teacher, teachers)), alpha, out, stage)
-        stage.outcome = str(out)
-
-
-@app.command()
-def prepare(
-    converter: Annotated[
-        Path, typer.Argument(help="A converter of data/, such as data/deepmath.py.", show_default=False)
-    ],
-    out: Annotated[Path, typer.Argument(help="The folder of shards to write.", show_default=False)],
-    *,
-    settings: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--set", metavar="KEY=VALUE", help="A setting of the converter, such as data=FILE; may be repeated."
-        ),
-    ] = None,
-    processor: Annotated[
-        Path | None, typer.Option(help="The student's folder: count the tokens of each row for it.", show_default=False)
-    ] = None,
-    workers: Annotated[
-        int | None, typer.Option(min=1, help="Processes. [default: the cores of this machine]", show_default=False)
-    ] = None,
-    max_bad: Annotated[
-        float, typer.Option(min=0, max=1, help="Share of examples that may be bad; they are left out and counted.")
-    ] = 0.01,
-) -> None:
-    """Write public or own data as shards, by a converter; a stopped call goes on where it was.
-
-    Each converter says at its top what it reads, and which settings it has.
-    """
-    import os
-
-    from mmopd import catalog
-    from mmopd.prompts.mixture_view import prepared
-    from mmopd.prompts.prepare import prepare as write
-    from mmopd.runtime.progress import Stages
-
-    cores = workers or len(os.sched_getaffinity(0))
-    try:
-        with Stages(console) as stages, stages.stage(f"prepare {out}") as stage:
-            shards, count = write(
-                catalog.find(converter),
-                out,
-                settings or (),
-                processor=processor,
-                workers=cores,
-                max_bad=max_bad,
-                stage=stage,
-            )
-            stage.outcome = f"{count.shards} shards"
-    except KeyboardInterrupt:
-        console.print("interrupted; the same command goes on behind the last shard that was finished")
-        raise typer.Exit(130) from None
-    console.print(prepared(shards, count))
-
-
-@app.command()
-def index(
-    folder: Annotated[Path, typer.Argument(help="A folder of WebDataset tars.", show_default=False)],
-    processor: Annotated[
-        Path | None, typer.Option(help="The student's folder: count the tokens of each row for it.", show_default=False)
-    ] = None,
-) -> None:
-    """Write the index of every tar of FOLDER anew: for tars that another tool wrote, or to count tokens for another
-    student.
-    """
-    from mmopd.prompts import TokenCounter, index_tar
-    from mmopd.runtime.progress import Stages
-
-    tars = sorted(folder.glob("*.tar"))
-    if not tars:
-        raise UserError(f"{folder}: no .tar in this folder")
-    counter = TokenCounter(processor) if processor else None
-    with Stages(console) as stages, stages.stage(f"index {folder}") as stage:
-        stage.total(len(tars))
-        for tar in tars:
-            index_tar(tar, counter)
-            stage.advance()
-
-
-@app.command()
-def report(run: Annotated[Path, typer.Argument(help="A run folder, finished or not.", show_default=False)]) -> None:
-    """Write RUN/report.html from what the run has recorded so far."""
-    from mmopd.report.html import write_report
-
-    console.print(f"report: {write_report(run)}")
-
-
-@app.command()
-def export(
-    run: Annotated[Path, typer.Argument(help="A run folder.", show_default=False)],
-    step: Annotated[
-        int | None, typer.Option(min=1, help="Of the checkpoint; the newest if not given.", show_default=False)
-    ] = None,
-    out: Annotated[
-        Path | None, typer.Option(help="The HF folder to write; RUN/export-STEP if not given.", show_default=False)
-    ] = None,
-    ranks: Annotated[
-        int | None, typer.Option(min=1, help="Processes; as many as have trained if not given.", show_default=False)
-    ] = None,
-) -> None:
-    """Write the student of a checkpoint of RUN as a HF folder that transformers and vLLM load; RUN/export has that of
-    the end.
-    """
-    from mmopd.commands.export import export_checkpoint
-    from mmopd.runtime.progress import Stages
-    from mmopd.runtime.run_folder import RunFolder
-
-    with Stages(console) as stages:
-        export_checkpoint(RunFolder(run), step, out, stages, ranks)
-
-
-@app.command()
-def replay(
-    run: Annotated[Path, typer.Argument(help="A run folder.", show_default=False)],
-    step: Annotated[int, typer.Argument(min=0, help="A step of which an update was skipped.", show_default=False)],
-) -> None:
-    """Compute a skipped update of RUN once more, response by response, and show what is not finite."""
-    from mmopd.commands.replay import replay as compute
-    from mmopd.runtime.run_folder import RunFolder
-
-    compute(RunFolder(run), step, console)
+for command in (files.merge, files.prepare, files.index, files.report, files.export, files.replay):
+    app.command()(command)
 
 
 @app.command()
@@ -395,11 +235,11 @@ def show(
     prompts: Annotated[
         int | None,
         typer.Option(
-            min=1, help="Of a mixture: how often each source is gone through in so many prompts.", show_default=False
+            min=1, help="For a mixture: show the epochs of each source in this many prompts.", show_default=False
         ),
     ] = None,
 ) -> None:
-    """Print the resolved RECIPE, with every default, and what it would start; or what is in a mixture.
+    """Print the resolved RECIPE with every default, and what it would start; or print what is in a mixture.
 
     With --explain, print what a setting of any file of the catalogue means, its type, range and default.
     """
@@ -431,30 +271,30 @@ def plan(
         str, typer.Option(help="H200-141G, H100-80G, H20-96G, A100-80G, A100-40G or L40S-48G.")
     ] = "H100-80G",
     gpu_memory: Annotated[
-        float | None, typer.Option(min=1, help="Of another GPU: usable memory in GiB.", show_default=False)
+        float | None, typer.Option(min=1, help="For another GPU: usable memory in GiB.", show_default=False)
     ] = None,
     tflops: Annotated[
-        float | None, typer.Option(min=1, help="Of another GPU: dense bfloat16 TFLOP/s.", show_default=False)
+        float | None, typer.Option(min=1, help="For another GPU: dense bfloat16 TFLOP/s.", show_default=False)
     ] = None,
     bandwidth: Annotated[
-        float | None, typer.Option(min=1, help="Of another GPU: memory bandwidth in GB/s.", show_default=False)
+        float | None, typer.Option(min=1, help="For another GPU: memory bandwidth in GB/s.", show_default=False)
     ] = None,
-    gpus: Annotated[int, typer.Option(min=1, help="GPUs of a node.")] = 8,
-    nodes: Annotated[int, typer.Option(min=1, help="Nodes; servers are on the first one.")] = 1,
+    gpus: Annotated[int, typer.Option(min=1, help="Number of GPUs per node.")] = 8,
+    nodes: Annotated[int, typer.Option(min=1, help="Number of nodes; the servers run on the first one.")] = 1,
     response: Annotated[
         int | None,
         typer.Option(
-            min=1, help="Mean tokens of a response. [default: half of rollout.max_tokens]", show_default=False
+            min=1, help="Mean number of tokens of a response. [default: half of rollout.max_tokens]", show_default=False
         ),
     ] = None,
     elsewhere: Annotated[
-        bool, typer.Option("--teachers-elsewhere", help="The teachers run on other machines, by `mmopd serve`.")
+        bool, typer.Option("--teachers-elsewhere", help="The teachers run on other machines, started by `mmopd serve`.")
     ] = False,
 ) -> None:
     """Estimate whether RECIPE fits given GPUs, and how long a step takes; exit status 1 if it does not fit.
 
-    Of each model its config.json is enough. Memory and time are arithmetic from published numbers and stated
-    assumptions: **nothing of it has been measured on a GPU.**
+    The config.json of each model is enough. Memory and time are arithmetic from published numbers and stated
+    assumptions: **nothing has been measured on a GPU.**
     """
     from mmopd import catalog
     from mmopd.capacity.budget import Machines, budget
@@ -473,20 +313,19 @@ def plan(
 @app.command()
 def doctor(
     recipe: Annotated[
-        Path | None, typer.Argument(help="A recipe, whose teachers are to be proved too.", show_default=False)
+        Path | None, typer.Argument(help="A recipe whose teachers are examined, too.", show_default=False)
     ] = None,
     overrides: Overrides = None,
     out: Annotated[
         Path | None,
-        typer.Option(help="Folder for what was found, and for the logs. [default: doctor/NAME]", show_default=False),
+        typer.Option(help="Folder for the findings and the logs. [default: doctor/NAME]", show_default=False),
     ] = None,
     endpoints: EndpointsOption = None,
 ) -> None:
-    """Say in a table what this machine can do and what is missing; exit status 1 if something needed is.
+    """Report what this machine can do and what is missing; exit status 1 if something needed is missing.
 
-    With RECIPE, its student and teachers are then served as `mmopd train` does it, and every teacher is examined: that
-        it has the
-    student's vocabulary, room for the longest response, scores that repeat, and sees the images that it is sent.
+    With RECIPE, serve its student and teachers as `mmopd train` does, and examine every teacher: it must have the
+    student's vocabulary, room for the longest response, scores that repeat, and it must see the images that it is sent.
     """
     from mmopd import catalog
     from mmopd.commands.doctor import machine_report

@@ -41,8 +41,8 @@ from mmopd.serving.specs import ServerSpec
 from mmopd.train.checkpoint import Checkpoints, load
 from mmopd.train.distributed import Ranks, start, stop
 from mmopd.train.export import export
+from mmopd.train.families import part_of
 from mmopd.train.prefix_tree import Item
-from mmopd.train.students import part_of
 from mmopd.train.trainer import Trainer
 from mmopd.train.weight_probe import probe
 from mmopd.train.weight_publisher import publish

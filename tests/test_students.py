@@ -16,9 +16,10 @@ from transformers import AutoConfig, AutoModelForImageTextToText
 from mmopd.config import Engine, Part, Train
 from mmopd.errors import UserError
 from mmopd.modality import Encoder
-from mmopd.train import students
+from mmopd.train import families
+from mmopd.train.families import unit
 from mmopd.train.pack import Collator, Layout
-from mmopd.train.students import STUDENTS, layout, load_student, unit
+from mmopd.train.students import STUDENTS, layout, load_student
 
 SIZES = {"max_model_len": 512, "max_num_seqs": 16, "kv_cache_mib": 64}
 FLOAT32 = Engine(dtype="float32", **SIZES)
@@ -153,7 +154,7 @@ def test_linear_attention_would_mix_the_samples_of_a_row(tmp_path: Path) -> None
 
 def part_of(name: str) -> str:
     """By a name in a checkpoint: Qwen2.5-VL's leave the first word out."""
-    return students.part_of(f"model.{name}" if name.startswith("visual.") else name)
+    return families.part_of(f"model.{name}" if name.startswith("visual.") else name)
 
 
 def differ(ours: list[torch.Tensor], theirs: list[torch.Tensor]) -> float:

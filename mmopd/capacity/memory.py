@@ -17,8 +17,7 @@ from mmopd.capacity.model_size import Model
 from mmopd.config import Engine, Recipe, Train
 from mmopd.errors import UserError
 from mmopd.settings_file import suggest
-from mmopd.train.logprob import GPU_CHUNK, ROWS
-from mmopd.train.prefix_tree import KEYS
+from mmopd.train.limits import GPU_CHUNK, KEYS, RESIDENT, ROWS
 
 GIB = 1 << 30
 WIDTH = {"float32": 4, "bfloat16": 2, "float16": 2, "auto": 2}  # bytes of a number; published weights are bfloat16
@@ -110,8 +109,6 @@ def zero_state(model: Model, train: Train, ranks: int) -> dict[str, int]:
     """What ZeRO-3 keeps on each rank between steps: weights, small weights that stay whole, gradients, optimiser;
     pieces are rounded up.
     """
-    from mmopd.train.trainer import RESIDENT
-
     width = WIDTH[train.dtype]
     shard = sum(-(-weight.numbers // ranks) for weight in model.weights)
     trained = sum(-(-weight.numbers // ranks) for weight in model.weights if weight.trained)

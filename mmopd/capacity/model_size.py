@@ -1,13 +1,17 @@
-"""How large a model is, from its config.json alone: it is built on torch's meta device, where weights have shapes and
-no memory.
+"""How large a model is, from its config.json alone: by arithmetic for the architectures of `shapes`, for others by
+building it on torch's meta device, where weights have shapes and no memory.
 """
 
+import json
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mmopd.capacity import shapes
 from mmopd.config import Train
 from mmopd.errors import CheckpointError, UserError
+from mmopd.train.families import adapted_layers, part_of, unit
 
 MAX_BYTES = 1 << 20  # of a config.json
 
@@ -74,8 +78,6 @@ class Model:
     @property
     def sent(self) -> int:
         """Numbers that the engine gets after an update: as `Trainer.named_weights` chooses them, adapters merged."""
-        from mmopd.train.students import unit
-
         own = {weight.name: weight.numbers for weight in self.weights if ".lora_" not in weight.name}
         units = {unit(_without_adapter(weight.name)) for weight in self.weights if weight.trained}
         return sum(numbers for name, numbers in own.items() if unit(_without_adapter(name)) in units)
@@ -122,24 +124,56 @@ def read_model(folder: Path, train: Train | None = None) -> Model:
         )
     if path.stat().st_size > MAX_BYTES:
         raise CheckpointError(f"{path}: {path.stat().st_size:,} bytes are no configuration of a model")
-    import torch
-    import transformers
-
     try:
-        config = transformers.AutoConfig.from_pretrained(folder)
-        kind = getattr(transformers, (config.architectures or ["none"])[0])
-        with torch.device("meta"):
-            built = kind(config)
-            _mark(built, train)
+        config = json.loads(path.read_text())
+        if not isinstance(config, dict):
+            raise ValueError(f"expected keys and values, found {type(config).__name__}")
+        known = (config.get("architectures") or ["none"])[0] in shapes.ARCHITECTURES
+        return _compute(folder, config, train) if known else build(folder, train)
     except UserError:
         raise
     except Exception as error:
         raise CheckpointError(f"{path}: no model can be built from it: {type(error).__name__}: {error}") from error
+
+
+def _compute(folder: Path, config: dict[str, Any], train: Train | None) -> Model:
+    """A model of a known architecture."""
+    found, text, vision = shapes.read(config)
+    return Model(folder, tuple(_marked(found, train)), _text(text), _vision(vision), _share(text))
+
+
+def _marked(found: dict[str, shapes.Shape], train: Train | None) -> Iterator[Weight]:
+    """The weights, frozen as the trainer freezes them, with the adapters that it adds and the names that peft gives."""
+    lora = train.lora if train else None
+    linear = [name.removesuffix(".weight") for name, shape in found.items() if shape.linear]
+    adapted = set(adapted_layers(linear, lora)) if lora else set()
+    for name, shape in found.items():
+        layer, _, kind = name.rpartition(".")
+        if lora is None:
+            yield Weight(name, shape.numbers, train is None or part_of(name) not in train.freeze)
+        elif layer not in adapted:
+            yield Weight(name, shape.numbers, False)
+        else:
+            yield Weight(f"{layer}.base_layer.{kind}", shape.numbers, False)
+            if kind == "weight":
+                out, into = shape.size
+                yield Weight(f"{layer}.lora_A.default.weight", lora.rank * into, True)
+                yield Weight(f"{layer}.lora_B.default.weight", out * lora.rank, True)
+
+
+def build(folder: Path, train: Train | None = None) -> Model:
+    """Build a model of any architecture that transformers knows on torch's meta device; imports both."""
+    import torch
+    import transformers
+
+    config = transformers.AutoConfig.from_pretrained(folder)
+    kind = getattr(transformers, (config.architectures or ["none"])[0])
+    with torch.device("meta"):
+        built = kind(config)
+        _mark(built, train)
     weights = tuple(Weight(name, p.numel(), p.requires_grad) for name, p in built.named_parameters())
     text = config.get_text_config()
-    experts = getattr(text, "num_experts", None)
-    share = text.num_experts_per_tok / experts if experts else 1.0
-    return Model(folder, weights, _text(text), _vision(getattr(config, "vision_config", None)), share)
+    return Model(folder, weights, _text(text), _vision(getattr(config, "vision_config", None)), _share(text))
 
 
 def _mark(built: Any, train: Train | None) -> None:
@@ -153,6 +187,12 @@ def _mark(built: Any, train: Train | None) -> None:
         from mmopd.train.lora import add_adapters
 
         add_adapters(built, train.lora)
+
+
+def _share(text: Any) -> float:
+    """The share of the experts that a token passes through; 1 without experts."""
+    experts = getattr(text, "num_experts", None)
+    return float(text.num_experts_per_tok / experts) if experts else 1.0
 
 
 def _without_adapter(name: str) -> str:

@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING
 
-from mmopd.runtime.lazy import importer
+from mmopd.lazy import importer
 
 if TYPE_CHECKING:
     from mmopd.modality.encode import Encoder

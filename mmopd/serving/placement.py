@@ -6,7 +6,6 @@ import os
 from collections.abc import Collection, Sequence
 
 import psutil
-import torch
 
 from mmopd.errors import ServerError
 from mmopd.serving.specs import KV_CACHE_MIB, ServerSpec
@@ -31,6 +30,8 @@ def assign_gpus(specs: Sequence[ServerSpec]) -> dict[str, str]:
     """GPUs for each server, of those that this process may use: training ranks take theirs from the first one up. [not
     run]
     """
+    import torch  # takes seconds, and `mmopd plan` only calls `place`
+
     sharing = [i for i, spec in enumerate(specs) if spec.sync == "ipc"]
     places = place([spec.engine.tensor_parallel for spec in specs], torch.cuda.device_count(), sharing)
     mine = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(

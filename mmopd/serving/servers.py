@@ -20,7 +20,6 @@ from datetime import datetime
 from pathlib import Path
 
 import httpx
-import torch
 
 from mmopd.errors import CheckpointError, ConfigError, ServerError
 from mmopd.runtime.logs import message_of
@@ -201,6 +200,8 @@ def serve(
     Raises:
         UserError: a model folder is missing, a port is taken, memory is short, a server ended or was not ready in time.
     """
+    import torch  # takes seconds, and `mmopd plan` only places servers
+
     cpu = not torch.cuda.is_available()
     for spec in specs:
         if not (spec.model / "config.json").is_file():

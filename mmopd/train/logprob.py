@@ -13,11 +13,9 @@ from liger_kernel.chunked_loss.fused_linear_ppo import _ChunkedSelectiveLogProbF
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-# Columns of logits that exist at once, for up to 2,048 rows: 4 MiB of them stay in a CPU's cache, which saves a quarter
-# of the time.
-GPU_CHUNK, CPU_CHUNK = 4096, 512
+from mmopd.train.limits import CPU_CHUNK, GPU_CHUNK, ROWS
+
 VOCABULARY_CHUNK = GPU_CHUNK if torch.cuda.is_available() else CPU_CHUNK
-ROWS = 64  # rows of logits that exist at once where several log-probs of each are asked for
 
 
 class LogprobHead(nn.Linear):

@@ -19,9 +19,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from mmopd.config import Lora
-from mmopd.errors import ConfigError
 from mmopd.serving.lora import WEIGHTS
-from mmopd.train.students import part_of
+from mmopd.train.families import adapted_layers
 
 NAME = "default"  # peft's for the one adapter of a model
 BASE = ".base_layer."  # stands in the names of weights that have an adapter
@@ -59,15 +58,8 @@ def add_adapters(student: Any, settings: Lora) -> None:
     Raises:
         UserError: no layer is meant.
     """
-    linear = [name for name, module in student.named_modules() if isinstance(module, nn.Linear) and name != "lm_head"]
-    there = [name for name in linear if part_of(name + ".") in settings.parts]
-    chosen = [name for name in there if not settings.targets or name.rpartition(".")[2] in settings.targets]
-    if unknown := set(settings.targets) - {name.rpartition(".")[2] for name in chosen}:
-        known = ", ".join(sorted({name.rpartition(".")[2] for name in there}))
-        raise ConfigError(
-            f"train.lora.targets: no linear layer {sorted(unknown)[0]!r} in {', '.join(settings.parts)}; there is "
-            f"{known}"
-        )
+    linear = [name for name, module in student.named_modules() if isinstance(module, nn.Linear)]
+    chosen = adapted_layers(linear, settings)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)  # the same adapters on every rank
         inject_adapter_in_model(_config(settings, chosen), student)

@@ -18,10 +18,7 @@ import torch
 from torch import Tensor
 
 from mmopd.records import Encoded
-
-# Flash attention is given a prompt's keys once for each response: at most so many for each token of a tree, which
-# bounds their memory.
-KEYS = 8
+from mmopd.train.limits import KEYS
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,22 +20,15 @@ from transformers.utils.import_utils import is_flash_attn_2_available
 
 from mmopd.config import Part
 from mmopd.errors import CheckpointError, ConfigError
+from mmopd.train.families import FAMILIES, part_of
 from mmopd.train.logprob import Student
 from mmopd.train.pack import Layout
 from mmopd.train.prefix_tree import with_key_index
 
-FAMILIES = {  # model_type -> name of the family, class in transformers
-    "qwen3_vl": ("Qwen3-VL", "Qwen3VLForConditionalGeneration"),
-    "qwen3_vl_moe": ("Qwen3-VL-MoE", "Qwen3VLMoeForConditionalGeneration"),
-    "qwen2_5_vl": ("Qwen2.5-VL", "Qwen2_5_VLForConditionalGeneration"),
-    "qwen3_5": ("Qwen3.5", "Qwen3_5ForConditionalGeneration"),
-    "qwen3_5_moe": ("Qwen3.5-MoE", "Qwen3_5MoeForConditionalGeneration"),
-}
 STUDENTS: dict[str, type[Any]] = {
     kind: type(name, (Student, getattr(transformers, name)), {}) for kind, (_, name) in FAMILIES.items()
 }
 FUSED_EXPERTS = (".mlp.experts.gate_up_proj", ".mlp.experts.down_proj")
-PROJECTOR = ("model.visual.merger.", "model.visual.deepstack_merger_list.")
 
 
 def attention() -> str:
@@ -80,26 +73,10 @@ def layout(student: Any) -> Layout:
     return "flash" if student.config._attn_implementation == "flash_attention_2" else "masked"
 
 
-def part_of(name: str) -> Part:
-    """The part that a weight or module of a student belongs to, by its full name; the output head is the language
-    model's.
-    """
-    if name.startswith(PROJECTOR):
-        return "projector"
-    return "vision" if name.startswith("model.visual.") else "language"
-
-
 def freeze(student: Any, parts: Collection[Part]) -> None:
     """Weights of `parts` get no gradient; there is then no backward pass below the last part that trains."""
     for name, weight in student.named_parameters():
         weight.requires_grad_(part_of(name) not in parts)
-
-
-def unit(name: str) -> str:
-    """What an engine may fuse with a weight: `...self_attn` for `...self_attn.q_proj.weight`. It is sent whole, or not
-    at all.
-    """
-    return ".".join(name.split(".")[:-2])
 
 
 def as_checkpoint(student: Any, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -22,15 +22,13 @@ from mmopd.config import Train
 from mmopd.errors import ConfigError
 from mmopd.modality import Encoder
 from mmopd.train.distributed import Ranks
+from mmopd.train.families import unit
+from mmopd.train.limits import RESIDENT
 from mmopd.train.lora import Weight, add_adapters, weights
 from mmopd.train.pack import Collator, Cost, MicroBatch, deal
 from mmopd.train.prefix_tree import Item
-from mmopd.train.students import as_checkpoint, freeze, layout, load_student, unit
+from mmopd.train.students import as_checkpoint, freeze, layout, load_student
 
-# A weight of up to this many numbers stays gathered between micro-steps: norms and biases of a real model, nearly all
-# of a tiny one,
-# where it saves a quarter of the CPU time of four micro-steps.
-RESIDENT = 1_000_000
 SCHEDULES: dict[str, Callable[[float], float]] = {
     "constant": lambda done: 1.0,
     "linear": lambda done: 1.0 - done,
