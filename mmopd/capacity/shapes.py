@@ -130,6 +130,9 @@ def read(config: Mapping[str, Any]) -> tuple[dict[str, Shape], SimpleNamespace, 
     Returns:
         name -> shape, a tied head left out; and the settings of the language model and of the vision tower, with
         defaults.
+
+    Raises:
+        ValueError: a size is no whole number.
     """
     known = ARCHITECTURES[config["architectures"][0]]
     inner = config.get("text_config") if known.vision is not None else None
@@ -144,6 +147,9 @@ def read(config: Mapping[str, Any]) -> tuple[dict[str, Shape], SimpleNamespace, 
     found.update(_language(text, prefix, known.qwen2))
     if not config.get("tie_word_embeddings", False):
         found["lm_head.weight"] = Shape((text.vocab_size, text.hidden_size), linear=True)
+    for name, shape in found.items():
+        if not all(isinstance(side, int) for side in shape.size):
+            raise ValueError(f"{name} would have the shape {shape.size}")
     return found, text, vision
 
 
