@@ -80,7 +80,7 @@ def test_commands_that_need_no_model_load_no_heavy_library(workspace: Path) -> N
 
 
 def test_importing_the_package_loads_only_its_own_modules() -> None:
-    code = "import sys, typing; before = set(sys.modules); import mmopd; print(*set(sys.modules) - before)"
+    code = "import importlib, sys, typing; before = set(sys.modules); import mmopd; print(*set(sys.modules) - before)"
     env = os.environ | {"PYTHONPATH": str(ROOT)}
     done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True)
     assert set(done.stdout.split()) == {"mmopd", "mmopd.lazy"}

