@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import annotations  # noqa: F401  (checks the annotations of what is imported after it)
 import pytest
 import torch
 from rich.console import Console

@@ -4,6 +4,7 @@ anything.
 
 import pytest
 import torch
+from annotations import unchecked
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -122,7 +123,7 @@ def test_no_prompts_or_none_judged_is_fine():
 )
 def test_bad_input_is_named(correct, attempts, more, message):
     with pytest.raises(ValueError, match=message):
-        difficulty_weights(torch.tensor(correct), attempts, **({"cap": 4.0} | more))
+        unchecked(difficulty_weights)(torch.tensor(correct), attempts, **({"cap": 4.0} | more))
 
 
 def lorenz(histogram):

@@ -4,6 +4,7 @@ import time
 
 import pytest
 import torch
+from annotations import unchecked
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -192,14 +193,14 @@ def test_bad_input_is_named(change, message):
         "delta": 0.4,
     }
     with pytest.raises(ValueError, match=message):
-        margin_shift(**(good | change), direction="lift")
+        unchecked(margin_shift)(**(good | change), direction="lift")
     with pytest.raises(ValueError, match=message):
-        margin_mask(**(good | change), retain=0.25)
+        unchecked(margin_mask)(**(good | change), retain=0.25)
 
 
 def test_a_bad_direction_or_retain_is_named():
     with pytest.raises(ValueError, match="direction is 'up'"):
-        margin_shift(*WORKED, scope="group", mode="mean", direction="up", delta=0.4)
+        unchecked(margin_shift)(*WORKED, scope="group", mode="mean", direction="up", delta=0.4)
     for retain in (1.5, -0.1, NAN):
         with pytest.raises(ValueError, match=f"retain is {retain}"):
             margin_mask(*WORKED, scope="group", mode="mean", delta=0.4, retain=retain)
@@ -337,8 +338,8 @@ def test_64_groups_of_16_take_milliseconds(scope, mode):
     o = (torch.rand(1024, generator=rng) < 0.5).float()
     R, g = torch.randn(1024, generator=rng) - 0.5 * o, torch.arange(1024) // 16
     for call in (
-        lambda: margin_shift(R, o, g, scope=scope, mode=mode, direction="spread", delta=0.4),
-        lambda: margin_mask(R, o, g, scope=scope, mode=mode, delta=0.4, retain=0.25),
+        lambda: unchecked(margin_shift)(R, o, g, scope=scope, mode=mode, direction="spread", delta=0.4),
+        lambda: unchecked(margin_mask)(R, o, g, scope=scope, mode=mode, delta=0.4, retain=0.25),
     ):
         assert best_of(call, 30) < 5e-3
 

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from annotations import unchecked
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -87,7 +88,7 @@ def test_strength_zero_is_exactly_nothing(step):
 def test_bad_input_is_named():
     one, index = torch.ones(2), torch.zeros(2, dtype=torch.long)
     with pytest.raises(ValueError, match="one length"):
-        visual_weights(one, torch.ones(3), index, strength=1.0)
+        unchecked(visual_weights)(one, torch.ones(3), index, strength=1.0)
     for name in ("strength", "cap"):
         with pytest.raises(ValueError, match=f"{name} is -1"):
             visual_weights(one, one, index, **({"strength": 1.0, "cap": 1.0} | {name: -1.0}))

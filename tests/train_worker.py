@@ -18,6 +18,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import annotations  # noqa: F401  (checks the annotations of what is imported after it)
 import deepspeed
 import torch
 from waiting import wait_for_exit

@@ -18,6 +18,7 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from mmopd.modality import Encoder
@@ -37,13 +38,12 @@ class MicroBatch:
 
     inputs: dict[str, Any]  # arguments of the student's forward
     used: int  # of the tokens that are computed; the others are padding
-    old: Tensor  # [M]
-    advantage: Tensor  # [M]
-    weight: Tensor  # [M]
+    old: Float[Tensor, " M"]
+    advantage: Float[Tensor, " M"]
+    weight: Float[Tensor, " M"]
     order: list[int]  # numbers of its items, in the order of their tokens; [] for a dummy, which has M = 1 of weight 0
-    likeliest: Tensor | None = (
-        None  # [M, K] log-probs by the teacher of its likeliest tokens, which then are asked for, too
-    )
+    # Log-probs by the teacher of its K likeliest tokens, whose log-probs by the student are then computed, too.
+    likeliest: Float[Tensor, "M K"] | None = None
 
     def to(self, device: torch.device) -> "MicroBatch":
         """The same on another device."""
@@ -242,8 +242,8 @@ class Collator:
         likeliest = torch.cat([logprobs for _, logprobs in tops]) if tops else None
         return MicroBatch(inputs, sum(lengths), old, advantage, weight, order, likeliest)
 
-    def _positions(self, encoded: Encoded) -> Tensor:
-        """[4, P] of a prompt: text, then mRoPE's time, row and column."""
+    def _positions(self, encoded: Encoded) -> Int[Tensor, "4 P"]:
+        """Positions of a prompt: text, then mRoPE's time, row and column."""
         ids = torch.tensor(encoded.expanded)
         text = torch.arange(len(ids))
         if not encoded.prompt.is_visual:

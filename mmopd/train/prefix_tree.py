@@ -15,6 +15,7 @@ from itertools import accumulate
 from typing import Any
 
 import torch
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from mmopd.records import Encoded
@@ -27,12 +28,11 @@ class Item:
 
     encoded: Encoded
     tokens: tuple[int, ...]
-    old: Tensor  # [T] log-probs of the policy that sampled it
-    advantage: Tensor  # [T]
-    weight: Tensor  # [T] of each token in the loss; 0 = left out
-    likeliest: tuple[Tensor, Tensor] | None = (
-        None  # (ids [T, K], log-probs [T, K]) of the teacher's likeliest tokens; all items or none
-    )
+    old: Float[Tensor, " T"]  # log-probs of the policy that sampled it
+    advantage: Float[Tensor, " T"]
+    weight: Float[Tensor, " T"]  # of each token in the loss; 0 = left out
+    # Ids and log-probs of the teacher's K likeliest tokens; all items have them, or none.
+    likeliest: tuple[Int[Tensor, "T K"], Float[Tensor, "T K"]] | None = None
 
     @classmethod
     def to_score(cls, encoded: Encoded, tokens: tuple[int, ...]) -> "Item":
@@ -56,8 +56,8 @@ class Tree:
     """Responses to one prompt."""
 
     numbers: tuple[int, ...]  # of their items; none: it is the blank image
-    ids: Tensor  # [W]
-    positions: Tensor  # [4, W]: text, then mRoPE's time, row and column
+    ids: Int[Tensor, " W"]
+    positions: Int[Tensor, "4 W"]  # text, then mRoPE's time, row and column
     lengths: tuple[int, ...]  # of the prompt, then of each response; W together
 
     @classmethod
@@ -66,8 +66,8 @@ class Tree:
         return cls((), torch.tensor([image_token]), torch.zeros(4, 1, dtype=torch.long), (1,))
 
     @classmethod
-    def of(cls, items: Sequence[Item], numbers: Sequence[int], prompt: Tensor) -> "Tree":
-        """Of items with one prompt, whose positions are `prompt` [4, P]; each response begins where it ends."""
+    def of(cls, items: Sequence[Item], numbers: Sequence[int], prompt: Int[Tensor, "4 P"]) -> "Tree":
+        """Of items with one prompt, whose positions are `prompt`; each response begins where it ends."""
         responses = [items[i].tokens for i in numbers]
         encoded = items[numbers[0]].encoded
         lengths = (prompt.shape[1], *map(len, responses))
@@ -79,12 +79,12 @@ class Tree:
         )
 
     @property
-    def branches(self) -> Tensor:
-        """[W] 0 for the prompt, k for the k-th response."""
+    def branches(self) -> Int[Tensor, " W"]:
+        """0 for the prompt, k for the k-th response."""
         return torch.repeat_interleave(torch.arange(len(self.lengths)), torch.tensor(self.lengths))
 
     @property
-    def predictors(self) -> Tensor:
+    def predictors(self) -> Int[Tensor, " M"]:
         """For each token of the responses, in order, which token of the tree predicts it: the one before it, or the
         prompt's last.
         """
@@ -114,8 +114,8 @@ def grow(items: Sequence[Item], chosen: Sequence[int], limit: int) -> list[list[
     return found
 
 
-def mask(rows: Sequence[Sequence[Tree]], width: int) -> Tensor:
-    """Bool [B, 1, W, W], True where a query (third) sees a key (last); a token of padding sees itself."""
+def mask(rows: Sequence[Sequence[Tree]], width: int) -> Bool[Tensor, "B 1 W W"]:
+    """True where a query (third) sees a key (last); a token of padding sees itself."""
     tree, branch = -torch.arange(1, width + 1).repeat(len(rows), 1), torch.zeros(len(rows), width, dtype=torch.long)
     for r, row in enumerate(rows):
         end = 0
