@@ -1,4 +1,4 @@
-"""Questions on scanned pages and infographics, answered in the page's words (DocVQA, InfographicVQA); scored by ANLS."""
+"""Questions on scanned pages and infographics, answered in words of the page (DocVQA, InfographicVQA); uses ANLS."""
 
 from mmopd.task import Task, documents
 from mmopd.task.base import user_turn
