@@ -1,24 +1,24 @@
 # make demo | make test | make test-fast | make check | make format | make setup | make lock | make clean
-# `make test` is everything; `make test-fast` leaves out mypy and what starts servers, ranks or lmms-eval.
-# Everything is installed into $(VENV) on the first call; later calls start at once, until the pinned set or pyproject.toml changes.
+# `make test` runs everything; `make test-fast` leaves out mypy and the tests that start servers, ranks or lmms-eval.
+# The first call installs everything into $(VENV). Later calls skip this until the pinned set or pyproject.toml changes.
 
 SHELL    := /bin/bash
 VENV     ?= .venv
-# The first Python on the path that the pinned set was made for; `make PYTHON=/path/to/python3.12 …` takes another.
+# Take the first Python on the path that the pinned set supports; `make PYTHON=/path/to/python3.12 …` takes another.
 PYTHON   ?= $(shell for p in python3.11 python3.12 python3.13 python3 python; do \
 	$$p -c 'import sys, ensurepip, venv; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null && { echo $$p; break; }; done)
 BIN      := $(VENV)/bin
 LOCK     := requirements/cpu.txt
 PYTEST   := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 STAMP    := $(VENV)/.ready-$(shell (pwd; cat $(LOCK) pyproject.toml mmopd/repair.py) | sha256sum | cut -c1-16)
-# What servers, ranks and evaluations import. pip compiles nothing, as most of 4 GB is never imported; the import of these compiles
-# the 7,700 files that are: 40 s of CPU time in each of two processes.
+# Modules that servers, ranks and evaluations import. pip compiles nothing, since most of the 4 GB is never imported. Importing these
+# modules compiles the 7,700 files that are used: 40 s of CPU time in each of two processes.
 IMPORTED := vllm.entrypoints.launchers.api_server.routers,vllm.v1.engine.async_llm,vllm.v1.worker.cpu_worker \
 	lmms_eval.__main__,deepspeed,peft,liger_kernel.transformers,matplotlib.pyplot,plotly.graph_objects,sklearn.datasets
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export TOKENIZERS_PARALLELISM        := false
-# Many images set it, and without bytecode every process that imports vLLM or DeepSpeed first compiles 7,000 files for 20 to 40 s.
+# Many container images set this variable. Without bytecode, every process that imports vLLM or DeepSpeed compiles 7,000 files for 20 to 40 s.
 unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: setup demo test test-fast check ruff format lock clean
@@ -53,15 +53,15 @@ lock: $(STAMP)
 clean:
 	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis
 
-# The packages come first and complete (--no-deps: the file names them all); then what is broken on this machine is mended.
+# Install all packages first (--no-deps: the file names every one), then repair torchvision for this machine.
 $(STAMP):
 	@test -n "$(PYTHON)" || { echo "mmopd needs Python 3.11, 3.12 or 3.13 with venv (Debian: apt install python3.11-venv); \
 	name one with: make PYTHON=/path/to/python3.11" >&2; exit 1; }
-	@echo "Setting up $(VENV) with $$($(PYTHON) --version): about 250 packages, 4 GB, some minutes"
+	@echo "Setting up $(VENV) with $$($(PYTHON) --version): about 250 packages, 4 GB, a few minutes"
 	@$(PYTHON) -m venv $(VENV)
 	@set -o pipefail; $(BIN)/python -m pip install --no-deps --no-compile --progress-bar off -r $(LOCK) 2>&1 | tee $(VENV)/install.log \
 	| awk -v n="$$(grep -c == $(LOCK))" '/^(Collecting|Processing)/ && ++i % 25 == 0 {print "  fetched", i, "of", n} /^Installing/ {print "  unpacking"} {fflush()}' || { \
-	grep -v Ignored $(VENV)/install.log | tail -n 8; echo "The set-up failed; all of pip's words are in $(VENV)/install.log. If it found no torch with +cpu in \
+	grep -v Ignored $(VENV)/install.log | tail -n 8; echo "The set-up failed; the whole output of pip is in $(VENV)/install.log. If it found no torch with +cpu in \
 	its version, set PIP_EXTRA_INDEX_URL to PyTorch's index of CPU wheels and run make again."; exit 1; } >&2
 	@$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation -e .
 	@$(BIN)/python -m mmopd.repair
