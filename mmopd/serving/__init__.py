@@ -1,1 +1,1 @@
-"""vLLM servers and the HTTP protocol that they are asked by, for teachers and student alike."""
+"""vLLM servers for the teachers and the student, and the HTTP protocol of their clients."""

@@ -1,4 +1,4 @@
-"""Where a model is served: what a client needs to reach it."""
+"""Endpoints: what a client needs to reach a served model."""
 
 import json
 import os
@@ -11,7 +11,7 @@ import msgspec
 
 from mmopd.errors import ConfigError
 
-MAX_BYTES = 1 << 20  # of a file of endpoints
+MAX_BYTES = 1 << 20  # largest accepted file of endpoints
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,9 +19,9 @@ class Endpoint:
     """A vLLM server."""
 
     name: str
-    url: str  # base, without a path: http://127.0.0.1:40123
-    model: str  # the name it is served under
-    api_key: str = field(repr=False)  # empty if the server asks for none
+    url: str  # base URL without a path: http://127.0.0.1:40123
+    model: str  # name under which the server offers the model
+    api_key: str = field(repr=False)  # empty if the server requires no key
     role: Literal["teacher", "student"]
 
     @property
@@ -31,43 +31,47 @@ class Endpoint:
 
     @property
     def teacher(self) -> str:
-        """Whose replica it is: these are named TEACHER.NUMBER; empty for the student's engine."""
+        """The teacher whose replica this is (replicas are named TEACHER.NUMBER); empty for a student's engine."""
         return self.name.rpartition(".")[0]
 
 
 def save(path: Path, endpoints: Iterable[Endpoint]) -> None:
-    """Write endpoints as JSON that only this user can read, since their keys are in it."""
+    """Write endpoints as JSON that only this user can read, because it contains their keys."""
     path.unlink(missing_ok=True)
     with open(path, "w", opener=lambda name, flags: os.open(name, flags | os.O_EXCL, 0o600)) as file:
         json.dump([asdict(endpoint) for endpoint in endpoints], file, indent=1)
 
 
 def load(path: Path) -> dict[str, Endpoint]:
-    """The endpoints that `save` wrote, by name.
+    """Return the endpoints that `save` wrote, by name.
 
     Raises:
-        UserError: there is no such file, others may read it, or it is something else.
+        UserError: the file is missing, is readable by other users, or is not a file of endpoints.
     """
     try:
         status = path.stat()
     except FileNotFoundError:
-        raise ConfigError(f"{path}: no such file of endpoints; it is there while the servers run") from None
+        raise ConfigError(
+            f"{path}: no such file of endpoints; `mmopd serve` writes it, and it exists only while the servers run"
+        ) from None
     if status.st_mode & 0o077:
-        raise ConfigError(f"{path}: other users may read it, and there are keys in it: chmod 600 {path}")
+        raise ConfigError(f"{path}: other users can read it, and it contains API keys; run `chmod 600 {path}`")
     if status.st_size > MAX_BYTES:
-        raise ConfigError(f"{path}: {status.st_size:,} bytes are no file of endpoints")
+        raise ConfigError(
+            f"{path}: {status.st_size:,} bytes are too many for a file of endpoints (at most {MAX_BYTES:,})"
+        )
     try:
         found = msgspec.json.decode(path.read_bytes(), type=list[Endpoint])
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: not a file of endpoints, as `mmopd serve` writes it: {error}") from None
+        raise ConfigError(f"{path}: not a file of endpoints that `mmopd serve` wrote: {error}") from None
     return {endpoint.name: endpoint for endpoint in found}
 
 
 def load_by_role(path: Path) -> tuple[list[Endpoint], dict[str, list[Endpoint]]]:
-    """The student's engines, and the replicas of each teacher (named TEACHER.NUMBER), as `save` wrote them.
+    """Return the student's engines, and the replicas of each teacher (named TEACHER.NUMBER), from a file of `save`.
 
     Raises:
-        UserError: as `load`.
+        UserError: same cases as `load`.
     """
     students: list[Endpoint] = []
     teachers: dict[str, list[Endpoint]] = {}

@@ -12,37 +12,36 @@ from mmopd.errors import CheckpointError
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 MAX_CONFIG_BYTES = 1 << 20
-NOT_SERVED = (
-    ".patch_embed.",
-    ".embed_tokens.",
-    ".lm_head.",
-)  # the first was measured: vLLM leaves it out without a word
-RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # that vLLM 0.32 makes room for
+# vLLM ignores .patch_embed. without a warning (measured).
+NOT_SERVED = (".patch_embed.", ".embed_tokens.", ".lm_head.")
+RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # values that vLLM 0.32 accepts for --max-lora-rank
 
 
 @dataclass(frozen=True, slots=True)
 class Adapter:
-    """A LoRA folder, and what a server must know of it beforehand."""
+    """A LoRA folder and the facts that a server needs before it loads it."""
 
     path: Path
-    rank: int  # the largest of its modules
-    modules: frozenset[str]  # that it changes, as vLLM is told of them
-    vision: bool  # whether the vision part is among them
+    rank: int  # largest rank of its modules
+    modules: frozenset[str]  # modules that it changes, in the form that vLLM expects
+    vision: bool  # true if it changes the vision part
 
 
 def read_adapter(path: Path) -> Adapter:
-    """Look into a LoRA folder.
+    """Read the configuration and the parameter names of a LoRA folder.
 
     Raises:
-        UserError: no adapter in it that vLLM can serve; names the file.
+        UserError: the folder has no adapter that vLLM can serve; the message names the file.
     """
     config = path / CONFIG
     weights = path / WEIGHTS
     for file in (config, weights):
         if not file.is_file():
-            raise CheckpointError(f"{path}: no LoRA adapter in this folder: there is no {file.name}")
+            raise CheckpointError(f"{path}: not a LoRA adapter: the folder has no {file.name}")
     if config.stat().st_size > MAX_CONFIG_BYTES:
-        raise CheckpointError(f"{config}: {config.stat().st_size:,} bytes are no adapter's configuration")
+        raise CheckpointError(
+            f"{config}: {config.stat().st_size:,} bytes are too many for the configuration of an adapter"
+        )
     try:
         settings = json.loads(config.read_text())
         kind = settings["peft_type"]
@@ -53,11 +52,11 @@ def read_adapter(path: Path) -> Adapter:
         ) from None
     if kind != "LORA":
         raise CheckpointError(
-            f"{config}: peft_type is {kind!r}; vLLM serves LORA alone: merge this adapter into its model"
+            f"{config}: peft_type is {kind!r}; vLLM serves only LORA; merge this adapter into its model"
         )
     if not isinstance(rank, int) or not 0 < rank <= RANKS[-1]:
         raise CheckpointError(
-            f"{config}: rank {rank!r}; vLLM serves 1 to {RANKS[-1]}: merge this adapter into its model"
+            f"{config}: rank {rank!r}; vLLM serves ranks 1 to {RANKS[-1]}; merge this adapter into its model"
         )
     try:
         with safe_open(weights, "pt") as file:
@@ -71,28 +70,29 @@ def read_adapter(path: Path) -> Adapter:
     ]
     if left_out:
         raise CheckpointError(
-            f"{weights}: {left_out[0]!r} is nothing that vLLM is known to serve, and it would say nothing: "
-            "train the adapter on the linear layers of the blocks alone, or merge it into its model"
+            f"{weights}: vLLM would ignore {left_out[0]!r} without a warning; "
+            "train the adapter only on the linear layers of the blocks, or merge it into its model"
         )
     names = {key.removesuffix(".weight").rpartition(".")[0] for key in keys}
     return Adapter(path, rank, frozenset(map(_module, names)), any(".visual." in name for name in names))
 
 
 def _module(name: str) -> str:
-    """By its last part, which stands for packed modules too; `proj` in full, since vLLM cannot adapt the one of the
-    patches.
+    """Return the module name for vLLM: the last part, which also selects packed modules.
+
+    `proj` is returned in full, because vLLM cannot adapt the `proj` of the patch embedding.
     """
     last = name.rpartition(".")[2]
     return last if last != "proj" else "visual." + name.partition(".visual.")[2]
 
 
 def lora_flags(adapters: Mapping[str, Adapter]) -> list[str]:
-    """vLLM's flags that serve each adapter under its name; all of them fit in one batch."""
+    """Return vLLM's flags that serve each adapter under its name; one batch may use all of them."""
     room = min(rank for rank in RANKS if rank >= max(adapter.rank for adapter in adapters.values()))
     flags = ["--enable-lora", "--max-loras", str(len(adapters)), "--max-lora-rank", str(room)]
-    # Without this flag vLLM leaves the vision part of an adapter out, and says nothing.
+    # Without this flag vLLM ignores the vision part of an adapter without a warning.
     flags += ["--enable-tower-connector-lora"] * any(adapter.vision for adapter in adapters.values())
-    # Unless it is told what to adapt, vLLM 0.32 adapts the output layer too, and dies (on CPU) of prompt log-probs of
-    # two requests at once.
+    # Without explicit target modules vLLM 0.32 also adapts the output layer, and then crashes (on CPU) when two
+    # requests for prompt log-probs run in parallel.
     flags += ["--lora-target-modules", *sorted(frozenset().union(*(adapter.modules for adapter in adapters.values())))]
     return [*flags, "--lora-modules", *(f"{name}={adapter.path.resolve()}" for name, adapter in adapters.items())]

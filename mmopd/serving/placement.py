@@ -1,4 +1,4 @@
-"""Places for servers: which GPUs each of them gets, and whether the memory of a machine without GPUs suffices."""
+"""Placement of servers: assign GPUs, and check the memory of a machine without GPUs."""
 
 import itertools
 import json
@@ -10,16 +10,19 @@ import psutil
 from mmopd.errors import ServerError
 from mmopd.serving.specs import KV_CACHE_MIB, ServerSpec
 
-SHARED_MIB = 700  # measured: the process that has imported vLLM ...
-SERVER_MIB = 600  # ... and what a server under load adds to it, weights and KV cache apart
+SHARED_MIB = 700  # measured: the process that has imported vLLM
+SERVER_MIB = 600  # measured: added by each server under load, without weights and KV cache
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
 def place(sizes: Sequence[int], gpus: int, sharing: Collection[int] = ()) -> list[list[int]]:
-    """GPUs of each server by its number of them, as `mmopd train` gives them: from the last one down, and around.
+    """Return the GPUs of each server, counted from the last GPU down and wrapping around, as `mmopd train` assigns
+    them.
 
     Args:
-        sharing: servers that share the GPU of rank 0, which is the first.
+        sizes: number of GPUs of each server.
+        gpus: number of GPUs of the machine.
+        sharing: servers that share GPU 0 with rank 0.
     """
     ends = itertools.accumulate((0 if i in sharing else size for i, size in enumerate(sizes)), initial=0)
     own = [[(gpus - 1 - begin - i) % gpus for i in range(size)] for begin, size in zip(ends, sizes, strict=False)]
@@ -27,25 +30,25 @@ def place(sizes: Sequence[int], gpus: int, sharing: Collection[int] = ()) -> lis
 
 
 def assign_gpus(specs: Sequence[ServerSpec]) -> dict[str, str]:
-    """GPUs for each server, of those that this process may use: training ranks take theirs from the first one up. [not
-    run]
+    """Return the GPUs of each server, chosen from those that this process may use.
+
+    Training ranks take GPUs from the first one up. Not run on a GPU.
     """
     import torch  # takes seconds, and `mmopd plan` only calls `place`
 
     sharing = [i for i, spec in enumerate(specs) if spec.sync == "ipc"]
     places = place([spec.engine.tensor_parallel for spec in specs], torch.cuda.device_count(), sharing)
-    mine = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(
-        ","
-    )  # numbers or UUIDs; a server's own variable counts from the machine's
+    # These are numbers or UUIDs. CUDA_VISIBLE_DEVICES of a server refers to the GPUs of the machine.
+    mine = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
     names = mine if mine != [""] else [str(i) for i in range(torch.cuda.device_count())]
     return {spec.name: ",".join(names[i] for i in gpus) for spec, gpus in zip(specs, places, strict=True)}
 
 
 def check_memory(specs: Sequence[ServerSpec]) -> None:
-    """There is memory for the servers: vLLM's own, weights, KV caches.
+    """Check that there is enough memory for the servers: vLLM's own, weights, KV caches.
 
     Raises:
-        UserError: there is not; says how much of what is needed.
+        UserError: memory is short; the message shows how much is needed and how much is free.
     """
     weights = sum(_weights_mib(spec) for spec in specs)
     cache = sum(spec.engine.kv_cache_mib or KV_CACHE_MIB for spec in specs)
@@ -54,8 +57,8 @@ def check_memory(specs: Sequence[ServerSpec]) -> None:
     if own + weights + cache > free:
         raise ServerError(
             f"{len(specs)} vLLM servers need about {own + weights + cache:,} MiB of memory (vLLM {own:,}, weights "
-            f"{weights:,}, "
-            f"KV cache {cache:,}) and {free:,} MiB are free: lower engine.kv_cache_mib, or end other programs"
+            f"{weights:,}, KV cache {cache:,}), but only {free:,} MiB are free; lower engine.kv_cache_mib or end other "
+            "programs"
         )
 
 

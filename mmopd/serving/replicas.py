@@ -1,18 +1,17 @@
-"""The replicas behind one name: who gets the next request, when to try again, and when to stop trying.
+"""Replicas of one model: choose a replica for each request, retry, hedge, and give up.
 
-- The replica with the fewest requests in flight gets the next one, never more than `concurrency` at once. Requests that
-  show the same images go to the same replica, which encodes them once, as long as it is not much busier than the
+- The replica with the fewest requests in flight gets the next one; `concurrency` limits the requests of each replica.
+  Requests with the same images go to the same replica, which encodes them once, unless it is much busier than the
   others.
-- A request that failed goes to a replica that has not had it yet, after a jittered pause; where a server is merely away
-  or busy, trying goes on until the deadline, and no caller waits longer than that for a pool in which nothing answers.
-  A server that asks for a pause (Retry-After) gets it from everybody; what can go elsewhere meanwhile does.
-- An answer that is late by the measure of the last ones is asked for at another replica too; the first good one counts,
-  and the other request is called off.
-- A replica that keeps failing, or being late, is left alone for a while (circuit breaker), then gets one request to
-  prove itself.
+- A failed request is retried on a replica that has not had it yet, after a jittered pause. While servers are down or
+  busy, retries go on until the deadline, but no caller waits longer than that for a pool in which nothing answers. If a
+  server asks for a pause (Retry-After), it gets no requests until the pause ends; meanwhile they go to other replicas.
+- A request that is late compared with recent latencies is sent to a second replica too. The first good answer counts,
+  and the other request is cancelled.
+- A replica that keeps failing or being late gets no requests for a while (circuit breaker), then one probe request.
 
-The HTTP client is aiohttp: 0.26 ms of CPU a request with 32 in flight, where httpx takes 4.8 (its pool looks at every
-connection for every other one) and vLLM itself about 13.
+The HTTP client is aiohttp: it takes 0.26 ms of CPU a request with 32 in flight. httpx takes 4.8 ms (its pool scans all
+connections for each connection), and vLLM itself takes about 13 ms.
 """
 
 import asyncio
@@ -34,24 +33,24 @@ import tenacity
 from mmopd.serving.endpoint import Endpoint
 from mmopd.serving.wire import PATH, REQUEST_ID, ReplyError
 
-TRIES = 4  # of a request that replicas do answer, but badly
-BREAK_AFTER = 5  # failures in a row that open a replica's circuit
-COOLDOWN = (0.5, 30.0)  # seconds that it stays open: at first, at most
-LONGEST_PAUSE = 10.0  # seconds; of what a server may ask for by Retry-After
-SLACK = 8  # requests that the replica which knows an image may have more in flight than the least busy one
-LATENCIES = 200  # of the last good answers, by which lateness is measured ...
-LATE_AFTER = 20  # ... from so many on ...
-LATE_FACTOR = 3.0  # ... this many times their 95th percentile ...
-LATE_AT_LEAST = 1.0  # ... and never under so many seconds
-KEEP_ALIVE = (
-    3.0  # seconds; shorter than the 5 of vLLM's HTTP server, which otherwise closes a connection as it is reused
-)
+TRIES = 4  # attempts of a request to which replicas answer with an error
+BREAK_AFTER = 5  # consecutive failures that open a replica's circuit
+COOLDOWN = (0.5, 30.0)  # seconds for which the circuit stays open: first time, maximum
+LONGEST_PAUSE = 10.0  # seconds; upper limit for Retry-After
+SLACK = 8  # extra requests in flight for the replica that knows the image, compared with the least busy one
+LATENCIES = 200  # number of recent good answers kept to measure lateness
+LATE_AFTER = 20  # number of answers needed before lateness is measured
+LATE_FACTOR = 3.0  # a request is late after this many times their 95th percentile
+LATE_AT_LEAST = 1.0  # seconds; a request is never late earlier
+# Seconds. Shorter than the 5 s of vLLM's HTTP server, which otherwise closes a connection while it is being reused.
+KEEP_ALIVE = 3.0
 T = TypeVar("T")
 
 
 def connect() -> aiohttp.ClientSession:
-    """A client without proxies, cookies or limits of its own (a `ReplicaPool` has them), for the running event loop; its
-    owner closes it.
+    """Return an HTTP client for the running event loop, without proxies, cookies or limits; its owner closes it.
+
+    `ReplicaPool` has limits of its own.
     """
     connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEP_ALIVE)
     return aiohttp.ClientSession(
@@ -60,7 +59,7 @@ def connect() -> aiohttp.ClientSession:
 
 
 class Replica:
-    """One server, and how it has been doing."""
+    """One server and its recent record."""
 
     def __init__(self, endpoint: Endpoint) -> None:
         self.endpoint = endpoint
@@ -70,29 +69,32 @@ class Replica:
         self.strikes = 0  # failures since the last success
         self._cooldown = COOLDOWN[0]
         self.retry_at = 0.0  # the circuit is open until then; 0 = closed
-        self.paused_until = 0.0  # by its own wish, whatever it still answers meanwhile
-        self.doubted_until = 0.0  # it has just failed: others are preferred
+        self.paused_until = 0.0  # requested by the server itself (Retry-After), even if it still answers
+        self.doubted_until = 0.0  # it has just failed: other replicas are preferred
 
     def is_free(self, concurrency: int, now: float) -> bool:
-        """Whether it may get a request: a closed circuit and room, or an open one whose time for a probe has come."""
+        """Return true if it may get a request: closed circuit and room, or open circuit and its probe is due."""
         if now < self.paused_until:
             return False
         return self.in_flight < concurrency if not self.retry_at else self.in_flight == 0 and now >= self.retry_at
 
     def opens_at(self, now: float) -> float:
-        """When one that gets no requests may have one; 0 if it gets them."""
+        """Return the time at which a blocked replica may get a request again; 0 if it is not blocked."""
         return max(self.retry_at, self.paused_until if now < self.paused_until else 0.0)
 
     def worked(self) -> None:
-        """Close the circuit."""
+        """Record a success: close the circuit."""
         self.strikes = 0
         self._cooldown = COOLDOWN[0]
         self.retry_at = 0.0
         self.doubted_until = 0.0
 
     def failed(self, now: float, pause: float = 0.0) -> None:
-        """Count a failure, and open the circuit (or keep it open, for longer) when there are many in a row; `pause`:
-        what it asks for.
+        """Record a failure; after several in a row, open the circuit or keep it open for longer.
+
+        Args:
+            now: time on the monotonic clock.
+            pause: seconds for which the server asks to get no requests.
         """
         self.strikes += 1
         self.doubted_until = now + COOLDOWN[0]
@@ -108,12 +110,12 @@ class ReplicaPool:
     Args:
         endpoints: at least one.
         http: the client that holds the connections, from `connect`.
-        timeout: seconds after the first attempt in which another may begin.
-        attempt: seconds that one may take; half of it if not given.
-        patience: seconds for which a pool in which nothing answers is waited for.
-        concurrency: requests in flight at once, per replica.
-        counts: where attempts are counted: `requests`, of which `failed/<cause>` and `cancelled` (called off, or not
-            needed any more); `hedged` of them were sent since another was late.
+        timeout: seconds after the first attempt within which another attempt may begin.
+        attempt: seconds that one attempt may take; default: half of `timeout`.
+        patience: seconds to wait for a pool in which nothing answers.
+        concurrency: maximum number of requests in flight for each replica.
+        counts: counts the attempts: `requests`, which include `failed/<cause>`, `cancelled` (no longer needed) and
+            `hedged` (sent because another request was late).
     """
 
     def __init__(
@@ -135,16 +137,18 @@ class ReplicaPool:
         self._counts = counts
         self._attempt_timeout = timeout / 2 if attempt is None else attempt
         self._changed = asyncio.Condition()
-        self._silent_since = math.inf  # time of the first of the failures since a replica last worked
+        self._silent_since = math.inf  # time of the first failure since a replica last worked
         self._last_failure: tuple[float, ReplyError] | None = None
         self._latencies: deque[float] = deque(maxlen=LATENCIES)
 
     async def call(
         self, build: Callable[[str], bytes], parse: Callable[[bytes, str], T], *, affinity: bytes = b""
     ) -> T:
-        """`parse(reply, request id)` of the first good reply to `build(model)`.
+        """Return `parse(reply, request id)` of the first good reply to `build(model)`.
 
         Args:
+            build: makes the body of the request from the name of the model.
+            parse: makes the result from the reply; raises ReplyError for a bad one.
             affinity: calls with the same bytes go to the same replica, if it has room.
 
         Raises:
@@ -182,21 +186,21 @@ class ReplicaPool:
             await asyncio.gather(*racing, return_exceptions=True)
 
     async def _first_good(self, racing: "dict[asyncio.Task[T], Replica]") -> T:
-        """The answer of the first that has a good one; the failure of the last to end if none has."""
+        """Return the first good answer; raise the failure of the last attempt if none is good."""
         waiting = set(racing)
         while True:
             done, waiting = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
             good = [task for task in done if task.exception() is None]
             if good:
-                self._counts["cancelled"] += len(good) - 1  # both at once: one is not needed
+                self._counts["cancelled"] += len(good) - 1  # both ended together: one is not needed
                 for task in waiting:
-                    racing[task].failed(time.monotonic())  # beaten by a request that was sent later
+                    racing[task].failed(time.monotonic())  # a request that was sent later has won
                 return good[0].result()
             if not waiting:
                 return done.pop().result()
 
     async def _ask(self, replica: Replica, build: Callable[[str], bytes], parse: Callable[[bytes, str], T]) -> T:
-        """Ask a replica that was leased, and give it back."""
+        """Ask a leased replica and give it back."""
         request_id = uuid.uuid4().hex
         began = time.monotonic()
         opens_at = replica.opens_at(began)
@@ -206,9 +210,8 @@ class ReplicaPool:
         except ReplyError as fault:
             self._counts[f"failed/{fault.cause}"] += 1
             now = time.monotonic()
-            if (
-                fault.transient or len(self.replicas) > 1
-            ):  # one alone is not avoided for what may be the request's own fault
+            # A single replica is not penalised for what may be the fault of the request.
+            if fault.transient or len(self.replicas) > 1:
                 replica.failed(now, fault.pause)
             self._silent_since = min(self._silent_since, now)
             self._last_failure = (now, fault)
@@ -250,7 +253,7 @@ class ReplicaPool:
         return reply
 
     async def _lease(self, call: "_Call") -> Replica:
-        """The best replica, as soon as one is free."""
+        """Wait until a replica is free and lease the best one."""
         async with self._changed:
             while True:
                 now = time.monotonic()
@@ -271,14 +274,15 @@ class ReplicaPool:
                 if len(moments) == len(self.replicas):
                     self._give_up_if_silent(call, now)
                     moments.append(self._silent_since + self._patience)
-                # Time for a probe, or to give up. Where a probe is under way already, its end is told by `_changed`.
+                # Wait until a probe is due or it is time to give up. The end of a running probe is reported through
+                # `_changed`.
                 ahead = min((at for at in moments if at > now), default=math.inf)
                 with contextlib.suppress(TimeoutError):
                     async with asyncio.timeout(None if ahead == math.inf else ahead - now):
                         await self._changed.wait()
 
     def _spare(self, call: "_Call") -> Replica | None:
-        """A healthy replica that has room and has not had this call, leased."""
+        """Lease a healthy replica that has room and has not had this call; None if there is none."""
         now = time.monotonic()
         spare = [
             r
@@ -291,15 +295,13 @@ class ReplicaPool:
         return best
 
     def _late(self) -> float | None:
-        """Seconds after which an answer is late; None where that is not known, or nobody else could be asked."""
+        """Return the seconds after which an answer is late; None if unknown, or if there is no second replica."""
         if len(self.replicas) < 2 or len(self._latencies) < LATE_AFTER:
             return None
         return max(LATE_AT_LEAST, LATE_FACTOR * sorted(self._latencies)[int(0.95 * len(self._latencies))])
 
     def _give_up_if_silent(self, call: "_Call", now: float) -> None:
-        """Nobody waits for a pool that has answered nothing for `patience`, and failed again since this call was
-        made.
-        """
+        """Raise if the pool has answered nothing for `patience` and has failed again since this call was made."""
         if (
             self._last_failure is not None
             and self._last_failure[0] > call.made
@@ -315,18 +317,17 @@ class ReplicaPool:
             return False
         if not error.transient:
             return len(call.tried) < len(self.replicas)
-        return call.attempts < TRIES or (
-            error.cause == "connection" and elapsed < self._patience
-        )  # it may be restarting
+        # A server that refuses connections may be restarting.
+        return call.attempts < TRIES or (error.cause == "connection" and elapsed < self._patience)
 
 
 @dataclass(eq=False)
 class _Call:
-    """What is known of one call of `ReplicaPool.call`, over its attempts."""
+    """State of one `ReplicaPool.call` over its attempts."""
 
-    home: Replica | None = None  # that has seen the same images
+    home: Replica | None = None  # replica that has seen the same images
     made: float = field(default_factory=time.monotonic)
-    started: float = math.inf  # first attempt; waiting for a free replica is not counted against it
+    started: float = math.inf  # time of the first attempt; waiting for a free replica does not count
     attempts: int = 0
     tried: set[Replica] = field(default_factory=set)
     given_up: bool = False
@@ -337,4 +338,5 @@ class _Call:
         self.tried.add(replica)
 
 
-_PAUSE = tenacity.wait_random_exponential(multiplier=0.1, max=5.0)  # before the next attempt: jittered and growing
+# Pause before the next attempt: jittered and growing
+_PAUSE = tenacity.wait_random_exponential(multiplier=0.1, max=5.0)

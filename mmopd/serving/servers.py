@@ -1,8 +1,8 @@
-"""vLLM servers for teachers and student: started together, watched, stopped together.
+"""vLLM servers for the teachers and the student: start them together, watch them, stop them together.
 
-On the loopback interface unless told otherwise, on free ports, with an API key that is passed by environment. They run
-under supervisors (`mmopd.serving.supervisor`), which start a dead teacher again: on CPU one for all
-servers, which has imported vLLM once; on GPU one for each.
+They listen on free ports, on the loopback interface by default. The API key is passed through the environment.
+Supervisors (`mmopd.serving.supervisor`) run the servers and restart a teacher that dies. On CPU one supervisor, which
+has imported vLLM once, runs all servers; on GPU each server has its own supervisor.
 """
 
 import json
@@ -41,13 +41,13 @@ _LOG_PREFIX = re.compile(r"^\(\S+ pid=\d+\) (?:[A-Z]+ \S+ \S+ \[[^\]]*\] )?")
 
 CPU_ENV = {
     "OMP_NUM_THREADS": "1",
-    "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # bound, all servers would share core 0
-    "TORCHDYNAMO_DISABLE": "1",  # no C++ compiler at run time, no stall at the first request
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # with binding, all servers would share core 0
+    "TORCHDYNAMO_DISABLE": "1",  # avoids a C++ compiler at run time and a stall at the first request
 }
 ENV = {
     "HF_HUB_OFFLINE": "1",
     "VLLM_NO_USAGE_STATS": "1",
-    "VLLM_HOST_IP": "127.0.0.1",  # what the processes of one server say to each other stays on this machine
+    "VLLM_HOST_IP": "127.0.0.1",  # keeps traffic between the processes of one server on this machine
     "GLOO_SOCKET_IFNAME": "lo",
     "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "0",
 }
@@ -55,11 +55,11 @@ OnEvent = Callable[[str, str], None]  # server's name, what happened
 
 
 class Servers(dict[str, Endpoint]):
-    """Endpoints by name, and the processes behind them.
+    """Endpoints by name, and the processes that serve them.
 
     Attributes:
-        restarts: how often each server was started again, by its name.
-        gpus: of each endpoint, by its name, such as `3,2`; empty on CPU.
+        restarts: number of restarts of each server, by its name.
+        gpus: GPUs of each endpoint, by its name, such as `3,2`; empty on CPU.
     """
 
     def __init__(
@@ -72,7 +72,7 @@ class Servers(dict[str, Endpoint]):
         self._logs = logs
         self._on_event = on_event
         self._supervisors: list[_Supervisor] = []
-        self._away: dict[str, float] = {}  # servers that do not answer yet: name -> since when
+        self._away: dict[str, float] = {}  # servers that do not answer yet: name -> time since when
         self._http = httpx.Client(timeout=5.0)
 
     def start(self, groups: Sequence[list[Server]], children: Children, key: str, preload: bool) -> None:
@@ -80,10 +80,10 @@ class Servers(dict[str, Endpoint]):
         self._supervisors += [_Supervisor(group, children, self._logs, key, preload) for group in groups]
 
     def await_ready(self, deadline: float) -> None:
-        """Wait until every server answers; from then on one that dies is started again.
+        """Wait until every server answers; a server that dies later is restarted.
 
         Raises:
-            UserError: one has ended, or does not answer in time; with the last lines of its log.
+            UserError: a server has ended or does not answer in time; the message has the last lines of its log.
         """
         self._away = dict.fromkeys(self._endpoints, time.monotonic())
         for name in self._away:
@@ -95,20 +95,20 @@ class Servers(dict[str, Endpoint]):
             if time.monotonic() > deadline:
                 name = next(iter(self._away))
                 raise ServerError(
-                    f"server {name!r} is not ready in time; the last lines of its log:\n{_last_words(self.log(name))}"
+                    f"server {name!r} was not ready in time; the last lines of its log:\n{_last_words(self.log(name))}"
                 )
             time.sleep(0.1)
         for supervisor in self._supervisors:
             supervisor.all_ready()
 
     def check(self) -> None:
-        """Hear what has happened since the last call; every server runs, or is being started again.
+        """Process the events since the last call; on return every server runs or is being restarted.
 
         Raises:
-            UserError: one has ended for good; with the last lines of its log.
+            UserError: a server has ended permanently; the message has the last lines of its log.
         """
         for supervisor in self._supervisors:
-            status = supervisor.child.returncode  # first, so that its last words are all there
+            status = supervisor.child.returncode  # read first, so that the log is complete
             for said in supervisor.hear():
                 self._heed(said["what"], said["name"], said["status"])
             if status is not None:
@@ -119,12 +119,12 @@ class Servers(dict[str, Endpoint]):
             self._on_event(name, f"ready after {time.monotonic() - self._away.pop(name):.1f} s")
 
     def stop(self) -> None:
-        """End all servers, at the same time; nothing of them runs any more on return."""
+        """End all servers in parallel; on return none of their processes is left."""
         self._http.close()
         stop([supervisor.child for supervisor in self._supervisors])
 
     def log(self, server: str) -> Path:
-        """The log file of a server."""
+        """Return the log file of a server."""
         return log_of(self._logs, server)
 
     def _heed(self, what: str, name: str, status: str) -> None:
@@ -132,7 +132,7 @@ class Servers(dict[str, Endpoint]):
             raise self._lost(name, int(status), self.log(name))
         self.restarts[name] += 1
         self._away[name] = time.monotonic()
-        logger.warning("server %s ended with status %s, and is started again", name, status)
+        logger.warning("server %s ended with status %s and is being restarted", name, status)
         self._on_event(name, f"ended with status {status}, started again")
 
     def _lost(self, name: str, status: int, log: Path) -> ServerError:
@@ -143,18 +143,18 @@ class Servers(dict[str, Endpoint]):
 
 
 class _Supervisor:
-    """The process above one server or several, and what it says in its log."""
+    """The process that supervises one or more servers, and the messages in its log."""
 
     def __init__(self, group: list[Server], children: Children, logs: Path, key: str, preload: bool) -> None:
         name = "servers" if preload else f"{group[0]['name']}.supervisor"
         command = [sys.executable, "-m", "mmopd.serving.supervisor", *["--preload"] * preload, json.dumps(group)]
         log = log_of(logs, name)
-        self._heard = log.stat().st_size if log.is_file() else 0  # bytes; what an earlier run said is not for us
+        self._heard = log.stat().st_size if log.is_file() else 0  # bytes; skips the messages of an earlier run
         self._pid: int | None = None
         self.child = children.start(name, command, log, {**ENV, **(CPU_ENV if preload else {}), KEY_VARIABLE: key})
 
     def hear(self) -> list[re.Match[str]]:
-        """What it has said of its servers since the last call."""
+        """Return the messages about its servers since the last call."""
         with self.child.log.open("rb") as file:
             file.seek(self._heard)
             whole, newline, _ = file.read().rpartition(b"\n")
@@ -164,14 +164,14 @@ class _Supervisor:
         return [found for line in lines if (found := _SAID.fullmatch(line))]
 
     def all_ready(self) -> None:
-        """Tell it that a death is no failed start from now on."""
+        """Tell the supervisor that from now on a death does not count as a failed start."""
         if self._pid is None:
             raise RuntimeError(f"{self.child.log}: no line with the supervisor's process id")
         os.kill(self._pid, READY)
 
 
 def log_of(logs: Path, name: str) -> Path:
-    """The log file of a server."""
+    """Return the log file of a server."""
     return logs / f"{name}.log"
 
 
@@ -186,28 +186,30 @@ def serve(
     host: str = HOST,
     key: str | None = None,
 ) -> Iterator[Servers]:
-    """Start all servers at once and yield their endpoints when all are ready; stop them at the end.
+    """Start all servers in parallel, yield their endpoints when all are ready, and stop them at the end.
 
     Args:
-        specs: with different names, also of their endpoints.
-        children: where the processes are kept.
-        logs: folder for one log per server, and one per supervisor.
-        on_event: told what happens to a server, for a display; after the start by `Servers.check`.
+        specs: servers; all names, also those of their endpoints, must differ.
+        children: owner of the processes.
+        logs: folder for one log per server and one per supervisor.
+        on_event: called with the server's name and what happened, for a display; after the start it is called from
+            `Servers.check`.
         timeout: seconds until all must be ready.
-        host: the address that they listen on.
-        key: the API key; a new one if not given.
+        host: address that the servers listen on.
+        key: the API key; a new one by default.
 
     Raises:
-        UserError: a model folder is missing, a port is taken, memory is short, a server ended or was not ready in time.
+        UserError: a model folder is missing, a port is taken, memory is short, or a server ended or was not ready in
+            time.
     """
     import torch  # takes seconds, and `mmopd plan` only places servers
 
     cpu = not torch.cuda.is_available()
     for spec in specs:
         if not (spec.model / "config.json").is_file():
-            raise CheckpointError(f"{spec.model}: no model to serve as {spec.name!r}: there is no config.json")
+            raise CheckpointError(f"{spec.model}: cannot serve it as {spec.name!r}: the folder has no config.json")
         if cpu and spec.sync == "ipc":
-            raise ConfigError("student.sync: ipc shares a GPU, and there is none here; leave it out")
+            raise ConfigError("student.sync: `ipc` shares a GPU, and this machine has none; remove the key")
     if cpu:
         check_memory(specs)
     key = key or secrets.token_urlsafe(32)
@@ -249,7 +251,7 @@ def serve_in_stage(
     host: str = HOST,
     key: str | None = None,
 ) -> Iterator[Servers]:
-    """`serve`, its start shown as a stage, and what happens later as lines."""
+    """Run `serve`: show the start as a stage, and later events as lines."""
     with ExitStack() as stack:
         with stages.stage("serve") as stage:
             stage.total(len(specs))
@@ -271,20 +273,21 @@ def serve_in_stage(
 
 @contextmanager
 def _reserve(spec: ServerSpec, host: str) -> Iterator[int]:
-    """A port that nobody else is given: bound but not listening, so that the server (SO_REUSEADDR too) can still take
-    it, also again.
+    """Reserve a port: bind it without listening.
+
+    Nobody else is given the port, but the server (which also sets SO_REUSEADDR) can take it, also after a restart.
     """
     with socket.socket() as held:
         held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             held.bind((host, spec.engine.port or 0))
         except socket.gaierror as error:
-            raise ServerError(f"--host {host}: no address of this machine ({error.strerror})") from None
+            raise ServerError(f"--host {host}: not an address of this machine ({error.strerror})") from None
         except OSError as error:
             port = f"port {spec.engine.port}" if spec.engine.port else "a port"
             raise ServerError(
                 f"{port} on {host} for server {spec.name!r} cannot be used ({error.strerror}): "
-                "set engine.port to another, or leave it out for a free one"
+                "set engine.port to another port, or remove it to use a free one"
             ) from None
         yield int(held.getsockname()[1])
 
@@ -300,7 +303,7 @@ def _ready(client: httpx.Client, endpoint: Endpoint) -> bool:
 
 
 def _last_words(log: Path) -> str:
-    """The last lines of a log without the frames of tracebacks: vLLM prints dozens after the one that says the
+    """Return the last lines of a log without traceback frames: vLLM prints dozens of them after the line with the
     cause.
     """
     if not log.is_file():

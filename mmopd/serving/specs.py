@@ -1,6 +1,6 @@
-"""The servers to start: a model, its engine settings, and the arguments of vLLM that these stand for.
+"""Specifications of the servers: a model, its engine settings, and the vLLM arguments for them.
 
-GPU flags are read from vLLM 0.32, not run.
+GPU flags are taken from the source of vLLM 0.32; not run on a GPU.
 """
 
 import json
@@ -13,38 +13,38 @@ from mmopd.modality.video import MEDIA_SETTINGS
 from mmopd.serving.lora import Adapter, lora_flags
 from mmopd.serving.supervisor import RequireKey, Server
 
-KV_CACHE_MIB = 256  # on CPU, if the engine does not say
-BATCHED_TOKENS = 4096  # on CPU, in one pass
-NO_DOMAIN = "no domain"  # a blank is in no URL: whatever a prompt names, nothing is fetched
+KV_CACHE_MIB = 256  # on CPU; default for engine.kv_cache_mib
+BATCHED_TOKENS = 4096  # on CPU, in one forward pass
+NO_DOMAIN = "no domain"  # no URL contains a blank, so that no URL in a prompt is ever fetched
 
 
 @dataclass(frozen=True, slots=True)
 class ServerSpec:
-    """A model to serve; `updatable` opens the routes that change its weights, which are those of the folder again where
-    it dies.
+    """A model to serve.
+
+    `updatable` opens the routes that change its weights. After a restart it has the weights of the folder again.
     """
 
     name: str
     model: Path
     engine: Engine
     updatable: bool
-    adapters: Mapping[str, Adapter] = field(
-        default_factory=dict
-    )  # by the names of their endpoints; the model itself has none then
-    sync: Sync = "file"  # how new weights come, if it is updatable
+    # By the names of their endpoints. If there are adapters, the model itself has no endpoint.
+    adapters: Mapping[str, Adapter] = field(default_factory=dict)
+    sync: Sync = "file"  # transport of new weights, if the server is updatable
 
     @property
     def served(self) -> Sequence[str]:
-        """The names of its endpoints.
+        """Names of its endpoints.
 
-        With adapters the model itself is not among them: on CPU vLLM 0.32 scores it with the last adapter when both are
-            in one batch.
+        With adapters the model itself has none: on CPU vLLM 0.32 scores it with the last adapter when both are in one
+        batch.
         """
         return list(self.adapters) or [self.name]
 
 
 def student_specs(student: Student) -> list[ServerSpec]:
-    """The student's engines: `student`, `student-2`, ..."""
+    """Return the specifications of the student's engines: `student`, `student-2`, ..."""
     return [
         ServerSpec(
             f"student-{i + 1}" if i else "student",
@@ -58,12 +58,14 @@ def student_specs(student: Student) -> list[ServerSpec]:
 
 
 def replica_engine(engine: Engine, i: int) -> Engine:
-    """The settings of a replica: a port of its own."""
+    """Return the settings of replica `i`, which differ in the port."""
     return engine.model_copy(update={"port": engine.port + i if engine.port else None})
 
 
 def to_server(spec: ServerSpec, address: tuple[str, int], log: Path, gpus: str) -> Server:
-    """vLLM's arguments for a spec (without GPUs: on CPU); the engine's own extra arguments come last, and win."""
+    """Return vLLM's arguments for a server (without GPUs: on CPU); the engine's `extra_args` come last and take
+    precedence.
+    """
     engine = spec.engine
     argv = [
         "--model",
@@ -88,10 +90,10 @@ def to_server(spec: ServerSpec, address: tuple[str, int], log: Path, gpus: str) 
     argv += ["--disable-uvicorn-access-log", "--disable-log-stats"]
     argv += ["--middleware", f"{RequireKey.__module__}.{RequireKey.__qualname__}", "--allowed-media-domains", NO_DOMAIN]
     if not gpus:
-        # The class by its path: under the name "uni" vLLM would replace it, on CPU, by one more process.
+        # The class is given by its path: vLLM would replace the name "uni" on CPU by an executor with one more process.
         argv += ["--distributed-executor-backend", "vllm.v1.executor.uniproc_executor.UniProcExecutor"]
         argv += ["--enforce-eager", "--kv-cache-memory-bytes", str((engine.kv_cache_mib or KV_CACHE_MIB) << 20)]
-        # A prompt whose prefill is cut in two, and whose request has a seed, ends vLLM 0.32 on CPU ("CPU Generator does
+        # vLLM 0.32 on CPU crashes if the prefill of a prompt is split and its request has a seed ("CPU Generator does
         # not use offset").
         argv += [
             "--no-enable-chunked-prefill",

@@ -1,16 +1,17 @@
-"""Runs vLLM's API servers and keeps them running: `python -m mmopd.serving.supervisor [--preload] SERVERS`, SERVERS a
-JSON list of `Server`.
+"""Run vLLM's API servers and keep them running.
 
-This process is the supervisor: each server is forked from it, and forks its engine in turn. With `--preload` (on CPU)
-it has imported vLLM first, once for all: that is most of a small server's start-up time and memory. Without it (on GPU,
-one supervisor for each server) it loads the standard library only, since a process that has touched CUDA cannot be
-forked. [not run on GPU]
+Usage: `python -m mmopd.serving.supervisor [--preload] SERVERS`, where SERVERS is a JSON list of `Server`.
 
-Until the launcher says that all are ready (SIGUSR1), the first server that ends takes the others with it. After that
-one that may be restarted is, on the same port, and this process's log says what happens in lines that the launcher
-reads (`started`, `restarted`, `ended`).
+This process is the supervisor. It forks each server, and each server forks its engine. With `--preload` (on CPU) the
+supervisor imports vLLM first, once for all servers: the import is most of a small server's start-up time and memory.
+Without it (on GPU, one supervisor for each server) it loads only the standard library, since a process that has touched
+CUDA cannot be forked. Not run on a GPU.
 
-This calls the API server's module, because the `vllm` command of the CPU wheel cannot find its own version.
+Until the launcher reports that all servers are ready (SIGUSR1), the first server that ends stops the others. After
+that, a server that ends is restarted on the same port, up to RESTARTS times within WINDOW. The log of this process
+reports events in lines that the launcher reads (`started`, `restarted`, `ended`).
+
+The API server's module is called directly, because the `vllm` command of the CPU wheel cannot find its own version.
 """
 
 import contextlib
@@ -37,26 +38,26 @@ from mmopd.runtime import logs
 logger = logging.getLogger("mmopd.serving.supervisor")
 
 KEY_VARIABLE = "VLLM_API_KEY"
-RESTARTS = 3  # of one server within WINDOW; one more death, and it is given up
+RESTARTS = 3  # restarts of one server within WINDOW; one more death is permanent
 WINDOW = 600.0  # seconds
-CLOSING = 5  # seconds that an API server has for what it has begun, once it is to end
+CLOSING = 5  # seconds for an API server to finish its open requests when it must end
 READY = signal.SIGUSR1
 _HANDLED = frozenset({signal.SIGTERM, signal.SIGCHLD, READY})
 
 
 class Server(TypedDict):
-    """One server to run."""
+    """A server to run."""
 
     name: str
     model: str  # HF folder
     argv: list[str]  # vLLM's own arguments
-    log: str  # file that its output is appended to
+    log: str  # file to which its output is appended
     env: dict[str, str]  # added to the environment
 
 
 class RequireKey:
-    """ASGI middleware: no route without the API key; vLLM leaves those that pause, update and call into the engine
-    open.
+    """ASGI middleware that requires the API key on every route; vLLM leaves the routes that pause, update and call into
+    the engine open.
     """
 
     def __init__(self, app: Callable[..., Awaitable[None]]) -> None:
@@ -66,7 +67,7 @@ class RequireKey:
     async def __call__(
         self, scope: dict[str, Any], receive: Callable[..., Any], send: Callable[..., Awaitable[None]]
     ) -> None:
-        """Answer 401, or pass on."""
+        """Pass the request on, or answer 401 without the key."""
         given = dict(scope.get("headers", [])).get(b"authorization", b"")
         if scope["type"] == "lifespan" or hmac.compare_digest(given, self._expected):
             return await self._app(scope, receive, send)
@@ -76,9 +77,9 @@ class RequireKey:
 
 
 def preload(models: set[Path]) -> None:
-    """Import, once, all that a CPU server needs, and let engines be forked.
+    """Import all that a CPU server needs once, and make vLLM fork its engines.
 
-    On CPU vLLM spawns them, to give each its own OpenMP settings; here the settings are the same everywhere.
+    On CPU vLLM spawns engines to give each its own OpenMP settings; here the settings are the same for all.
     """
     import vllm.entrypoints.launchers.api_server.routers
     import vllm.v1.engine.async_llm
@@ -93,16 +94,15 @@ def preload(models: set[Path]) -> None:
         a for model in models for a in json.loads((model / "config.json").read_text())["architectures"]
     }:
         lazy = ModelRegistry.models.get(architecture)
-        if (
-            lazy is not None
-        ):  # otherwise each server would inspect the class in a process of its own, with imports of its own
+        # Otherwise each server would inspect the class in a new process, which imports everything again.
+        if lazy is not None:
             ModelRegistry.register_model(architecture, lazy.load_model_cls())
     gc.collect()
-    gc.freeze()  # a collection would write to, and so copy, the pages that the servers share
+    gc.freeze()  # a collection would write to the pages that the servers share, and so copy them
 
 
 def run(server: Server) -> None:
-    """Serve until told to stop, in this process."""
+    """Serve in this process until told to stop."""
     output = os.open(server["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     os.dup2(output, 1)
     os.dup2(output, 2)
@@ -111,8 +111,8 @@ def run(server: Server) -> None:
     import uvicorn
     from vllm.entrypoints.launchers.api_server import entry
 
-    # An engine that dies leaves a call into it (a pause, new weights) without an answer, for which its API server would
-    # wait for ever.
+    # An engine that dies leaves a call into it (a pause, new weights) unanswered, and its API server would wait
+    # forever.
     uvicorn.Config.__init__ = functools.partialmethod(uvicorn.Config.__init__, timeout_graceful_shutdown=CLOSING)  # type: ignore
     sys.argv = ["vllm", *server["argv"]]
     entry.main()  # type: ignore[no-untyped-call]
@@ -120,25 +120,25 @@ def run(server: Server) -> None:
 
 @dataclass(slots=True)
 class _Running:
-    """One server under supervision."""
+    """A server under supervision."""
 
     server: Server
     pid: int | None = None  # None between its death and its next start
-    start_at: float = 0.0  # then: when that is, on the monotonic clock
-    deaths: list[float] = field(default_factory=list)  # times of those within WINDOW
-    status: int = 0  # of the last death
+    start_at: float = 0.0  # time of that next start, on the monotonic clock
+    deaths: list[float] = field(default_factory=list)  # times of the deaths within WINDOW
+    status: int = 0  # exit status of the last death
 
 
 class Supervisor:
-    """Forks servers, starts again what dies, and ends all of them together."""
+    """Forks servers, restarts those that die, and ends all of them together."""
 
     def __init__(self, servers: list[Server]) -> None:
         self._running = [_Running(server) for server in servers]
         self._ready = self._stopping = False
-        self._status = 0  # of the server that ended the others
+        self._status = 0  # exit status of the server that ended the others
 
     def run(self) -> int:
-        """Until all have ended; the exit status of the first that ended for good."""
+        """Supervise until all servers have ended; return the exit status of the first that ended permanently."""
         wake, notify = os.pipe()
         os.set_blocking(notify, False)
         signal.set_wakeup_fd(notify, warn_on_full_buffer=False)
@@ -165,7 +165,7 @@ class Supervisor:
                 os.kill(one.pid, signal.SIGTERM)
 
     def _bury(self) -> None:
-        """Note every server that has ended, and decide what follows."""
+        """Record every server that has ended: schedule its restart, or stop all."""
         for one in self._running:
             if one.pid is None or (status := _reap(one.pid)) is None:
                 continue
@@ -190,8 +190,9 @@ class Supervisor:
 
 
 def _fork(server: Server) -> int:
-    """Run a server in a process group of its own; its process id."""
-    signal.pthread_sigmask(signal.SIG_BLOCK, _HANDLED)  # a stop that arrives now waits until the child can hear it
+    """Run a server in a new process group; return its process id."""
+    # A stop signal that arrives now waits until the child handles it.
+    signal.pthread_sigmask(signal.SIG_BLOCK, _HANDLED)
     sys.stdout.flush()
     pid = os.fork()
     if pid != 0:
@@ -209,52 +210,53 @@ def _fork(server: Server) -> int:
     except BaseException:
         traceback.print_exc()
     sys.stdout.flush()
-    os._exit(status)  # no teardown of the libraries: it is noisy, and would bury the last words of a failed start
+    os._exit(status)  # skips the teardown of the libraries, whose output would hide the cause of a failed start
 
 
 def _reap(pid: int) -> int | None:
-    """The exit status of a server that has ended, with all that it started gone too; None while it runs.
+    """Return the exit status of a server that has ended, after all its child processes are gone; None while it runs.
 
-    A server that was killed leaves its engine, which holds the memory and the port: the next one could not start.
+    A server that was killed leaves its engine, which holds the memory and the port, so that the next server could not
+    start.
     """
     if os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
         return None
     with contextlib.suppress(ProcessLookupError):
-        os.killpg(pid, signal.SIGKILL)  # before it is buried, so that its number still means this group
+        os.killpg(pid, signal.SIGKILL)  # before waitpid, while the number still means this group
     _, code = os.waitpid(pid, 0)
     with contextlib.suppress(ProcessLookupError):
-        for _ in range(500):  # 5 s, until the guard above has buried the others
+        for _ in range(500):  # up to 5 s, until the guard above (`runtime.processes`) has reaped the others
             os.killpg(pid, 0)
             time.sleep(0.01)
     return os.waitstatus_to_exitcode(code)
 
 
 def _ignore(number: int, frame: FrameType | None) -> None:
-    """A handler that does nothing: the wake-up pipe tells the supervisor."""
+    """Do nothing: the wake-up pipe tells the supervisor."""
 
 
 def say(line: str) -> None:
-    """A line of this process's log, which the launcher reads."""
+    """Log a line that the launcher reads."""
     logger.info(line)
 
 
 def started(pid: int) -> str:
-    """The line that says where the launcher's signal goes to."""
+    """Return the line with the process id to which the launcher sends its signal."""
     return f"supervisor: {pid}"
 
 
 def restarted(name: str, status: int) -> str:
-    """The line that says that a server is started again, and how it had ended (a signal is negative)."""
+    """Return the line for a restart, with the status of the last end (negative for a signal)."""
     return f"server restarted: {name} (status {status})"
 
 
 def ended(name: str, status: int) -> str:
-    """The line that says which server ended for good, first of all."""
+    """Return the line for the first server that ended permanently."""
     return f"server ended: {name} (status {status})"
 
 
 def main(arguments: list[str]) -> int:
-    """Serve until told to stop; the exit status."""
+    """Serve until told to stop; return the exit status."""
     *flags, encoded = arguments
     servers: list[Server] = json.loads(encoded)
     logs.start("servers" if len(servers) > 1 else f"{servers[0]['name']}.supervisor")
