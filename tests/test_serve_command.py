@@ -103,9 +103,9 @@ def test_the_flags_make_room_for_the_largest_adapter_and_name_each(tmp_path: Pat
         ({"r": "8"}, "adapter_config.json"),
         (
             {"key": "base_model.model.model.visual.patch_embed.proj"},
-            "vLLM would ignore '.*patch_embed.proj.lora_A.weight'",
+            "vLLM would ignore 'base_model.model.model.visual.patch_embed.proj.lora_A.weight'",
         ),
-        ({"key": "base_model.model.lm_head"}, "vLLM would ignore '.*lm_head"),
+        ({"key": "base_model.model.lm_head"}, "vLLM would ignore 'base_model.model.lm_head"),
     ],
 )
 def test_an_adapter_that_vllm_would_serve_wrongly_is_refused(
@@ -119,7 +119,7 @@ def test_an_adapter_that_vllm_would_serve_wrongly_is_refused(
 
 
 def test_a_folder_that_is_no_adapter_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"there is no adapter_config\.json"):
+    with pytest.raises(UserError, match=r"the folder has no adapter_config\.json"):
         read_adapter(tmp_path)
     folder = make_adapter(tmp_path / "a")
     (folder / "adapter_model.safetensors").write_bytes(b"x" * 100)
@@ -270,8 +270,8 @@ def test_a_teacher_in_two_files_has_the_replicas_of_both(served: Command, tmp_pa
     [
         ({"name": "maths.0"}, "the fleet has no teacher 'maths'; did you mean 'math'"),
         ({"name": "student", "role": "student"}, "the fleet has no teacher 'student'"),
-        ({"model": "another"}, "serves math.0, and not 'another'"),
-        ({"api_key": "expired"}, r"does not take the key \(status 401\)"),
+        ({"model": "another"}, "serves math.0, not 'another'"),
+        ({"api_key": "expired"}, r"rejects the API key \(status 401\)"),
         ({"url": "http://127.0.0.1:1"}, "does not answer as a vLLM server"),
         ({"url": "no url"}, "does not answer as a vLLM server"),
     ],
@@ -313,7 +313,7 @@ def test_the_servers_of_a_fleet_file_are_asked_for_their_model(
     assert running_elsewhere("far.0", f"{url}/v1/", "FAR_KEY") == Endpoint(
         "far.0", url, "math.0", served.key, "teacher"
     )
-    with pytest.raises(UserError, match="does not take the key"):
+    with pytest.raises(UserError, match="rejects the API key"):
         running_elsewhere("far.0", url, None)
     monkeypatch.delenv("FAR_KEY")
     with pytest.raises(UserError, match=r"teacher far\.0: the environment variable FAR_KEY \(api_key_env\) is not set"):

@@ -1,1 +1,1 @@
-"""Which teachers score a prompt, what they are shown of it, and their scores."""
+"""Teachers: route prompts to them, show them a view of each prompt, and collect their scores."""

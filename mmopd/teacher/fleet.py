@@ -1,5 +1,6 @@
-"""What a fleet file stands for: the servers to start, and those that run elsewhere. `mmopd serve` runs a fleet on its
-own.
+"""Servers of a fleet file: those to start here, and those that run elsewhere.
+
+`mmopd serve` runs a fleet without a training run.
 """
 
 import dataclasses
@@ -24,7 +25,8 @@ from mmopd.serving.servers import Servers, serve_in_stage
 from mmopd.serving.specs import ServerSpec, replica_engine
 from mmopd.settings_file import suggest
 
-LONGEST_NAME = 80  # of a server that several teachers share: it is the name of its log
+# Longest name of a server that several teachers share; the name is also that of its log.
+LONGEST_NAME = 80
 
 
 @contextmanager
@@ -38,16 +40,21 @@ def serve_fleet(
     also: Sequence[ServerSpec] = (),
     host: str = HOST,
 ) -> Iterator[Servers]:
-    """Every replica of every teacher by name (TEACHER.NUMBER), served here or running elsewhere, while the block lasts.
+    """Yield every replica of every teacher by name (TEACHER.NUMBER), served here or running elsewhere.
+
+    The servers started here run until the block ends.
 
     Args:
-        elsewhere: of teachers that are not served here, such as `from_files` finds them.
+        fleet: the teachers.
+        children: owner of the server processes.
+        logs: folder of the servers' logs.
+        stages: where the start is shown.
+        elsewhere: endpoints of teachers that are not served here, for example from `from_files`.
         also: more servers to start, such as the student's engine.
-        host: the address that the servers started here listen on; their URLs are those by which other machines reach
-            it.
+        host: address that the servers started here listen on; their URLs are those for other machines.
 
     Raises:
-        UserError: as `running_elsewhere`, `to_specs` and `serve`.
+        UserError: same cases as `running_elsewhere`, `to_specs` and `serve`.
     """
     elsewhere, known = list(elsewhere), {endpoint.teacher for endpoint in elsewhere}
     for name, teacher in fleet.teachers.items():
@@ -67,12 +74,13 @@ def serve_fleet(
 
 
 class Standing:
-    """Servers that stay up from one run to the next, as long as the next one needs the same: large teachers take
-    minutes to load.
+    """Servers that stay up from one run to the next if the next run needs the same ones.
+
+    Large teachers take minutes to load.
 
     Args:
-        children: where their processes are kept.
-        logs: the folder of their logs.
+        children: owner of their processes.
+        logs: folder of their logs.
         stages: where their starts and deaths are shown.
     """
 
@@ -82,7 +90,7 @@ class Standing:
         self._stages = stages
         self._up = ExitStack()
         self._servers: Servers | None = None
-        self._of: tuple[Fleet, list[ServerSpec]] | None = None  # what they serve
+        self._of: tuple[Fleet, list[ServerSpec]] | None = None  # what the running servers serve
 
     def __enter__(self) -> "Standing":
         return self
@@ -98,13 +106,14 @@ class Standing:
 
     @contextmanager
     def serve(self, fleet: Fleet, students: list[ServerSpec]) -> Iterator[Servers]:
-        """Those of a fleet and a student, with whatever weights it was last given; they are left up if the block ends
-        well.
+        """Yield the servers of a fleet and a student; they stay up if the block ends without an exception.
+
+        A student that was already up has the weights that it was last given.
 
         Raises:
-            UserError: as `serve_fleet`.
+            UserError: same cases as `serve_fleet`.
         """
-        # Only weights that come by a file can be put back without a GPU, which belongs to the ranks.
+        # Only weights that are sent as files can be reset without a GPU; the GPUs belong to the ranks.
         if (
             self._servers is None
             or (fleet, students) != self._of
@@ -120,19 +129,19 @@ class Standing:
         try:
             yield self._servers
         except BaseException:
-            self._stop()  # what they are in the middle of is unknown
+            self._stop()  # their state is unknown
             raise
 
 
 def to_specs(fleet: Fleet, elsewhere: Collection[str] = ()) -> list[ServerSpec]:
-    """The servers of the teachers that have a `model`.
+    """Return the servers to start: those of the teachers that have a `model`.
 
-    Teachers with adapters on the same model, with the same engine settings and number of replicas, share their servers:
-        each is an
-    endpoint of its own there, and is asked for by its own name. A teacher without an adapter has servers of its own.
+    Teachers with adapters of the same model share servers if their engine settings and number of replicas are equal.
+    Each teacher is an endpoint with its own name there. A teacher without an adapter has servers of its own.
 
     Args:
-        elsewhere: teachers that are not to be served.
+        fleet: the teachers.
+        elsewhere: teachers that are not served here.
 
     Raises:
         UserError: an adapter cannot be served.
@@ -156,11 +165,13 @@ def to_specs(fleet: Fleet, elsewhere: Collection[str] = ()) -> list[ServerSpec]:
 
 
 def from_files(fleet: Fleet, files: Sequence[Path]) -> list[Endpoint]:
-    """The endpoints of teachers in files that `mmopd serve` wrote, asked for their models; a teacher in several files
-    has more replicas.
+    """Return the endpoints of teachers in files that `mmopd serve` wrote, after asking each server for its models.
+
+    A teacher in several files has the replicas of all of them.
 
     Raises:
-        UserError: a file cannot be used, the fleet has no such teacher, or a server does not answer; names the file.
+        UserError: a file cannot be used, the fleet has no such teacher, or a server does not answer; the message names
+            the file.
     """
     found: dict[str, list[Endpoint]] = {}
     for path in files:
@@ -173,7 +184,7 @@ def from_files(fleet: Fleet, files: Sequence[Path]) -> list[Endpoint]:
             models = _models(endpoint, f"{path}: {endpoint.name}")
             if endpoint.model not in models:
                 raise ServerError(
-                    f"{path}: {endpoint.name}: {endpoint.url} serves {', '.join(models)}, and not {endpoint.model!r}"
+                    f"{path}: {endpoint.name}: {endpoint.url} serves {', '.join(models)}, not {endpoint.model!r}"
                 )
             found.setdefault(endpoint.teacher, []).append(endpoint)
     return [
@@ -184,10 +195,10 @@ def from_files(fleet: Fleet, files: Sequence[Path]) -> list[Endpoint]:
 
 
 def running_elsewhere(name: str, url: str, key_variable: str | None) -> Endpoint:
-    """An endpoint of the fleet file, asked for the name of its model.
+    """Return an endpoint of the fleet file, with the name of the model that the server reports.
 
     Raises:
-        UserError: the variable with its key is not set, or it does not answer.
+        UserError: the variable with its key is not set, or the server does not answer.
     """
     key = key_in(key_variable, f"teacher {name}", "api_key_env") if key_variable else ""
     found = Endpoint(name, url.rstrip("/").removesuffix("/v1"), "", key, "teacher")
@@ -195,15 +206,15 @@ def running_elsewhere(name: str, url: str, key_variable: str | None) -> Endpoint
 
 
 def key_in(variable: str, owner: str, setting: str) -> str:
-    """The API key that an environment variable holds.
+    """Return the API key that an environment variable holds.
 
     Raises:
-        UserError: it is not set, or what it holds can be no key; the message does not show it.
+        UserError: the variable is not set, or its value cannot be a key; the message does not show the value.
     """
     key = os.environ.get(variable, "")
     if not key:
         raise ConfigError(f"{owner}: the environment variable {variable} ({setting}) is not set")
-    if not re.fullmatch(r"[!-~]+", key):  # else no HTTP header could carry it
+    if not re.fullmatch(r"[!-~]+", key):  # other characters cannot go into an HTTP header
         raise ConfigError(
             f"{owner}: the environment variable {variable} ({setting}) holds blanks, line ends or other signs that no "
             "key has"
@@ -212,7 +223,7 @@ def key_in(variable: str, owner: str, setting: str) -> str:
 
 
 def warn_of(host: str, console: Console) -> None:
-    """Say who else reaches servers that listen on `host`, unless it is this machine alone."""
+    """Print a warning that other machines can reach servers on `host`, unless it is a loopback address."""
     if not is_loopback(host):
         advice = "use a private network or a tunnel"
         console.print(
@@ -222,17 +233,17 @@ def warn_of(host: str, console: Console) -> None:
 
 
 def _joined(teachers: Sequence[str]) -> str:
-    """A name for what they share."""
+    """Return a name for servers that these teachers share."""
     name = "+".join(teachers)
     return name if len(name) <= LONGEST_NAME else f"{teachers[0]}+{len(teachers) - 1}"
 
 
 def _models(endpoint: Endpoint, owner: str) -> list[str]:
-    """What a server says that it serves."""
+    """Return the names of the models that a server reports."""
     try:
         reply = httpx.get(f"{endpoint.url}/v1/models", headers=endpoint.headers, timeout=30)
         if reply.status_code in {401, 403}:
-            raise ServerError(f"{owner}: {endpoint.url} does not take the key (status {reply.status_code})")
+            raise ServerError(f"{owner}: {endpoint.url} rejects the API key (status {reply.status_code})")
         models = [str(model["id"]) for model in reply.raise_for_status().json()["data"]]
     except (httpx.HTTPError, httpx.InvalidURL, ValueError, LookupError, TypeError) as error:
         raise ServerError(

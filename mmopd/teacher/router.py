@@ -1,4 +1,4 @@
-"""Which teacher scores which prompt, and what it is shown: everything here is checked before training starts."""
+"""Routes: which teachers score a prompt and what each is shown; all checks run before training starts."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -16,19 +16,19 @@ from mmopd.teacher.view import BUILT_IN, ViewError, check_view
 
 @dataclass(frozen=True, slots=True)
 class RoutedTeacher:
-    """One teacher of a prompt, and what it is shown."""
+    """A teacher of a prompt and its view of the prompt."""
 
-    name: str  # in the fleet
-    share: float  # of its log-probs in the target; those of a prompt's teachers sum to 1
+    name: str  # name in the fleet
+    share: float  # share of its log-probs in the target; the shares of a prompt's teachers sum to 1
     weight: float  # w_k of Eq. 4
     view: View
 
 
 def find_route(fleet: Fleet, task: str, modality: str) -> Route:
-    """The first route that matches.
+    """Return the first route that matches.
 
     Raises:
-        UserError: none does.
+        UserError: no route matches.
     """
     for route in fleet.routes:
         if fnmatchcase(task, route.task) and fnmatchcase(modality, route.modality):
@@ -44,10 +44,10 @@ def find_route(fleet: Fleet, task: str, modality: str) -> Route:
 
 
 def find_view(fleet: Fleet, tasks: Mapping[str, Task], task: str, name: str) -> View:
-    """The view of this name, the nearest first: the fleet's, the task's, the built-in one.
+    """Return the view with this name: the fleet's, else the task's, else the built-in one.
 
     Raises:
-        UserError: nobody has one; names the task, and what there is.
+        UserError: there is no such view; the message names the task and suggests a known name.
     """
     layers = (fleet.views, tasks[task].views if task in tasks else {}, BUILT_IN)
     for views in layers:
@@ -55,15 +55,16 @@ def find_view(fleet: Fleet, tasks: Mapping[str, Task], task: str, name: str) -> 
             return views[name]
     known = [known for views in layers for known in views]
     raise ConfigError(
-        f"no view {name!r} for prompts of task {task!r}, in the fleet, the task, or built in{suggest(name, known)}"
+        f"no view {name!r} for prompts of task {task!r}, neither in the fleet nor in the task nor built in"
+        f"{suggest(name, known)}"
     )
 
 
 def find_teachers(fleet: Fleet, tasks: Mapping[str, Task], task: str, modality: str) -> tuple[RoutedTeacher, ...]:
-    """The teachers of such prompts, in the order of their route, each with the view of the route or else its own.
+    """Return the teachers for these prompts in the order of their route, each with the route's view or else its own.
 
     Raises:
-        UserError: no route matches, or there is no view of a name that it leads to.
+        UserError: no route matches, or a view does not exist.
     """
     route = find_route(fleet, task, modality)
     return tuple(
@@ -78,7 +79,7 @@ def find_teachers(fleet: Fleet, tasks: Mapping[str, Task], task: str, modality: 
 
 
 def load_teachers(fleet: Path | None, objective: Objective) -> Fleet:
-    """Read the fleet of a run; it is empty where the objective learns from outcomes alone.
+    """Read the fleet of a run; it is empty if the objective learns only from outcomes.
 
     Raises:
         UserError: the file is missing or wrong.
@@ -89,7 +90,7 @@ def load_teachers(fleet: Path | None, objective: Objective) -> Fleet:
 
 
 def routed(fleet: Fleet) -> Fleet:
-    """The fleet without the teachers that no route leads to."""
+    """Return the fleet without the teachers that no route leads to."""
     used = {name for route in fleet.routes for name in route.teachers}
     return fleet.model_copy(
         update={"teachers": {name: teacher for name, teacher in fleet.teachers.items() if name in used}}
@@ -97,11 +98,10 @@ def routed(fleet: Fleet) -> Fleet:
 
 
 def references(fleet: Fleet, objective: Objective) -> Fleet | None:
-    """The fleet in which each route leads to its teachers' references instead; None for an objective that has no
-    reference.
+    """Return the fleet whose routes lead to the teachers' references; None if the objective has no reference.
 
     Raises:
-        UserError: a teacher has no reference, or the fleet has no teacher of a reference's name.
+        UserError: a teacher has no reference, or the fleet has no teacher with the reference's name.
     """
     key = "algorithm.objective.reference"
     named = objective.references()
@@ -122,13 +122,12 @@ def references(fleet: Fleet, objective: Objective) -> Fleet | None:
 
 
 def check_routes(fleet: Fleet, tasks: Mapping[str, Task], pairs: Iterable[tuple[str, str]]) -> None:
-    """Every (task, modality) of a mixture has its teachers, and every view of the fleet and of these tasks is well
-    formed.
+    """Check that every (task, modality) of a mixture has its teachers, and that all views are well formed.
 
-    Whether a row has the texts that its view shows is known when the row is read.
+    The views are those of the fleet and of these tasks. The texts that a view shows are checked when a row is read.
 
     Raises:
-        UserError: names the first pair, or the first view.
+        UserError: names the first pair or the first view that is wrong.
     """
     pairs = sorted(set(pairs))
     declared = {"the fleet": fleet.views} | {f"task {task!r}": tasks[task].views for task, _ in pairs if task in tasks}
@@ -143,10 +142,10 @@ def check_routes(fleet: Fleet, tasks: Mapping[str, Task], pairs: Iterable[tuple[
 
 
 def check_tokenizers(student: Path, teachers: Mapping[str, Path]) -> None:
-    """Every token of the student has the same id in each teacher; a teacher may know more tokens, or fewer padding
-    rows.
+    """Check that every token of the student has the same id in each teacher.
 
-    Scoring is by ids alone, so that a teacher with other ids would judge another text, without any error.
+    A teacher may know more tokens, and may have fewer padding rows. Scoring uses only ids: a teacher with other ids
+    would score another text without any error.
 
     Raises:
         UserError: names the teacher and the first tokens that differ.
@@ -177,5 +176,5 @@ def _vocabulary(folder: Path) -> dict[str, int]:
     try:
         vocabulary: dict[str, int] = AutoTokenizer.from_pretrained(folder).get_vocab()
     except Exception as error:
-        raise CheckpointError(f"{folder}: no tokenizer can be loaded from this folder: {error}") from error
+        raise CheckpointError(f"{folder}: cannot load a tokenizer from this folder: {error}") from error
     return vocabulary

@@ -1,8 +1,8 @@
-"""Scores on disk, so that a run that is killed and resumed asks for none of them again.
+"""Cache of scores on disk, so that a run that is killed and resumed does not request them again.
 
-A resumed run rolls out the same responses from its last checkpoint on. Each rank appends to a file of its own, and all
-files are read at the start, however many ranks there were; a checkpoint makes what came before it useless, and empties
-them.
+A resumed run rolls out the same responses again from its last checkpoint on. Each rank appends to its own file. At the
+start all files are read, whatever the number of ranks was. A checkpoint makes earlier scores useless, and empties the
+files.
 """
 
 import os
@@ -13,8 +13,9 @@ from types import TracebackType
 from typing import Self
 
 KEY = 16  # bytes
-HEAD = struct.Struct(f"<{KEY}sI")  # key, tokens; then as many float32, which is what a server computes in
-MAX_BYTES = 1 << 31  # of a file; beyond it nothing is kept
+# Key, number of tokens; then one float32 per token, the precision in which a server computes.
+HEAD = struct.Struct(f"<{KEY}sI")
+MAX_BYTES = 1 << 31  # largest file; more is not kept
 
 
 class ScoreCache:
@@ -34,7 +35,7 @@ class ScoreCache:
             self._files.append(file)
             whole = self._read(file)
             if file == self._writer:
-                os.ftruncate(file, whole)  # without a record that a kill cut short
+                os.ftruncate(file, whole)  # drops a record that a kill cut short
         self._size = os.fstat(self._writer).st_size
         return self
 
@@ -48,12 +49,12 @@ class ScoreCache:
         return len(self._places)
 
     def get(self, key: bytes) -> tuple[float, ...] | None:
-        """The log-probs that were kept under a key."""
+        """Return the log-probs kept under a key; None if there are none."""
         if (place := self._places.get(key)) is None:
             return None
         file, offset, tokens = place
         values = array("f", os.pread(file, 4 * tokens, offset))
-        return tuple(values) if len(values) == tokens else None  # another rank has emptied its file
+        return tuple(values) if len(values) == tokens else None  # None: another rank has emptied its file
 
     def add(self, key: bytes, logprobs: tuple[float, ...]) -> None:
         """Keep log-probs, unless the file is full."""
@@ -63,13 +64,13 @@ class ScoreCache:
             self._size += len(record)
 
     def clear(self) -> None:
-        """Forget everything, here and on disk: a checkpoint is behind it."""
+        """Remove everything, in memory and on disk, because a later checkpoint exists."""
         self._places.clear()
         os.ftruncate(self._writer, 0)
         self._size = 0
 
     def _read(self, file: int) -> int:
-        """Note the places of the records; the length of those that are whole."""
+        """Record the offsets of the complete records; return their total length in bytes."""
         size = os.fstat(file).st_size
         at = 0
         while at + HEAD.size <= size:

@@ -1,8 +1,9 @@
-"""Scoring: the log-prob that a teacher gives to each token of a response, or an `Absent` that says why there is none.
+"""Scoring: the log-prob that a teacher gives to each token of a response, or an `Absent` with the reason for its
+absence.
 
-Token-exact, by ids and image bytes (see `wire`); over replicas that may fail (see `pool`). A score depends on nothing
-but (teacher, what it is shown, response), so that what is asked twice is computed once: short answers repeat a lot in a
-group.
+Scoring is token-exact: it uses ids and image bytes (see `serving.wire`). It runs on replicas that may fail (see
+`serving.replicas`). A score depends only on (teacher, what it is shown, response), so that equal requests are computed
+once: short answers repeat often in a group.
 """
 
 import asyncio
@@ -29,30 +30,30 @@ from mmopd.teacher.router import RoutedTeacher, find_teachers
 from mmopd.teacher.score_cache import ScoreCache
 from mmopd.teacher.view import BUILT_IN, ViewError, blinded, encode_view, sees_image
 
-CACHE_TOKENS = 1_000_000  # log-probs that are remembered; about 32 MB
-CACHE_VIEWS = 256  # prompts that are kept as teachers are shown them
+CACHE_TOKENS = 1_000_000  # log-probs to remember; about 32 MB
+CACHE_VIEWS = 256  # rewritten prompts to keep
 
 
 class Scorer:
     """Scores responses with the teachers of a fleet. An async context manager; it lives in one event loop.
 
     Attributes:
-        counts: `asked` = `scored` + sum of `absent/<cause>`, one for each call of `score`. `answers` of single teachers
-            stand behind them, of which `reused` cost no request. `requests` were sent, of which `failed/<cause>` failed
-            and `cancelled` were called off: `answers` - `reused` = `requests` - the failed - the cancelled ones.
-            `hedged` requests went out since one was late.
+        counts: `asked` counts the calls of `score`: `asked` = `scored` + sum of `absent/<cause>`. `answers` counts the
+            answers of single teachers; `reused` is the part that needed no request. `requests` counts the requests
+            sent; some `failed/<cause>`, some were `cancelled`: `answers` - `reused` = `requests` - failed - cancelled.
+            `hedged` counts the requests sent because another was late.
 
     Args:
         fleet: teachers and routes.
-        tasks: by name; they may have views of their own.
+        tasks: by name; a task may have views of its own.
         endpoints: the replicas of each teacher, by its name in the fleet.
-        encoder: the student's, which says what ids a teacher must have seen.
-        top_k: how many of the likeliest ids to ask for at each position (`Score.top`).
-        kept: scores of an earlier life of the run; new ones are added to it (not with `top_k`).
+        encoder: the student's encoder, which gives the ids that a teacher must have seen.
+        top_k: number of the likeliest ids to request at each position (`Score.top`).
+        kept: scores from before the run was resumed; new ones are added to it (not with `top_k`).
 
     Raises:
-        UserError: a teacher that a route leads to has no endpoint; or `top_k` with a route to several teachers, whose
-            likeliest ids differ, so that no mean of them could be known.
+        UserError: a teacher that a route leads to has no endpoint; or `top_k` is used and a route has several teachers:
+            their likeliest ids differ, so that their mean is unknown.
     """
 
     def __init__(
@@ -68,13 +69,15 @@ class Scorer:
         if top_k and (shared := next((route for route in fleet.routes if len(route.teachers) > 1), None)):
             names = ", ".join(shared.teachers)
             raise ConfigError(
-                f"the {top_k} likeliest tokens of {names} cannot be mixed: each knows its own only; route to one teacher"
+                f"the {top_k} likeliest tokens of {names} cannot be mixed, because each teacher reports only its own; "
+                "change the route to one teacher"
             )
         self._used = sorted({name for route in fleet.routes for name in route.teachers})
         for name in self._used:
             if not endpoints.get(name):
                 raise ConfigError(
-                    f"teacher {name!r} has no endpoint; it must be served before the run, or name its `endpoints`"
+                    f"teacher {name!r} has no endpoint; start its server before the run, or set its `endpoints` in "
+                    "the fleet"
                 )
         self.counts: Counter[str] = Counter()
         self._fleet = fleet
@@ -114,13 +117,16 @@ class Scorer:
         return encoded.prompt.is_visual and all(sees_image(teacher.view) for teacher in self._teachers_of(encoded))
 
     async def score(self, encoded: Encoded, tokens: tuple[int, ...], *, blind: bool = False) -> Score | Absent:
-        """The score of a response (its ids, end token included) by the teachers that its prompt is routed to.
+        """Return the score of a response (its ids, end token included) by the teachers that its prompt is routed to.
 
-        Of several, it is the mean of their log-probs by their shares; if one of them gives none there is none, since
-        the target must not change from response to response. Never raises for what a teacher does or fails to do.
+        With several teachers it is the mean of their log-probs, weighted by their shares. If one of them gives none,
+        there is no score, since the target must not change from response to response. Never raises for a failure of a
+        teacher.
 
         Args:
-            blind: with blank images in place of the prompt's.
+            encoded: the prompt.
+            tokens: ids of the response.
+            blind: show blank images in place of the prompt's.
         """
         teachers = self._teachers_of(encoded)
         name = "+".join(teacher.name for teacher in teachers)
@@ -164,17 +170,16 @@ class Scorer:
         else:
             task = self._running[key] = asyncio.create_task(self._ask(teacher.name, shown, tokens, images))
             task.add_done_callback(partial(self._finish, key))
-            result = await asyncio.shield(task)  # a caller that is cancelled takes nothing from the others
+            result = await asyncio.shield(task)  # shielded: a cancelled caller does not cancel it for the others
         return result
 
     async def _show(self, encoded: Encoded, view: View) -> Encoded:
-        """The prompt under a view, made once for all responses of its group; images are redrawn in a thread."""
+        """Return the prompt under a view, made once for all responses of its group; a thread redraws the images."""
         if view == BUILT_IN["full"]:
             return encoded
         key = (id(encoded), view)
-        if (
-            found := self._shown.get(key)
-        ) is None:  # what is kept holds the prompt too, so that its id is not given to another
+        # The cached value also holds the prompt, so that its id cannot be reused by another object.
+        if (found := self._shown.get(key)) is None:
             found = self._shown[key] = (
                 encoded,
                 asyncio.create_task(asyncio.to_thread(encode_view, self._encoder, encoded, view)),
@@ -207,13 +212,13 @@ class Scorer:
                 self._known[key] = result
 
     def _remember(self, key: bytes) -> wire.Scored | None:
-        """A score of an earlier life of the run."""
+        """Return a score from before the run was resumed."""
         found = self._kept.get(key) if self._kept is not None else None
         return None if found is None else wire.Scored(found)
 
 
 def _digest(parts: Iterable[bytes]) -> bytes:
-    """Of several parts; each is preceded by its length."""
+    """Return a digest of several parts; the length of each part is hashed before it."""
     digest = hashlib.blake2b(digest_size=16)
     for part in parts:
         digest.update(len(part).to_bytes(8, "little"))
@@ -222,5 +227,5 @@ def _digest(parts: Iterable[bytes]) -> bytes:
 
 
 def _size(scored: wire.Scored) -> int:
-    """Numbers in it, at least one."""
+    """Return the number of log-probs, at least 1."""
     return max(1, len(scored.logprobs) + sum(map(len, scored.top or ())))
