@@ -1,1 +1,1 @@
-"""What every process of a run stands on: child processes, ranks, run folders, locks, progress, addresses."""
+"""Basics of every process of a run: child processes, ranks, run folders, locks, progress, logs, addresses."""

@@ -1,4 +1,4 @@
-"""Files that one process at a time holds; a killed one does not hold them any more."""
+"""Locks on files: one process holds a file at a time; the lock of a killed process is released."""
 
 import errno
 import fcntl
@@ -7,18 +7,19 @@ from typing import IO, Any
 
 from mmopd.errors import UserError
 
-NO_LOCKS = {errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP}  # of file systems
+NO_LOCKS = {errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP}  # errors of file systems without locks
 
 
 def claim(file: IO[Any] | int, path: Path, holder: str) -> None:
-    """Hold an open file until it is closed. On a file system without locks nobody is kept out.
+    """Lock an open file until it is closed; do nothing on a file system without locks.
 
     Args:
+        file: the open file, or its descriptor.
         path: for the message.
-        holder: whoever else may hold it, and what they do with it.
+        holder: description of a possible other holder and its work, for the message.
 
     Raises:
-        UserError: somebody does.
+        UserError: another process holds the lock.
     """
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -1,13 +1,13 @@
-"""One format of log lines for the launcher, the ranks and the servers' supervisor, and the set-up that writes them.
+"""Log format and set-up for the launcher, the ranks and the supervisor of the servers.
 
     2026-11-28T21:24:36.123Z WARNING rank3 step 7 was skipped
     time, UTC, milliseconds  level   process message
 
-Every line has the prefix, those of tracebacks and of messages with several lines too, so that `sort -s -k1,1` merges
-the logs of several processes into one, in order of time. What a person sees on the terminal is no log: `rich` prints
-it, in `mmopd.cli` and `mmopd.runtime.progress`.
+Every line has the prefix, also each line of a traceback or of a long message, so that `sort -s -k1,1` merges the logs
+of several processes in order of time. The terminal output is not a log: `rich` prints it in `mmopd.cli` and
+`mmopd.runtime.progress`.
 
-Loads the standard library only: the supervisor of servers on a GPU may import nothing else before it forks.
+This module loads only the standard library: the supervisor of servers on a GPU may import nothing else before it forks.
 """
 
 import logging
@@ -24,11 +24,11 @@ from types import TracebackType
 from mmopd.errors import UserError
 
 PREFIX = re.compile(r"^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z [A-Z]+ \S+ ")
-OURS = "mmopd"  # the logger of this package, from INFO up; libraries from WARNING up
+OURS = "mmopd"  # logger of this package, from INFO up; libraries log from WARNING up
 
 
 class Lines(logging.Formatter):
-    """Writes a record with the prefix on each of its lines.
+    """Formatter that puts the prefix on each line of a record.
 
     Args:
         process: name of this process, without blanks.
@@ -46,7 +46,7 @@ class Lines(logging.Formatter):
 
 
 def start(process: str) -> None:
-    """Log to stderr from now on; warnings and exceptions that nobody catches, too. For the main module of a process."""
+    """Log to stderr from now on, including warnings and uncaught exceptions. For the main module of a process."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(Lines(process))
     logging.basicConfig(handlers=[handler], level=logging.WARNING, force=True)
@@ -58,7 +58,7 @@ def start(process: str) -> None:
 
 @contextmanager
 def to_file(path: Path, process: str) -> Iterator[None]:
-    """Append what is logged in this block to a file, and the exception that ends the block."""
+    """Append the log of this block to a file, and the exception that ends the block."""
     handler = logging.FileHandler(path)
     handler.setFormatter(Lines(process))
     root, ours = logging.getLogger(), logging.getLogger(OURS)
@@ -82,7 +82,7 @@ def to_file(path: Path, process: str) -> Iterator[None]:
 
 
 def last_words(process: str, text: str) -> None:
-    """Write to stderr at once, without any lock: another thread, which hangs, may hold that of `logging`."""
+    """Write to stderr immediately and without a lock: a thread that hangs may hold the lock of `logging`."""
     record = logging.LogRecord(OURS, logging.ERROR, "", 0, text, None, None)
     os.write(2, (Lines(process).format(record) + "\n").encode())
 

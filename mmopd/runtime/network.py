@@ -1,14 +1,14 @@
-"""Addresses of this machine, and ports on it."""
+"""Addresses and ports of this machine."""
 
 import ipaddress
 import socket
 
-HOST = "127.0.0.1"  # where servers listen unless told otherwise: no other machine reaches it
+HOST = "127.0.0.1"  # default address of servers; other machines cannot reach it
 ANY_HOST = "0.0.0.0"
 
 
 def free_port() -> int:
-    """A port that nobody listens on now."""
+    """Return a port that nobody listens on now."""
     with socket.socket() as probe:
         probe.bind((HOST, 0))
         port: int = probe.getsockname()[1]
@@ -16,17 +16,17 @@ def free_port() -> int:
 
 
 def local(host: str) -> str:
-    """The address by which this machine reaches a server that listens on `host`."""
+    """Return the address by which this machine reaches a server that listens on `host`."""
     return HOST if host == ANY_HOST else host
 
 
 def public_url(url: str, host: str) -> str:
-    """The URL by which other machines reach a server that listens on `host`."""
+    """Return the URL by which other machines reach a server that listens on `host`."""
     return url.replace(HOST, socket.gethostname(), 1) if host == ANY_HOST else url
 
 
 def is_loopback(host: str) -> bool:
-    """True if only this machine reaches a server that listens on `host`."""
+    """Return true if only this machine can reach a server that listens on `host`."""
     try:
         found = socket.getaddrinfo(host, None, socket.AF_INET)
     except OSError:

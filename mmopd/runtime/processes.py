@@ -1,12 +1,12 @@
 """Child processes that cannot outlive their parent: servers, training ranks.
 
-Each command runs under two guards, one inside the other, both tiny and of the standard library only
-(`python -I -S processes.py PARENT COMMAND...`). A guard adopts every orphan among its descendants
-(PR_SET_CHILD_SUBREAPER), so a process cannot escape by daemonising; it ends the command when its own parent is gone
-(a pidfd: no polling, and no pipe that another process could hold open) or when it is asked to (SIGTERM), and then
-kills whatever is left of the tree. Two guards, since either may itself be killed with SIGKILL: the other one finishes
-the work. The command has a session of its own, so Ctrl-C in a terminal reaches the parent alone, which stops its
-children in order. Linux only.
+Each command runs under two guards, one inside the other; both are tiny and use only the standard library (`python -I -S
+processes.py PARENT COMMAND...`). A guard adopts every orphan among its descendants (PR_SET_CHILD_SUBREAPER), so that a
+process cannot escape by daemonising. A guard ends the command when its own parent is gone (detected by a pidfd: no
+polling, and no pipe that another process could hold open) or when it gets SIGTERM. Then it kills the rest of the
+process tree. There are two guards because either may itself be killed with SIGKILL: the other one finishes the work.
+The command has its own session, so that Ctrl-C in a terminal reaches only the parent, which stops its children in
+order. Linux only.
 """
 
 import contextlib
@@ -24,19 +24,19 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import FrameType, TracebackType
 
-GRACE = 3.0  # seconds between SIGTERM and SIGKILL once the parent is gone
+GRACE = 3.0  # seconds between SIGTERM and SIGKILL after the parent has gone
 _STOP = frozenset({signal.SIGTERM, signal.SIGINT, signal.SIGHUP})
 _PR_SET_CHILD_SUBREAPER = 36
 
 
 class Child:
-    """A command under guard, started at once; its output goes to `log`, its input is empty.
+    """A command under guard, started immediately; its output goes to `log`, its input is empty.
 
     Args:
         name: for messages.
         argv: the command.
-        env: added to this process's environment.
-        log: appended to; its folder exists.
+        env: added to the environment of this process.
+        log: file to append to; its folder must exist.
     """
 
     def __init__(self, name: str, argv: Sequence[str], env: Mapping[str, str], log: Path) -> None:
@@ -55,40 +55,40 @@ class Child:
 
     @property
     def pid(self) -> int:
-        """Of the outer guard; the command and all it starts are below it."""
+        """Process id of the outer guard; the command and its children are its descendants."""
         return self._guard.pid
 
     @property
     def alive(self) -> bool:
-        """Whether the command, or anything it started, still runs."""
+        """True while the command, or anything it started, still runs."""
         return self.returncode is None
 
     @property
     def returncode(self) -> int | None:
-        """The command's exit status, 128 + n if signal n ended it; None while it runs."""
+        """Exit status of the command, 128 + n if signal n ended it; None while it runs."""
         return self._guard.poll()
 
     def wait(self, timeout: float | None = None) -> int | None:
-        """The exit status, or None if it still runs after `timeout` seconds."""
+        """Wait and return the exit status; None if the command still runs after `timeout` seconds."""
         with contextlib.suppress(subprocess.TimeoutExpired):
             self._guard.wait(timeout)
         return self.returncode
 
     def tail(self, lines: int = 20) -> str:
-        """The last lines of the log."""
+        """Return the last lines of the log."""
         with self.log.open("rb") as file:
             size = file.seek(0, os.SEEK_END)
             file.seek(max(0, size - 400 * lines))
             return "\n".join(file.read().decode(errors="replace").splitlines()[-lines:])
 
     def terminate(self) -> None:
-        """Ask the command to end; ask twice, and the whole tree is killed."""
+        """Ask the command to end; a second call kills the whole process tree."""
         if self.alive:
             self._guard.terminate()
 
 
 def stop(children: Sequence[Child], grace: float = 10.0) -> None:
-    """End them at the same time, by force after `grace` seconds; nothing of them runs any more on return."""
+    """End the children in parallel, by force after `grace` seconds; on return none of their processes is left."""
     deadline = time.monotonic() + grace
     for child in children:
         child.terminate()
@@ -100,7 +100,7 @@ def stop(children: Sequence[Child], grace: float = 10.0) -> None:
 
 
 class Children:
-    """The children of a `with` block: none is left when it ends, however it ends. Threads may share it."""
+    """Children of a `with` block: none is left when the block ends, however it ends. Threads may share it."""
 
     def __init__(self) -> None:
         self._children: list[Child] = []
@@ -122,25 +122,26 @@ class Children:
         """Start a command under guard; see `Child`.
 
         Raises:
-            RuntimeError: the children have been stopped; a thread was too late.
+            RuntimeError: the children have already been stopped; a thread was too late.
         """
         with self._starting:
             if self._stopped:
-                raise RuntimeError(f"{name}: not started, since its siblings have been stopped")
+                raise RuntimeError(f"{name}: not started, because its siblings have been stopped")
             child = Child(name, argv, env or {}, log)
             self._children.append(child)
         return child
 
     def stop_all(self, grace: float = 10.0) -> None:
-        """Stop all at the same time, and start no more."""
+        """Stop all children in parallel, and allow no new ones."""
         with self._starting:
             self._stopped = True
         stop(self._children, grace)
 
 
 def _guard(parent: int, start: Callable[[], None]) -> int:
-    """Run `start` in a fork until it ends, the parent ends or a signal says stop; leave no descendant; its exit
-    status.
+    """Run `start` in a fork; return its exit status after all its descendants are gone.
+
+    The fork is ended when the parent ends or a signal asks for it.
     """
     wake, notify = os.pipe()
     os.set_blocking(notify, False)
@@ -156,7 +157,7 @@ def _guard(parent: int, start: Callable[[], None]) -> int:
     except ProcessLookupError:
         return 128 + signal.SIGTERM
     poll.register(watched, select.POLLIN)
-    if os.getppid() != parent:  # it ended, and its number was taken by another process
+    if os.getppid() != parent:  # the parent has ended, and another process may have its number
         return 128 + signal.SIGTERM
     child = os.fork()
     if child == 0:
@@ -188,7 +189,7 @@ def _guard(parent: int, start: Callable[[], None]) -> int:
 
 
 def _kill_descendants(child: int, status: int | None) -> int:
-    """Kill until nothing is left below this process; the exit status of `child`."""
+    """Kill until this process has no descendants; return the exit status of `child`."""
     while pids := _descendants(os.getpid()):
         for pid in pids:
             with contextlib.suppress(ProcessLookupError):
@@ -200,7 +201,7 @@ def _kill_descendants(child: int, status: int | None) -> int:
 
 
 def _reap(child: int) -> int | None:
-    """Bury all ended children; the exit status of `child` if it is among them."""
+    """Reap all children that have ended; return the exit status of `child` if it is among them."""
     status = None
     with contextlib.suppress(ChildProcessError):
         while True:
@@ -214,21 +215,21 @@ def _reap(child: int) -> int | None:
 
 
 def _descendants(root: int) -> list[int]:
-    """Process ids below `root`, from /proc."""
+    """Return the process ids of all descendants of `root`, from /proc."""
     below: dict[int, list[int]] = {}
     for entry in os.scandir("/proc"):
         if entry.name.isdigit():
-            with contextlib.suppress(OSError):  # ended meanwhile
+            with contextlib.suppress(OSError):  # it has ended meanwhile
                 stat = Path(entry.path, "stat").read_text()
                 below.setdefault(int(stat.rpartition(")")[2].split()[1]), []).append(int(entry.name))
     found = list(below.get(root, []))
-    for pid in found:  # grows as it is read
+    for pid in found:  # the list grows during the loop
         found += below.get(pid, [])
     return found
 
 
 def _ignore(number: int, frame: FrameType | None) -> None:
-    """A handler that does nothing: the wake-up pipe tells the guard; a fork that executes a command loses it."""
+    """Do nothing: the wake-up pipe tells the guard. A fork that executes a command loses this handler."""
 
 
 def _main(parent: int, argv: list[str]) -> int:
@@ -237,7 +238,7 @@ def _main(parent: int, argv: list[str]) -> int:
     def command() -> None:
         os.setsid()
         signal.set_wakeup_fd(-1)
-        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # Python ignores it, and a command would inherit that
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # Python ignores SIGPIPE, and a command would inherit that
         os.execvp(argv[0], argv)
 
     return _guard(parent, lambda: os._exit(_guard(outer, command)))

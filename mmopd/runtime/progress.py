@@ -1,6 +1,6 @@
-"""What a person sees while a run is under way: one line per stage, a bar where there is something to count.
+"""Progress of a run on the terminal: one line per stage, with a bar if there is something to count.
 
-On a terminal the lines are live; in a log (no terminal) each stage prints when it begins and when it ends.
+On a terminal the lines are updated in place; without one, each stage prints a line when it begins and when it ends.
 """
 
 import json
@@ -28,11 +28,11 @@ from rich.text import Text
 
 logger = logging.getLogger(__name__)
 
-LOG_EVERY = 10.0  # seconds between lines of one stage where there is no terminal
+LOG_EVERY = 10.0  # seconds between lines of one stage without a terminal
 
 
 class Stage:
-    """A stage under way: `total`, `advance` and `note` change its line; `notes` are the lines under the bars."""
+    """A running stage: `total`, `advance` and `note` change its display."""
 
     def __init__(self, stages: "Stages", title: str) -> None:
         self.title = title
@@ -44,18 +44,18 @@ class Stage:
         self._logged = time.monotonic()
 
     def total(self, total: int, done: int = 0) -> None:
-        """How many there are to count."""
+        """Set the number of items to count."""
         self._total = total
         self._done = done
         self._stages.progress.update(self._bar, total=total, completed=done)
 
     def advance(self, by: int = 1) -> None:
-        """Some more are done."""
+        """Count more items as done."""
         self._done += by
         self._stages.progress.update(self._bar, completed=self._done)
 
     def note(self, text: str) -> None:
-        """Say what is going on now, under the bars."""
+        """Show the current activity under the bars."""
         self._stages.say(text)
         if not self._stages.console.is_terminal and time.monotonic() - self._logged > LOG_EVERY:
             self._logged = time.monotonic()
@@ -79,7 +79,7 @@ class Stage:
 
 
 class Stages:
-    """The stages of a run, in order, with the time of each written to `timings`."""
+    """Stages of a run, in order; writes the time of each to `timings`."""
 
     def __init__(self, console: Console, timings: Path | None = None) -> None:
         self.console = console
@@ -108,12 +108,12 @@ class Stages:
         self._live.stop()
 
     def say(self, text: str) -> None:
-        """The line under the bars."""
+        """Set the line under the bars."""
         self._note.plain = text
 
     @contextmanager
     def stage(self, title: str) -> Iterator[Stage]:
-        """One stage; its time counts under `title`, and an exception ends it with a cross."""
+        """Run one stage; its time counts under `title`, and an exception marks it as failed."""
         if not self.console.is_terminal:
             self.console.print(f"… {title}", highlight=False)
         logger.info("%s: begins", title)

@@ -1,6 +1,4 @@
-"""Training processes seen from outside: start them, notice which one has failed and why, read what they have come
-to.
-"""
+"""Training processes seen from the launcher: start them, find the one that failed and the cause, read their metrics."""
 
 import json
 import math
@@ -18,42 +16,44 @@ from mmopd.runtime.network import HOST, free_port
 from mmopd.runtime.processes import Child, Children
 from mmopd.runtime.watchdog import HUNG, LAST, LATER, LEFT, TOGETHER, WAITED, pulse_of
 
+# Counts of responses in the printed line of a step.
 COUNTS = {
     "kept": "kept",
     "masked": "masked",
     "absent": "failed",
     "unknown": "unknown",
-}  # of responses, in the line of a step
-DYING = 5.0  # seconds
+}
+DYING = 5.0  # seconds in which a rank that is ending must be gone
 NCCL_SAYS = b"Watchdog caught collective operation timeout"
 
 
 def check_ranks(running: Sequence[Child], timeout: float, *, stopping: bool) -> None:
-    """No rank has failed.
+    """Check that no rank has failed.
 
     Args:
-        timeout: of the recipe; where a rank has waited for so long, the one that it has waited for is looked for.
-        stopping: they have been asked to; one that was not ready to listen yet is not to blame.
+        running: the ranks.
+        timeout: train.timeout of the recipe; after it, a rank that waited blames the one that it waited for.
+        stopping: the ranks have been asked to stop; one that was not ready for the signal yet is not to blame.
 
     Raises:
-        UserError: one has, of the kind that its exit status says; names the one that is to blame, with the last lines
-            of its log.
+        UserError: a rank has failed. The error has the kind of its exit status, names the rank that is to blame, and
+            has the last lines of its log.
     """
     fine = {None, 0, 128 + signal.SIGTERM} if stopping else {None, 0}
     if all(rank.returncode in fine for rank in running):
         return
-    time.sleep(1.0)  # a rank that ends takes others with it, and they may be quicker
+    time.sleep(1.0)  # a rank that ends takes others with it, and they may end first
     begin = time.monotonic()
     while True:
         failed = [rank for rank in running if rank.returncode not in fine]
         causes = [rank for rank in failed if rank.returncode != LEFT and not _waited(rank)]
-        # Its own watchdog ends a rank that hangs; one that the others say has ended is about to.
+        # A rank that hangs is ended by its own watchdog; a rank that has left, as the others report, is about to end.
         patience = 2 * (LATER - TOGETHER) * timeout if any(map(_waited, failed)) else DYING
         if causes or time.monotonic() > begin + patience:
             break
         time.sleep(0.1)
     causes = causes or [rank for rank in running if rank.alive] or failed
-    # One that knows why it ended, or else one that a signal ended.
+    # Prefer a rank that knows why it ended, then one that a signal ended.
     blamed = max(causes, key=lambda rank: (rank.returncode in {*KINDS, HUNG}, rank.returncode or 0))
     ended = (
         f"ended with status {blamed.returncode}"
@@ -64,25 +64,26 @@ def check_ranks(running: Sequence[Child], timeout: float, *, stopping: bool) -> 
 
 
 class Pulses:
-    """Signs of life of ranks on this machine: what is stopped, or hangs in the kernel, cannot end itself, and nobody
-    misses a single rank.
+    """Signs of life of ranks on this machine.
+
+    A process that is stopped, or hangs in the kernel, cannot end itself, and with a single rank no other rank notices.
 
     Args:
-        running: as `start_ranks` gave them; a launcher, whose ranks may be elsewhere, gives no sign and is not missed.
-        timeout: of the recipe.
+        running: children from `start_ranks`; a launcher, whose ranks may run on other machines, gives no sign and is
+            not checked.
+        timeout: train.timeout of the recipe.
     """
 
     def __init__(self, running: Sequence[Child], timeout: float) -> None:
         self._timeout = timeout
-        self._seen: dict[Child, tuple[int, float]] = dict.fromkeys(
-            running, (0, math.inf)
-        )  # rank -> its last sign, and when we saw it
+        # Rank -> its last sign of life, and the time when it was seen.
+        self._seen: dict[Child, tuple[int, float]] = dict.fromkeys(running, (0, math.inf))
 
     def check(self) -> None:
-        """All that have given a sign still do.
+        """Check that every rank that has given a sign of life still does.
 
         Raises:
-            UserError: one does not; with the last lines of its log.
+            UserError: a rank does not; the message has the last lines of its log.
         """
         now = time.monotonic()
         for rank, (sign, since) in self._seen.items():
@@ -96,7 +97,7 @@ class Pulses:
 
 
 def _waited(rank: Child) -> bool:
-    """Whether it has ended since another one did not come: it says so, or NCCL has ended it. [not run]"""
+    """Return true if the rank ended because another did not come: by its exit status, or ended by NCCL. [not run]"""
     aborted = rank.returncode == 128 + signal.SIGABRT
     return rank.returncode == WAITED or (aborted and NCCL_SAYS in rank.log.read_bytes())
 
@@ -111,14 +112,16 @@ def start_ranks(
     launcher: Sequence[str] = (),
     host: str = HOST,
 ) -> list[Child]:
-    """The processes of a module, all on this machine; or the one launcher that starts them, wherever it likes.
+    """Start the processes of a module on this machine, or the one launcher that starts them anywhere.
 
     Args:
         what: the module and its arguments.
-        ranks: how many, on this machine.
-        name: of a process and its log, before its number.
-        launcher: a command that starts them.
-        host: the address that servers listen on.
+        ranks: number of processes on this machine.
+        logs: folder of the logs.
+        children: owner of the processes.
+        name: name of a process and its log, without the number.
+        launcher: a command that starts the ranks.
+        host: address that servers listen on.
     """
     env = {
         "MASTER_PORT": str(free_port()),
@@ -126,7 +129,8 @@ def start_ranks(
         "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"),
     }
     if launcher:
-        env["MASTER_ADDR"] = HOST if host == HOST else socket.gethostname()  # srun passes it on; others set their own
+        # Srun passes it on; other launchers set their own.
+        env["MASTER_ADDR"] = HOST if host == HOST else socket.gethostname()
         return [children.start("launcher", [*launcher, *what], logs / "ranks.log", env)]
     env |= {"MASTER_ADDR": HOST, "WORLD_SIZE": str(ranks)}
     for n in range(ranks):
@@ -143,7 +147,7 @@ def start_ranks(
 
 
 def last_metrics(path: Path) -> dict[str, Any] | None:
-    """The last whole line of a metrics file; None while there is none."""
+    """Return the last complete line of a metrics file; None if there is none."""
     try:
         with path.open("rb") as file:
             file.seek(max(0, file.seek(0, os.SEEK_END) - 65536))
@@ -155,7 +159,7 @@ def last_metrics(path: Path) -> dict[str, Any] | None:
 
 
 def one_line(metrics: Mapping[str, Any]) -> str:
-    """What a person wants to see of a step while it runs."""
+    """Return the summary of a step that is printed during a run."""
     accuracy = "  ".join(
         f"{key.removeprefix('accuracy/')} {value:.2f}" for key, value in metrics.items() if key.startswith("accuracy/")
     )

@@ -1,4 +1,4 @@
-"""A run folder: everything needed to understand and repeat a run, in one place."""
+"""The run folder: everything needed to understand and repeat a run, in one place."""
 
 import importlib.metadata
 import json
@@ -30,30 +30,31 @@ PACKAGES = [
 
 
 class RunFolder:
-    """The files of a run by name."""
+    """Files of a run by name."""
 
     def __init__(self, root: Path) -> None:
         self.root = root
-        self.recipe_file = root / "recipe.yaml"  # resolved: every default written out
+        self.recipe_file = root / "recipe.yaml"  # resolved: all defaults are written out
         self.versions = root / "versions.json"
-        self.difficulty = root / "difficulty"  # counts, weights and the picture of the offline pass
-        self.metrics = root / "metrics.jsonl"  # a line per step; tensorboard/ has the same numbers
+        self.difficulty = root / "difficulty"  # counts, weights and the heat map of the offline pass
+        self.metrics = root / "metrics.jsonl"  # one line per step; tensorboard/ has the same values
         self.samples = root / "samples.jsonl"  # a few responses, token by token
         self.checkpoints = root / "checkpoints"
-        self.scores = root / "scores"  # since the last checkpoint, so that a resume asks no teacher twice
-        self.replay = root / "replay"  # updates that were skipped, for `mmopd replay`
-        self.export = root / "export"  # the distilled student as a HF folder
+        # Scores since the last checkpoint, so that a resumed run does not request them again.
+        self.scores = root / "scores"
+        self.replay = root / "replay"  # skipped updates, for `mmopd replay`
+        self.export = root / "export"  # the distilled student as an HF folder
         self.evaluation = root / "eval"
-        self.results = root / "results.json"  # also .md and .csv
+        self.results = root / "results.json"  # also as .md and .csv
         self.report = root / "report.html"
         self.timings = root / "stages.json"
         self.logs = root / "logs"
-        self.endpoints = root / "endpoints.json"  # while the servers run
-        self.stop = root / "stop"  # asks the ranks to end behind their step, where a launcher is between
-        self.preflight = root / "preflight.json"  # what was found of each replica of each teacher
+        self.endpoints = root / "endpoints.json"  # exists while the servers run
+        self.stop = root / "stop"  # asks the ranks to end after the current step, if a launcher command is in between
+        self.preflight = root / "preflight.json"  # results of the preflight for each replica of each teacher
 
     def create(self, recipe: Recipe) -> None:
-        """Make the folder, with the resolved recipe and the versions in it.
+        """Create the folder with the resolved recipe and the versions in it.
 
         Raises:
             UserError: the folder exists.
@@ -62,8 +63,8 @@ class RunFolder:
             self.root.mkdir(parents=True)
         except FileExistsError:
             raise UserError(
-                f"{self.root}: this run folder exists; continue it with `mmopd train --resume {self.root}`, or name "
-                "another with --run"
+                f"{self.root}: this run folder exists already; continue it with `mmopd train --resume {self.root}`, or "
+                "choose another folder with --run"
             ) from None
         for folder in (self.logs, self.checkpoints, self.difficulty, self.evaluation):
             folder.mkdir()
@@ -71,26 +72,26 @@ class RunFolder:
         self.versions.write_text(json.dumps(versions(), indent=1))
 
     def replay_of(self, step: int) -> Path:
-        """Where a skipped update of a step is kept."""
+        """Return the folder for a skipped update of a step."""
         return self.replay / f"step-{step:08d}"
 
     def recipe(self) -> Recipe:
-        """The resolved recipe of the run.
+        """Read the resolved recipe of the run.
 
         Raises:
-            UserError: no run folder, or its recipe does not read.
+            UserError: this is not a run folder, or its recipe cannot be read.
         """
         if not self.recipe_file.is_file():
-            raise UserError(f"{self.root}: not a run folder, there is no {self.recipe_file.name} in it")
+            raise UserError(f"{self.root}: not a run folder: it has no {self.recipe_file.name}")
         return settings_file.read(Recipe, self.recipe_file)
 
 
 @contextmanager
 def alone_in(folder: Path) -> Iterator[None]:
-    """While the block lasts, nobody else comes in here this way.
+    """Hold a lock on a folder while the block lasts.
 
     Raises:
-        UserError: somebody is in.
+        UserError: another process holds it.
     """
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / ".lock").open("w") as file:
@@ -99,12 +100,12 @@ def alone_in(folder: Path) -> Iterator[None]:
 
 
 def step_of(name: str) -> int:
-    """The number in the name of a step's checkpoint, skipped update or weights: `step-7`, `step-00000007`."""
+    """Return the step in the name of a checkpoint, a skipped update or weights: `step-7`, `step-00000007`."""
     return int(name.removeprefix("step-"))
 
 
 def versions() -> dict[str, str]:
-    """Versions of everything whose change could change a result."""
+    """Return the versions of everything that can change a result."""
     found = {
         "mmopd": __version__,
         "python": sys.version.split()[0],

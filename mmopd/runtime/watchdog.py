@@ -1,10 +1,9 @@
-"""How a rank ends before its time: asked by SIGTERM, after its step; or by its own watchdog, where it makes no progress
-any more.
+"""Early ends of a rank: on SIGTERM after the current step, or by its own watchdog when it makes no progress.
 
-An engine is given train.timeout to answer. A rank that waits for another one is ended by the process group a little
-later, since the other may have waited for an engine, and knows why. One that hangs by itself is not seen by anybody:
-its watchdog writes the stacks of all threads to the log, and ends the process. It waits longest, so that no rank that
-waits for a hanging one is taken for it.
+An engine has train.timeout to answer. A rank that waits for another rank is ended by the process group a little later
+(TOGETHER): the other rank may have waited for an engine, and then its log has the cause. No other process notices a
+rank that hangs by itself: its watchdog writes the stacks of all threads to the log and ends the process. The watchdog
+waits longest (LATER), so that it does not end a rank that only waits for a hanging one.
 """
 
 import asyncio
@@ -24,22 +23,25 @@ from typing import Self
 from mmopd.runtime.logs import last_words
 
 # Exit statuses of a rank.
-HUNG = 124  # no progress, as timeout(1) has it
-WAITED = 123  # another rank did not come
+HUNG = 124  # no progress; same status as timeout(1)
+WAITED = 123  # another rank did not come to a collective
 LEFT = 122  # another rank has ended
 TRAINER = "trainer"  # name of the thread that computes while rollouts run ahead
-# Of train.timeout: for a rank that waits for others, for the watchdog, and for the launcher where a watchdog has
-# stopped, too.
+# Factors of train.timeout: for a rank that waits for others, for the watchdog, and for the launcher, in case a watchdog
+# has stopped too.
 TOGETHER = 1.1
 LATER = 1.2
 LAST = 1.5
 
 
 class Watchdog:
-    """Ends this process when nothing calls `beat` for LATER times `timeout` seconds; from a thread, while the `with`
-    block lasts.
+    """Ends this process when nothing calls `beat` for LATER times `timeout` seconds.
+
+    A thread watches while the `with` block lasts.
 
     Args:
+        rank: number of this rank, for messages.
+        timeout: train.timeout of the recipe, in seconds.
         pulse: a file that the thread touches as long as it runs.
     """
 
@@ -50,7 +52,7 @@ class Watchdog:
         self._last = time.monotonic()
         self._over = threading.Event()
         self._loop_counts = True
-        self.where = "start"  # what the rank does now, for messages
+        self.where = "start"  # current activity of the rank, for messages
 
     def __enter__(self) -> Self:
         self.beat()
@@ -63,16 +65,16 @@ class Watchdog:
         self._over.set()
 
     def beat(self, where: str | None = None) -> None:
-        """There is progress.
+        """Record progress.
 
         Args:
-            where: what is done from now on.
+            where: the activity that begins now.
         """
         self._last = time.monotonic()
         self.where = where or self.where
 
     def beat_with(self, loop: asyncio.AbstractEventLoop) -> None:
-        """Beat as long as an event loop turns: what it waits for, such as a server, has limits of its own."""
+        """Record progress as long as an event loop runs; what it waits for, such as a server, has a time limit."""
         if self._loop_counts:
             self.beat()
         if not self._over.is_set():
@@ -80,7 +82,7 @@ class Watchdog:
 
     @contextmanager
     def without_loop(self) -> Iterator[None]:
-        """While the block lasts, an event loop that turns is no progress: the trainer computes in another thread."""
+        """Ignore the event loop while the block lasts: the progress of the trainer's thread counts instead."""
         self._loop_counts = False
         try:
             yield
@@ -104,12 +106,12 @@ class Watchdog:
 
 
 def pulse_of(log: Path) -> Path:
-    """Where the watchdog of the rank with this log gives signs of life."""
+    """Return the file by which the watchdog of the rank with this log shows that it is alive."""
     return log.with_suffix(".pulse")
 
 
 def _all_stacks() -> str:
-    """The stacks of all threads, as faulthandler writes them."""
+    """Return the stacks of all threads in the format of faulthandler."""
     with tempfile.TemporaryFile() as file:
         faulthandler.dump_traceback(file, all_threads=True)
         file.seek(0)
@@ -117,7 +119,7 @@ def _all_stacks() -> str:
 
 
 def _stack(frame: FrameType) -> list[str]:
-    """The innermost lines of a stack, so that they are the last of the log, too."""
+    """Return the innermost lines of a stack, which become the last lines of the log."""
     import traceback
 
     return traceback.format_list(traceback.extract_stack(frame)[-6:])
@@ -125,7 +127,7 @@ def _stack(frame: FrameType) -> list[str]:
 
 @contextmanager
 def asked_to_stop() -> Iterator[threading.Event]:
-    """An event that SIGTERM sets while the block lasts, instead of ending this process; a second one ends it."""
+    """Yield an event that SIGTERM sets instead of ending this process; a second SIGTERM ends it."""
     asked = threading.Event()
 
     def ask(number: int, frame: FrameType | None) -> None:
