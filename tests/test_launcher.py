@@ -48,7 +48,7 @@ def test_ranks_that_could_not_work_are_refused_before_they_start() -> None:
         check_place(3, "127.0.0.1", [("a", True), ("a", True)])
     with pytest.raises(UserError, match=r"ranks run on a, b.*mmopd train --host 0\.0\.0\.0"):
         check_place(2, "127.0.0.1", [("a", True), ("b", True)])
-    with pytest.raises(UserError, match=r"rank 0 is on b, and the student's engine on a.*a has to come first"):
+    with pytest.raises(UserError, match=r"rank 0 is on b, but the student's engine is on a.*put a first"):
         check_place(2, "a", [("b", False), ("a", True)])
 
 

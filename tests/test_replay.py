@@ -37,7 +37,7 @@ def test_updates_that_are_not_finite_are_skipped_and_the_others_made(guarded: tu
 
 def test_a_run_stops_when_it_skips_too_many_and_says_what_to_look_at(guarded: tuple[RunFolder, dict[str, Any]]) -> None:
     run, found = guarded
-    assert "step 3: the loss is nan, and 4 of the last 7 updates had to be skipped" in found["stopped"]
+    assert "step 3: the loss is nan; 4 of the last 7 updates were skipped" in found["stopped"]
     assert f"`mmopd replay {run.root} 3`" in found["stopped"]
     assert sorted(path.name for path in run.replay.iterdir()) == ["step-00000001", "step-00000002", "step-00000003"]
 

@@ -1,1 +1,1 @@
-"""From responses with advantages to better weights: packing, log-probs, DeepSpeed ZeRO-3, checkpoints, export."""
+"""Turn responses with advantages into better weights: packing, log-probs, DeepSpeed ZeRO-3, checkpoints, export."""

@@ -1,6 +1,6 @@
-"""From the samples of a step to what the trainer is given: tokens with an advantage and a weight.
+"""Turn the samples of a step into what the trainer needs: tokens with an advantage and a weight.
 
-Letters: N scored samples, M their response tokens, one after the other.
+Letters: N scored samples, M their response tokens, one sample after the other.
 """
 
 import math
@@ -19,25 +19,24 @@ from mmopd.train.prefix_tree import Item
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """The samples of a step that the objective can use, and their targets."""
+    """The samples of a step that the objective can use, with their targets."""
 
     samples: list[Sample]
     spans: list[slice]  # where each sample's tokens lie in the flat [M] arrays
     targets: Targets
-    old: Tensor  # [M] log-probs by the policy that learns, before its update
+    old: Tensor  # [M] log-probs by the student before its update
 
 
 def build_batch(
     samples: Sequence[Sample], settings: Algorithm, seed: int, old: Sequence[Tensor] | None = None
 ) -> Batch:
-    """What the objective makes of a step; samples that were to have a score and have none take no part.
+    """Return the batch that the objective makes of a step; a sample whose score is missing is left out.
 
     Args:
-        samples: of the whole step, over all ranks, in one order on every rank.
-        seed: of the balance's draws: (run seed, step).
-        old: log-probs [T] of each sample's tokens by the trainer, if they are to be used and not the engine's. What was
-            sampled is then weighted by `min(pi_old / pi_engine, ratio_cap)`, token by token (truncated importance
-            sampling).
+        samples: those of the whole step, over all ranks, in the same order on every rank.
+        seed: seeds the draws of the balance; made from (run seed, step).
+        old: log-probs [T] of each sample's tokens by the trainer, to be used instead of the engine's. Each token then
+            has the weight `min(pi_old / pi_engine, ratio_cap)` (truncated importance sampling).
 
     Raises:
         ValueError: no sample has what the objective needs.
@@ -85,19 +84,16 @@ def _step(usable: Sequence[Sample], lengths: Tensor, student: Tensor, settings: 
 
 
 def visual_advantage(sample: Sample) -> list[float] | None:
-    """[T] log-prob of each token by the teacher with minus without the image, in nats; None unless both scores are
-    there.
-    """
+    """Return [T] log-prob by the teacher with minus without the image, in nats; None unless both scores exist."""
     if not (isinstance(sample.score, Score) and isinstance(sample.blind, Score)):
         return None
     return [seeing - blind for seeing, blind in zip(sample.score.logprobs, sample.blind.logprobs, strict=True)]
 
 
 def minibatches(batch: Batch, encoded: Sequence[Encoded], n: int) -> list[list[Item]]:
-    """What each of at most `n` optimiser steps is given: the kept samples, whole groups dealt in turn.
+    """Return the items of each optimiser step, `n` steps at most: the kept samples, whole groups dealt out in turn.
 
-    Each is scaled to a step of its own, "mean over tokens, then mean over its responses": however few they are, it is a
-    whole step.
+    Weights are scaled to the step: "mean over tokens, then mean over its responses". A small step counts in full.
     """
     kept = [i for i, keep in enumerate(batch.targets.keep.tolist()) if keep]
     turn = {group: k % n for k, group in enumerate(dict.fromkeys(batch.samples[i].group for i in kept))}
@@ -108,7 +104,8 @@ def minibatches(batch: Batch, encoded: Sequence[Encoded], n: int) -> list[list[I
 
 
 def _item(batch: Batch, i: int, encoded: Sequence[Encoded], scale: float) -> Item:
-    sample, span = batch.samples[i], batch.spans[i]
+    sample = batch.samples[i]
+    span = batch.spans[i]
     return Item(
         encoded=encoded[sample.group],
         tokens=sample.response.tokens,
@@ -120,9 +117,7 @@ def _item(batch: Batch, i: int, encoded: Sequence[Encoded], scale: float) -> Ite
 
 
 def _likeliest(sample: Sample) -> tuple[Tensor, Tensor] | None:
-    """(ids [T, K], log-probs [T, K]) of the tokens that the teacher finds likeliest at each position, where they were
-    asked for.
-    """
+    """Return (ids [T, K], log-probs [T, K]) of the likeliest tokens that the teacher listed, if any."""
     if not isinstance(sample.score, Score) or sample.score.top is None:
         return None
     top = sample.score.top

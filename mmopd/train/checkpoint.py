@@ -1,9 +1,7 @@
-"""Checkpoints that are whole or not there: ZeRO shards, optimiser, schedule, every rank's random state, and the
-caller's state.
+"""Atomic checkpoints: ZeRO shards, optimiser, schedule, every rank's random state, and the caller's state.
 
 A checkpoint is written under a temporary name with a manifest of sizes and SHA-256 sums, flushed to disk, and then
-renamed. A save that was torn by a kill keeps its temporary name and is removed by the next one. Loading checks every
-byte.
+renamed. A save that was interrupted keeps its temporary name, and the next save removes it. Loading checks every byte.
 """
 
 import copy
@@ -29,8 +27,8 @@ from mmopd.train.trainer import Trainer
 MANIFEST = "manifest.json"
 STATE = "state.json"
 ZERO = "zero"  # DeepSpeed's tag
-PARTIAL = ".step-*.partial"  # what is not finished
-TORCH_CANNOT_WRITE = "inline_container.cc"  # in what `torch.save` raises, where others have an OSError
+PARTIAL = ".step-*.partial"  # unfinished saves
+TORCH_CANNOT_WRITE = "inline_container.cc"  # part of the RuntimeError that `torch.save` raises instead of an OSError
 
 
 class Checkpoints:
@@ -38,8 +36,8 @@ class Checkpoints:
 
     Args:
         folder: shared by all ranks.
-        keep: how many to keep, the newest.
-        best: and how many of the others, those with the best scores.
+        keep: how many of the newest to keep.
+        best: how many of the older ones to keep, those with the best scores.
     """
 
     def __init__(self, folder: Path, keep: int, best: int = 0) -> None:
@@ -48,23 +46,22 @@ class Checkpoints:
         self.best = best
 
     def save(self, trainer: Trainer, step: int, state: dict[str, Any], score: float | None = None) -> Path:
-        """Write everything that step `step + 1` depends on; collective. `state` is the caller's, JSON, the same on all
-        ranks.
+        """Write everything that step `step + 1` depends on; collective.
 
         Args:
-            score: by which the best are found, more is better; one without is none of them.
+            state: the caller's state, JSON, the same on all ranks.
+            score: ranks the checkpoints, higher is better; one without a score is never among the best.
 
         Raises:
-            UserError: there is no room for it; says how much it takes. What there was before is as it was.
+            UserError: the disk has no room for it; the message says how much it needs. Earlier checkpoints are
+                unchanged.
         """
         ranks = trainer.ranks
         final = self.folder / f"step-{step:08d}"
         torn = self.folder / f".{final.name}.partial"
         if ranks.rank == 0:
-            for old in (
-                *self.folder.glob(PARTIAL),
-                *self.folder.glob(final.name),
-            ):  # a resumed run may come by the same step again
+            # A resumed run may save the same step again.
+            for old in (*self.folder.glob(PARTIAL), *self.folder.glob(final.name)):
                 shutil.rmtree(old)
             torn.mkdir(parents=True)
         ranks.barrier()
@@ -80,11 +77,11 @@ class Checkpoints:
             failed = torn.with_name(f".{final.name}.failed.partial")
             try:
                 torn.rename(failed)
-            except FileNotFoundError:  # another rank's save has failed, and it says why
+            except FileNotFoundError:  # the save of another rank has failed, and that rank says why
                 raise error from None
             shutil.rmtree(failed, ignore_errors=True)
             raise CheckpointError(
-                f"the checkpoint of step {step} was not written ({error}), and the one before it is as it was: "
+                f"the checkpoint of step {step} was not written ({error}); the one before it is unchanged: "
                 f"{self._room(trainer)}"
             ) from error
         if ranks.rank == 0:
@@ -93,26 +90,24 @@ class Checkpoints:
         return final
 
     def _check_room(self, trainer: Trainer, torn: Path) -> None:
-        """What is written fits, as far as one can tell; on all ranks alike."""
+        """Raise on all ranks if the disk has less room than a checkpoint is expected to need."""
         if any(trainer.ranks.all_max([shutil.disk_usage(self.folder).free < _needed(trainer)])):
             shutil.rmtree(torn, ignore_errors=True)
-            raise CheckpointError(
-                f"no checkpoint was written, and those before it are as they were: {self._room(trainer)}"
-            )
+            raise CheckpointError(f"no checkpoint was written; the earlier ones are unchanged: {self._room(trainer)}")
 
     def _room(self, trainer: Trainer) -> str:
         needs, free = (size / 2**30 for size in (_needed(trainer), shutil.disk_usage(self.folder).free))
         return (
             f"{self.folder} has {free:.3g} GiB free, and a checkpoint needs {needs:.3g} GiB "
-            f"beside the {self.keep} that are kept"
+            f"in addition to the {self.keep} that are kept"
         )
 
     def latest(self) -> Path | None:
-        """The newest checkpoint whose files are all there in full size; None if there is none."""
+        """Return the newest checkpoint whose files are all there in full size; None if there is none."""
         return next(self.whole(), None)
 
     def whole(self) -> Iterator[Path]:
-        """Those whose files are all there in full size, the newest first."""
+        """Return the checkpoints whose files are all there in full size, newest first."""
         return (path for path in reversed(self._finished()) if not _problem(path))
 
     def _finished(self) -> list[Path]:
@@ -127,21 +122,20 @@ class Checkpoints:
         )
         best = sorted(scores, key=lambda path: scores[path])[-self.best :]
         for path in set(old) - set(best):
-            shutil.rmtree(
-                path, ignore_errors=True
-            )  # what cannot be removed now is tried again by the next save, and is no whole one
+            # What cannot be removed now is incomplete, so it is never loaded; the next save tries again.
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def load(trainer: Trainer, path: Path) -> dict[str, Any]:
-    """Bring trainer and random states back to where `path` was saved; collective. Returns the caller's state.
+    """Restore trainer and random states from `path`, and return the caller's state; collective.
 
     Raises:
-        UserError: a file is missing, cut or changed (names it), or what another number of ranks has saved cannot be
-            converted.
+        UserError: a file is missing, truncated or changed (the message names it), or a checkpoint of another number of
+            ranks cannot be converted.
     """
     ranks = trainer.ranks
     problem = _problem(path) or _changed(path, ranks)
-    ranks.agree(problem and f"{problem}; remove {path}, and the checkpoint before it is the last one")
+    ranks.agree(problem and f"{problem}; remove {path} to go on from the checkpoint before it")
     state: dict[str, Any] = json.loads((path / STATE).read_text())
     if state["ranks"] == ranks.size:
         trainer.engine.load_checkpoint(str(path), tag=ZERO)
@@ -153,13 +147,13 @@ def load(trainer: Trainer, path: Path) -> dict[str, Any]:
 
 
 def _score(path: Path) -> float | None:
-    """That it was saved with, if any."""
+    """Return the score that the checkpoint was saved with, if any."""
     score: float | None = json.loads((path / STATE).read_text()).get("score")
     return score
 
 
 def _write(trainer: Trainer, torn: Path, state: dict[str, Any]) -> None:
-    """All files of a checkpoint, on disk when it returns; collective."""
+    """Write all files of a checkpoint, and return once they are on disk; collective."""
     ranks = trainer.ranks
     if ranks.rank == 0:
         (torn / STATE).write_text(json.dumps(state))
@@ -178,39 +172,38 @@ def _write(trainer: Trainer, torn: Path, state: dict[str, Any]) -> None:
 
 
 def _needed(trainer: Trainer) -> int:
-    """Bytes of a checkpoint: in float32 each trained weight and the optimiser's two moments; the others as they are."""
+    """Return the bytes of a checkpoint: trained weights and two optimiser moments in float32, the rest unchanged."""
     return sum(p.ds_numel * (12 if p.requires_grad else p.element_size()) for p in trainer.student.parameters())
 
 
 def _load_resized(trainer: Trainer, path: Path) -> None:
-    """Load what another number of ranks has saved, by way of DeepSpeed's universal format: a copy, made beside it and
-    removed again.
+    """Load the checkpoint of another number of ranks through DeepSpeed's universal format, in a temporary copy.
 
-    Weights that are not trained are not in it; they are those of the student's folder still.
+    That format does not hold weights that are not trained; they keep the values of the student's folder.
     """
     engine = trainer.engine
     ranks = trainer.ranks
     universal = path.with_name(f".{path.name}.resized")
     converter = None
     if ranks.rank == 0:
-        for left in path.parent.glob(".step-*.resized"):  # by an end in the middle of this
+        for left in path.parent.glob(".step-*.resized"):  # left by a conversion that was interrupted
             shutil.rmtree(left, ignore_errors=True)
         universal.mkdir()
         command = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal"]
         folders = ["--input_folder", str(path / ZERO), "--output_folder", str(universal / ZERO)]
         converter = subprocess.Popen([*command, *folders], stdout=subprocess.DEVNULL)
-    # All ask again and again, so that nobody waits for longer than ranks wait for each other.
+    # All ranks poll, so that no collective waits longer than the timeout of the process group.
     while not any(ranks.all_max([converter is not None and converter.poll() is not None])):
         time.sleep(0.2)
     if any(ranks.all_max([converter is not None and converter.returncode != 0])):
         raise CheckpointError(
-            f"{path}: cannot be converted for {ranks.size} ranks (is the disk full?); the log of rank 0 says why"
+            f"{path}: cannot be converted for {ranks.size} ranks (is the disk full?); see the log of rank 0"
         )
     decay = [group["weight_decay"] for group in engine.optimizer.param_groups]
     engine._config.load_universal_checkpoint = True
     engine.load_checkpoint(str(universal), tag=ZERO)
     engine._config.load_universal_checkpoint = False
-    # DeepSpeed gives all groups the decay of the first one, and one counter of steps, which then each of them moves on.
+    # DeepSpeed gives all groups the decay of the first one, and one shared step counter, which each would advance.
     for group, own in zip(engine.optimizer.param_groups, decay, strict=True):
         group["weight_decay"] = own
     for moments in engine.optimizer.optimizer.state.values():
@@ -229,7 +222,7 @@ def _share(names: Iterable[str], ranks: Ranks) -> list[str]:
 
 
 def _sums(folder: Path, names: Iterable[str], flush: bool) -> dict[str, tuple[int, str]]:
-    """(bytes, SHA-256) of files, flushed to disk first if asked."""
+    """Return (bytes, SHA-256) of each file, flushed to disk first if requested."""
     sums = {}
     for name in names:
         with (folder / name).open("rb") as file:
@@ -240,13 +233,11 @@ def _sums(folder: Path, names: Iterable[str], flush: bool) -> dict[str, tuple[in
 
 
 def _problem(path: Path) -> str:
-    """What is visibly wrong with a checkpoint: no manifest, a file that is missing or has another size; "" if nothing
-    is.
-    """
+    """Return what is visibly wrong with a checkpoint: no manifest, or a file that is missing or has another size."""
     try:
         manifest: dict[str, tuple[int, str]] = json.loads((path / MANIFEST).read_text())
     except (OSError, ValueError):
-        return f"{path / MANIFEST}: missing or unreadable, so this is no complete checkpoint"
+        return f"{path / MANIFEST}: missing or unreadable, so this checkpoint is incomplete"
     for name, (size, _) in manifest.items():
         file = path / name
         if not file.is_file():
@@ -257,7 +248,7 @@ def _problem(path: Path) -> str:
 
 
 def _changed(path: Path, ranks: Ranks) -> str:
-    """The first file of this rank's share whose content is not what was saved; "" if there is none."""
+    """Return the first file of this rank's share whose content differs from what was saved; else ""."""
     manifest: dict[str, list[Any]] = json.loads((path / MANIFEST).read_text())
     for name, found in _sums(path, _share(manifest, ranks), flush=False).items():
         if manifest[name] != list(found):

@@ -1,7 +1,7 @@
-"""The training ranks as one object: who am I, and the few collectives that carry Python objects and statistics.
+"""The training ranks as one object: its number, and the few collectives for Python objects and statistics.
 
-Model collectives are DeepSpeed's (gloo on CPU, NCCL on GPU). What is gathered here is small and lives
-in CPU memory, so it has a gloo group of its own on every kind of machine.
+Model collectives are DeepSpeed's (gloo on CPU, NCCL on GPU). What is gathered here is small and lives in CPU memory, so
+it has its own gloo group on every kind of machine.
 """
 
 import datetime
@@ -17,11 +17,8 @@ import torch.distributed as dist
 from mmopd.errors import CheckpointError
 from mmopd.runtime.network import free_port
 
-SRUN = {
-    "RANK": "SLURM_PROCID",
-    "WORLD_SIZE": "SLURM_STEP_NUM_TASKS",
-    "LOCAL_RANK": "SLURM_LOCALID",
-}  # of a task of a step
+# The variables that srun sets for a task of a job step.
+SRUN = {"RANK": "SLURM_PROCID", "WORLD_SIZE": "SLURM_STEP_NUM_TASKS", "LOCAL_RANK": "SLURM_LOCALID"}
 T = TypeVar("T")
 
 
@@ -33,21 +30,21 @@ class Ranks:
     size: int
     device: torch.device
     group: Any  # gloo process group for objects and statistics
-    beat: Callable[[], None] = lambda: None  # called before this rank waits for others: it is not the one that hangs
+    beat: Callable[[], None] = lambda: None  # called before this rank waits for others, to show that it is alive
 
     def gather_objects(self, value: T) -> list[T]:
-        """`value` of every rank, in order of rank, on every rank."""
+        """Return `value` of every rank, in order of rank, on every rank."""
         self.beat()
         values: list[Any] = [None] * self.size
         dist.all_gather_object(values, value, group=self.group)
         return values
 
     def all_sum(self, values: Sequence[float]) -> list[float]:
-        """Element-wise sums over the ranks, in float64."""
+        """Return element-wise sums over the ranks, in float64."""
         return self._reduce(values, dist.ReduceOp.SUM)
 
     def all_max(self, values: Sequence[float]) -> list[float]:
-        """Element-wise maxima over the ranks."""
+        """Return element-wise maxima over the ranks."""
         return self._reduce(values, dist.ReduceOp.MAX)
 
     def barrier(self) -> None:
@@ -56,10 +53,10 @@ class Ranks:
         dist.barrier(group=self.group)
 
     def agree(self, fault: str) -> None:
-        """Go on if no rank has a fault; else raise the first one on all of them.
+        """Return if no rank has a fault; else raise the first fault on all ranks.
 
         Raises:
-            CheckpointError: a rank has one; what ranks agree on is whether each could write its files.
+            CheckpointError: a rank has a fault; ranks call this to agree on whether each could write its files.
         """
         if found := next(filter(None, self.gather_objects(fault)), ""):
             raise CheckpointError(found)
@@ -73,8 +70,9 @@ class Ranks:
 
 
 def start(timeout: float) -> Ranks:
-    """Join the process group that RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT describe, or SLURM's srun;
-    else alone.
+    """Join the process group, or run alone without a launcher.
+
+    The group is described by RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT, or by SLURM's srun.
 
     Args:
         timeout: seconds after which waiting for another rank is an error.
@@ -87,12 +85,11 @@ def start(timeout: float) -> Ranks:
     import deepspeed
     import deepspeed.ops
 
-    # Would compile C++ at start, and serves inference only: the collectives of training are gloo's or NCCL's.
+    # This op would compile C++ at start, and only inference uses it: training has the collectives of gloo or NCCL.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.utils.logger.setLevel("WARNING")
-    warnings.filterwarnings(
-        "ignore", "`torch.distributed.*` is deprecated", FutureWarning
-    )  # of DeepSpeed's own calls, at each of them
+    # DeepSpeed's own calls raise it, every time.
+    warnings.filterwarnings("ignore", "`torch.distributed.*` is deprecated", FutureWarning)
     limit = datetime.timedelta(seconds=timeout)
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if on_gpu else torch.device("cpu")
     if on_gpu:
@@ -107,9 +104,9 @@ def own_rank() -> int:
 
 
 def place(env: Mapping[str, str]) -> dict[str, str]:
-    """The variables of a rank whose launcher has set none: those of a task of srun, or of a rank that is alone.
+    """Return the variables of a rank whose launcher sets none: those of an srun task, or of a single rank.
 
-    With srun, MASTER_ADDR and MASTER_PORT are in its environment already: `mmopd train --launcher` has set them.
+    With srun, MASTER_ADDR and MASTER_PORT are in the environment already: `mmopd train --launcher` has set them.
     """
     if int(env.get("SLURM_STEP_NUM_TASKS", 1)) > 1:
         return {name: env[slurm] for name, slurm in SRUN.items()}
@@ -123,12 +120,12 @@ def place(env: Mapping[str, str]) -> dict[str, str]:
 
 
 def waited_in_vain(error: RuntimeError) -> bool:
-    """Whether it is the one of a collective that another rank has not joined in time."""
+    """Return true for the error of a collective that another rank has not joined in time."""
     return any(words in str(error).lower() for words in ("timed out", "timeout"))
 
 
 def was_left(error: RuntimeError) -> bool:
-    """Whether it is the one of a collective in which another rank has ended."""
+    """Return true for the error of a collective in which another rank has ended."""
     return any(words in str(error).lower() for words in ("connection closed by peer", "connection reset by peer"))
 
 

@@ -1,4 +1,4 @@
-"""The student as a HF folder that transformers and vLLM load."""
+"""Export the student as a HF folder that transformers and vLLM load."""
 
 import shutil
 from pathlib import Path
@@ -16,15 +16,15 @@ WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.js
 def export(trainer: Trainer, target: Path, card: str = "") -> Path:
     """Write weights, configuration, processor, tokenizer and generation settings to `target`; collective.
 
-    Written under a temporary name and then renamed, so `target` is whole or not there. Everything but the weights and
-    their configuration is the source folder's own, unchanged. If adapters were trained, the weights have them merged,
-    and they are in `target/adapter` on their own, as a peft folder for the source folder's model.
+    The folder is written under a temporary name and then renamed, so `target` is complete or absent. Everything but the
+    weights and their configuration is copied from the source folder. Trained adapters are merged into the weights, and
+    also written to `target/adapter` as a peft folder for the source model.
 
     Args:
-        card: the text of its README.md; the source's own is of another model.
+        card: the text of README.md; the source's own describes another model.
 
     Raises:
-        UserError: it cannot be written, on all ranks.
+        UserError: it cannot be written; raised on all ranks.
     """
     state = {name: weight.detach().to("cpu", copy=True) for name, weight in trainer.named_weights()}
     torn = target.with_name(f".{target.name}.partial")
@@ -33,12 +33,11 @@ def export(trainer: Trainer, target: Path, card: str = "") -> Path:
     try:
         if writes:
             shutil.rmtree(torn, ignore_errors=True)
-        if trainer.settings.lora is not None:  # gathered by all before rank 0 writes it
+        if trainer.settings.lora is not None:  # all ranks gather, rank 0 writes
             save_adapter(trainer.student, trainer.settings.lora, trainer.source, torn / ADAPTER, write=writes)
         if writes:
-            trainer.student.save_pretrained(
-                torn, state_dict=state, save_original_format=False
-            )  # it is the checkpoint's format already
+            # The state has the checkpoint's format already.
+            trainer.student.save_pretrained(torn, state_dict=state, save_original_format=False)
             _complete(torn, trainer.source)
             if card:
                 (torn / CARD).write_text(card)

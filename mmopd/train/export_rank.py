@@ -1,5 +1,6 @@
-"""One rank of `mmopd export`: `python -m mmopd.train.export_rank RUN CHECKPOINT OUT`, in the environment of a training
-rank.
+"""One rank of `mmopd export`, started with the environment of a training rank.
+
+Usage: `python -m mmopd.train.export_rank RUN CHECKPOINT OUT`.
 """
 
 import logging
@@ -21,7 +22,7 @@ logger = logging.getLogger("mmopd.train.export_rank")
 
 
 def main() -> int:
-    """Load and write; a UserError ends with its message and the status of its kind."""
+    """Load the checkpoint and write the export; return the exit status, for a UserError that of its kind."""
     logs.start(f"export{distributed.own_rank()}")
     folder, checkpoint, out = map(Path, sys.argv[1:])
     run = RunFolder(folder)

@@ -1,7 +1,7 @@
-"""Students: Qwen-VL models whose head answers with log-probs of given tokens; logits [T, V] never exist.
+"""Students: Qwen-VL models whose head returns log-probs of given tokens; logits [T, V] never exist as a whole.
 
-The head is `lm_head` itself under another class, so names, tying and ZeRO-3's gathering stay as they are. The
-chunked log-softmax is Liger's (private there, hence pinned in the constraints and tested against the plain one).
+The head is `lm_head` itself with another class, so names, tying and ZeRO-3's gathering do not change. The chunked
+log-softmax is Liger's (private there, hence pinned in the constraints and tested against the plain one).
 """
 
 from collections.abc import Sequence
@@ -19,10 +19,10 @@ VOCABULARY_CHUNK = GPU_CHUNK if torch.cuda.is_available() else CPU_CHUNK
 
 
 class LogprobHead(nn.Linear):
-    """A linear head that can answer with log-probs of `targets` in float32 instead of logits."""
+    """A linear head that can return float32 log-probs of `targets` instead of logits."""
 
     def forward(self, hidden: Tensor, targets: Tensor | None = None) -> Tensor:
-        """Logits [..., V] of hidden [..., H]; or log-probs [M] or [M, K] of targets of that shape for hidden [M, H]."""
+        """Return logits [..., V] of hidden [..., H]; or log-probs of `targets` [M] or [M, K] for hidden [M, H]."""
         if targets is None:
             return super().forward(hidden)
         if targets.ndim == 2:
@@ -34,13 +34,16 @@ class LogprobHead(nn.Linear):
         return logprobs
 
     def _several(self, hidden: Tensor, targets: Tensor) -> Tensor:
-        """Log-probs [R, K] of targets [R, K]; the logits of R rows exist while it runs, and again in the backward pass."""
+        """Return log-probs [R, K] of targets [R, K].
+
+        The logits of R rows exist while this runs, and again in the backward pass.
+        """
         logits = super().forward(hidden).float()
         return logits.gather(1, targets) - logits.logsumexp(1, keepdim=True)
 
 
 class Student:
-    """What the students share: the log-prob head, and one call of the vision tower per forward pass."""
+    """Common part of the students: the log-prob head, and one call of the vision tower per forward pass."""
 
     lm_head: nn.Module
     model: Any
@@ -51,7 +54,7 @@ class Student:
 
     @classmethod
     def is_custom_code(cls) -> bool:
-        """False, so that transformers applies the weight conversions of the family, which it finds by class name."""
+        """Return False, so that transformers applies the weight conversions of the family, found by class name."""
         return False
 
     def forward(
@@ -63,8 +66,7 @@ class Student:
         video_index: Sequence[int] = (),
         **kwargs: Any,
     ) -> Any:
-        """The base class's forward, or, with `logprob_targets` [M] or [M, K], their float32 log-probs of the same
-        shape.
+        """Run the base class's forward; or return float32 log-probs of `logprob_targets` [M] or [M, K].
 
         Args:
             logprob_index: [M] rows of the flattened [B * W] hidden states that predict the targets.
@@ -84,7 +86,7 @@ class Student:
 
 
 def _pick(seen: Any, index: Sequence[int]) -> Any:
-    """What the vision tower says of these images or clips, in this order."""
+    """Return the vision tower's output for these images or clips, in this order."""
     picked = copy(seen)
     picked.pooler_output = tuple(seen.pooler_output[i] for i in index)
     if getattr(seen, "deepstack_features", None) is not None:

@@ -1,7 +1,7 @@
 """The training loop. A step: draw, roll out, balance and calibrate, update, sync, probe, record, checkpoint.
 
-Every rank runs it. Prompts, balance and packing are computed alike on all ranks from the same numbers; a rank rolls out
-its own groups and decodes its own images, and rank 0 alone sends weights and writes metrics.
+Every rank runs it. All ranks compute prompts, balance and packing from the same data, so the results agree. Each rank
+rolls out its own groups and decodes its own images; only rank 0 sends weights and writes metrics.
 """
 
 import asyncio
@@ -51,15 +51,15 @@ async def train(
     """Train from the last checkpoint of the run, or from the start, to the end; then export.
 
     Args:
-        changed: sources that were added to the mixture or removed from it on purpose, since the checkpoint.
-        stop: once it is set on a rank, or the run has a file `stop`, all end behind the step that they are in, with a
-            checkpoint and without an export.
+        changed: sources that were added to or removed from the mixture on purpose since the checkpoint.
+        stop: stop request. Once it is set on a rank, or the run has a file `stop`, all ranks finish the current step,
+            save a checkpoint and return without an export.
         watchdog: is told of all progress.
 
     Raises:
         UserError: too many responses lack a score, too many updates were skipped, or the run cannot be continued with
             this data.
-        EngineError: the student's engine is gone for good.
+        EngineError: the student's engine is lost permanently.
         ProbeError: engine and trainer disagree after a weight sync.
     """
     encoder = Encoder(recipe.student.model)
@@ -113,7 +113,7 @@ async def train(
                         | stream.metrics()
                     )
                     recorder.step(step, rolling.prompts, samples, batch, updates=updates, more=more)
-                clock = Clock(watchdog)  # a checkpoint counts in the next step: the metrics of this one are written
+                clock = Clock(watchdog)  # checkpoint time is reported with the next step
                 stopping = any(ranks.all_max([stop.is_set() or run.stop.exists()]))
                 if (step + 1) % recipe.train.checkpoint_every == 0 or last or stopping:
                     with clock("checkpoint"):
@@ -127,7 +127,7 @@ async def train(
 
 
 def connect_engines(run: RunFolder, recipe: Recipe, ranks: Ranks) -> WeightSync[Any] | None:
-    """The link over which rank 0 sends weights to the student's engines; None on other ranks."""
+    """Return the link over which rank 0 sends weights to the student's engines; None on other ranks."""
     if ranks.rank != 0:
         return None
     students, _ = endpoint.load_by_role(run.endpoints)
@@ -135,7 +135,7 @@ def connect_engines(run: RunFolder, recipe: Recipe, ranks: Ranks) -> WeightSync[
 
 
 def open_stream(run: RunFolder, recipe: Recipe, encoder: Encoder) -> Stream:
-    """The prompts of a run, from their start.
+    """Return the prompts of a run, from the first one.
 
     Raises:
         UserError: a source cannot be opened, or its difficulty was not measured.
@@ -151,7 +151,7 @@ def open_stream(run: RunFolder, recipe: Recipe, encoder: Encoder) -> Stream:
 def restore(
     checkpoints: Checkpoints, trainer: Trainer, stream: Stream, updater: SkippingUpdater, changed: Collection[str]
 ) -> int:
-    """Steps done: those of the newest whole checkpoint, whose state trainer, stream and updater take; 0 without one."""
+    """Restore trainer, stream and updater from the newest whole checkpoint; return its steps, 0 without one."""
     latest = checkpoints.latest()
     if latest is None:
         return 0
@@ -170,9 +170,7 @@ def learn(
     *,
     step: int,
 ) -> tuple[Batch, list[dict[str, float]], dict[str, float]]:
-    """Balance, calibrate, update. What the samples became, what each optimiser step returned, and metrics beside
-    these.
-    """
+    """Balance, calibrate and update; return the batch, the results of each optimiser step, and further metrics."""
     old, seen = recompute(trainer, samples, prompts) if recipe.recomputes else (None, {})
     batch = build_batch(samples, recipe.algorithm, seed_of(recipe.seed, step), old)
     batches = minibatches(batch, prompts, recipe.train.minibatches)
@@ -181,9 +179,7 @@ def learn(
 
 
 def share_right(outcomes: Sequence[Outcome], settings: Algorithm) -> float | None:
-    """Of the student's own responses, by which checkpoints are told apart; None where there is none, or none is
-    known.
-    """
+    """Return the share of the student's responses that are right, which scores a checkpoint; None if unknown."""
     known = [outcome.value >= settings.outcome_threshold for outcome in outcomes if outcome.known]
     return fmean(known) if known and settings.objective.samples_rollouts else None
 
@@ -192,7 +188,7 @@ def check_absent(samples: Sequence[Sample], limit: float, step: int) -> None:
     """Go on without the responses that could not be scored, unless they are too many.
 
     Raises:
-        UserError: names the causes, with one detail of each.
+        UserError: they are too many; the message names the causes, with one detail of each.
     """
     absent = [s.score for s in samples if isinstance(s.score, Absent)]
     if len(absent) > limit * len(samples):
@@ -207,15 +203,13 @@ def check_absent(samples: Sequence[Sample], limit: float, step: int) -> None:
 
 
 def scoring(counts: Counter[str]) -> dict[str, float]:
-    """What the scores of a step cost, as metrics: requests, those that failed by cause, those that were hedged or not
-    needed.
-    """
+    """Return the cost of a step's scores, as metrics: requests, failures by cause, hedged requests, reused scores."""
     always = {f"scoring/{name}": float(counts[name]) for name in ("requests", "reused", "hedged")}
     return always | {f"scoring/{name}": float(n) for name, n in sorted(counts.items()) if name.startswith("failed/")}
 
 
 class Clock:
-    """Seconds of each part of a step."""
+    """Measures the seconds of each part of a step."""
 
     def __init__(self, watchdog: Watchdog) -> None:
         self.seconds: dict[str, float] = {}
@@ -231,7 +225,7 @@ class Clock:
         self.seconds[part] = time.perf_counter() - begin
 
     def metrics(self) -> dict[str, float]:
-        """The parts, and the whole since the step began."""
+        """Return the seconds of the parts, and of the whole step so far."""
         return {"seconds": time.perf_counter() - self._begin} | {
             f"seconds/{part}": s for part, s in self.seconds.items()
         }

@@ -1,10 +1,8 @@
-"""LoRA by peft: adapters beside the student's linear layers, which alone are trained.
+"""LoRA by peft: adapters on the student's linear layers; only they are trained.
 
-To everyone outside, the student has the weights that it would have if the adapters were merged: engine and export know
-    nothing of LoRA
-([docs/decisions/015](../../docs/decisions/015-adapters-reach-the-engine-merged.md)). There is no dropout: with it the
-policy that is trained would not be the one that was sampled. The experts of a mixture are no linear layers and get no
-adapters.
+Other modules see the weights with adapters merged: engine and export know nothing of LoRA
+([docs/decisions/015](../../docs/decisions/015-adapters-reach-the-engine-merged.md)). There is no dropout: with it, the
+trained policy would differ from the sampled one. The experts of a mixture are not linear layers and get no adapters.
 """
 
 from collections.abc import Iterator
@@ -23,26 +21,25 @@ from mmopd.serving.lora import WEIGHTS
 from mmopd.train.families import adapted_layers
 
 NAME = "default"  # peft's for the one adapter of a model
-BASE = ".base_layer."  # stands in the names of weights that have an adapter
+BASE = ".base_layer."  # part of the name of a weight that has an adapter
 
 
 @dataclass(frozen=True, slots=True)
 class Weight:
     """A weight of the student as the checkpoint has it."""
 
-    name: str  # without a trace of adapters
-    parameters: tuple[
-        Any, ...
-    ]  # what it is made of, to be gathered: itself; A [rank, in] and B [out, rank], if it has an adapter
+    name: str  # without the parts that peft adds
+    # The parameters to gather for it: its own, and with an adapter A [rank, in] and B [out, rank].
+    parameters: tuple[Any, ...]
     scale: float = 0.0
 
     @property
     def trained(self) -> bool:
-        """Whether an optimiser step may change it."""
+        """True if an optimiser step may change it."""
         return any(p.requires_grad for p in self.parameters)
 
     def value(self) -> Tensor:
-        """What it is now, its adapter merged; the sum is made in float32 and rounded once."""
+        """Return the current value with its adapter merged; the sum is computed in float32 and rounded once."""
         own: Tensor = self.parameters[0].data
         if len(self.parameters) == 1:
             return own
@@ -52,11 +49,10 @@ class Weight:
 
 
 def add_adapters(student: Any, settings: Lora) -> None:
-    """Put an adapter beside each linear layer that the settings mean, and freeze everything else. The model computes
-    what it did before.
+    """Add an adapter to each linear layer that the settings select, and freeze everything else; outputs do not change.
 
     Raises:
-        UserError: no layer is meant.
+        UserError: no layer is selected.
     """
     linear = [name for name, module in student.named_modules() if isinstance(module, nn.Linear)]
     chosen = adapted_layers(linear, settings)
@@ -66,9 +62,7 @@ def add_adapters(student: Any, settings: Lora) -> None:
 
 
 def weights(student: Any) -> Iterator[Weight]:
-    """The weights of a student, with or without adapters, by the names that it has without; a tied head is not
-    named.
-    """
+    """Return the weights of a student under their names without adapters; a tied head is left out."""
     for name, p in student.named_parameters():
         if ".lora_A." in name or ".lora_B." in name:
             continue
@@ -83,7 +77,7 @@ def weights(student: Any) -> Iterator[Weight]:
 
 
 def save_adapter(student: Any, settings: Lora, base: Path, folder: Path, *, write: bool) -> None:
-    """Write the adapters as a peft folder; collective, `write` on one rank."""
+    """Write the adapters as a peft folder; collective, with `write` true on one rank."""
     import deepspeed
 
     layers = [(name, module) for name, module in student.named_modules() if isinstance(module, LoraLayer)]

@@ -1,12 +1,12 @@
-"""Responses as micro-batches: which rank computes which, when, and as which tensors.
+"""Pack responses into micro-batches: which rank computes which, when, and as which tensors.
 
-Three steps. `deal` gives items to (rank, micro-step), those of a prompt together, from sizes alone, so every rank knows
-the whole assignment without talking. `fill_rows` packs the trees of one micro-batch into rows. `Collator` makes the
-tensors; only the rank that computes a micro-batch decodes its images.
+There are three steps. `deal` gives items to (rank, micro-step), those of a prompt together, from sizes alone, so every
+rank knows the whole assignment without communication. `fill_rows` packs the trees of one micro-batch into rows.
+`Collator` makes the tensors; only the rank that computes a micro-batch decodes its images.
 
 With flash attention one row holds all trees; torch's attention computes a W x W mask per row, so rows are short there.
-Every micro-batch has at least one image, a blank one if need be: ZeRO-3 needs the vision tower to run as often on every
-rank. Images and clips go through it in one call.
+Every micro-batch has at least one image, a blank one if need be: ZeRO-3 needs the vision tower to run equally often on
+every rank. Images and clips go through it in one call.
 
 Letters: T tokens of a response, B rows, W width, M response tokens of a micro-batch, I images and clips.
 """
@@ -25,11 +25,10 @@ from mmopd.modality import Encoder
 from mmopd.records import Encoded
 from mmopd.train.prefix_tree import Item, Tree, grow, mask, sequences
 
-# Of torch's attention, whose mask is W x W: tokens of a row, unless three of the longest sample are more.
+# Tokens of a row for torch's attention, whose mask is W x W; three times the longest sample if that is more.
 ROW = 256
-Layout = Literal[
-    "masked", "flash", "alone"
-]  # rows of torch's attention; one row of flash attention; one sample a row, no tree
+# Rows for torch's attention; one row for flash attention; one sample per row, without a tree.
+Layout = Literal["masked", "flash", "alone"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +36,7 @@ class MicroBatch:
     """The tensors of one forward and backward pass."""
 
     inputs: dict[str, Any]  # arguments of the student's forward
-    used: int  # of the tokens that are computed; the others are padding
+    used: int  # computed tokens that are not padding
     old: Float[Tensor, " M"]
     advantage: Float[Tensor, " M"]
     weight: Float[Tensor, " M"]
@@ -46,7 +45,7 @@ class MicroBatch:
     likeliest: Float[Tensor, "M K"] | None = None
 
     def to(self, device: torch.device) -> "MicroBatch":
-        """The same on another device."""
+        """Return the micro-batch on another device."""
         inputs = {k: v.to(device, non_blocking=True) if isinstance(v, Tensor) else v for k, v in self.inputs.items()}
         likeliest = self.likeliest.to(device) if self.likeliest is not None else None
         return MicroBatch(
@@ -61,7 +60,7 @@ class MicroBatch:
 
 
 class Size(NamedTuple):
-    """What `assign` knows of a piece of work."""
+    """The size of a piece of work, as `assign` sees it."""
 
     cost: float  # of its forward and backward pass, in any unit
     tokens: int
@@ -69,16 +68,18 @@ class Size(NamedTuple):
 
 
 class Cost(NamedTuple):
-    """What a model's work depends on."""
+    """The properties of a model that determine its work."""
 
     hidden: int
-    patch: float  # numbers of the vision tower, by those of the language model
+    patch: float  # ratio of vision to language parameters
 
     def of(self, tree: Sequence[Item]) -> Size:
-        """In tokens that see nothing: each token that is seen by one adds 1 / (6 H), a patch what its tower's size
-        says.
+        """Return the size of a tree, with the cost in tokens without attention.
+
+        Each pair of a token and one that it attends to adds 1 / (6 H); a patch adds `patch`.
         """
-        prompt, responses = len(tree[0].encoded.expanded), [len(item.tokens) for item in tree]
+        prompt = len(tree[0].encoded.expanded)
+        responses = [len(item.tokens) for item in tree]
         tokens = prompt + sum(responses)
         seen = prompt**2 / 2 + sum(T * (prompt + T / 2) for T in responses)
         return Size(tokens + seen / (6 * self.hidden) + tree[0].patches * self.patch, tokens, tree[0].patches)
@@ -87,11 +88,10 @@ class Cost(NamedTuple):
 def deal(
     items: Sequence[Item], ranks: int, max_tokens: int, max_patches: int, cost: Cost, *, together: bool = True
 ) -> list[list[list[int]]]:
-    """Item numbers by [rank][micro-step], as `assign` has it; those of a prompt together, as far as ranks can be alike
-    all the same.
+    """Return item numbers by [rank][micro-step], as `assign` does; a prompt's items stay together if balance allows.
 
     Args:
-        together: False for a student that computes each sample by itself.
+        together: False for a student that computes each sample separately.
     """
     limit = min(sum(item.length for item in items) // (4 * ranks), max_tokens // 4) if together else 0
     trees = grow(items, range(len(items)), limit)
@@ -100,10 +100,10 @@ def deal(
 
 
 def assign(sizes: Sequence[Size], ranks: int, max_tokens: int, max_patches: int) -> list[list[list[int]]]:
-    """Numbers in `sizes` by [rank][micro-step], within the budgets and balanced by cost.
+    """Return numbers in `sizes` by [rank][micro-step], within the budgets and balanced by cost.
 
-    The smallest number of micro-steps in which either way of `_bins` finds room; the same number on every rank, and
-    costs that are alike within a micro-step. What is larger than a budget gets a micro-batch to itself.
+    Uses the smallest number of micro-steps for which one of the two methods of `_bins` finds room. All ranks have the
+    same number of micro-steps, and similar costs within each. A piece that exceeds a budget gets its own micro-batch.
     """
     steps = max(
         1,
@@ -116,7 +116,7 @@ def assign(sizes: Sequence[Size], ranks: int, max_tokens: int, max_patches: int)
     bins.sort(key=lambda b: -sum(sizes[i].cost for i in b))
     plan: list[list[list[int]]] = [[] for _ in range(ranks)]
     for step in range(steps):
-        # Every other step is dealt backwards, so that no rank always has the cheapest micro-batch.
+        # Every other step is dealt in reverse, so that no rank always has the cheapest micro-batch.
         dealt = bins[step * ranks : (step + 1) * ranks][:: 1 if step % 2 == 0 else -1]
         for rank in range(ranks):
             plan[rank].append(sorted(dealt[rank]))
@@ -126,13 +126,15 @@ def assign(sizes: Sequence[Size], ranks: int, max_tokens: int, max_patches: int)
 def _bins(
     sizes: Sequence[Size], n: int, max_tokens: int, max_patches: int, *, tight: bool = False
 ) -> list[list[int]] | None:
-    """`n` bins, or None where a piece finds no room.
+    """Return `n` bins, or None if a piece finds no room.
 
-    Dearest first, onto the cheapest bin that has room (LPT), which makes them alike; `tight`: largest first, into the
-    fullest that has room (best fit), which may need fewer.
+    By default the most expensive piece goes first, into the cheapest bin that has room (LPT), which balances the bins.
+    With `tight` the largest goes first, into the fullest bin that has room (best fit), which may need fewer bins.
     """
     bins: list[list[int]] = [[] for _ in range(n)]
-    cost, tokens, patches = np.zeros(n), np.zeros(n), np.zeros(n)
+    cost = np.zeros(n)
+    tokens = np.zeros(n)
+    patches = np.zeros(n)
     large = [max(s.tokens / max_tokens, s.patches / max_patches) if tight else s.cost for s in sizes]
     for i in sorted(range(len(sizes)), key=lambda i: (-large[i], i)):
         room = (tokens == 0) | ((tokens + sizes[i].tokens <= max_tokens) & (patches + sizes[i].patches <= max_patches))
@@ -147,7 +149,7 @@ def _bins(
 
 
 def fill_rows(lengths: Sequence[int], layout: Layout, width: int) -> list[list[int]]:
-    """Positions in `lengths` by row: one in each, all in one, or first-fit decreasing into rows of `width`."""
+    """Return positions in `lengths` by row: one per row, all in one, or first-fit decreasing into rows of `width`."""
     if layout == "alone":
         return [[i] for i in range(len(lengths))]
     if layout == "flash":
@@ -171,7 +173,7 @@ class Collator:
     Args:
         encoder: decodes images, and knows the tokens that stand for images and clips.
         rope: the model's `get_rope_index`.
-        patch_size: numbers per vision patch (channels x time x rows x columns).
+        patch_size: values per vision patch (channels x time x rows x columns).
         merge: patches per visual token, per side.
         layout: what the student's attention takes; `alone` for a model whose state would run on into the next sample.
     """
@@ -184,7 +186,7 @@ class Collator:
         self.layout = layout
 
     def __call__(self, items: Sequence[Item], chosen: Sequence[int]) -> MicroBatch:
-        """The micro-batch of the `chosen` items; a dummy of weight 0 if none are."""
+        """Return the micro-batch of the `chosen` items; a dummy of weight 0 if there are none."""
         room = max([ROW, *(3 * items[i].length for i in chosen)])
         limit = {"masked": room, "flash": sum(items[i].length for i in chosen), "alone": 0}[self.layout]
         trees = [
@@ -197,9 +199,8 @@ class Collator:
         rows = [[trees[k] for k in row] for row in fill_rows(lengths, self.layout, room)]
         width = max(sum(len(tree.ids) for tree in row) for row in rows)
         ids = torch.zeros(len(rows), width, dtype=torch.long)
-        positions = torch.zeros(
-            4, len(rows), width, dtype=torch.long
-        )  # without a mask, padding is samples of one token each
+        # Without a mask, padding is samples of one token each.
+        positions = torch.zeros(4, len(rows), width, dtype=torch.long)
         index: list[Tensor] = []
         pictures = _Pictures(self.encoder, self.patch_size, self.merge)
         for r, row in enumerate(rows):
@@ -243,7 +244,7 @@ class Collator:
         return MicroBatch(inputs, sum(lengths), old, advantage, weight, order, likeliest)
 
     def _positions(self, encoded: Encoded) -> Int[Tensor, "4 P"]:
-        """Positions of a prompt: text, then mRoPE's time, row and column."""
+        """Return positions [4, P] of a prompt: text, then mRoPE's time, row and column."""
         ids = torch.tensor(encoded.expanded)
         text = torch.arange(len(ids))
         if not encoded.prompt.is_visual:
@@ -255,7 +256,7 @@ class Collator:
 
 
 class _Pictures:
-    """The images and clips of a micro-batch: each prompt's decoded once, however many responses it has here."""
+    """The images and clips of a micro-batch; those of a prompt are decoded once, however many responses share it."""
 
     def __init__(self, encoder: Encoder, patch_size: int, merge: int) -> None:
         self.encoder = encoder

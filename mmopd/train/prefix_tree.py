@@ -1,10 +1,9 @@
-"""Responses that share a prompt, as a tree: the prompt is computed once, and each response behind it as if it were
-alone with it.
+"""Responses that share a prompt, as a tree: the prompt is computed once, and each response as if it were alone with it.
 
-A group of G takes P + T_1 + ... + T_G tokens instead of G P + T_1 + ... + T_G. What a token sees, and where it stands,
-are what they would be in a sample of its own, so that log-probs and gradients are, too. Torch's attention is told by a
-mask; flash attention by sequences that have more keys than queries: a response's keys are the prompt's and its own [not
-run on GPU].
+A group of G takes P + T_1 + ... + T_G tokens instead of G P + T_1 + ... + T_G. Each token has the same context and
+position as in a separate sample, so log-probs and gradients are the same too. Torch's attention gets a mask; flash
+attention gets sequences that have more keys than queries: a response's keys are the prompt's and its own [not run on
+GPU].
 
 Letters: P tokens of a prompt, T of a response, B rows, W width of a row.
 """
@@ -24,7 +23,7 @@ from mmopd.train.limits import KEYS
 
 @dataclass(frozen=True, slots=True)
 class Item:
-    """A response of T tokens, with what its loss is made of."""
+    """A response of T tokens, with the inputs of its loss."""
 
     encoded: Encoded
     tokens: tuple[int, ...]
@@ -36,7 +35,7 @@ class Item:
 
     @classmethod
     def to_score(cls, encoded: Encoded, tokens: tuple[int, ...]) -> "Item":
-        """An item that is only asked for its log-probs."""
+        """Return an item that only needs log-probs."""
         nothing = torch.zeros(len(tokens))
         return cls(encoded, tokens, nothing, nothing, nothing)
 
@@ -55,19 +54,19 @@ class Item:
 class Tree:
     """Responses to one prompt."""
 
-    numbers: tuple[int, ...]  # of their items; none: it is the blank image
+    numbers: tuple[int, ...]  # of their items; empty for the blank image
     ids: Int[Tensor, " W"]
     positions: Int[Tensor, "4 W"]  # text, then mRoPE's time, row and column
     lengths: tuple[int, ...]  # of the prompt, then of each response; W together
 
     @classmethod
     def blank(cls, image_token: int) -> "Tree":
-        """One visual token."""
+        """Return a tree of one visual token."""
         return cls((), torch.tensor([image_token]), torch.zeros(4, 1, dtype=torch.long), (1,))
 
     @classmethod
     def of(cls, items: Sequence[Item], numbers: Sequence[int], prompt: Int[Tensor, "4 P"]) -> "Tree":
-        """Of items with one prompt, whose positions are `prompt`; each response begins where it ends."""
+        """Return the tree of items that share a prompt with positions [4, P]; responses begin where it ends."""
         responses = [items[i].tokens for i in numbers]
         encoded = items[numbers[0]].encoded
         lengths = (prompt.shape[1], *map(len, responses))
@@ -80,14 +79,12 @@ class Tree:
 
     @property
     def branches(self) -> Int[Tensor, " W"]:
-        """0 for the prompt, k for the k-th response."""
+        """[W] 0 for the prompt, k for the k-th response."""
         return torch.repeat_interleave(torch.arange(len(self.lengths)), torch.tensor(self.lengths))
 
     @property
     def predictors(self) -> Int[Tensor, " M"]:
-        """For each token of the responses, in order, which token of the tree predicts it: the one before it, or the
-        prompt's last.
-        """
+        """Index of the token that predicts each response token, in order: the one before it, or the prompt's last."""
         prompt, *responses = self.lengths
         begins = accumulate(self.lengths[:-1])
         last = torch.tensor([prompt - 1])
@@ -97,17 +94,21 @@ class Tree:
 
 
 def grow(items: Sequence[Item], chosen: Sequence[int], limit: int) -> list[list[int]]:
-    """Numbers of the `chosen` items by tree: those of a prompt, cut where a tree would exceed `limit` tokens (0: an
-    item each) or KEYS.
+    """Return the numbers of the `chosen` items by tree.
+
+    A tree holds items of one prompt, and is cut where it would exceed `limit` tokens (0: one item per tree) or KEYS.
     """
     found: list[list[int]] = []
-    last: dict[str, tuple[list[int], int]] = {}  # key of a prompt -> its newest tree, and the tokens of that
+    last: dict[str, tuple[list[int], int]] = {}  # key of a prompt -> its newest tree and the tokens of that tree
     for i in chosen:
-        key, prompt, more = items[i].encoded.prompt.key, len(items[i].encoded.expanded), len(items[i].tokens)
+        key = items[i].encoded.prompt.key
+        prompt = len(items[i].encoded.expanded)
+        more = len(items[i].tokens)
         tree, tokens = last.get(key, ([], 0))
-        keys = (len(tree) + 1) * prompt + tokens + more  # the prompt's own, and once more for each response
+        keys = (len(tree) + 1) * prompt + tokens + more  # the prompt's own keys, and these again for each response
         if not tree or tokens + more > limit or keys > KEYS * (tokens + more):
-            tree, tokens = [], prompt
+            tree = []
+            tokens = prompt
             found.append(tree)
         tree.append(i)
         last[key] = (tree, tokens + more)
@@ -115,26 +116,31 @@ def grow(items: Sequence[Item], chosen: Sequence[int], limit: int) -> list[list[
 
 
 def mask(rows: Sequence[Sequence[Tree]], width: int) -> Bool[Tensor, "B 1 W W"]:
-    """True where a query (third) sees a key (last); a token of padding sees itself."""
-    tree, branch = -torch.arange(1, width + 1).repeat(len(rows), 1), torch.zeros(len(rows), width, dtype=torch.long)
+    """Return bool [B, 1, W, W], True where a query (third) sees a key (last); a token of padding sees itself."""
+    tree = -torch.arange(1, width + 1).repeat(len(rows), 1)
+    branch = torch.zeros(len(rows), width, dtype=torch.long)
     for r, row in enumerate(rows):
         end = 0
         for k, one in enumerate(row):
             begin, end = end, end + len(one.ids)
-            tree[r, begin:end], branch[r, begin:end] = k, one.branches
+            tree[r, begin:end] = k
+            branch[r, begin:end] = one.branches
     same = tree[:, :, None] == tree[:, None, :]
     open_to = (branch[:, None, :] == 0) | (branch[:, :, None] == branch[:, None, :])
     return (same & open_to & torch.ones(width, width, dtype=torch.bool).tril())[:, None]
 
 
 def sequences(row: Sequence[Tree]) -> dict[str, Any]:
-    """The same for flash attention over one row: each prompt and each response is a sequence of queries.
+    """Return the same for flash attention over one row: each prompt and each response is a sequence of queries.
 
     Returns:
-        key_index: the row's tokens that are the keys, sequence after sequence; the rest is in transformers' words.
-            Queries are the last of their keys, as causal masks of flash attention (2.1 and later) have it.
+        key_index: the row's tokens that serve as keys, sequence after sequence; the other entries have transformers'
+            names. Queries are the last of their keys, as causal masks of flash attention (2.1 and later) have it.
     """
-    queries, keys, index, end = [], [], [], 0
+    queries = []
+    keys = []
+    index = []
+    end = 0
     for tree in row:
         prompt = torch.arange(end, end + tree.lengths[0])
         for k, length in enumerate(tree.lengths):
@@ -154,7 +160,7 @@ def sequences(row: Sequence[Tree]) -> dict[str, Any]:
 
 
 def with_key_index(attend: Callable[..., Any]) -> Callable[..., Any]:
-    """An attention function of transformers' that takes what `sequences` gives; without `key_index` it is what it was."""
+    """Return an attention function of transformers that also takes the output of `sequences`."""
 
     def attend_by_index(
         module: Any,

@@ -1,9 +1,9 @@
-"""One training rank: `python -m mmopd.train.rank RUN [SOURCE]...`, with RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and
-MASTER_PORT set.
+"""One training rank: `python -m mmopd.train.rank RUN [SOURCE]...`.
 
-`mmopd train` starts the ranks of one machine; any launcher that sets these variables starts them on several (torchrun,
-deepspeed; srun's own are understood), while `mmopd train --launcher` keeps the servers up. The SOURCEs are those that
-were added or removed on purpose before a resume.
+The environment must hold RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT. `mmopd train` starts the ranks of
+one machine. On several machines any launcher that sets these variables can start them (torchrun, deepspeed; srun's own
+variables are understood too), while `mmopd train --launcher` runs the servers. The SOURCEs are those that were added or
+removed on purpose before a resume.
 """
 
 import asyncio
@@ -33,15 +33,16 @@ logger = logging.getLogger("mmopd.train.rank")
 
 
 def main() -> int:
-    """Train; a UserError ends with its message and the status of its kind, and SIGTERM with a checkpoint, behind the
-    running step, and status 0.
+    """Train, and return the exit status.
+
+    A UserError ends with its message and the status of its kind. After SIGTERM the rank finishes the current step,
+    saves a checkpoint and returns 0.
     """
     logs.start(f"rank{distributed.own_rank()}")
     if not torch.cuda.is_available():
         torch.set_num_threads(1)  # several processes with more threads than cores slow each other down 20 times
-    folder, *changed = (
-        argument for argument in sys.argv[1:] if not argument.startswith("--local_rank=")
-    )  # deepspeed's, beside LOCAL_RANK
+    # The deepspeed launcher adds --local_rank in addition to LOCAL_RANK.
+    folder, *changed = (argument for argument in sys.argv[1:] if not argument.startswith("--local_rank="))
     run = RunFolder(Path(folder))
     try:
         recipe = run.recipe()
@@ -53,10 +54,10 @@ def main() -> int:
 
 
 def work(run: RunFolder, recipe: Recipe, changed: Sequence[str], stop: threading.Event) -> int:
-    """Join the other ranks and train; the exit status.
+    """Join the other ranks, train, and return the exit status.
 
     Raises:
-        UserError: anything that a user can put right.
+        UserError: anything that a user can fix.
     """
     with joined(run, "rank", recipe.train.timeout) as (ranks, watchdog):
         students, _ = endpoint.load_by_role(run.endpoints)
@@ -68,15 +69,16 @@ def work(run: RunFolder, recipe: Recipe, changed: Sequence[str], stop: threading
 
 @contextmanager
 def joined(run: RunFolder, name: str, timeout: float) -> Iterator[tuple[Ranks, Watchdog]]:
-    """Be one of the ranks while the block lasts; if another one is why it ends, the exit status says so
-    (`mmopd.runtime.rank_processes.check_ranks`).
+    """Be one of the ranks while the block lasts; the exit status says whether another rank caused the end.
+
+    `mmopd.runtime.rank_processes.check_ranks` reads that status.
 
     Args:
         name: of these processes and their logs, before the number.
         timeout: of the recipe.
 
     Raises:
-        SystemExit: another rank did not come to a collective in time, or has ended in one.
+        SystemExit: another rank did not join a collective in time, or ended during one.
     """
     ranks = distributed.start(TOGETHER * timeout)
     watchdog = Watchdog(ranks.rank, timeout, pulse_of(run.logs / f"{name}{ranks.rank}.log"))
@@ -97,15 +99,15 @@ def joined(run: RunFolder, name: str, timeout: float) -> Iterator[tuple[Ranks, W
 
 
 def check_place(wanted: int, engine: str, places: Sequence[tuple[str, bool]]) -> None:
-    """The ranks are as many as the recipe says, and where they can do their work.
+    """Check that there are as many ranks as the recipe says, on hosts where they can do their work.
 
     Args:
         wanted: train.ranks.
-        engine: host of the student's.
-        places: of each rank, in order: its host, and whether the engine's name is one of that host.
+        engine: host of the student's engine.
+        places: for each rank, in order: its host, and true if the engine's name belongs to that host.
 
     Raises:
-        UserError: they are not, on all ranks; says what to change.
+        UserError: they cannot; raised on all ranks, with what to change.
     """
     hosts = list(dict.fromkeys(host for host, _ in places))
     if len(places) != wanted:
@@ -114,21 +116,20 @@ def check_place(wanted: int, engine: str, places: Sequence[tuple[str, bool]]) ->
         )
     if engine in {"127.0.0.1", "localhost"} and len(hosts) > 1:
         raise ConfigError(
-            f"ranks run on {', '.join(hosts)}, and the servers listen on one of them alone: mmopd train --host 0.0.0.0"
+            f"ranks run on {', '.join(hosts)}, but the servers listen on one host only: use mmopd train --host 0.0.0.0"
         )
     if not places[0][1]:
         raise ConfigError(
-            f"rank 0 is on {hosts[0]}, and the student's engine on {engine}: it hands over the weights through the "
-            "memory of one machine, "
-            f"so that {engine} has to come first in the launcher's list of hosts"
+            f"rank 0 is on {hosts[0]}, but the student's engine is on {engine}: rank 0 sends the weights through the "
+            f"memory of one machine; put {engine} first in the launcher's list of hosts"
         )
 
 
 def is_here(host: str) -> bool:
-    """Whether a name or an address is of this machine."""
+    """Return true if a name or an address belongs to this machine."""
     try:
         with socket.socket() as probe:
-            probe.bind((host, 0))  # only an address of its own can be bound
+            probe.bind((host, 0))  # a machine can bind only its own addresses
             return True
     except OSError:
         return False

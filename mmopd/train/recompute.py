@@ -1,6 +1,4 @@
-"""The log-probs of a batch by the trainer itself, in the place of those of the engine that sampled it:
-`train.old_logprobs: recompute`.
-"""
+"""Compute the log-probs of a batch by the trainer, in place of the engine's: `train.old_logprobs: recompute`."""
 
 from collections.abc import Sequence
 
@@ -14,14 +12,14 @@ from mmopd.train.trainer import Trainer
 def recompute(
     trainer: Trainer, samples: Sequence[Sample], prompts: Sequence[Encoded]
 ) -> tuple[list[torch.Tensor] | None, dict[str, float]]:
-    """log pi_theta [T] of each sample's tokens, before the update, and by how much the engine's differ. Collective.
+    """Return log pi_theta [T] of each sample's tokens before the update, and the mismatch with the engine. Collective.
 
-    Where one of them is not finite, none is used, but the engine's: the update meets the same, and is skipped and kept
-    (`train.skipped`).
+    If any value is not finite, the engine's log-probs are used: the update meets the same fault, and is skipped and
+    kept (`train.skipped`).
 
     Returns:
-        the log-probs, or None; and as metrics: mismatch and mismatch_mean, the largest and the mean |trainer - engine|
-        of a token, in nats.
+        the log-probs, or None; and metrics: mismatch and mismatch_mean, the largest and the mean |trainer - engine| of
+            a token, in nats.
     """
     old = trainer.logprobs([Item.to_score(prompts[s.group], s.response.tokens) for s in samples])
     gaps = (torch.cat(old) - torch.tensor([x for s in samples for x in s.response.logprobs])).abs()

@@ -1,6 +1,4 @@
-"""What is kept of a step: its numbers (metrics.jsonl, TensorBoard) and, now and then, a few responses token by
-token.
-"""
+"""Record a step: its metrics (metrics.jsonl, TensorBoard) and, in a few steps, some responses token by token."""
 
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
@@ -19,17 +17,17 @@ from mmopd.report.metrics import JsonLines, MetricsWriter
 from mmopd.runtime.run_folder import RunFolder, step_of
 from mmopd.train.batch import Batch, visual_advantage
 
-WHERE = ("kept", "balanced_away", "masked", "absent", "unknown")  # a response may have gone
-SHOWN = 6  # responses of each task that are kept token by token ...
-SHOWN_TIMES = 4  # ... so often in a run, first and last step included
+WHERE = ("kept", "balanced_away", "masked", "absent", "unknown")  # where a response may end up
+SHOWN = 6  # responses of each task that are written token by token ...
+SHOWN_TIMES = 4  # ... this many times in a run, first and last step included
 
 
 class Recorder:
-    """Writes the metrics and the samples of a run; one rank has one.
+    """Writes the metrics and the samples of a run; only one rank has a recorder.
 
     Args:
         steps: of the whole run.
-        done: steps of the checkpoint that the run goes on from; what was written for later steps is removed.
+        done: steps of the checkpoint that the run continues from; what was written for later steps is removed.
     """
 
     def __init__(self, run: RunFolder, algorithm: Algorithm, encoder: Encoder, *, steps: int, done: int) -> None:
@@ -60,12 +58,12 @@ class Recorder:
         updates: Sequence[Mapping[str, float]],
         more: Mapping[str, float],
     ) -> None:
-        """Keep the numbers of a step.
+        """Write the metrics of a step, and in some steps a few samples.
 
         Args:
             prompts: by group.
             updates: what the trainer returned for each optimiser step.
-            more: times, the probe, and what else is named in `mmopd.report.metrics`.
+            more: times, the probe, and other metrics that `mmopd.report.metrics` names.
         """
         metrics = sampled(samples)
         if self._on_policy:
@@ -86,7 +84,7 @@ class Recorder:
             self._show(step, prompts, batch)
 
     def _show(self, step: int, prompts: Sequence[Encoded], batch: Batch) -> None:
-        """A few responses of each task, each of another prompt; those first that were scored without the image too."""
+        """Write a few responses of each task, each of another prompt; first those also scored without the image."""
         groups: dict[str, set[int]] = defaultdict(set)
         for i in sorted(range(len(batch.samples)), key=lambda i: visual_advantage(batch.samples[i]) is None):
             sample = batch.samples[i]
@@ -104,7 +102,7 @@ class Recorder:
 
 
 def sampled(samples: Sequence[Sample]) -> dict[str, float]:
-    """What was sampled, and why outcomes are unknown and scores absent."""
+    """Return what was sampled, and why outcomes are unknown and scores absent."""
     unknown = Counter(s.outcome.cause for s in samples if not s.outcome.known)
     absent = Counter(s.score.cause for s in samples if isinstance(s.score, Absent))
     return {
@@ -119,7 +117,7 @@ def sampled(samples: Sequence[Sample]) -> dict[str, float]:
 
 
 def accuracy(prompts: Sequence[Encoded], samples: Sequence[Sample], threshold: float) -> dict[str, float]:
-    """How often the student was right, of what could be judged, in all and by task."""
+    """Return the share of right answers among those that could be judged, overall and by task."""
     right: dict[str, list[bool]] = defaultdict(list)
     for sample in samples:
         if sample.outcome.known:
@@ -131,15 +129,13 @@ def accuracy(prompts: Sequence[Encoded], samples: Sequence[Sample], threshold: f
 
 
 def entropy(samples: Sequence[Sample]) -> dict[str, float]:
-    """What the student's own log-probs of what it sampled tell of its entropy: no distribution is ever whole here."""
+    """Return an entropy estimate from the log-probs of the sampled tokens; no whole distribution is available."""
     tokens = sum(len(sample.response.tokens) for sample in samples)
     return {"entropy_estimate": -sum(sum(sample.response.logprobs) for sample in samples) / tokens} if tokens else {}
 
 
 def staleness(samples: Sequence[Sample], step: int) -> float:
-    """Mean age of the tokens: by how many updates the weights that sampled them are older than those that learn from
-    them.
-    """
+    """Return the mean age of the tokens: updates between the weights that sampled them and those that learn."""
     ages = Counter[str]()
     for sample in samples:
         ages.update(dict(sample.response.versions))
@@ -147,9 +143,7 @@ def staleness(samples: Sequence[Sample], step: int) -> float:
 
 
 def divergence(prompts: Sequence[Encoded], batch: Batch) -> dict[str, float]:
-    """The reverse KL of each task and of each teacher, over the tokens that count; nothing where no teacher is learnt
-    from.
-    """
+    """Return the reverse KL of each task and of each teacher over the counted tokens; empty without a teacher."""
     targets = batch.targets
     if targets.log_ratio is None or targets.counted is None:
         return {}
@@ -166,7 +160,7 @@ def divergence(prompts: Sequence[Encoded], batch: Batch) -> dict[str, float]:
 
 
 def visual(prompts: Sequence[Encoded], samples: Sequence[Sample]) -> dict[str, float]:
-    """What the image does for the responses that were to be scored without it too; nothing if none was."""
+    """Return the effect of the image on the responses that were also scored without it; empty if none was."""
     asked = [sample for sample in samples if sample.blind is not None]
     if not asked:
         return {}
@@ -180,8 +174,9 @@ def visual(prompts: Sequence[Encoded], samples: Sequence[Sample]) -> dict[str, f
 
 
 def calibration(targets: Targets) -> dict[str, float]:
-    """Return the diagnostics of the objective under the names of `mmopd.report.metrics`, without those that a step does
-    not have. Names that begin with `objective/` stay as they are.
+    """Return the diagnostics of the objective under the names of `mmopd.report.metrics`, as far as the step has them.
+
+    Names that begin with `objective/` stay as they are.
     """
     seen = targets.diagnostics
     shares = {"balanced_away": "balanced_away_share", "masked": "masked_share"}

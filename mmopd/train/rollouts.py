@@ -1,6 +1,4 @@
-"""Where the samples of a step come from: the student's rollouts, scored and verified; for SFT the answers that its
-teachers gave.
-"""
+"""Provide the samples of a step: the student's rollouts, scored and verified, or for SFT the teachers' answers."""
 
 import asyncio
 import time
@@ -34,14 +32,14 @@ LOOK_EVERY = 1.0  # seconds
 
 
 class Rollouts:
-    """The samples of all ranks, step by step. An async context manager; it lives in one event loop.
+    """The samples of all ranks, step by step. An async context manager, bound to one event loop.
 
     Attributes:
-        engines: the student's; each has a share of the groups.
+        engines: the student's; each serves a share of the groups.
         kept: scores since the last checkpoint.
 
     Raises:
-        UserError: a prompt has no teacher, a teacher no endpoint, or (SFT) its answers are not there.
+        UserError: a prompt has no teacher, a teacher has no endpoint, or (SFT) the teachers' answers are missing.
     """
 
     def __init__(
@@ -90,15 +88,14 @@ class Rollouts:
         return self._rolling
 
     async def finish(self, rolling: "Rolling", weight_publisher: WeightPublisher) -> tuple[list[Sample], float]:
-        """The samples in order of their groups, the same list on all ranks and however many there are; and the seconds
-        it took. Collective.
+        """Return the samples in order of their groups, the same on all ranks, and the seconds they took. Collective.
 
-        Where the engine was lost, it gets its weights anew, and the step is rolled out once more, from the same seeds.
-        Rollouts that ran ahead of a weight sync may have met an engine that it has replaced since: they get a second try
-        before any is thought lost.
+        If an engine was lost, it gets its weights again, and the step is rolled out once more with the same seeds.
+        Rollouts that ran ahead of a weight sync may have used an engine that was replaced since: they are repeated once
+        before an engine counts as lost.
 
         Raises:
-            EngineError: the engine is gone for good, or does not answer as it should.
+            EngineError: an engine is lost permanently, or does not answer as expected.
         """
         version = version_of(rolling.step)
         excused = self._recipe.rollout.async_steps > 0
@@ -114,14 +111,14 @@ class Rollouts:
         return samples, max(seconds for _, seconds in parts)
 
     def spent(self) -> Counter[str]:
-        """What the scorers have counted since the last call, on all ranks together. Collective."""
+        """Return what the scorers of all ranks have counted since the last call. Collective."""
         now = sum((scorer.counts for scorer in self._scorers.values()), Counter[str]())
         since = now - self._counted
         self._counted = now
         return sum(self._ranks.gather_objects(since), Counter[str]())
 
     async def _roll(self, step: int, share: Sequence[tuple[int, Encoded]]) -> tuple[list[Sample], float]:
-        """Samples, and seconds."""
+        """Return the samples, and the seconds they took."""
         begin = time.perf_counter()
         if self._library is not None:
             samples = [sample for number, encoded in share for sample in self._library.samples(number, encoded, step)]
@@ -141,25 +138,25 @@ class Rollouts:
 
 
 class End(NamedTuple):
-    """How the rollouts of a step have ended."""
+    """The end of a step's rollouts."""
 
-    failed: bool  # on any rank, for an engine's sake
-    error: EngineError | None  # of this one
+    failed: bool  # on any rank, because of an engine
+    error: EngineError | None  # of this rank
 
 
 @dataclass(frozen=True, slots=True)
 class Rolling:
-    """The rollouts of a step, on their way."""
+    """The rollouts of a step, in progress."""
 
     step: int
     prompts: Sequence[Encoded]  # by group
     task: asyncio.Task[tuple[list[Sample], float]]
 
     async def end(self, ranks: Ranks) -> "End":
-        """Wait until it has ended on all ranks, or an engine has failed on one. Collective.
+        """Wait until they have ended on all ranks, or an engine has failed on one. Collective.
 
-        Ranks look at each other every second, so that none waits for another for longer, however unlike their shares
-        are.
+        Ranks exchange their state every second, so that no rank waits longer in a collective, however unequal their
+        shares are.
         """
         while True:
             await asyncio.wait({self.task}, timeout=LOOK_EVERY)
@@ -171,6 +168,6 @@ class Rolling:
                 return End(bool(failed), error)
 
     async def cancel(self) -> None:
-        """End it, and whatever it has asked for."""
+        """Cancel the rollouts and their requests."""
         self.task.cancel()
         await asyncio.gather(self.task, return_exceptions=True)

@@ -1,8 +1,7 @@
-"""Updates that are not made: where loss or gradient is not finite, the batch is kept for `mmopd replay`, and training
-goes on, for a while.
+"""Skip updates whose loss or gradient is not finite, up to a limit, and keep their batches for `mmopd replay`.
 
-Not settings: a run that skips more than a few updates does not need a higher limit, it needs somebody to look at what
-    was kept.
+The limits are constants, not settings: a run that skips more than a few updates does not need a higher limit, somebody
+has to look at what was kept.
 """
 
 import logging
@@ -22,7 +21,7 @@ from mmopd.train.trainer import NotFiniteError, Trainer
 logger = logging.getLogger(__name__)
 
 ALLOWED = 3  # updates that may be skipped ...
-WINDOW = 20  # ... of so many one after the other
+WINDOW = 20  # ... among this many in sequence
 KEPT = ALLOWED + 1  # batches in RUN/replay, each with the student's weights; the oldest go
 
 
@@ -32,10 +31,10 @@ class SkippingUpdater:
     def __init__(self, run: RunFolder, trainer: Trainer) -> None:
         self._run = run
         self._trainer = trainer
-        self._skipped: deque[bool] = deque(maxlen=WINDOW)  # of each of the last updates
+        self._skipped: deque[bool] = deque(maxlen=WINDOW)  # for each of the last updates
 
     def state(self) -> list[bool]:
-        """What a resumed run has to know."""
+        """Return the state that a resumed run needs."""
         return list(self._skipped)
 
     def restore(self, state: Sequence[bool]) -> None:
@@ -43,7 +42,7 @@ class SkippingUpdater:
         self._skipped.extend(state)
 
     def update(self, step: int, batches: Sequence[Sequence[Item]]) -> list[dict[str, float]]:
-        """One optimiser step on each batch; what the trainer returned for those that were made.
+        """Make one optimiser step on each batch; return what the trainer returned for those that were made.
 
         Raises:
             UserError: more than ALLOWED of the last WINDOW updates were skipped.
@@ -56,7 +55,7 @@ class SkippingUpdater:
                 self._skipped.append(False)
             except NotFiniteError as error:
                 self._skipped.append(True)
-                if not kept:  # the other batches of a step have the same weights, and most likely the same fault
+                if not kept:  # other batches of the step have the same weights, and probably the same fault
                     self._keep(step, items, error)
                 kept = True
                 self._check(step, error)
@@ -65,16 +64,13 @@ class SkippingUpdater:
     def _check(self, step: int, error: NotFiniteError) -> None:
         if (n := sum(self._skipped)) > ALLOWED:
             raise UserError(
-                f"step {step}: {error}, and {n} of the last {len(self._skipped)} updates had to be skipped for such a "
-                "reason. "
-                f"`mmopd replay {self._run.root} {step}` shows which responses; a lower train.lr or "
+                f"step {step}: {error}; {n} of the last {len(self._skipped)} updates were skipped for this reason. "
+                f"`mmopd replay {self._run.root} {step}` shows which responses cause it; a lower train.lr or "
                 "algorithm.log_ratio_clip may help"
             )
 
     def _keep(self, step: int, items: Sequence[Item], error: NotFiniteError) -> None:
-        """The batch and the weights that it met, in RUN/replay; where there is no room for them, training goes on
-        without.
-        """
+        """Write the batch and the weights that failed to RUN/replay; without room for them, training goes on."""
         folder = self._run.replay_of(step)
         fault = ""
         try:

@@ -18,13 +18,13 @@ from mmopd.train.prefix_tree import Item
 
 TEXT = "batch.json"
 TENSORS = "batch.safetensors"
-TENSOR = "$tensor"  # key of a value that stands in the other file
+TENSOR = "$tensor"  # key of a value that is in the other file
 BYTES = "$bytes"
 ENCODED = TypeAdapter(Encoded)
 
 
 def write_batch(folder: Path, items: Sequence[Item], **about: str | int) -> None:
-    """Keep what an update was given; a prompt that several responses share is there once."""
+    """Write what an update was given; a prompt that several responses share is written once."""
     tensors: dict[str, Tensor] = {}
     prompts = {id(item.encoded): item.encoded for item in items}
     number = {one: i for i, one in enumerate(prompts)}
@@ -38,16 +38,16 @@ def write_batch(folder: Path, items: Sequence[Item], **about: str | int) -> None
 
 
 def read_batch(folder: Path) -> tuple[list[Item], dict[str, Any]]:
-    """What `write_batch` kept: the items, and what was said about them.
+    """Return the items and the notes that `write_batch` wrote.
 
     Raises:
-        UserError: there is no batch, or not a whole one.
+        UserError: there is no batch, or an incomplete one.
     """
     try:
         text = json.loads((folder / TEXT).read_text())
         tensors = load_file(folder / TENSORS)
     except (OSError, ValueError, SafetensorError) as error:
-        raise UserError(f"{folder}: no skipped update in this folder can be read: {error}") from error
+        raise UserError(f"{folder}: cannot read a skipped update from this folder: {error}") from error
     prompts = [ENCODED.validate_python(_whole(prompt, tensors)) for prompt in text.pop("prompts")]
     items = []
     for row in text.pop("items"):
@@ -59,7 +59,7 @@ def read_batch(folder: Path) -> tuple[list[Item], dict[str, Any]]:
 
 
 def _plain(value: Any, tensors: dict[str, Tensor]) -> Any:
-    """`value` as JSON has it; tensors and bytes go to `tensors`."""
+    """Return `value` as JSON has it; tensors and bytes go to `tensors`."""
     if isinstance(value, (Tensor, bytes)):
         key = str(len(tensors))
         tensors[key] = (
@@ -76,7 +76,7 @@ def _plain(value: Any, tensors: dict[str, Tensor]) -> Any:
 
 
 def _whole(value: Any, tensors: Mapping[str, Tensor]) -> Any:
-    """The reverse, with a list for each tuple."""
+    """Reverse `_plain`, with a list for each tuple."""
     if isinstance(value, dict):
         if value.keys() == {TENSOR}:
             return tensors[value[TENSOR]]

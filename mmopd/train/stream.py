@@ -1,6 +1,4 @@
-"""The prompts of a run, step by step: the mixture's plan with its schedule, inside a source by difficulty. All ranks
-draw the same.
-"""
+"""Draw the prompts of a run, step by step: sources by schedule, rows by difficulty. All ranks draw the same."""
 
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
@@ -21,12 +19,12 @@ class Stream:
     """An endless stream of prompts, read and encoded.
 
     Args:
-        mixture: gives the sources their weights, step by step.
+        mixture: gives each source its weight in each step.
         sources: of the mixture, by name.
         encoder: the student's.
-        prompts: of a step.
+        prompts: number per step.
         seed: of the run.
-        measured: the difficulty of each source; None where it has no part in the draws.
+        measured: the difficulty of each source; None if draws ignore it.
     """
 
     def __init__(
@@ -50,43 +48,43 @@ class Stream:
         self._plan = PromptPlan(rows, self._schedule.weights(0), seed)
 
     def draw(self, step: int) -> list[Encoded]:
-        """The prompts of a step, by group; each step once, in order."""
+        """Return the prompts of a step, by group; call it once for each step, in order."""
         self._plan.reweight(self._schedule.weights(step))
         return self._plan.read(self._prompts, lambda name, row: self._encoder.encode(self.sources[name][row]))
 
     def observe(self, prompts: Sequence[Encoded], samples: Sequence[Sample]) -> None:
-        """What came of a step, for weights that adapt to it."""
+        """Report the outcomes of a step, for weights that adapt to them."""
         self._schedule.observe((prompts[s.group].prompt.key.rpartition("/")[0], s.outcome.value) for s in samples)
 
     def state(self) -> dict[str, Any]:
-        """Where it stands, for `restore`, ready for json."""
+        """Return the position in the stream for `restore`, ready for json."""
         return {"plan": self._plan.state(), "schedule": self._schedule.state()}
 
     def restore(self, state: Mapping[str, Any], change: Collection[str]) -> None:
-        """Go on where `state` was taken.
+        """Go on from where `state` was taken.
 
         Args:
-            change: sources that were added to the mixture or removed from it on purpose.
+            change: sources that were added to or removed from the mixture on purpose.
 
         Raises:
-            UserError: a source has changed otherwise.
+            UserError: a source has changed in another way.
         """
         self._plan.restore(state["plan"], change=change)
         self._schedule.restore(state["schedule"])
 
     def check_same(self, ranks: Ranks) -> None:
-        """All ranks have drawn the same rows. Collective.
+        """Check that all ranks have drawn the same rows. Collective.
 
         Raises:
             UserError: a row could be read on one rank and not on another.
         """
         if len(set(ranks.gather_objects(sum(self._plan.replaced.values())))) > 1:
             raise DataError(
-                "a row could be read on one rank and not on another: all ranks must see the same shards, whole"
+                "a row could be read on one rank and not on another: all ranks must see the same complete shards"
             )
 
     def metrics(self) -> dict[str, float]:
-        """How often each source has been gone through, and how many of its rows could not be used."""
+        """Return how many epochs of each source were drawn, and how many of its rows could not be used."""
         bad = Counter[str]()
         for (name, _), rows in self._plan.replaced.items():
             bad[name] += rows

@@ -1,8 +1,8 @@
-"""Which models can be students, and their parts: vision tower, projector, language model.
+"""Model families that can be students, and their parts: vision tower, projector, language model.
 
-A student has the name of its family's class: transformers looks up weight conversions by it, and writes it into
-exported configurations. Qwen3.5 mixes attention with gated delta nets, whose state runs on from one sample of a row
-into the next, so that its samples have a row each
+A student class has the name of its family's class: transformers looks up weight conversions by that name, and writes it
+into exported configurations. Qwen3.5 mixes attention with gated delta nets, whose state would run on from one sample of
+a row into the next, so each sample has its own row
 ([docs/decisions/014](../../docs/decisions/014-one-sample-a-row-for-linear-attention.md)).
 """
 
@@ -32,14 +32,12 @@ FUSED_EXPERTS = (".mlp.experts.gate_up_proj", ".mlp.experts.down_proj")
 
 
 def attention() -> str:
-    """The attention of this machine: flash_attention_2 (variable length, one row) where it is installed, else torch's
-    own.
-    """
+    """Return this machine's attention: flash_attention_2 (variable length, one row) if installed, else torch's."""
     return "flash_attention_2" if torch.cuda.is_available() and is_flash_attn_2_available() else "sdpa"
 
 
 def load_student(folder: Path, dtype: torch.dtype) -> Any:
-    """The student of a HF folder; under a live HfDeepSpeedConfig it is sharded at birth.
+    """Load the student of a HF folder; while an HfDeepSpeedConfig exists, it is sharded as it is created.
 
     Raises:
         UserError: the folder cannot be loaded, lacks weights, or holds a model family that has no student class.
@@ -47,10 +45,10 @@ def load_student(folder: Path, dtype: torch.dtype) -> Any:
     try:
         kind = AutoConfig.from_pretrained(folder).model_type
     except Exception as error:
-        raise CheckpointError(f"{folder}: no model configuration can be read from this folder: {error}") from error
+        raise CheckpointError(f"{folder}: cannot read a model configuration from this folder: {error}") from error
     if kind not in STUDENTS:
         there = ", ".join(f"{kind} ({family})" for kind, (family, _) in FAMILIES.items())
-        raise ConfigError(f"{folder}: no student class for model_type {kind!r}; there is {there}")
+        raise ConfigError(f"{folder}: no student class for model_type {kind!r}; known: {there}")
     AttentionInterface.register("flash_attention_2", with_key_index(flash_attention_forward))
     try:
         model, report = STUDENTS[kind].from_pretrained(
@@ -65,8 +63,9 @@ def load_student(folder: Path, dtype: torch.dtype) -> Any:
 
 
 def layout(student: Any) -> Layout:
-    """How micro-batches are laid out for a student: one sample a row where layers have a state that runs along it, or a
-    sliding window.
+    """Return how micro-batches are laid out for a student.
+
+    One sample per row if layers have a state that runs along the row, or a sliding window.
     """
     if set(getattr(student.config.text_config, "layer_types", None) or ()) - {"full_attention"}:
         return "alone"
@@ -74,21 +73,19 @@ def layout(student: Any) -> Layout:
 
 
 def freeze(student: Any, parts: Collection[Part]) -> None:
-    """Weights of `parts` get no gradient; there is then no backward pass below the last part that trains."""
+    """Switch off the gradients of `parts`; below the lowest part that trains there is then no backward pass."""
     for name, weight in student.named_parameters():
         weight.requires_grad_(part_of(name) not in parts)
 
 
 def as_checkpoint(student: Any, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Weights with the names and shapes that they have in the family's published checkpoints, where the model's own
-    differ.
+    """Return weights with the names and shapes of the family's published checkpoints, where the model's own differ.
 
     Args:
-        weights: any of them, whole, by their names in the model.
+        weights: any of them, complete, by their names in the model.
     """
-    if (
-        student.config.model_type == "qwen3_vl_moe"
-    ):  # transformers 5.19 reads [experts, in, out], and forgets it when it writes
+    # transformers 5.19 reads [experts, in, out], but does not convert back when it writes.
+    if student.config.model_type == "qwen3_vl_moe":
         return {
             name: w.transpose(1, 2).contiguous() if name.endswith(FUSED_EXPERTS) else w for name, w in weights.items()
         }

@@ -1,8 +1,7 @@
 """The trainer: DeepSpeed ZeRO-3 around a student, one optimiser step per `update`.
 
-All methods are collective: every rank calls them with the same items. What differs between the ranks is decided by
-`pack.deal`. Gradients are summed, not averaged, over micro-batches and ranks: the items' weights hold every
-normalisation.
+All methods are collective: every rank calls them with the same items, and `pack.deal` decides which rank computes
+which. Gradients are summed, not averaged, over micro-batches and ranks: the items' weights hold every normalisation.
 """
 
 import math
@@ -37,7 +36,7 @@ SCHEDULES: dict[str, Callable[[float], float]] = {
 
 
 def learning_rate_factor(settings: Train) -> Callable[[int], float]:
-    """Factor of `lr` for optimiser step 0, 1, ...: a linear warm-up that starts above zero, then the schedule."""
+    """Return the factor of `lr` for optimiser step 0, 1, ...: warm-up that starts above zero, then the schedule."""
     total = settings.steps * settings.minibatches
     after = SCHEDULES[settings.schedule]
 
@@ -50,7 +49,7 @@ def learning_rate_factor(settings: Train) -> Callable[[int], float]:
 
 
 def deepspeed_config(settings: Train, ranks: Ranks) -> dict[str, Any]:
-    """ZeRO-3 for these settings; nothing in it compiles code at run time unless weights are offloaded.
+    """Return the ZeRO-3 settings; nothing in them compiles code at run time unless weights are offloaded.
 
     Raises:
         UserError: offload on a machine without a GPU.
@@ -65,7 +64,7 @@ def deepspeed_config(settings: Train, ranks: Ranks) -> dict[str, Any]:
     optimizer: dict[str, Any] = {"lr": settings.lr, "betas": settings.betas, "weight_decay": settings.weight_decay}
     if settings.offload:
         if not on_gpu:
-            raise ConfigError("train.offload: this machine has no GPU whose memory it would save; leave it out")
+            raise ConfigError("train.offload: this machine has no GPU whose memory it could save; remove the setting")
         zero |= {
             "offload_optimizer": {"device": "cpu", "pin_memory": True},
             "offload_param": {"device": "cpu", "pin_memory": True},
@@ -74,7 +73,7 @@ def deepspeed_config(settings: Train, ranks: Ranks) -> dict[str, Any]:
         optimizer["torch_adam"] = True
     return {
         "train_micro_batch_size_per_gpu": 1,
-        "gradient_accumulation_steps": 1,  # `update` says itself which micro-batch is the last
+        "gradient_accumulation_steps": 1,  # `update` itself marks the last micro-batch
         "gradient_clipping": settings.grad_clip,
         "bf16": {"enabled": settings.dtype == "bfloat16"},
         "zero_optimization": zero,
@@ -84,11 +83,11 @@ def deepspeed_config(settings: Train, ranks: Ranks) -> dict[str, Any]:
 
 
 class NotFiniteError(Exception):
-    """An update that was not made, since its loss or its gradient is not finite."""
+    """An update that was not made, because its loss or its gradient is not finite."""
 
 
 def collator(student: Any, encoder: Encoder) -> Collator:
-    """What makes micro-batches for a student."""
+    """Return the collator that makes micro-batches for a student."""
     vision = student.config.vision_config
     return Collator(
         encoder,
@@ -100,10 +99,12 @@ def collator(student: Any, encoder: Encoder) -> Collator:
 
 
 def loss_of(output: Tensor, micro: MicroBatch, settings: Algorithm) -> tuple[Tensor, Tensor]:
-    """(loss, log-probs [M] of the micro-batch's tokens) from what the student answers."""
-    logprob, likeliest = output, None
+    """Return (loss, log-probs [M] of the micro-batch's tokens) from the student's output."""
+    logprob = output
+    likeliest = None
     if micro.likeliest is not None:
-        logprob, likeliest = output[:, 0], (micro.likeliest, output[:, 1:])
+        logprob = output[:, 0]
+        likeliest = (micro.likeliest, output[:, 1:])
     tokens = Tokens(logprob, micro.old, micro.advantage, micro.weight, likeliest)
     return settings.objective.loss(tokens, settings), logprob
 
@@ -130,7 +131,7 @@ class Trainer:
         self.algorithm = algorithm
         self.ranks = ranks
         zero = deepspeed_config(settings, ranks)
-        self._zero = HfDeepSpeedConfig(zero)  # from_pretrained shards at birth while this object lives
+        self._zero = HfDeepSpeedConfig(zero)  # while this object lives, from_pretrained shards as it creates
         student = load_student(model, getattr(torch, settings.dtype))
         freeze(student, settings.freeze)
         if settings.lora is not None:
@@ -152,26 +153,27 @@ class Trainer:
 
     @property
     def student(self) -> Any:
-        """The model, its weights sharded."""
+        """The model, with sharded weights."""
         return self.engine.module
 
     @property
     def keeps_some(self) -> bool:
-        """Whether some weights stay as they are: parts are frozen, or adapters are trained."""
+        """True if some weights never change: parts are frozen, or adapters are trained."""
         return bool(self.settings.freeze or self.settings.lora)
 
     def update(self, items: Sequence[Item]) -> dict[str, float]:
-        """One optimiser step on items whose token weights sum to the loss as it is.
+        """Make one optimiser step. The items' token weights hold every mean, so the weighted sum is the loss.
 
         Returns:
-            loss, grad_norm (before clipping), lr, tokens (trained), seconds, mismatch and mismatch_mean (largest and mean
-            |log pi - old| of a trained token: what trainer and engine disagree by, when nothing was updated in between), clip_fraction (of
-            trained tokens), micro_steps, packing (share of computed tokens that are no padding), sharing (tokens of all prompts and
-            responses, by those that were computed: how much less work it was, since responses share a prompt).
+            loss, grad_norm (before clipping), lr, tokens (trained), seconds, mismatch and mismatch_mean (largest and
+                mean |log pi - old| of a trained token: the difference between trainer and engine, if no update came in
+                between), clip_fraction (of trained tokens), micro_steps, packing (share of computed tokens that are not
+                padding), sharing (tokens of all prompts and responses / computed tokens: the work saved because
+                responses share a prompt).
 
         Raises:
             ValueError: no items.
-            NotFiniteError: loss or gradient is not finite, on all ranks; weights, optimiser and schedule are as before.
+            NotFiniteError: loss or gradient is not finite, on all ranks; weights, optimiser and schedule are unchanged.
         """
         if not items:
             raise ValueError("an update needs at least one response")
@@ -193,9 +195,7 @@ class Trainer:
         )
         (mismatch,) = self.ranks.all_max([max(largest)])
         if not math.isfinite(loss_sum):
-            self.engine.optimizer._overflow_clean_up(
-                None
-            )  # what `step` does where a gradient is not finite: drop them all
+            self.engine.optimizer._overflow_clean_up(None)  # drops all gradients, as `step` does after an overflow
             raise NotFiniteError(f"the loss is {loss_sum}")
         rate = self._schedule.get_last_lr()[0]
         self.engine.step()
@@ -216,7 +216,7 @@ class Trainer:
         }
 
     def logprobs(self, items: Sequence[Item]) -> list[Tensor]:
-        """The student's log-probs [T] of each item's tokens, in float32 on the CPU, on every rank."""
+        """Return the student's log-probs [T] of each item's tokens, in float32 on the CPU, on every rank."""
         mine: dict[int, Tensor] = {}
         for micro in self._micro_batches(items, self._share(items)):
             with torch.no_grad():
@@ -227,15 +227,13 @@ class Trainer:
         return [everyone[i] for i in range(len(items))]
 
     def named_weights(self, bucket_bytes: int = 64 << 20, *, trained: bool = False) -> Iterator[tuple[str, Tensor]]:
-        """The whole weights by their names in a checkpoint, on rank 0; the other ranks get nothing, but must exhaust
-        the iterator too.
+        """Yield the whole weights by their names in a checkpoint, on rank 0; other ranks must exhaust the iterator too.
 
-        Gathered in buckets of about `bucket_bytes`: a tensor is valid until the next one is asked for. A tied head is
-            not named,
-        adapters are merged.
+        Weights are gathered in buckets of about `bucket_bytes`: a tensor is valid until the next one is requested. A
+        tied head is left out, adapters are merged.
 
         Args:
-            trained: only those that updates change, and what an engine may fuse with them.
+            trained: only the weights that updates change, and those that an engine may fuse with them.
         """
         import deepspeed
 
@@ -250,13 +248,15 @@ class Trainer:
                     yield from as_checkpoint(self.student, {weight.name: weight.value() for weight in bucket}).items()
 
     def _share(self, items: Sequence[Item]) -> list[list[int]]:
-        """Item numbers of this rank by micro-step."""
-        budgets, together = (self.settings.micro_tokens, self.settings.micro_patches), self._collate.layout != "alone"
+        """Return the item numbers of this rank by micro-step."""
+        budgets = (self.settings.micro_tokens, self.settings.micro_patches)
+        together = self._collate.layout != "alone"
         return deal(items, self.ranks.size, *budgets, self._cost, together=together)[self.ranks.rank]
 
     def _micro_batches(self, items: Sequence[Item], share: Sequence[Sequence[int]]) -> Iterator[MicroBatch]:
-        """Those of this rank, each made while the one before it is computed: decoding images takes as long as a part of
-        that.
+        """Yield the micro-batches of this rank, each made while the one before it is computed.
+
+        Decoding images takes a considerable part of that time.
         """
         with ThreadPoolExecutor(1) as maker:
             following = maker.submit(self._collate, items, share[0])
@@ -267,10 +267,13 @@ class Trainer:
                 yield micro.to(self.ranks.device)
 
     def _measure(self, loss: Tensor, logprob: Tensor, micro: MicroBatch) -> Tensor:
-        """[5] loss, tokens, clipped tokens, sum and largest of |log pi - old|, of the trained tokens; the device is not
-        waited for.
+        """Return [5]: loss, tokens, clipped tokens, sum and maximum of |log pi - old|, over the trained tokens.
+
+        It does not wait for the device.
         """
-        trained, high, low = micro.weight > 0, 1 + self.algorithm.clip_high, 1 - self.algorithm.clip_low
+        trained = micro.weight > 0
+        high = 1 + self.algorithm.clip_high
+        low = 1 - self.algorithm.clip_low
         apart = torch.where(trained, logprob - micro.old, 0.0)
         clipped = torch.where(micro.advantage > 0, apart.exp() > high, (apart.exp() < low) & (micro.advantage < 0))
         return torch.stack(
@@ -279,12 +282,12 @@ class Trainer:
 
 
 def _size(module: Any) -> int:
-    """Numbers in all weights of a sharded module."""
+    """Return the number of parameters of a sharded module."""
     return sum(p.ds_numel for p in module.parameters())
 
 
 def _decay_groups(student: Any, decay: float) -> list[dict[str, Any]]:
-    """Matrices decay; biases and norms do not."""
+    """Return parameter groups: matrices decay; biases and norms do not."""
     by_kind: tuple[list[Any], list[Any]] = ([], [])
     for p in student.parameters():
         if p.requires_grad:
@@ -293,7 +296,7 @@ def _decay_groups(student: Any, decay: float) -> list[dict[str, Any]]:
 
 
 def _buckets(chosen: Sequence[Weight], size: int) -> Iterator[list[Weight]]:
-    """Weights, cut where a bucket reaches `size` bytes."""
+    """Yield the weights in buckets, cut where one reaches `size` bytes."""
     bucket: list[Weight] = []
     held = 0
     for weight in chosen:
@@ -301,6 +304,7 @@ def _buckets(chosen: Sequence[Weight], size: int) -> Iterator[list[Weight]]:
         held += sum(p.ds_numel * p.element_size() for p in weight.parameters)
         if held >= size:
             yield bucket
-            bucket, held = [], 0
+            bucket = []
+            held = 0
     if bucket:
         yield bucket

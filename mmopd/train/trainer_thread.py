@@ -1,4 +1,4 @@
-"""Where the trainer computes: here, or, while rollouts run ahead of it, in a thread of its own."""
+"""Run the trainer's work in this thread, or in a thread of its own while rollouts run ahead of it."""
 
 import asyncio
 from collections.abc import Callable
@@ -17,11 +17,10 @@ T = TypeVar("T")
 
 
 class TrainerThread:
-    """`await in_trainer_thread(work, *arguments)` gives the result of `work`.
+    """Runs work of the trainer: `await in_trainer_thread(work, *arguments)` returns the result of `work`.
 
-    With `ahead` the event loop turns meanwhile, so that requests go on.
-
-    A context manager. Collectives stay in order, since each `work` is awaited before anything else of this rank begins.
+    With `ahead` the event loop runs meanwhile, so that requests go on. A context manager. Collectives stay in order,
+    because each `work` is awaited before anything else of this rank begins.
     """
 
     def __init__(self, ranks: Ranks, watchdog: Watchdog, *, ahead: bool) -> None:
@@ -38,7 +37,7 @@ class TrainerThread:
             self._thread.shutdown(cancel_futures=True)
 
     async def __call__(self, work: Callable[P, T], *arguments: P.args, **named: P.kwargs) -> T:
-        """Work, and wait for it."""
+        """Run `work`, and wait for it."""
         if self._thread is None:
             return work(*arguments, **named)
         with self._watchdog.without_loop():
@@ -46,7 +45,7 @@ class TrainerThread:
 
 
 def _enter(device: Any) -> None:
-    """What is set by thread is set as it is in the main one."""
+    """Apply the per-thread settings of the main thread."""
     if device.type == "cuda":
         torch.cuda.set_device(device)
     else:

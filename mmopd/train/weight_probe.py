@@ -1,4 +1,4 @@
-"""The proof after every weight sync: trainer and engine score the same answers, and must agree."""
+"""Check every weight sync: trainer and engine score the same answers, and must agree."""
 
 import asyncio
 from collections.abc import Sequence
@@ -13,7 +13,7 @@ from mmopd.train.prefix_tree import Item
 
 
 def probe_items(sources: Sequence[Shards], encoder: Encoder) -> list[Item]:
-    """The right answer to the first prompt of each source: text and images both, the same all through a run."""
+    """Return the right answer to the first prompt of each source, text and images; the same items throughout a run."""
     end = encoder.tokenizer.eos_token_id
     items = []
     for shards in sources:
@@ -30,26 +30,26 @@ class ProbeError(Exception):
 async def probe(
     ours: Sequence[Tensor], engines: Sequence[StudentClient], items: Sequence[Item], tolerance: float
 ) -> float:
-    """Largest |log-prob of the trainer - log-prob of an engine| over the items' tokens.
+    """Return the largest |log-prob by the trainer - log-prob by an engine| over the items' tokens.
 
     Args:
-        ours: log-probs [T] of each item, by the trainer.
+        ours: log-probs [T] of each item by the trainer.
 
     Raises:
         EngineError: an engine does not answer.
-        ProbeError: it exceeds `tolerance`: an engine does not have the trainer's weights, or computes something else.
+        ProbeError: the difference exceeds `tolerance`: an engine has other weights than the trainer, or computes
+            something else.
     """
 
     async def ask(engine: StudentClient) -> Tensor:
         theirs = [await engine.logprobs(item.encoded, item.tokens) for item in items]
         return torch.cat([mine - mine.new_tensor(its) for mine, its in zip(ours, theirs, strict=True)])
 
-    worst = float(torch.cat(await asyncio.gather(*map(ask, engines))).abs().max())  # NaN where one of them is
+    worst = float(torch.cat(await asyncio.gather(*map(ask, engines))).abs().max())  # NaN if any is
     if not worst <= tolerance:
         raise ProbeError(
             f"after the weight sync, engine and trainer differ by {worst:.2e} in the log-prob of a token, and "
-            "train.probe_tolerance is "
-            f"{tolerance:.0e}: the engine does not hold the trainer's weights, or the two compute in different "
-            "precision"
+            f"train.probe_tolerance is {tolerance:.0e}: the engine does not hold the trainer's weights, or the two "
+            "compute in different precision"
         )
     return worst

@@ -1,8 +1,7 @@
-"""Gives the engines the trainer's weights, proves by a probe that they have them, and starts over where one was lost on
-the way.
+"""Send the trainer's weights to the engines, check them with a probe, and start over if an engine was lost on the way.
 
-An engine that dies is started again by its supervisor, with the weights of its folder and no version. It is waited for,
-and gets everything once more. What it has sampled by then is told by its version, and refused (`rollout.collect`).
+The supervisor restarts an engine that dies; it then has the weights of its folder and no version. The publisher waits
+for it and sends all weights again. What it sampled in between has another version, and is refused (`rollout.collect`).
 """
 
 import asyncio
@@ -19,17 +18,17 @@ from mmopd.train.trainer import Trainer
 from mmopd.train.trainer_thread import TrainerThread
 from mmopd.train.weight_probe import ProbeError, probe
 
-RECOVERIES = 3  # for one version; an engine that dies more often does not die by chance
-LOOK_EVERY = 0.5  # seconds between two looks whether it is back
+RECOVERIES = 3  # for one version; an engine that dies more often has a fault
+LOOK_EVERY = 0.5  # seconds between two checks of whether it is back
 
 
 class WeightPublisher:
-    """The weights on their way from the trainer to the student's engines. All methods are collective.
+    """Sends weights from the trainer to the student's engines. All methods are collective.
 
     Args:
-        link: to the engines; on one rank, None on the others.
+        link: to the engines; None on all ranks but one.
         probes: what trainer and engines both score after each sync.
-        in_trainer_thread: where the trainer computes.
+        in_trainer_thread: runs the trainer's work.
     """
 
     def __init__(
@@ -45,11 +44,10 @@ class WeightPublisher:
         self._link = link
         self._probes = probes
         self._in_trainer_thread = in_trainer_thread
-        self._lost = Counter[str]()  # how often, on the way to a version
+        self._lost = Counter[str]()  # engines lost, by the version on the way
 
     async def publish(self, version: str, *, everything: bool = False) -> float:
-        """Give the engines the weights that updates change, or everything; the largest difference that the probe has
-        found, in nats.
+        """Send the engines the weights that updates change, or all; return the probe's largest difference, in nats.
 
         Raises:
             EngineError: an engine does not take the weights, or one was lost more than RECOVERIES times.
@@ -72,24 +70,21 @@ class WeightPublisher:
             everything = True
 
     def sleep_engine(self) -> None:
-        """The engines are asked nothing until the next `publish`: one that shares a GPU with the trainer makes room, if
-        it lives.
-        """
+        """Let an engine that shares a GPU with the trainer free its memory, until the next `publish`."""
         if self._link:
-            with suppress(SyncError):  # `publish` meets the same, and has a way out
+            with suppress(SyncError):  # `publish` meets the same error, and handles it
                 self._link.sleep()
 
     async def wait_for_engine(self, version: str, error: Exception | None) -> None:
-        """Go on once an engine that was lost has been started again; it has the weights of its folder then, and all
-        answer.
+        """Wait until a lost engine has been restarted and all engines answer; it then has the weights of its folder.
 
         Args:
-            version: that it is to have.
-            error: by which this rank has noticed; None if others have.
+            version: that it must get.
+            error: that showed the loss on this rank; None if only other ranks noticed.
 
         Raises:
-            EngineError, ProbeError: they are the engines that we know, so that one has a fault; or one does not come
-                back, or not for long.
+            EngineError, ProbeError: no engine was restarted, so one has a fault; or one does not come back, or keeps
+                dying.
         """
         ranks = self._trainer.ranks
         until = time.monotonic() + self._trainer.settings.timeout
@@ -112,9 +107,7 @@ class WeightPublisher:
             await asyncio.sleep(LOOK_EVERY)
 
     def _look(self) -> str:
-        """The version of the engines that answer now, FRESH where one of them is; if not all do, or it is another
-        rank's business: "".
-        """
+        """Return the engines' version, FRESH if one was restarted; "" on other ranks, or if not all engines answer."""
         try:
             versions = self._link.versions() if self._link else [""]
         except SyncError:
@@ -122,14 +115,14 @@ class WeightPublisher:
         return FRESH if FRESH in versions else versions[0] or ""
 
     def _anybody(self, error: Exception | None) -> bool:
-        """Whether any rank has an error."""
+        """Return true if any rank has an error."""
         return any(self._trainer.ranks.all_max([error is not None]))
 
 
 def publish(
     trainer: Trainer, link: WeightSync[Any] | None, version: str, *, everything: bool = False
 ) -> SyncError | None:
-    """All ranks gather the weights, and the one with a link sends them; what went wrong, on that one."""
+    """Gather the weights on all ranks and send them from the rank with a link, which returns what went wrong."""
     partial = trainer.keeps_some and not everything
     error = None
     weights = trainer.named_weights(trained=partial)
@@ -138,6 +131,6 @@ def publish(
             link.send(weights, version, partial=partial)
         except SyncError as fault:
             error = fault
-    for _ in weights:  # whoever does not send, or not to the end, gathers with the others
+    for _ in weights:  # ranks that do not send, or stopped, still take part in gathering
         pass
     return error
