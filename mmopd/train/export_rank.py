@@ -22,7 +22,7 @@ logger = logging.getLogger("mmopd.train.export_rank")
 
 
 def main() -> int:
-    """Load the checkpoint and write the export; return the exit status, for a UserError that of its kind."""
+    """Load the checkpoint and write the export; return the exit status, 0 or that of the UserError."""
     logs.start(f"export{distributed.own_rank()}")
     folder, checkpoint, out = map(Path, sys.argv[1:])
     run = RunFolder(folder)

@@ -1,4 +1,4 @@
-"""The model families that can be students, and the parts that their weights belong to. Nothing here needs torch."""
+"""Model families that can be students, and the parts of their weights. This module loads no torch."""
 
 from collections.abc import Sequence
 
@@ -16,23 +16,22 @@ PROJECTOR = ("model.visual.merger.", "model.visual.deepstack_merger_list.")
 
 
 def part_of(name: str) -> Part:
-    """Return the part that a weight or module of a student belongs to, by its full name; the output head belongs to the
-    language model.
-    """
+    """Return the part of a student that a weight or module belongs to, by its full name; the head is language."""
     if name.startswith(PROJECTOR):
         return "projector"
     return "vision" if name.startswith("model.visual.") else "language"
 
 
 def unit(name: str) -> str:
-    """Name what an engine may fuse with a weight: `...self_attn` for `...self_attn.q_proj.weight`. It is sent whole, or
-    not at all.
+    """Return the module whose weights an engine may fuse: `...self_attn` for `...self_attn.q_proj.weight`.
+
+    Its weights are sent together, or not at all.
     """
     return ".".join(name.split(".")[:-2])
 
 
 def adapted_layers(linear: Sequence[str], settings: Lora) -> list[str]:
-    """Choose the linear layers of a student that get an adapter.
+    """Return the linear layers of a student that get an adapter.
 
     Args:
         linear: full names of all its linear layers.
