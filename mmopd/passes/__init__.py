@@ -1,1 +1,1 @@
-"""Passes over a whole mixture: a model answers every prompt once, and what it answered is kept beside the shards."""
+"""Passes over a whole mixture: a model answers every prompt once, and its answers are stored next to the shards."""

@@ -1,8 +1,7 @@
-"""The teachers' own answers (for SFT): each prompt is answered by the teachers that it is routed to, and what is right
-is kept.
+"""Collect the teachers' own answers (for SFT): each prompt goes to its routed teachers, and right answers are kept.
 
-Once, before training, in a file beside the shards that says what it is made from; every seed and mixture shares it. Ids
-are kept, not text, with the teacher's own log-probs.
+This runs once, before training, into a file next to the shards that names what it was made from; every seed and mixture
+shares it. Token ids are kept, not text, with the teacher's own log-probs.
 """
 
 import asyncio
@@ -32,7 +31,7 @@ from mmopd.teacher.view import encode_view
 
 
 class Answers(Ledger):
-    """Of each row the right answers, each as [teacher, weight, ids, log-probs]."""
+    """The right answers to each row, each as [teacher, weight, ids, log-probs]."""
 
     what = "the teachers' answers"
 
@@ -41,7 +40,7 @@ def attempts_of(recipe: Recipe) -> int:
     """Return how many answers teachers give to each prompt.
 
     Raises:
-        UserError: the objective learns from none.
+        UserError: the objective uses no teacher answers.
     """
     objective = recipe.algorithm.objective
     if not objective.teacher_answers():
@@ -52,7 +51,7 @@ def attempts_of(recipe: Recipe) -> int:
 
 
 def find_answers(recipe: Recipe, sources: Mapping[str, Shards]) -> dict[str, tuple[Path, Origin]]:
-    """Where the answers to each source are kept, and what they are made from.
+    """Return where the answers to each source are kept, and what they are made from.
 
     Raises:
         UserError: a prompt has no teacher.
@@ -85,10 +84,10 @@ def find_answers(recipe: Recipe, sources: Mapping[str, Shards]) -> dict[str, tup
 def run_answers(
     recipe: Recipe, sources: Mapping[str, Shards], teachers: Mapping[str, Sequence[Endpoint]], stage: Stage
 ) -> None:
-    """Let the teachers answer what they have not answered yet.
+    """Let the teachers answer all prompts that have no answers yet.
 
     Raises:
-        EngineError: a teacher does not answer; what was kept stays.
+        EngineError: a teacher does not answer; finished answers are kept.
         UserError: a file cannot be used, or no answer to a source is right.
     """
     with ExitStack() as stack:
@@ -102,8 +101,8 @@ def run_answers(
         right = {name: sum(len(one[row]) for row in range(len(sources[name]))) for name, one in answers.items()}
         if none := [name for name, n in right.items() if not n]:
             raise DataError(
-                f"source {none[0]}: no answer of its teachers is right, so that there is nothing to learn from; see "
-                "its verifier"
+                f"source {none[0]}: no answer of its teachers is right, so there is nothing to learn from; check its "
+                "verifier"
             )
         empty = sum(not one[row] for name, one in answers.items() for row in range(len(sources[name])))
     stage.outcome = (
@@ -138,7 +137,7 @@ async def _ask(
             draw = Random(seed_of("answers", encoded.prompt.key))
             routed = find_teachers(fleet, tasks, prompt.task, prompt.modality)
             kept: list[Any] = []
-            # Several teachers share the attempts as they would share the target.
+            # Several teachers share the attempts in proportion to their shares of the target.
             for i, times in Counter(
                 draw.choices(range(len(routed)), [teacher.share for teacher in routed], k=n)
             ).items():
@@ -167,7 +166,7 @@ async def _ask(
 
 
 class Library:
-    """The answers as samples of a step.
+    """Serves the answers as samples of a step.
 
     Raises:
         UserError: an answer file is missing or cannot be used.
@@ -180,7 +179,7 @@ class Library:
         self._answers = {name: Answers.read(*where) for name, where in find_answers(recipe, sources).items()}
 
     def samples(self, number: int, encoded: Encoded, step: int) -> list[Sample]:
-        """Up to G right answers to a prompt, drawn without replacement; none where its teachers had none."""
+        """Return up to G right answers to a prompt, drawn without replacement; empty if its teachers had none."""
         key = encoded.prompt.key
         source = key.rpartition("/")[0]
         found = self._answers[source][self._sources[source].row_of(key)]
@@ -204,7 +203,7 @@ class Library:
 
 
 def _weights(fleet: Fleet, name: str) -> str:
-    """What tells a teacher from another."""
+    """Return a string that identifies a teacher's weights."""
     teacher = fleet.teachers[name]
     adapter = f" + {hash_model(teacher.adapter)}" if teacher.adapter else ""
     return f"{name} {hash_model(teacher.model) if teacher.model else ' '.join(teacher.endpoints)}{adapter}"

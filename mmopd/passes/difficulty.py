@@ -1,5 +1,6 @@
-"""The offline difficulty pass (paper 3.3, A.1): the untrained student answers every prompt K times; the books are
-`prompts.difficulty`.
+"""The offline difficulty pass (paper 3.3, A.1): the untrained student answers every prompt K times.
+
+`prompts.difficulty_counts` stores the counts.
 """
 
 import asyncio
@@ -36,16 +37,16 @@ def run_pass(
     algorithm: Algorithm,
     timeout: float,
 ) -> dict[str, Measured]:
-    """Answer what has not been answered yet, and write `difficulty_counts.json` and the picture into `out`.
+    """Answer all prompts that have no counts yet, and write `difficulty_counts.json` and the plot into `out`.
 
     Args:
         endpoints: the student's engines.
         timeout: seconds for an answer of an engine.
 
     Raises:
-        EngineError: an engine of the student is gone; what was counted is kept.
-        UserError: the recipe has difficulty switched off, the counts beside the shards cannot be used, or the policy
-            leaves nothing.
+        EngineError: an engine of the student is lost; finished counts are kept.
+        UserError: the recipe switches difficulty off, the counts next to the shards cannot be used, or the policy
+            leaves no prompts.
     """
     settings = _settings(algorithm)
     threshold = algorithm.outcome_threshold
@@ -78,7 +79,9 @@ def run_pass(
             name: difficulty_counts.measure(counts[name], len(shards), settings) for name, shards in sources.items()
         }
     stage.outcome = (
-        f"{total - done} prompts x {settings.attempts} answers" if done < total else "counted before, beside the shards"
+        f"{total - done} prompts x {settings.attempts} answers"
+        if done < total
+        else "counted before, next to the shards"
     )
     stage.outcome += f", {unreadable} prompts could not be read" if unreadable else ""
     out.mkdir(parents=True, exist_ok=True)
@@ -100,10 +103,10 @@ async def _answer(
     algorithm: Algorithm,
     timeout: float,
 ) -> int:
-    """Count the right answers of every row that is not counted yet; how many rows could not be read.
+    """Count the right answers of every row that has no count yet; return how many rows could not be read.
 
-    An answer that the verifier cannot judge is not counted as an attempt, and a row that cannot be read has none. The
-    draws do not depend on the run's seed: runs share the counts.
+    An answer that the verifier cannot judge does not count as an attempt, and an unreadable row has none. The draws do
+    not depend on the run's seed, so that runs can share the counts.
     """
     settings = _settings(algorithm)
     encoder = Encoder(student.model)
@@ -136,6 +139,6 @@ async def _answer(
 def _settings(algorithm: Algorithm) -> Difficulty:
     if algorithm.difficulty is None:
         raise ConfigError(
-            "algorithm.difficulty is null in this recipe: there is nothing to measure; give it at least `{}`"
+            "algorithm.difficulty is null in this recipe, so there is nothing to measure; set it to `{}` at least"
         )
     return algorithm.difficulty

@@ -1,6 +1,4 @@
-"""A pass over all rows of a mixture, before training: what is found about a row is kept beside the shards
-(`prompts.ledger`).
-"""
+"""Run over all rows of a mixture before training; results are stored next to the shards (`prompts.ledger`)."""
 
 import asyncio
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
@@ -31,11 +29,11 @@ async def each_row(
     at_once: int,
     stage: Stage,
 ) -> int:
-    """Keep what `find` says of every row that is not in its ledger yet; how many rows could not be read.
+    """Store the result of `find` for every row that is not in its ledger yet; return how many rows could not be read.
 
     Args:
-        nothing: what is kept of a row that cannot be read.
-        at_once: rows that are asked about at the same time.
+        nothing: stored for a row that cannot be read.
+        at_once: rows processed in parallel.
     """
     unreadable = 0
     todo: Iterator[tuple[str, int]] = (
@@ -44,10 +42,10 @@ async def each_row(
 
     async def next_one_by_one() -> None:
         nonlocal unreadable
-        for name, row in todo:  # the iterator is shared: a row is read when somebody is free to ask about it
+        for name, row in todo:  # the iterator is shared: a row is read when a task is free for it
             try:
                 encoded = encoder.encode(sources[name][row])
-            except (RowError, ValueError) as error:  # the row is bad; a source that cannot be read ends the pass
+            except (RowError, ValueError) as error:  # a bad row is skipped; an unreadable source ends the pass
                 unreadable += 1
                 stage.note(f"{name}/{row} cannot be read: {error}")
                 ledgers[name].add(row, *nothing)
@@ -61,10 +59,10 @@ async def each_row(
 
 @contextmanager
 def answering(servers: Servers, logs: Path, what: str = "") -> Iterator[None]:
-    """A pass over all rows, which ends where an engine does not answer.
+    """Turn an engine failure during a pass into a UserError.
 
     Raises:
-        UserError: one does not; a server that has ended for good is named before what the pass says.
+        UserError: an engine does not answer; if a server has ended permanently, the error names it instead.
     """
     try:
         yield

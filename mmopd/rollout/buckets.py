@@ -1,7 +1,7 @@
-"""Weights on their way, by buckets of a bounded size: many small tensors behind each other in one piece of memory.
+"""Pack weights into buckets of bounded size for transport: many small tensors in one piece of memory.
 
-A tensor is copied once, from wherever it is to its place in the bucket, before the next one is asked for. Trainer
-(`sync`) and server (`vllm_plugin`) both use this.
+A tensor is copied once, from its source to its place in the bucket, before the next one is requested. Trainer (`sync`)
+and server (`vllm_plugin`) both use this.
 """
 
 import json
@@ -17,17 +17,17 @@ ALIGNMENT = 64  # bytes, of a tensor in device memory
 DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 
 Weights = Iterable[tuple[str, torch.Tensor]]  # by their names in a Hugging Face checkpoint
-Place = tuple[str, str, list[int], int]  # name, dtype, shape, first byte: what JSON can say of a tensor in a bucket
+Place = tuple[str, str, list[int], int]  # name, dtype, shape, first byte of a tensor in a bucket, as JSON has them
 
 
 class MemoryFile:
-    """A safetensors file in memory, which other processes of this user read by its `path` while it is open.
+    """A safetensors file in memory; other processes of this user can read it by its `path` while it is open.
 
-    What the file says of its tensors has HEADER bytes before them, filled up with blanks, as the format allows. It is
-    written, not mapped: new pages cost half as much that way.
+    The header has a fixed size of HEADER bytes, padded with blanks, as the format allows. The file is written, not
+    mapped: new pages cost half as much that way.
 
     Args:
-        room: bytes of tensors that fit; memory is taken as they come.
+        room: bytes of tensors that fit; memory is allocated as they are added.
     """
 
     def __init__(self, room: int) -> None:
@@ -46,7 +46,7 @@ class MemoryFile:
         os.close(self._file)
 
     def has_room(self, tensor: torch.Tensor) -> bool:
-        """Whether it fits; one that is larger than any room is alone."""
+        """Return true if the tensor fits; one that is larger than `room` needs a file of its own."""
         return self._used + tensor.nbytes <= self._room
 
     def add(self, name: str, tensor: torch.Tensor) -> None:
@@ -61,7 +61,7 @@ class MemoryFile:
         self._used = end
 
     def finish(self) -> str:
-        """Make it whole; its path."""
+        """Write the header, and return the path."""
         header = json.dumps(self._header).encode()
         if len(header) > HEADER - 8:
             raise ValueError(
@@ -71,22 +71,22 @@ class MemoryFile:
         return self.path
 
     def _write(self, data: memoryview, begin: int) -> None:
-        while data:  # the kernel takes 2 GiB at a time
+        while data:  # the kernel takes at most 2 GiB at a time
             written = os.pwrite(self._file, data, begin)
             data = data[written:]
             begin += written
 
 
 class DeviceBucket:
-    """Tensors in one piece of memory of a device.
+    """Tensors in one piece of memory on a device.
 
     Args:
         room: bytes.
-        device: where.
+        device: holds the memory.
 
     Attributes:
         data: all of it, as bytes.
-        table: where each tensor is.
+        table: position of each tensor.
     """
 
     def __init__(self, room: int, device: torch.device) -> None:
@@ -100,15 +100,15 @@ class DeviceBucket:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Nothing to close."""
+        """Do nothing; there is nothing to close."""
 
     @property
     def filled(self) -> torch.Tensor:
-        """The bytes that tensors have."""
+        """The bytes in use."""
         return self.data[: self._used]
 
     def has_room(self, tensor: torch.Tensor) -> bool:
-        """Whether it fits; one that is larger than any room is alone."""
+        """Return true if the tensor fits; one that is larger than `room` needs a bucket of its own."""
         return self._used + tensor.nbytes <= self.data.numel()
 
     def add(self, name: str, tensor: torch.Tensor) -> None:
@@ -123,11 +123,11 @@ B = TypeVar("B", MemoryFile, DeviceBucket)
 
 
 def filled(weights: Weights, room: int, make: Callable[[int], B]) -> Iterator[B]:
-    """Buckets that hold the tensors, one after the other; one is good until the next one is asked for.
+    """Yield buckets that hold the tensors, one after the other; each is valid until the next one is requested.
 
     Args:
         room: bytes of a bucket, unless one tensor has more.
-        make: a bucket with so much room.
+        make: returns a bucket with this many bytes.
     """
     weights = iter(weights)
     following = next(weights, None)
@@ -140,7 +140,7 @@ def filled(weights: Weights, room: int, make: Callable[[int], B]) -> Iterator[B]
 
 
 def unpack(data: torch.Tensor, table: Sequence[Place]) -> Iterator[tuple[str, torch.Tensor]]:
-    """The tensors of a `DeviceBucket`: views into its bytes."""
+    """Return the tensors of a `DeviceBucket` by name: views into its bytes."""
     return ((place[0], _at(data, place)) for place in table)
 
 

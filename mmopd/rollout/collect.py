@@ -1,7 +1,7 @@
-"""Rollouts of one step: sample, verify and score, all at once.
+"""Roll out one step: sample, verify and score, concurrently.
 
-A response is scored and verified as soon as it is finished, while others are still being generated. Short ones of a
-group are asked for, and come, together: there a request costs more than what waiting for the longest does.
+A response is verified and scored as soon as it is finished, while others are still being generated. Short responses of
+a group are requested together: for them a request costs more than waiting for the longest response.
 """
 
 import asyncio
@@ -16,7 +16,7 @@ from mmopd.records import Absent, Encoded, Response, Sample, Score
 from mmopd.rollout.student_client import EngineError, StudentClient
 from mmopd.task.verifier_pool import VerifierPool
 
-UNNAMED = (("", 0),)  # weights of a response whose server does not say
+UNNAMED = (("", 0),)  # versions of a response whose server does not name them
 SHORT = 256  # tokens; up to this limit a group is one request
 T = TypeVar("T")
 
@@ -25,10 +25,10 @@ class ResponseScorer(Protocol):
     """Scores responses by the teachers of their prompts, such as `mmopd.teacher.scorer.Scorer`."""
 
     def sees_image(self, encoded: Encoded) -> bool:
-        """True if a teacher of the prompt is shown images or clips."""
+        """Return true if a teacher of the prompt is shown images or clips."""
 
     async def score(self, encoded: Encoded, tokens: tuple[int, ...], *, blind: bool = False) -> Score | Absent:
-        """The log-probs of a response; Absent, with its reason, if there are none.
+        """Return the log-probs of a response; Absent, with its reason, if there are none.
 
         Args:
             blind: show the teacher a blank in place of each image.
@@ -36,12 +36,12 @@ class ResponseScorer(Protocol):
 
 
 def seed_of(*parts: object) -> int:
-    """A 31-bit seed from anything that names a draw, the same on every machine and rank."""
+    """Return a 31-bit seed from values that identify a draw, the same on every machine and rank."""
     return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:4], "big") >> 1
 
 
 def version_of(step: int) -> str:
-    """The name of the weights that the rollouts of a step are to have."""
+    """Return the name of the weights that the rollouts of a step must have."""
     return f"step-{step}"
 
 
@@ -57,18 +57,17 @@ async def collect(
     scorer: ResponseScorer | None = None,
     reference: ResponseScorer | None = None,
 ) -> list[Sample]:
-    """G samples of each prompt of this rank's share, (group number over all ranks, prompt), in its order.
+    """Return G samples of each prompt of this rank's share, (group number over all ranks, prompt), in its order.
 
     Args:
         seed: of the run.
-        engines: each samples the groups whose numbers are congruent; all have the same weights.
-        visual: says which share of the responses to image prompts is scored without the image too.
-        scorer: None where outcomes are all that is learnt from.
-        reference: scores by the teachers' references, where the objective has them.
+        engines: group n goes to engine n modulo their number; all have the same weights.
+        visual: gives the share of responses to image prompts that are also scored without the image.
+        scorer: None if only outcomes are needed.
+        reference: scores by the teachers' references, if the objective has them.
 
     Raises:
-        EngineError: an engine is gone, or has sampled from other weights than it should: it was started again on the
-            way.
+        EngineError: an engine is lost, or has sampled from other weights than it should because it was restarted.
     """
     gate = asyncio.Semaphore(rollout.concurrency)
     G = rollout.group
@@ -115,7 +114,7 @@ async def collect(
 
     try:
         groups = await asyncio.gather(*(spawn(one_group(n, e)) for n, e in share))
-    finally:  # what one failure leaves behind
+    finally:  # after a failure, cancel what is still running
         for task in running:
             task.cancel()
         await asyncio.gather(*running, return_exceptions=True)
@@ -123,7 +122,7 @@ async def collect(
 
 
 def _draw(*parts: object) -> float:
-    """A number in [0, 1) from anything that names a draw."""
+    """Return a number in [0, 1) from values that identify a draw."""
     return seed_of("visual", *parts) / 2**31
 
 

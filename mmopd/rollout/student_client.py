@@ -1,6 +1,6 @@
-"""The student's engine, over HTTP: samples groups of responses, and gives log-probs for the probe after a weight sync.
+"""Client of the student's engine over HTTP: samples groups of responses, and gives log-probs for the weight probe.
 
-Unlike a teacher's, an error here is an exception: without its own samples a run has nothing to learn from.
+Unlike with a teacher, an error here is an exception: without its own samples a run has nothing to learn from.
 """
 
 from collections import Counter
@@ -14,23 +14,25 @@ from mmopd.serving import wire
 from mmopd.serving.endpoint import Endpoint
 from mmopd.serving.replicas import ReplicaPool, connect
 
-# seconds for a group of responses: one attempt may take it all, since others would wait behind the same queue
+# Seconds for a group of responses: one attempt may take all of it, since another would wait in the same queue.
 TIMEOUT = 3600.0
-PATIENCE = 30.0  # seconds for an engine in which nothing answers
+PATIENCE = 30.0  # seconds to wait for an engine that does not answer at all
 T = TypeVar("T")
 
 
 class EngineError(Exception):
-    """The student's engine does not answer, or not with what was asked for."""
+    """The student's engine does not answer, or gives an unexpected answer."""
 
 
 class StudentClient:
-    """One vLLM server that holds the student's weights. An async context manager; it lives in one event loop.
+    """One vLLM server that holds the student's weights. An async context manager, bound to one event loop.
 
     Args:
         endpoint: the server.
         encoder: the student's.
-        concurrency: requests in flight at once.
+        concurrency: maximum number of requests in flight.
+        timeout: seconds for a group of responses.
+        patience: seconds to wait for an engine that does not answer at all.
     """
 
     def __init__(
@@ -47,9 +49,8 @@ class StudentClient:
         self._limits = {"timeout": timeout, "attempt": timeout, "patience": patience}
         self._concurrency = concurrency
         self._end = int(encoder.tokenizer.eos_token_id)
-        # Special tokens never belong in an answer, and one that stands for an image would break the trainer. Added
-        # tokens that
-        # are not special (`</think>`, `<tool_call>`) stay: models that reason write them.
+        # Special tokens never belong in an answer, and a placeholder of an image would break the trainer. Added tokens
+        # that are not special (`</think>`, `<tool_call>`) stay allowed: reasoning models write them.
         special = {i for i, token in encoder.tokenizer.added_tokens_decoder.items() if token.special}
         self.banned = tuple(sorted((special | set(encoder.banned)) - {self._end}))
 
@@ -76,13 +77,13 @@ class StudentClient:
         top_p: float = 1.0,
         top_k: int = 0,
     ) -> list[Response]:
-        """n responses to a prompt, in one request; the same (weights, prompt, seed) gives the same responses.
+        """Return n responses to a prompt, from one request; the same (weights, prompt, seed) gives the same responses.
 
         Args:
-            seed: response i is drawn with `seed + i`, so that seeds of different prompts should be far apart.
+            seed: response i is drawn with `seed + i`, so seeds of different prompts should be far apart.
 
         Raises:
-            EngineError: the engine is gone, refuses, or answers with something else.
+            EngineError: the engine is lost, refuses, or gives an unexpected answer.
         """
         sampling = wire.Sampling(n, seed, temperature, top_p, top_k, max_tokens, self.banned)
 
@@ -96,10 +97,10 @@ class StudentClient:
         return [Response(c.tokens, c.logprobs, self._encoder.decode(c.tokens), c.finish, c.versions) for c in choices]
 
     async def logprobs(self, encoded: Encoded, tokens: Sequence[int]) -> list[float]:
-        """Log-prob of each token of a response, computed in one pass over prompt and response.
+        """Return the log-prob of each token of a response, computed in one pass over prompt and response.
 
         Raises:
-            EngineError: the engine is gone, refuses, or answers with something else.
+            EngineError: the engine is lost, refuses, or gives an unexpected answer.
         """
 
         def build(model: str) -> bytes:

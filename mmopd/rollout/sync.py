@@ -1,16 +1,15 @@
-"""Trainer side of the weight sync: vLLM's own protocol over HTTP; the classes differ in how the weights travel.
+"""Trainer side of the weight sync: vLLM's own protocol over HTTP, with three transports for the weights.
 
 pause -> start -> update (one per bucket) -> finish(version) -> resume, then the server must report the version. Pausing
-waits for running requests and clears the prefix, image and encoder caches, all of which hold what old weights computed.
-Several servers get each bucket at the same time; one that fails on the way is left out, and the others are whole all
-the same.
+waits for running requests and clears the prefix, image and encoder caches, which hold results of the old weights.
+Several servers get each bucket at the same time; if one fails on the way, the others still get all weights.
 
-- `FileSync`: files in memory (memfd) that the server opens by /proc/PID/fd: nothing is left behind however the trainer
-  ends, no other user can read them, and the size of /dev/shm does not matter. With GPUs or without.
-- `BroadcastSync`: by NCCL from GPU to GPU [not run on GPU]; by gloo without one, where it only proves the protocol.
-- `IpcSync`: out of the memory of a GPU that trainer and server share, and take in turns [not run on GPU].
+- `FileSync`: files in memory (memfd) that the server opens by /proc/PID/fd: no file remains, however the trainer ends,
+  no other user can read them, and the size of /dev/shm does not matter. Works with or without GPUs.
+- `BroadcastSync`: by NCCL from GPU to GPU [not run on GPU]; by gloo without a GPU, which only tests the protocol.
+- `IpcSync`: through the memory of a GPU that trainer and server share and use in turns [not run on GPU].
 
-The server side is `mmopd.rollout.vllm_plugin`; all of them are for servers on this machine.
+The server side is `mmopd.rollout.vllm_plugin`; all transports need servers on this machine.
 """
 
 import functools
@@ -31,13 +30,13 @@ from mmopd.serving.endpoint import Endpoint
 
 BUCKET_BYTES = 256 << 20
 TIMEOUT = 300.0  # seconds for a step of the protocol
-LOOK = 30.0  # seconds for a look at the version
-FRESH = "default"  # what vLLM calls the weights of the folder that it was started with
+LOOK = 30.0  # seconds to read the version
+FRESH = "default"  # vLLM's name for the weights of the folder that it was started with
 T = TypeVar("T")
 
 
 class SyncError(Exception):
-    """The engine did not take the weights; what it now holds is unknown, so it must not be sampled from."""
+    """The engine did not take the weights; its weights are now unknown, so it must not be sampled from."""
 
 
 class WeightSync(ABC, Generic[B]):
@@ -70,18 +69,18 @@ class WeightSync(ABC, Generic[B]):
             server.client.close()
 
     def send(self, weights: Weights, version: str, *, partial: bool = False) -> None:
-        """Replace the weights of all servers; returns when they sample from the new ones.
+        """Replace the weights of all servers; return when they sample from the new ones.
 
         Args:
-            weights: every tensor of the Hugging Face checkpoint by its name there, a tied head left out. A tensor is
-                copied before the next one is asked for, so it may be gathered for that moment only.
-            version: comes back with every token that is sampled from these weights.
-            partial: these are some of the tensors, with all that the server fuses with them (q, k and v); the others
-                are as they were in the full set that this server got before.
+            weights: every tensor of the Hugging Face checkpoint by its name there, without a tied head. A tensor is
+                copied before the next one is requested, so it may be gathered for that moment only.
+            version: is returned with every token that is sampled from these weights.
+            partial: these are only some of the tensors, including all that the server fuses with them (q, k and v); the
+                others keep the values of the full set that this server got before.
 
         Raises:
-            SyncError: on a server a step failed, a parameter was missing, or it reports another version. The others
-                have the weights.
+            SyncError: on a server a step failed, a parameter was missing, or it reports another version. The other
+                servers have the weights.
         """
         sound = list(self._servers)
         faults = list[SyncError]()
@@ -106,7 +105,7 @@ class WeightSync(ABC, Generic[B]):
             raise faults[0]
 
     def versions(self) -> list[str | None]:
-        """The version of the weights that each server holds.
+        """Return the version of the weights on each server.
 
         Raises:
             SyncError: one does not answer.
@@ -114,25 +113,24 @@ class WeightSync(ABC, Generic[B]):
         return [server.version() for server in self._servers]
 
     def forget(self) -> None:
-        """A server was started again, and knows nothing of this trainer."""
+        """Introduce the trainer again to all servers, since one was restarted."""
         for server in self._servers:
             server.introduced = False
 
     def sleep(self) -> None:
-        """The servers are asked nothing until the next `send`: one that shares a GPU gives its memory back.
+        """Make a server that shares a GPU free its memory; it must not be used until the next `send`.
 
-        Its weights wait in the memory of the host, since a partial set leaves some of them as they are; its KV cache is
-        gone.
+        Its weights move to host memory, since a partial set keeps some of them; its KV cache is dropped.
 
         Raises:
-            SyncError: it does not.
+            SyncError: it does not answer, or refuses.
         """
         if self.shares_gpu:
             for server in self._servers:
                 server.post("sleep?level=1&mode=wait")
 
     def _begin(self, server: "Server", partial: bool) -> None:
-        if partial and server.version() == FRESH:  # it would refuse at the end, and then every later set
+        if partial and server.version() == FRESH:  # it would refuse the set at the end, and every later one
             raise SyncError(f"{server.name}: it was started again, and has no weights that a partial set could add to")
         if self.shares_gpu:
             server.post("wake_up?tags=weights")
@@ -156,13 +154,11 @@ class WeightSync(ABC, Generic[B]):
 
     @abstractmethod
     def _make_bucket(self, room: int) -> B:
-        """One that holds so many bytes."""
+        """Return a bucket for this many bytes."""
 
     @abstractmethod
     def _describe(self, bucket: B) -> dict[str, Any]:
-        """Where the bytes of a full bucket are, as a server is told; it stays as it is until the next one is asked
-        for.
-        """
+        """Return where a server finds the bytes of a full bucket; valid until the next bucket is requested."""
 
     def _hand_over(self, server: "Server", bucket: B, info: dict[str, Any]) -> None:
         """Let a server load a bucket."""
@@ -173,28 +169,27 @@ class Server:
     """One vLLM server, as the protocol sees it.
 
     Attributes:
-        introduced: whether it knows this trainer.
+        introduced: true once it knows this trainer.
     """
 
     def __init__(self, endpoint: Endpoint, timeout: float) -> None:
         self.name = endpoint.name
-        # A connection for each step: the server closes those that idle for some seconds, and a step must not be sent
-        # twice.
+        # Each step opens a connection: the server closes idle ones after some seconds, and no step may be sent twice.
         limits = httpx.Limits(max_keepalive_connections=0)
         self._look = min(LOOK, timeout / 10)
         self.client = httpx.Client(base_url=endpoint.url, headers=endpoint.headers, timeout=timeout, limits=limits)
         self.introduced = False
 
     def version(self) -> str | None:
-        """The version of the weights that it holds."""
+        """Return the version of the weights on this server."""
         version: str | None = self._call("GET", "weight_info", timeout=self._look).json()["weight_version"]
         return version
 
     def post(self, path: str, body: dict[str, Any] | None = None) -> None:
-        """A step of the protocol.
+        """Make one step of the protocol.
 
         Raises:
-            SyncError: it does not answer, or refuses.
+            SyncError: the server does not answer, or refuses.
         """
         self._call("POST", path, body)
 
@@ -209,7 +204,7 @@ class Server:
 
 
 class FileSync(WeightSync[MemoryFile]):
-    """By files in memory, each for all servers."""
+    """Sends files in memory; all servers read the same file."""
 
     def _make_bucket(self, room: int) -> MemoryFile:
         return MemoryFile(room)
@@ -219,13 +214,13 @@ class FileSync(WeightSync[MemoryFile]):
 
 
 class BroadcastSync(WeightSync[DeviceBucket]):
-    """By a broadcast to all workers of a server, at the same time as the request that tells them what it holds.
+    """Broadcasts to all workers of a server, during the request that describes the bucket.
 
-    Each server has a group of its own with the trainer, so that one that is lost breaks no other's.
+    Each server has its own group with the trainer, so a lost server does not break the others' groups.
 
     Args:
         workers: GPUs of a server.
-        device: where the weights are.
+        device: holds the weights.
     """
 
     def __init__(
@@ -256,7 +251,7 @@ class BroadcastSync(WeightSync[DeviceBucket]):
             )
             self._groups[server] = _await(server, joining.result)
         finally:
-            joiner.shutdown(wait=False)  # where the server does not come, it waits for the timeout by itself
+            joiner.shutdown(wait=False)  # if the server does not join, it waits for the timeout on its own
 
     def _make_bucket(self, room: int) -> DeviceBucket:
         return DeviceBucket(room, self._device)
@@ -271,7 +266,7 @@ class BroadcastSync(WeightSync[DeviceBucket]):
 
 
 def _await(server: Server, end: Callable[[], T]) -> T:
-    """What comes of an operation of the group with a server."""
+    """Return the result of an operation in the group with a server; its failure is a SyncError."""
     try:
         return end()
     except RuntimeError as error:
@@ -279,7 +274,7 @@ def _await(server: Server, end: Callable[[], T]) -> T:
 
 
 class IpcSync(WeightSync[DeviceBucket]):
-    """By handles of memory of the GPU that trainer and server share; the server sleeps while the trainer learns."""
+    """Sends memory handles of the GPU that trainer and server share; the server sleeps while the trainer learns."""
 
     shares_gpu = True
 
@@ -296,9 +291,7 @@ class IpcSync(WeightSync[DeviceBucket]):
 
 
 def connect(student: Student, endpoints: Sequence[Endpoint], timeout: float, device: torch.device) -> WeightSync[Any]:
-    """The link to the student's engines that its recipe asks for; `timeout` is for a step of the protocol, in
-    seconds.
-    """
+    """Return the link to the student's engines; `timeout` is for one step of the protocol, in seconds."""
     if student.sync == "broadcast":
         return BroadcastSync(endpoints, timeout, workers=student.engine.tensor_parallel, device=device)
     return IpcSync(endpoints, timeout) if student.sync == "ipc" else FileSync(endpoints, timeout)

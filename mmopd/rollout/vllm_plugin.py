@@ -1,9 +1,9 @@
 """vLLM side of the weight sync: weight-transfer backends named `mmopd_file`, `mmopd_broadcast` and `mmopd_ipc`.
 
-vLLM's own protocol (init, start, update, finish) with transports of ours: its built-in backends need CUDA or RDMA, take
-no part of a model, and do not say which weights were not sent. vLLM finds `register` by the entry-point group
-`vllm.general_plugins`, in each of its processes; the server is started with `--weight-transfer-config '{"backend":
-"mmopd_file"}'`, say. The trainer side is `mmopd.rollout.sync`.
+They use vLLM's own protocol (init, start, update, finish) with transports of ours: its built-in backends need CUDA or
+RDMA, cannot update a part of a model, and do not report which weights were not sent. vLLM finds `register` by the
+entry-point group `vllm.general_plugins`, in each of its processes; the server is started, for example, with
+`--weight-transfer-config '{"backend": "mmopd_file"}'`. The trainer side is `mmopd.rollout.sync`.
 """
 
 import functools
@@ -19,12 +19,12 @@ from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 from mmopd.rollout.buckets import Place, unpack
 from mmopd.rollout.transport import broadcast, join, open_handle
 
-PREFIX = "mmopd_"  # of the backends' names; a `sync` of `mmopd.config.Student` follows
+PREFIX = "mmopd_"  # of the backends' names, followed by the `sync` of `mmopd.config.Student`
 
 
 @dataclass
 class Init(WeightTransferInitInfo):
-    """Nothing to agree on: every update says where its weights are."""
+    """An empty message: every update says where its weights are."""
 
 
 @dataclass
@@ -40,7 +40,7 @@ class GroupInit(WeightTransferInitInfo):
 class Update(WeightTransferUpdateInfo):
     """One bucket of weights, with names and shapes of the Hugging Face checkpoint."""
 
-    partial: bool  # the set leaves out whole layers, which keep what they have
+    partial: bool  # the set leaves out whole layers, which keep their values
 
 
 @dataclass
@@ -52,7 +52,7 @@ class FileUpdate(Update):
 
 @dataclass
 class BroadcastUpdate(Update):
-    """Bytes that come by the group."""
+    """Bytes that arrive by the group's broadcast."""
 
     size: int
     table: list[Place]
@@ -60,7 +60,7 @@ class BroadcastUpdate(Update):
 
 @dataclass
 class IpcUpdate(Update):
-    """Bytes of the trainer, on the GPU of this worker."""
+    """Bytes in the trainer's memory, on the GPU of this worker."""
 
     handle: list[Any]
     size: int
@@ -75,25 +75,24 @@ class BucketEngine(WeightTransferEngine[I, U], Generic[I, U]):
     """Loads buckets through vLLM's layer-by-layer reload, which fuses, casts, shards and re-packs as at start-up."""
 
     supports_draft_weight_update = False
-    _padded: dict[str, int] | None = (
-        None  # layers that the last full set did not fill, with how much it did; None before the first
-    )
+    # Layers that the last full set filled only in part, with the number of values; None before the first set.
+    _padded: dict[str, int] | None = None
 
     def tensors(self, update_info: U) -> Iterable[tuple[str, torch.Tensor]]:
-        """Those of a bucket; vLLM may keep them until their layer is whole."""
+        """Return the tensors of a bucket; vLLM may keep them until their layer is complete."""
         raise NotImplementedError
 
     def init_transfer_engine(self, init_info: I) -> None:
-        """No rendezvous."""
+        """Do nothing: there is no rendezvous."""
 
     def start_weight_update(self) -> None:
-        """Expect a set of weights."""
+        """Prepare for a set of weights."""
         from vllm.model_executor.model_loader.reload import initialize_layerwise_reload
 
         self._partial = False
         self._missing = {name for name, _ in self.model.named_parameters()}  # a tied head counts once, as the embedding
-        # On CPU vLLM 0.32 packs experts only where it also makes their kernel: without this a second set is used
-        # unpacked, without a word.
+        # On CPU, vLLM 0.32 packs experts only where it also makes their kernel: without this reset it would silently
+        # use a second set unpacked.
         methods: list[Any] = (
             [getattr(m, "quant_method", None) for m in self.model.modules()] if self.device.type == "cpu" else []
         )
@@ -103,7 +102,7 @@ class BucketEngine(WeightTransferEngine[I, U], Generic[I, U]):
         initialize_layerwise_reload(self.model)
 
     def update_weights(self, update_info: dict[str, Any]) -> None:
-        """Load one bucket (the base class synchronises an accelerator, which a CPU does not have)."""
+        """Load one bucket (the base class synchronises an accelerator, which a CPU machine lacks)."""
         self.receive_weights(self.parse_update_info(update_info))
         if self.device.type != "cpu":
             torch.accelerator.synchronize()
@@ -115,11 +114,11 @@ class BucketEngine(WeightTransferEngine[I, U], Generic[I, U]):
         self._missing -= load_weights(self.tensors(update_info))
 
     def finish_weight_update(self) -> None:
-        """Swap the new weights in; layers of which nothing was sent keep theirs.
+        """Swap the new weights in; layers that got nothing keep theirs.
 
         Raises:
-            RuntimeError: a parameter of a full set was not sent, or a layer in part: vLLM would keep its old value, or
-                none, with a mere warning. Or a partial set came before any full one.
+            RuntimeError: a full set lacks a parameter, or a layer was sent in part: vLLM would keep its old value, or
+                none, with only a warning. Or a partial set came before any full one.
         """
         from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
         from vllm.model_executor.model_loader.reload import finalize_layerwise_reload
@@ -127,11 +126,10 @@ class BucketEngine(WeightTransferEngine[I, U], Generic[I, U]):
         filled = self._filled_in_part()
         finalize_layerwise_reload(self.model, self.model_config)  # type: ignore[no-untyped-call]
         for method, kernel in self._kernels:
-            method.moe_kernel = method.moe_kernel or kernel  # of experts that were not sent
+            method.moe_kernel = method.moe_kernel or kernel  # for experts that were not sent
         for layer in self.model.modules():
-            if isinstance(
-                layer, ParallelLMHead
-            ):  # tied to the embedding, it is never "loaded"; its packed copy on CPU would stay old
+            # A head that is tied to the embedding is never "loaded"; its packed copy on CPU would stay old.
+            if isinstance(layer, ParallelLMHead):
                 layer.quant_method.process_weights_after_loading(layer)
         if not self._partial:
             if self._missing:
@@ -140,12 +138,14 @@ class BucketEngine(WeightTransferEngine[I, U], Generic[I, U]):
                 )
             self._padded = filled
         if self._padded is None:
-            raise RuntimeError("a partial set of weights came first; this server holds those of its folder")
+            raise RuntimeError(
+                "a partial set of weights came first, and this server holds only those of its folder; send a full set"
+            )
         if torn := sorted(name for name, n in filled.items() if self._padded.get(name) != n):
             raise RuntimeError(f"{len(torn)} layers were sent in part, such as {torn[0]}")
 
     def _filled_in_part(self) -> dict[str, int]:
-        """Layers of which some numbers were sent and not all, and how many."""
+        """Return the layers that got some of their values and not all, with how many."""
         from vllm.model_executor.layers.attention import is_deferred_attention_layer
         from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
 
@@ -157,23 +157,25 @@ class BucketEngine(WeightTransferEngine[I, U], Generic[I, U]):
         return {name: info.load_numel for name, info in infos.items() if info.can_load() and info.load_numel > 0}
 
     def shutdown(self) -> None:
-        """Nothing is held between updates."""
+        """Do nothing: nothing is held between updates."""
 
 
 class FileEngine(BucketEngine[Init, FileUpdate]):
-    """By files in memory."""
+    """Loads files in memory."""
 
-    init_info_cls, update_info_cls = Init, FileUpdate
+    init_info_cls = Init
+    update_info_cls = FileUpdate
 
     def tensors(self, update_info: FileUpdate) -> Iterable[tuple[str, torch.Tensor]]:
-        """Memory-mapped, so that the file may be removed afterwards."""
+        """Return memory-mapped tensors; the file may be removed afterwards."""
         return load_file(update_info.path).items()
 
 
 class BroadcastEngine(BucketEngine[GroupInit, BroadcastUpdate]):
-    """By a broadcast of the trainer's, to all workers."""
+    """Receives the trainer's broadcasts, which go to all workers."""
 
-    init_info_cls, update_info_cls = GroupInit, BroadcastUpdate
+    init_info_cls = GroupInit
+    update_info_cls = BroadcastUpdate
 
     def init_transfer_engine(self, init_info: GroupInit) -> None:
         """Join the group."""
@@ -182,19 +184,20 @@ class BroadcastEngine(BucketEngine[GroupInit, BroadcastUpdate]):
         self._group = join(init_info.port, rank, init_info.size, self.device, timeout=init_info.timeout)
 
     def tensors(self, update_info: BroadcastUpdate) -> Iterable[tuple[str, torch.Tensor]]:
-        """In memory of their own."""
+        """Return tensors in newly allocated memory."""
         data = torch.empty(update_info.size, dtype=torch.uint8, device=self.device)
         broadcast(self._group, data).wait()
         return unpack(data, update_info.table)
 
 
 class IpcEngine(BucketEngine[Init, IpcUpdate]):
-    """Out of the trainer's memory on the same GPU. [not run on GPU]"""
+    """Reads the trainer's memory on the same GPU. [not run on GPU]"""
 
-    init_info_cls, update_info_cls = Init, IpcUpdate
+    init_info_cls = Init
+    update_info_cls = IpcUpdate
 
     def tensors(self, update_info: IpcUpdate) -> Iterable[tuple[str, torch.Tensor]]:
-        """Copies, for the trainer writes to that memory again."""
+        """Return copies, because the trainer reuses that memory."""
         data = open_handle(update_info.handle, update_info.size, self.device)
         return [(name, tensor.clone()) for name, tensor in unpack(data, update_info.table)]
 
@@ -206,8 +209,8 @@ ENGINES: dict[str, type[WeightTransferEngine[Any, Any]]] = {
 }
 
 
-@functools.cache  # vLLM may call a plugin more than once in a process
+@functools.cache  # vLLM may call a plugin several times in a process
 def register() -> None:
-    """Make the backends known to this process."""
+    """Register the backends in this process."""
     for kind, engine in ENGINES.items():
         WeightTransferEngineFactory.register_engine(PREFIX + kind, engine)
