@@ -27,7 +27,7 @@ from PIL import Image
 from rich.console import Console
 from rich.table import Table
 
-from mmopd.modality.encode import open_image, to_rgb
+from mmopd.modality.pixels import open_image, to_rgb
 from mmopd.prompts import PromptPlan, Rows, Shards, write_shards
 from mmopd.prompts.index import index_path
 from mmopd.records import Prompt

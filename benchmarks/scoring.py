@@ -119,7 +119,7 @@ def naive(work: Work, endpoint: Endpoint, limit: float) -> float:
     pairs = random.Random(0).sample(work.pairs, len(work.pairs))
     began, done = time.perf_counter(), 0
     for encoded, tokens in pairs:
-        body = json.loads(wire.scoring_body(endpoint.model, encoded.ids, encoded.prompt.images, tokens))
+        body = json.loads(wire.scoring_body(endpoint.model, encoded, tokens))
         headers = {
             "Content-Type": "application/json",
             "Connection": "close",

@@ -2,11 +2,13 @@
 
 import math
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 Message = Mapping[str, Any]
+Files = tuple[bytes, ...]  # of one item of a medium (`mmopd.modality.base`), each an encoded image (PNG, JPEG, ...)
+Grid = tuple[int, int, int]  # (time, rows, columns), in patches
 
 
 @dataclass(frozen=True, slots=True)
@@ -15,23 +17,29 @@ class Prompt:
 
     key: str  # "source/row", unique in a run
     task: str  # a name of modalities/
-    modality: str  # text | image | video
-    messages: tuple[
-        Message, ...
-    ]  # chat messages; {"type": "image"} parts stand for `images`, {"type": "video"} for `videos`, in order
+    modality: str  # text, or the name of a medium
+    messages: tuple[Message, ...]  # of a chat; a part {"type": MEDIUM} stands for the next item of that medium
     images: tuple[bytes, ...]  # encoded (PNG, JPEG, ...), never decoded here
     answer: str
     extra: Mapping[str, str] = field(
         default_factory=dict
     )  # more texts of the row that a view may use: caption, ocr, hint, ...
-    videos: tuple[
-        tuple[bytes, ...], ...
-    ] = ()  # clips: frames, each encoded as an image is, at the rate of `modality.video`
+    others: Mapping[str, tuple[Files, ...]] = field(default_factory=dict)  # medium -> its items, where it is not images
 
     @property
     def is_visual(self) -> bool:
-        """Whether there is anything to see."""
-        return bool(self.images or self.videos)
+        """True if there is anything to see."""
+        return bool(self.images) or any(self.others.values())
+
+    def items(self, medium: str) -> tuple[Files, ...]:
+        """The items of a medium, in the order of the messages."""
+        return tuple((image,) for image in self.images) if medium == "image" else self.others.get(medium, ())
+
+    def with_items(self, medium: str, items: Sequence[Files]) -> "Prompt":
+        """The prompt with other items of a medium in place of its own."""
+        if medium == "image":
+            return replace(self, images=tuple(image for (image,) in items))
+        return replace(self, others={**self.others, medium: tuple(items)})
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,10 +47,9 @@ class Encoded:
     """A prompt as token ids, in the two forms that a vision-language model has."""
 
     prompt: Prompt
-    ids: tuple[int, ...]  # one placeholder per image or clip: what a server is sent, with the image bytes
+    ids: tuple[int, ...]  # one placeholder per item of a medium: what a server is sent, with the files
     expanded: tuple[int, ...]  # one placeholder per visual token: what the model sees, what the server must answer with
-    grids: tuple[tuple[int, int, int], ...]  # (time, height, width) in patches, one per image
-    video_grids: tuple[tuple[int, int, int], ...] = ()  # and one per clip
+    grids: tuple[Grid, ...]  # of all items, in the order of `modality.registry.shown_items`
 
 
 @dataclass(frozen=True, slots=True)

@@ -66,7 +66,14 @@ def prompt(*clips: Sequence[bytes], images: Sequence[bytes] = (), key: str = "v/
     parts = [{"type": "image"}] * len(images) + [{"type": "video"}] * len(clips)
     messages = ({"role": "user", "content": [*parts, {"type": "text", "text": QUESTION}]},)
     return Prompt(
-        key, "video_choice", "video", messages, tuple(images), "B", {"caption": "It moves."}, tuple(map(tuple, clips))
+        key,
+        "video_choice",
+        "video",
+        messages,
+        tuple(images),
+        "B",
+        {"caption": "It moves."},
+        {"video": tuple(map(tuple, clips))},
     )
 
 
@@ -92,13 +99,14 @@ MIXED = {
 def of_transformers(model: Any, encoder: Encoder, encoded: Encoded, tokens: Sequence[int]) -> list[float]:
     """Log-probs by the model as transformers runs it, one prompt at a time."""
     ids = torch.tensor([[*encoded.expanded, *tokens]])
-    kinds = (ids == encoder.image_token).int() + 2 * (ids == encoder.video_token).int()
+    kinds = (ids == encoder.tokens["image"]).int() + 2 * (ids == encoder.tokens["video"]).int()
     seen: dict[str, Any] = {}
     if encoded.prompt.is_visual:
         patches, grids = encoder.pixel_values(encoded)
-        images, rows = sum(t * h * w for t, h, w in encoded.grids), len(encoded.grids)
+        rows = len(encoded.prompt.images)
+        images = sum(t * h * w for t, h, w in encoded.grids[:rows])
         seen |= {"pixel_values": patches[:images], "image_grid_thw": grids[:rows]} if rows else {}
-        seen |= {"pixel_values_videos": patches[images:], "video_grid_thw": grids[rows:]} if encoded.video_grids else {}
+        seen |= {"pixel_values_videos": patches[images:], "video_grid_thw": grids[rows:]} if len(grids) > rows else {}
     with torch.no_grad():
         logits = model(input_ids=ids, mm_token_type_ids=kinds, use_cache=False, **seen).logits[0]
     rows = logits[len(encoded.expanded) - 1 : -1].log_softmax(-1)

@@ -15,8 +15,10 @@ from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import Any, Self
 
-from mmopd.modality import Encoder
-from mmopd.modality.encode import open_image
+from mmopd.modality import Encoder, PixelPolicy
+from mmopd.modality.encode import expand
+from mmopd.modality.pixels import open_image
+from mmopd.records import Grid
 from mmopd.serving.endpoint import Endpoint
 
 Fault = str | None
@@ -166,8 +168,13 @@ class FakeVLLM:
         return 200, json.dumps(reply).encode()
 
     def _expand(self, ids: list[int], images: list[bytes]) -> list[int]:
-        grids = tuple(self.encoder.pixels.grid(*open_image(image).size) for image in images)
-        return list(self.encoder.expand(ids, grids)) if images else ids
+        if not images:
+            return ids
+        token, pixels = self.encoder.image_token, self.encoder.pixels
+        return list(expand(ids, {token: [[token] * pixels.tokens(self._grid(image, pixels)) for image in images]}))
+
+    def _grid(self, image: bytes, pixels: PixelPolicy) -> Grid:
+        return pixels.grid(*open_image(image).size)
 
     def _sample(self, index: int, start: int, images: list[bytes], settings: dict[str, Any]) -> dict[str, Any]:
         rng = random.Random(settings["seed"] + index)

@@ -8,7 +8,7 @@ from PIL import Image
 
 from mmopd.errors import UserError
 from mmopd.modality import Encoder
-from mmopd.modality.encode import open_image, size_of, to_rgb
+from mmopd.modality.pixels import open_image, size_of, to_rgb
 from mmopd.records import Prompt
 
 

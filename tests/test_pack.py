@@ -101,7 +101,7 @@ def test_an_image_that_responses_share_is_decoded_once(
     plain = encoder.pixel_values
     monkeypatch.setattr(encoder, "pixel_values", lambda e: decoded.append(e.prompt.key) or plain(e))
     batch = collator(encoder, student, "alone")(items, range(len(items)))
-    assert len(decoded) == len(set(decoded)) < len(batch.inputs["image_index"])
+    assert len(decoded) == len(set(decoded)) < len(batch.inputs["media_index"]["image"])
 
 
 def test_an_empty_micro_batch_is_one_blank_image_of_weight_zero(

@@ -17,9 +17,10 @@ from mmopd.config import Engine, Fleet, Route, Teacher
 from mmopd.demo.world import additions, build_processor, build_student, digit_sums
 from mmopd.errors import UserError
 from mmopd.modality import Encoder
-from mmopd.modality.encode import open_image
+from mmopd.modality.pixels import open_image
+from mmopd.modality.registry import MEDIA
 from mmopd.preflight.examination import CHUNK
-from mmopd.preflight.questions import LONGEST, in_float32, look, shuffled
+from mmopd.preflight.questions import LONGEST, in_float32, look
 from mmopd.preflight.run import answers, insist, preflight, save, summary
 from mmopd.prompts import Shards, TokenCounter, write_shards
 from mmopd.records import Prompt
@@ -368,12 +369,12 @@ def test_rows_that_cannot_be_read_are_counted_and_a_source_of_nothing_else_is_an
 
 def test_a_shuffled_image_has_the_same_pixels_in_other_places(sources):
     before = sources["digits"][0].images[0]
-    after = shuffled(before, 0)
+    (after,) = MEDIA["image"].shuffled((before,), 0)
     real, other = (open_image(image).convert("RGB") for image in (before, after))
     assert real.size == other.size
     assert sorted(real.get_flattened_data()) == sorted(other.get_flattened_data())
     assert real.tobytes() != other.tobytes()
-    assert after == shuffled(before, 0)
+    assert (after,) == MEDIA["image"].shuffled((before,), 0)
 
 
 def test_only_what_is_known_to_be_float32_is_judged_as_such(tmp_path):

@@ -22,6 +22,7 @@ from waiting import LIMIT
 from mmopd.config import Engine
 from mmopd.demo.world import build_student, digit_sums
 from mmopd.errors import UserError
+from mmopd.records import Encoded, Prompt
 from mmopd.rollout.sync import BUCKET_BYTES, FRESH, BroadcastSync, FileSync, SyncError, WeightSync
 from mmopd.runtime.processes import Children
 from mmopd.serving import endpoint, wire
@@ -394,7 +395,8 @@ class Question:
 
     def score(self, server: Endpoint, tokens: list[int]) -> torch.Tensor:
         """The log-probs of `tokens` after the prompt."""
-        body = wire.scoring_body(server.model, self.ids, [self.image], tokens)
+        prompt = Prompt("s/0", "t", "image", (), (self.image,), "")
+        body = wire.scoring_body(server.model, Encoded(prompt, tuple(self.ids), (), ()), tokens)
         headers = {**server.headers, wire.REQUEST_ID: "x", "Content-Type": "application/json"}
         reply = httpx.post(server.url + wire.PATH, content=body, headers=headers, timeout=60)
         assert reply.status_code == 200, reply.text

@@ -26,8 +26,9 @@ from mmopd.config import Engine, Fleet, View
 from mmopd.demo.world import build_processor
 from mmopd.errors import UserError
 from mmopd.modality import Encoder, video
+from mmopd.modality.registry import MEDIA
 from mmopd.modality.video import FPS, MAX_FRAMES
-from mmopd.preflight.questions import look, reordered
+from mmopd.preflight.questions import look
 from mmopd.preflight.run import answers, preflight
 from mmopd.prompts import PromptPlan, Rows, Shards, TokenCounter, write_shards
 from mmopd.prompts.index import index_tar
@@ -78,9 +79,9 @@ def films(tmp_path_factory: pytest.TempPathFactory, model: Path) -> Shards:
 
 def test_clips_go_into_shards_and_come_back_frame_by_frame(films: Shards, encoder: Encoder) -> None:
     assert films.kinds == {("video_choice", "video"): 4}
-    assert [len(row.videos[0]) for row in films] == [4, 5, 6, 7]
+    assert [len(row.items("video")[0]) for row in films] == [4, 5, 6, 7]
     assert [row.answer for row in films] == ["B", "A", "B", "A"]
-    assert films[0].videos[0] != films[1].videos[0][:4]
+    assert films[0].items("video")[0] != films[1].items("video")[0][:4]
     assert films.image_sizes(2) == [(64, 32)] * 6
     totals = films.totals()
     assert (totals.rows, totals.images) == (4, 4 + 5 + 6 + 7)
@@ -93,14 +94,14 @@ def test_clips_go_into_shards_and_come_back_frame_by_frame(films: Shards, encode
 def test_a_long_clip_is_left_out_by_its_tokens(films: Shards) -> None:
     limit = films.tokens(2)
     assert limit is not None
-    assert [len(row.videos[0]) for row in films.filtered(limit)] == [4, 5, 6]
+    assert [len(row.items("video")[0]) for row in films.filtered(limit)] == [4, 5, 6]
 
 
 def test_images_and_clips_of_one_row_keep_their_places(tmp_path: Path, model: Path) -> None:
     rows = [MIXED["two clips"], MIXED["image"], MIXED["an image and a clip"], MIXED["text"]]
     shards = write_shards(rows, tmp_path / "s", counter=TokenCounter(model))
     for row, back in zip(rows, shards, strict=True):
-        assert (back.videos, back.images, back.messages) == (row.videos, row.images, row.messages)
+        assert (back.others, back.images, back.messages) == (row.others, row.images, row.messages)
     (tar,) = tmp_path.glob("s/*.tar")
     with tarfile.open(tar) as archive:
         names = archive.getnames()
@@ -108,7 +109,7 @@ def test_images_and_clips_of_one_row_keep_their_places(tmp_path: Path, model: Pa
         names
     )
     library = list(webdataset.WebDataset(str(tar), shardshuffle=False))
-    assert library[0]["clip1.003.png"] == rows[0].videos[1][3]
+    assert library[0]["clip1.003.png"] == rows[0].items("video")[1][3]
 
 
 @pytest.mark.parametrize(
@@ -188,7 +189,7 @@ def test_a_torn_frame_is_left_out_when_shards_are_prepared_and_an_error_in_train
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        (replace(prompt(clip(2)), videos=()), "1 video parts in its messages, and 0 clips"),
+        (prompt(clip(2)).with_items("video", ()), "1 video parts in its messages, and 0 clips"),
         (replace(prompt(clip(2)), modality="image"), "1 clips, and its modality is 'image'"),
         (replace(MIXED["image"], modality="video"), "0 clips, and its modality is 'video'"),
     ],
@@ -200,7 +201,7 @@ def test_a_row_whose_clips_do_not_match_is_refused(encoder: Encoder, row: Prompt
 
 def test_placeholders_and_clips_must_match(encoder: Encoder) -> None:
     with pytest.raises(ValueError, match="1 video placeholders for 2 clips"):
-        encoder.encode(replace(prompt(clip(2)), videos=(clip(2), clip(2))))
+        encoder.encode(prompt(clip(2)).with_items("video", (clip(2), clip(2))))
 
 
 def test_a_processor_of_another_family_takes_no_clips(tmp_path: Path) -> None:
@@ -227,14 +228,14 @@ def test_ids_grids_and_pixels_are_those_of_the_processor(
     text = encoder.processor.apply_chat_template(
         list(encoded.prompt.messages), tokenize=False, add_generation_prompt=True
     )
-    pixels = np.stack([np.asarray(Image.open(io.BytesIO(data))) for data in encoded.prompt.videos[0]])
+    pixels = np.stack([np.asarray(Image.open(io.BytesIO(data))) for data in encoded.prompt.items("video")[0]])
     about = VideoMetadata(total_num_frames=frames, fps=float(FPS), frames_indices=list(range(frames)))
     real = encoder.processor(
         text=[text], videos=[pixels], video_metadata=[about], do_sample_frames=False, return_tensors="pt"
     )
     assert list(encoded.expanded) == real["input_ids"][0].tolist()
     patches, grids = encoder.pixel_values(encoded)
-    assert grids.tolist() == real["video_grid_thw"].tolist() == [list(grid) for grid in encoded.video_grids]
+    assert grids.tolist() == real["video_grid_thw"].tolist() == [list(grid) for grid in encoded.grids]
     assert patches.equal(real["pixel_values_videos"])
 
 
@@ -269,8 +270,8 @@ def test_a_micro_batch_of_clips_needs_no_blank_image_decodes_each_once_and_train
     assert items[0].patches == 2 * (2 * 4) + 2 * (4 * 2)
     batch = Collator(encoder, student.model.get_rope_index, 3 * 2 * 16 * 16, 2, "masked")(items, range(4))
     assert len(decoded) == 2
-    assert batch.inputs["image_index"] == []
-    assert sorted(batch.inputs["video_index"]) == [0, 1, 2]
+    assert batch.inputs["media_index"]["image"] == []
+    assert sorted(batch.inputs["media_index"]["video"]) == [0, 1, 2]
     student(**batch.inputs).sum().backward()
     assert all(
         weight.grad is not None and weight.grad.abs().max() > 0
@@ -286,15 +287,15 @@ def test_blank_frames_keep_every_token_and_other_views_say_or_refuse_what_they_s
 ) -> None:
     two, mixed = encoded["two clips"], encoded["an image and a clip"]
     blank = encode_view(encoder, two, BUILT_IN["blank"])
-    assert (blank.ids, blank.expanded, blank.video_grids) == (two.ids, two.expanded, two.video_grids)
+    assert (blank.ids, blank.expanded, blank.grids) == (two.ids, two.expanded, two.grids)
     assert encoder.pixel_values(blank)[0].unique().numel() == 1
     for view in ("text", "caption"):
         shown = encode_view(encoder, mixed, BUILT_IN[view])
         assert not shown.prompt.is_visual
-        assert {encoder.image_token, encoder.video_token}.isdisjoint(shown.expanded)
+        assert set(encoder.tokens.values()).isdisjoint(shown.expanded)
         assert ("It moves." in encoder.tokenizer.decode(shown.ids)) == (view == "caption")
     told = encode_view(encoder, two, BUILT_IN["privileged"])
-    assert told.prompt.videos == two.prompt.videos
+    assert told.prompt.others == two.prompt.others
     with pytest.raises(ViewError, match="v/two: a pixel budget is for images, and the prompt has a clip"):
         encode_view(encoder, two, View(max_pixels=1024))
 
@@ -346,7 +347,7 @@ def test_a_real_server_sees_the_same_ids_and_gives_the_log_probs_of_transformers
     reference = AutoModelForImageTextToText.from_pretrained(model, dtype=torch.float32).eval()
     for name, one in encoded.items():
         assert isinstance(scores[name], Score), (name, scores[name])
-        assert scores[name].teacher == ("films" if one.prompt.videos else "other")
+        assert scores[name].teacher == ("films" if one.prompt.others else "other")
         assert list(scores[name].logprobs) == pytest.approx(
             of_transformers(reference, encoder, one, TOKENS), abs=1e-4
         ), name
@@ -367,10 +368,10 @@ def test_the_score_depends_on_the_frames_and_on_their_order(
     real: Endpoint, encoder: Encoder, encoded: dict[str, Encoded]
 ) -> None:
     shown = encoded["8 of 64x64"]
-    frames = shown.prompt.videos[0]
-    other = encoder.encode(replace(shown.prompt, videos=(reordered(frames, 0),)))
+    frames = shown.prompt.items("video")[0]
+    other = encoder.encode(shown.prompt.with_items("video", [MEDIA["video"].shuffled(frames, 0)]))
     assert other.expanded == shown.expanded
-    assert sorted(other.prompt.videos[0]) == sorted(frames)
+    assert sorted(other.prompt.items("video")[0]) == sorted(frames)
     (seen,), (blind,), (mixed,) = (
         score(real, encoder, [shown]),
         score(real, encoder, [shown], blind=True),

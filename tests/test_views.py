@@ -17,7 +17,7 @@ from transformers import AutoModelForImageTextToText
 from mmopd.config import Engine, View
 from mmopd.demo.world import build_processor, build_student
 from mmopd.modality import Encoder
-from mmopd.modality.encode import open_image, size_of, to_rgb
+from mmopd.modality.pixels import open_image, size_of, to_rgb
 from mmopd.records import Prompt
 from mmopd.runtime.processes import Children
 from mmopd.serving import wire
@@ -105,15 +105,13 @@ def teacher(tmp_path_factory):
 class Upright(FakeVLLM):
     """Reads EXIF, as the real one does."""
 
-    def _expand(self, ids, images):
-        return list(
-            self.encoder.expand(ids, tuple(self.encoder.pixels.grid(*size_of(open_image(image))) for image in images))
-        )
+    def _grid(self, image, pixels):
+        return pixels.grid(*size_of(open_image(image)))
 
 
 async def ask(endpoint, shown):
     """The log-probs of TOKENS after the prompt as it is shown; parsed, and so checked against the expected ids."""
-    body = wire.scoring_body(endpoint.model, shown.ids, shown.prompt.images, TOKENS)
+    body = wire.scoring_body(endpoint.model, shown, TOKENS)
     async with httpx.AsyncClient() as http:
         headers = endpoint.headers | {wire.REQUEST_ID: "r", "content-type": "application/json"}
         reply = await http.post(endpoint.url + wire.PATH, content=body, headers=headers, timeout=300)

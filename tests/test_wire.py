@@ -3,6 +3,7 @@ import json
 
 import pytest
 
+from mmopd.records import Encoded, Prompt
 from mmopd.serving import wire
 
 
@@ -34,22 +35,26 @@ def choice(index=0, tokens=(5, 9), finish="stop", logprobs=(-0.5, -0.25), versio
     }
 
 
+def encoded(ids, images=()):
+    return Encoded(Prompt("s/0", "t", "image" if images else "text", (), images, ""), tuple(ids), (), ())
+
+
 SAMPLING = wire.Sampling(n=2, seed=7, temperature=0.7, top_p=0.9, top_k=5, max_tokens=64, banned=(11, 12))
 
 
 def test_a_scoring_request_holds_unexpanded_ids_and_the_very_bytes_of_the_images():
-    body = json.loads(wire.scoring_body("tiny", [1, 2], [b"\x00\xff image"], [3, 4]))
+    body = json.loads(wire.scoring_body("tiny", encoded([1, 2], (b"\x00\xff image",)), [3, 4]))
     assert body["token_ids"] == [1, 2, 3, 4]
     assert body["sampling_params"] == {"max_tokens": 1, "prompt_logprobs": 0, "detokenize": False}
     assert body["return_token_ids"] is True
     url = body["content_parts"][0]["url"]
     assert url.startswith("data:")
     assert base64.b64decode(url.partition(",")[2]) == b"\x00\xff image"
-    assert "content_parts" not in json.loads(wire.scoring_body("tiny", [1], [], [3]))
+    assert "content_parts" not in json.loads(wire.scoring_body("tiny", encoded([1]), [3]))
 
 
 def test_a_sampling_request_states_every_setting_so_that_no_default_of_the_server_applies():
-    settings = json.loads(wire.sampling_body("tiny", [1], [], SAMPLING))["sampling_params"]
+    settings = json.loads(wire.sampling_body("tiny", encoded([1]), SAMPLING))["sampling_params"]
     assert settings["logit_bias"] == {"11": -100.0, "12": -100.0}
     assert {k: settings[k] for k in ("n", "seed", "temperature", "top_p", "top_k", "max_tokens", "logprobs")} == {
         "n": 2, "seed": 7, "temperature": 0.7, "top_p": 0.9, "top_k": 5, "max_tokens": 64, "logprobs": 0,

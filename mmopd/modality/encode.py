@@ -1,28 +1,31 @@
-"""Prompts as token ids: the chat template, and how many visual tokens an image or a clip becomes.
+"""Prompts as token ids: the chat template, and how many visual tokens each item of a medium becomes.
 
 The arithmetic is that of the processor which trainer and servers run (transformers; qwen-vl-utils rounds thin images to
 other sizes), on image headers alone; pixels are decoded only where a trainer needs them. Servers expand placeholders
 themselves; their answer is compared with `Encoded.expanded`.
 """
 
-from collections.abc import Iterable, Sequence
-from functools import cached_property
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoProcessor, Qwen3VLProcessor
+from transformers import AutoProcessor
 
 from mmopd.errors import CheckpointError
-from mmopd.modality.image import PixelPolicy, open_image, size_of, to_rgb
-from mmopd.modality.video import Clips, Grid
-from mmopd.records import Encoded, Prompt
+from mmopd.modality.base import Medium, Reader
+from mmopd.modality.pixels import PixelPolicy
+from mmopd.modality.registry import MEDIA, shown_items, slots
+from mmopd.records import Encoded, Message, Prompt
 
-CONTROL_TOKENS = ("<|vision_start|>", "<|vision_end|>", "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>")
+VISION_TOKENS = ("<|vision_start|>", "<|vision_end|>", "<|vision_pad|>")
 
 
 class Encoder:
     """Turns prompts into ids and pixels with the student's own processor.
+
+    Attributes:
+        tokens: the placeholder of each input of the model.
 
     Args:
         model: HF folder with processor, tokenizer and chat template.
@@ -38,10 +41,25 @@ class Encoder:
         self.pixels = PixelPolicy(
             images.patch_size, images.merge_size, images.size["shortest_edge"], images.size["longest_edge"]
         )
-        self.image_token: int = self.tokenizer.convert_tokens_to_ids("<|image_pad|>")
-        self.video_token: int = self.tokenizer.convert_tokens_to_ids("<|video_pad|>")
+        placeholders = {slot: media[0].placeholder for slot, media in slots().items()}
+        self.tokens: dict[str, int] = {
+            slot: self.tokenizer.convert_tokens_to_ids(token) for slot, token in placeholders.items()
+        }
+        self.image_token = self.tokens["image"]
         vocabulary = self.tokenizer.get_vocab()
-        self.banned: tuple[int, ...] = tuple(vocabulary[t] for t in CONTROL_TOKENS if t in vocabulary)
+        control = (*VISION_TOKENS, *placeholders.values())
+        self.banned: tuple[int, ...] = tuple(vocabulary[token] for token in control if token in vocabulary)
+        self._readers: dict[str, Reader] = {}
+
+    def reader(self, medium: Medium) -> Reader:
+        """The reader of a medium for this processor.
+
+        Raises:
+            ValueError: the processor does not take this medium.
+        """
+        if medium.name not in self._readers:
+            self._readers[medium.name] = medium.reader(self.processor)
+        return self._readers[medium.name]
 
     def encode(self, prompt: Prompt, pixels: PixelPolicy | None = None) -> Encoded:
         """Ids of the prompt up to and with the assistant's header.
@@ -50,49 +68,31 @@ class Encoder:
             pixels: the budget that images are resized to, if it is not the student's.
 
         Raises:
-            ValueError: an image or a clip that cannot be opened, more or fewer of them than placeholders, or a clip for
-                a processor that takes none.
+            ValueError: an item that cannot be opened, more or fewer items than placeholders, or a medium that the
+                processor does not take.
         """
-        text = self.processor.apply_chat_template(list(prompt.messages), tokenize=False, add_generation_prompt=True)
+        messages = _with_slots(prompt.messages)
+        text = self.processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
         ids: list[int] = self.tokenizer.encode(text, add_special_tokens=False)
-        if ids.count(self.image_token) != len(prompt.images):
-            raise ValueError(
-                f"{prompt.key}: {ids.count(self.image_token)} image placeholders for {len(prompt.images)} images"
-            )
-        if ids.count(self.video_token) != len(prompt.videos):
-            raise ValueError(
-                f"{prompt.key}: {ids.count(self.video_token)} video placeholders for {len(prompt.videos)} clips"
-            )
-        grids = tuple((pixels or self.pixels).grid(*size_of(open_image(data))) for data in prompt.images)
-        video_grids = tuple(self.clips.grid(frames) for frames in prompt.videos)
-        shown = (self.clips.expand(len(frames), grid) for frames, grid in zip(prompt.videos, video_grids, strict=True))
-        return Encoded(prompt, tuple(ids), self.expand(ids, grids, shown), grids, video_grids)
+        self._check_placeholders(prompt, ids)
+        shown = [(self.reader(medium), files) for medium, files in shown_items(prompt)]
+        grids = tuple(reader.grid(files, pixels) for reader, files in shown)
+        becomes: dict[int, list[Sequence[int]]] = {}
+        for (reader, files), grid in zip(shown, grids, strict=True):
+            becomes.setdefault(reader.token, []).append(reader.expand(files, grid))
+        return Encoded(prompt, tuple(ids), expand(ids, becomes), grids)
 
-    def expand(self, ids: Sequence[int], grids: Sequence[Grid], clips: Iterable[Sequence[int]] = ()) -> tuple[int, ...]:
-        """Each placeholder of an image repeated once per visual token, each of a clip replaced by what it becomes."""
-        expanded: list[int] = []
-        waiting, playing = iter(grids), iter(clips)
-        for i in ids:
-            if i == self.image_token:
-                expanded += [i] * self.pixels.tokens(next(waiting))
-            elif i == self.video_token:
-                expanded += next(playing)
-            else:
-                expanded.append(i)
-        return tuple(expanded)
-
-    @cached_property
-    def clips(self) -> Clips:
-        """What clips become.
-
-        Raises:
-            ValueError: the processor takes none.
-        """
-        if not isinstance(self.processor, Qwen3VLProcessor):
-            raise ValueError(
-                f"clips need the processor of Qwen3-VL or Qwen3.5, and this one is {type(self.processor).__name__}"
-            )
-        return Clips(self.processor)
+    def _check_placeholders(self, prompt: Prompt, ids: Sequence[int]) -> None:
+        """As many placeholders of each input of the model as the prompt has items for it, which are of one medium."""
+        for slot, media in slots().items():
+            there = [medium for medium in media if prompt.items(medium.name)]
+            if len(there) > 1:
+                names = " and ".join(medium.items for medium in there)
+                raise ValueError(f"{prompt.key}: {names} in one prompt share a placeholder; use one of them")
+            medium = there[0] if there else media[0]
+            placeholders, n = ids.count(self.tokens[slot]), len(prompt.items(medium.name))
+            if placeholders != n:
+                raise ValueError(f"{prompt.key}: {placeholders} {slot} placeholders for {n} {medium.items}")
 
     def decode(self, tokens: tuple[int, ...]) -> str:
         """Text of response tokens, control tokens left out."""
@@ -100,22 +100,51 @@ class Encoder:
         return text
 
     def pixel_values(self, encoded: Encoded) -> tuple[torch.Tensor, torch.Tensor]:
-        """(pixels [patches, channels * time * patch * patch], grids [I, 3]) of the prompt's images, and after them of
-        its clips.
+        """(pixels [patches, channels * time * patch * patch], grids [I, 3]) of all items of a prompt, in the order of
+        `shown_items`.
 
         Raises:
-            ValueError: the processor cuts an image or a clip into another grid than `encode` counted.
+            ValueError: the processor cuts an item into another grid than `encode` counted.
         """
-        prompt = encoded.prompt
         pixels: list[torch.Tensor] = []
-        if prompt.images:
-            images = [to_rgb(open_image(data)) for data in prompt.images]
-            batch = self.processor.image_processor(images=images, return_tensors="pt")
-            if (grids := batch["image_grid_thw"].tolist()) != [list(g) for g in encoded.grids]:
-                raise ValueError(f"{prompt.key}: processor grids {grids}, counted {encoded.grids}")
-            pixels.append(batch["pixel_values"])
-        pixels += [
-            self.clips.pixel_values(frames, grid)
-            for frames, grid in zip(prompt.videos, encoded.video_grids, strict=True)
-        ]
-        return torch.cat(pixels) if len(pixels) > 1 else pixels[0], torch.tensor([*encoded.grids, *encoded.video_grids])
+        grids = iter(encoded.grids)
+        for medium in MEDIA.values():
+            if not (items := encoded.prompt.items(medium.name)):
+                continue
+            counted = [next(grids) for _ in items]
+            try:
+                pixels += self.reader(medium).pixel_values(items, counted)
+            except ValueError as error:
+                raise ValueError(f"{encoded.prompt.key}: {error}") from error
+        return torch.cat(pixels) if len(pixels) > 1 else pixels[0], torch.tensor(encoded.grids)
+
+
+def expand(ids: Sequence[int], becomes: Mapping[int, Iterable[Sequence[int]]]) -> tuple[int, ...]:
+    """The ids with their placeholders replaced.
+
+    Args:
+        becomes: placeholder -> what each of its occurrences becomes, in order.
+    """
+    expanded: list[int] = []
+    waiting = {token: iter(items) for token, items in becomes.items()}
+    for i in ids:
+        if i in waiting:
+            expanded += next(waiting[i])
+        else:
+            expanded.append(i)
+    return tuple(expanded)
+
+
+def _with_slots(messages: Sequence[Message]) -> list[Message]:
+    """The messages as chat templates know them: the part of a medium has the type of the input that it goes into."""
+    return [
+        {**message, "content": [_with_slot(part) for part in content]}
+        if isinstance(content := message.get("content"), list | tuple)
+        else message
+        for message in messages
+    ]
+
+
+def _with_slot(part: Message) -> Message:
+    medium = MEDIA.get(part.get("type", ""))
+    return part if medium is None else {**part, "type": medium.slot}

@@ -1,97 +1,122 @@
-"""Images: opened by their headers within bounds, sized as a person sees them, cut into patches as the processor does
-it.
-"""
+"""Images: a file each, as the rows, servers and processors of every Qwen-VL take them."""
 
-import io
-from dataclasses import dataclass
+import base64
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, ClassVar
 
-from PIL import Image, ImageFile, ImageOps
+from PIL import Image
 
-MAX_SIDE = 20_000  # pixels; a larger header is refused before anything is decoded
-MAX_PIXELS = 100_000_000
-ORIENTATION, SIDEWAYS = 0x0112, frozenset({5, 6, 7, 8})  # EXIF: stored lying on its side
-PNG_NOTES = frozenset({b"eXIf", b"tEXt", b"zTXt", b"iTXt"})  # chunks that an orientation may stand in
+from mmopd.modality.base import Medium, Reader
+from mmopd.modality.pixels import PixelPolicy, check_image, check_size, draw, open_image, size_of, to_rgb, write_png
+from mmopd.records import Files, Grid
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+BLOCKS = 4  # a shuffled image is cut into blocks of a quarter of its shorter side
 
 
-@dataclass(frozen=True, slots=True)
-class PixelPolicy:
-    """How an image is resized and cut into patches."""
+class ImageReader(Reader):
+    """Turns images into ids and patches with a model's own processor.
 
-    patch: int
-    merge: int
-    min_pixels: int
-    max_pixels: int
+    Attributes:
+        policy: how they are resized.
+    """
 
-    def grid(self, width: int, height: int) -> tuple[int, int, int]:
-        """Patches (1, rows, columns) of an image of this size, in pixels.
+    def __init__(self, processor: Any, token: int) -> None:
+        own = processor.image_processor
+        self._processor = own
+        self.policy = PixelPolicy(own.patch_size, own.merge_size, own.size["shortest_edge"], own.size["longest_edge"])
+        self.token = token
 
-        Raises:
-            ValueError: one side is more than 200 times the other.
+    def grid(self, files: Files, budget: PixelPolicy | None = None) -> Grid:
+        """As `Reader`."""
+        return (budget or self.policy).grid(*size_of(open_image(files[0])))
+
+    def tokens(self, grid: Grid) -> int:
+        """As `Reader`."""
+        return self.policy.tokens(grid)
+
+    def expand(self, files: Files, grid: Grid) -> Sequence[int]:
+        """The placeholder once for each visual token."""
+        return [self.token] * self.policy.tokens(grid)
+
+    def pixel_values(self, items: Sequence[Files], grids: Sequence[Grid]) -> "list[Tensor]":
+        """As `Reader`; one tensor, since the processor takes all images at once."""
+        images = [to_rgb(open_image(files[0])) for files in items]
+        batch = self._processor(images=images, return_tensors="pt")
+        if (found := batch["image_grid_thw"].tolist()) != [list(grid) for grid in grids]:
+            raise ValueError(f"processor grids {found}, counted {grids}")
+        return [batch["pixel_values"]]
+
+
+class ImageMedium(Medium):
+    """Images."""
+
+    name: ClassVar[str] = "image"
+    item: ClassVar[str] = "image"
+    items: ClassVar[str] = "images"
+    files: ClassVar[str] = "files"
+    slot: ClassVar[str] = "image"
+    placeholder: ClassVar[str] = "<|image_pad|>"
+    token_type: ClassVar[int] = 1
+    pattern: ClassVar[str] = r"(?P<item>\d+)(?P<file>)\.\w+"
+    member_form: ClassVar[str] = "NUMBER.FORMAT"
+
+    def member(self, item: int, file: int) -> str:
+        """As `Medium`."""
+        return str(item)
+
+    def check(self, files: Files, *, decode: bool = False) -> list[tuple[str, tuple[int, int]]]:
+        """As `Medium`."""
+        return [check_image(files[0], decode=decode)]
+
+    def reader(self, processor: Any) -> Reader:
+        """As `Medium`."""
+        return ImageReader(processor, processor.tokenizer.convert_tokens_to_ids(self.placeholder))
+
+    def url(self, files: Files) -> bytes:
+        """As `Medium`; vLLM reads the format from the bytes, not from the media type."""
+        return b"data:image/*;base64," + base64.b64encode(files[0])
+
+    def redraw(self, files: Files, budget: PixelPolicy | None, *, blank: bool) -> Files:
+        """As `Medium`; an image that would not change stays as it is, byte for byte."""
+        image = files[0]
+        size = own = size_of(open_image(image))
+        if budget is not None:
+            _, rows, columns = budget.grid(*own)
+            size = (columns * budget.patch, rows * budget.patch)
+            check_size(*size)
+        if blank:
+            return (draw(None, size),)
+        return (image if size == own else draw(image, size),)
+
+    def shuffled(self, files: Files, seed: int) -> Files:
+        """The same pixels at other places: square blocks of the image, permuted; what does not fill a block stays where
+        it is.
         """
-        from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize  # seconds, with torch
+        import numpy as np
 
-        rows, columns = smart_resize(height, width, self.patch * self.merge, self.min_pixels, self.max_pixels)
-        return 1, rows // self.patch, columns // self.patch
+        pixels = np.array(to_rgb(open_image(files[0])))  # [height, width, 3]
+        side = max(1, min(pixels.shape[:2]) // BLOCKS)
+        rows, columns = pixels.shape[0] // side, pixels.shape[1] // side
+        inner = pixels[: rows * side, : columns * side]
+        blocks = inner.reshape(rows, side, columns, side, 3).swapaxes(1, 2).reshape(-1, side, side, 3)
+        blocks = blocks[np.random.default_rng(seed).permutation(len(blocks))]
+        pixels[: rows * side, : columns * side] = (
+            blocks.reshape(rows, columns, side, side, 3).swapaxes(1, 2).reshape(inner.shape)
+        )
+        return (write_png(Image.fromarray(pixels)),)
 
-    def tokens(self, grid: tuple[int, int, int]) -> int:
-        """Visual tokens of a grid."""
-        return grid[0] * grid[1] * grid[2] // self.merge**2
-
-
-def open_image(data: bytes) -> Image.Image:
-    """The image, header read and bounded, pixels not decoded.
-
-    Raises:
-        ValueError: no image, or larger than MAX_SIDE or MAX_PIXELS.
-    """
-    ImageFile.LOAD_TRUNCATED_IMAGES = (
-        False  # importing lmms-eval switches it on for the process: half an image would be whole
-    )
-    try:
-        image = Image.open(io.BytesIO(data))
-    except Exception as error:
-        raise ValueError(f"not an image that can be opened: {error}") from error
-    check_size(*image.size)
-    return image
-
-
-def check_size(width: int, height: int) -> None:
-    """Raise ValueError if an image of this size, in pixels, is too large to be decoded."""
-    if max(width, height) > MAX_SIDE or width * height > MAX_PIXELS:
-        raise ValueError(f"image of {width} x {height} pixels; at most {MAX_SIDE} a side and {MAX_PIXELS} in all")
-
-
-def size_of(image: Image.Image) -> tuple[int, int]:
-    """(width, height) as a person sees it and a server reads it, from the header alone: turned upright by EXIF."""
-    width, height = image.size
-    if image.format == "PNG" and not _has_notes(image):
-        return width, height
-    return (height, width) if image.getexif().get(ORIENTATION) in SIDEWAYS else (width, height)
-
-
-def _has_notes(image: Image.Image) -> bool:
-    """Whether a PNG may say an orientation: to find out, Pillow would decode all of its pixels, since notes may follow
-    them.
-    """
-    assert isinstance(image, ImageFile.ImageFile)
-    assert isinstance(image.fp, io.BytesIO)
-    data, at = image.fp.getbuffer(), 8
-    while at < len(data):
-        if bytes(data[at + 4 : at + 8]) in PNG_NOTES:
-            return True
-        at += 12 + int.from_bytes(data[at : at + 4], "big")  # length, kind, content, checksum
-    return False
-
-
-def to_rgb(image: Image.Image) -> Image.Image:
-    """Pixels as vLLM makes them of a file: upright, transparency painted on white. `image` itself is turned upright.
-
-    Raises:
-        OSError: the file ends before its pixels do, or they are damaged.
-    """
-    ImageOps.exif_transpose(image, in_place=True)  # not in place it copies what needs no turning, too
-    if image.mode in {"RGBA", "LA", "PA"} or "transparency" in image.info:
-        alpha = image.convert("RGBA")
-        white = Image.new("RGBA", alpha.size, "white")
-        image = Image.alpha_composite(white, alpha)
-    return image.convert("RGB")
+    def awkward(self, pixels: PixelPolicy) -> dict[str, tuple[int, int, int]]:
+        """Sizes that image processors with other settings resize in other ways."""
+        unit = pixels.patch * pixels.merge
+        side = math.isqrt(pixels.max_pixels) + unit
+        return {
+            "tiny": (1, unit // 2 + 1, unit // 2 + 1),
+            "odd": (1, 3 * unit + 5, 2 * unit + 3),
+            "tall": (1, unit, 6 * unit),
+            "wide": (1, 6 * unit, unit),
+            "over the budget": (1, side + unit, side),
+        }

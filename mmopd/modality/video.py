@@ -7,24 +7,24 @@ between the tokens that begin and end vision.
 """
 
 import base64
-from collections.abc import Sequence
+import random
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
-from mmopd.modality.image import open_image, size_of, to_rgb
+from mmopd.modality.base import Medium, Reader
+from mmopd.modality.pixels import PixelPolicy, check_image, draw, open_image, size_of, to_rgb
+from mmopd.records import Files, Grid
 
-if TYPE_CHECKING:  # torch and transformers take seconds, and limits and sizes need neither
+if TYPE_CHECKING:
     from torch import Tensor
     from transformers import Qwen3VLProcessor
 
-FPS = 2  # Qwen-VL's own rate; servers are told by MEDIA_SETTINGS, and no request can say otherwise
+FPS = 2  # Qwen-VL's own rate; servers are told by `io_settings`, and no request can say otherwise
 MIN_FRAMES, MAX_FRAMES = 2, 768  # of a clip; what Qwen3-VL takes
 MIN_SIDE = 4  # pixels; transformers takes a height of 1 or 3 for the colours
 MAX_FRAME_PIXELS = 4096 * 2304
 MAX_CLIP_PIXELS = 1 << 28  # of all frames together: 0.8 GB when they are decoded
-MEDIA_SETTINGS = {"video": {"fps": FPS, "num_frames": -1}}  # of vLLM's --media-io-kwargs: all frames, at our rate
-
-Grid = tuple[int, int, int]  # (time, rows, columns), in patches
 
 
 def clip_size(frames: Sequence[bytes]) -> tuple[int, int]:
@@ -53,13 +53,6 @@ def _frame_size(frames: Sequence[bytes], i: int) -> tuple[int, int]:
         return size_of(open_image(frames[i]))
     except ValueError as error:
         raise ValueError(f"frame {i}: {error}") from error
-
-
-def data_url(frames: Sequence[bytes]) -> bytes:
-    """A clip as vLLM takes it without a video decoder; it reads the kind of each frame from its bytes, not from the
-    media type.
-    """
-    return b"data:video/jpeg;base64," + b",".join(map(base64.b64encode, frames))
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,12 +92,11 @@ class VideoPolicy:
         return [(start + min(start + self.temporal, frames) - 1) / 2 / FPS for start in starts]
 
 
-class Clips:
+class ClipReader(Reader):
     """Turns clips into ids and patches with a model's own processor.
 
     Attributes:
         policy: how they are resized.
-        token: the id that stands for a clip in a prompt, and for each of its visual tokens.
     """
 
     def __init__(self, processor: "Qwen3VLProcessor") -> None:
@@ -118,29 +110,27 @@ class Clips:
         self._begin: int = processor.vision_start_token_id
         self._end: int = processor.vision_end_token_id
 
-    def grid(self, frames: Sequence[bytes]) -> Grid:
-        """Patches of a clip, from the headers of its frames.
+    def grid(self, files: Files, budget: PixelPolicy | None = None) -> Grid:
+        """As `Reader`; the bounds are those of `clip_size`, and a budget for images has no part in it."""
+        return self.policy.grid(len(files), *clip_size(files))
 
-        Raises:
-            ValueError: as `clip_size`.
-        """
-        return self.policy.grid(len(frames), *clip_size(frames))
+    def tokens(self, grid: Grid) -> int:
+        """As `Reader`, all times together."""
+        return self.policy.tokens(grid)
 
-    def expand(self, frames: int, grid: Grid) -> list[int]:
-        """What the placeholder of a clip becomes: for each time of the grid its text, and its visual tokens."""
+    def expand(self, files: Files, grid: Grid) -> Sequence[int]:
+        """For each time of the grid its text, and its visual tokens."""
         pads = [self._begin, *[self.token] * (self.policy.tokens(grid) // grid[0]), self._end]
         expanded: list[int] = []
-        for second in self.policy.seconds(frames):
+        for second in self.policy.seconds(len(files)):
             expanded += [*self._tokenizer.encode(f"<{second:.1f} seconds>", add_special_tokens=False), *pads]
         return expanded
 
-    def pixel_values(self, frames: Sequence[bytes], grid: Grid) -> "Tensor":
-        """[patches, channels * time * patch * patch] of a clip.
+    def pixel_values(self, items: Sequence[Files], grids: Sequence[Grid]) -> "list[Tensor]":
+        """As `Reader`; a tensor for each clip."""
+        return [self._patches(frames, grid) for frames, grid in zip(items, grids, strict=True)]
 
-        Raises:
-            ValueError: the processor cuts it into another grid.
-            OSError: a frame ends before its pixels do, or they are damaged.
-        """
+    def _patches(self, frames: Files, grid: Grid) -> "Tensor":
         import numpy as np
         import torch
 
@@ -154,3 +144,74 @@ class Clips:
             raise ValueError(f"processor grid {batch['video_grid_thw'].tolist()}, counted {grid}")
         patches: Tensor = batch["pixel_values_videos"]
         return patches
+
+
+class VideoMedium(Medium):
+    """Clips."""
+
+    name: ClassVar[str] = "video"
+    item: ClassVar[str] = "clip"
+    items: ClassVar[str] = "clips"
+    files: ClassVar[str] = "frames"
+    slot: ClassVar[str] = "video"
+    placeholder: ClassVar[str] = "<|video_pad|>"
+    token_type: ClassVar[int] = 2
+    pattern: ClassVar[str] = r"clip(?P<item>\d+)\.(?P<file>\d+)\.\w+"
+    member_form: ClassVar[str] = "clipNUMBER.NUMBER.FORMAT"
+    counts: ClassVar[str | None] = "frames"
+    limit: ClassVar[str | None] = "videos"
+    io_settings: ClassVar[Mapping[str, Any]] = {"fps": FPS, "num_frames": -1}  # all frames, at our rate
+    differs: ClassVar[str] = "at other times"
+
+    def member(self, item: int, file: int) -> str:
+        """As `Medium`."""
+        return f"clip{item}.{file:03d}"
+
+    def check(self, files: Files, *, decode: bool = False) -> list[tuple[str, tuple[int, int]]]:
+        """As `Medium`."""
+        clip_size(files)
+        found = []
+        for i, frame in enumerate(files):
+            try:
+                found.append(check_image(frame, decode=decode))
+            except ValueError as error:
+                raise ValueError(f"frame {i}: {error}") from None
+        return found
+
+    def reader(self, processor: Any) -> Reader:
+        """As `Medium`."""
+        from transformers import Qwen3VLProcessor
+
+        if not isinstance(processor, Qwen3VLProcessor):
+            raise ValueError(
+                f"clips need the processor of Qwen3-VL or Qwen3.5, and this one is {type(processor).__name__}"
+            )
+        return ClipReader(processor)
+
+    def url(self, files: Files) -> bytes:
+        """As `Medium`, without a video decoder; vLLM reads the format of each frame from its bytes, not from the media
+        type.
+        """
+        return b"data:video/jpeg;base64," + b",".join(map(base64.b64encode, files))
+
+    def redraw(self, files: Files, budget: PixelPolicy | None, *, blank: bool) -> Files:
+        """As `Medium`; it is only called to make a clip blank, since a clip has no pixel budget."""
+        if budget is not None:
+            raise ValueError(
+                "a pixel budget is for images, and the prompt has a clip; give clips a route with another view"
+            )
+        assert blank
+        return (draw(None, clip_size(files)),) * len(files)
+
+    def shuffled(self, files: Files, seed: int) -> Files:
+        """The same frames in another order; a clip in which nothing happens stays as it is."""
+        rng = random.Random(seed)
+        other = files
+        while other == files and len(set(files)) > 1:
+            other = tuple(rng.sample(files, len(files)))
+        return other
+
+    def awkward(self, pixels: PixelPolicy) -> dict[str, tuple[int, int, int]]:
+        """An odd number of frames, and more of them than the 32 that vLLM reads by default."""
+        unit = pixels.patch * pixels.merge
+        return {"odd clip": (5, 3 * unit + 5, 2 * unit + 3), "long clip": (35, unit, unit)}

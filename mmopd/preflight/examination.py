@@ -19,7 +19,6 @@ import aiohttp
 import msgspec
 
 from mmopd.modality import Encoder
-from mmopd.modality.video import MEDIA_SETTINGS
 from mmopd.preflight.check import Check, fail, ok
 from mmopd.preflight.questions import Questions
 from mmopd.preflight.scores import apart, difference
@@ -56,7 +55,6 @@ class Vocabulary:
         ]
         special = {i for i, token in encoder.tokenizer.added_tokens_decoder.items() if token.special}
         self.legal = sorted(set(self.ids) - special - set(encoder.banned))
-        self.image = encoder.image_token
         self.end = int(encoder.tokenizer.eos_token_id)
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -194,7 +192,7 @@ class Examination:
         return ok(f"{len(scores)} tokens in {seconds:.2f} s", seconds=seconds, logprob=sum(scores))
 
     async def _image_tokens(self) -> Check | None:
-        """An image or a clip of each awkward size becomes the tokens that it is here."""
+        """An item of each medium and awkward size becomes the tokens that it is here."""
         if not self._asked.sizes:
             return None
         fit = [
@@ -213,9 +211,11 @@ class Examination:
                     "if every size differs, something on the way expands placeholders a second time"
                 )
                 found = f"{one.name} ({one.size}): {theirs:,} image tokens on the server, {one.tokens:,} here"
-                if one.token != self._vocabulary.image:
-                    way_out = f"start it with --media-io-kwargs '{json.dumps(MEDIA_SETTINGS)}', and with the student's settings for video"
-                    found += ", at other times" * (theirs == one.tokens)
+                if one.medium.io_settings:
+                    reading = json.dumps({one.medium.slot: one.medium.io_settings})
+                    way_out = f"start it with --media-io-kwargs '{reading}', and with the student's settings for "
+                    way_out += one.medium.slot
+                    found += f", {one.medium.differs}" * (theirs == one.tokens)
                 return fail(found, way_out, server=theirs, here=one.tokens)
         self._images_agree = bool(fit)
         if not fit:
@@ -346,8 +346,7 @@ class Examination:
         return wire.parse_scored(reply, request_id, encoded.expanded, tokens, top_k).logprobs
 
     def _body(self, encoded: Encoded, tokens: Sequence[int], top_k: int = 0) -> bytes:
-        prompt = encoded.prompt
-        return wire.scoring_body(self.endpoint.model, encoded.ids, prompt.images, tokens, top_k, videos=prompt.videos)
+        return wire.scoring_body(self.endpoint.model, encoded, tokens, top_k)
 
     async def _generate(self, body: bytes, request_id: str = "preflight") -> bytes:
         status, reply = await self._send("POST", wire.PATH, body, {wire.REQUEST_ID: request_id})

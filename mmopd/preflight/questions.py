@@ -1,25 +1,20 @@
-"""What the preflight asks with: the longest prompts of a mixture, images and clips of awkward sizes, and such as are
-not the real ones.
+"""Questions of the preflight: the longest prompts of a mixture, images and other media in awkward sizes, and prompts
+with blank or shuffled ones.
 
-All of it as a teacher is shown it, through its view.
+Each is asked as the teacher is shown it, through its view.
 """
 
-import dataclasses
 import heapq
-import io
 import json
-import random
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from math import ceil, isqrt
-
-import numpy as np
-from PIL import Image
+from math import ceil
 
 from mmopd.config import Fleet, Teacher, View
 from mmopd.errors import ConfigError, DataError, UserError
-from mmopd.modality import Encoder
-from mmopd.modality.image import PixelPolicy, open_image, size_of, to_rgb
+from mmopd.modality import Encoder, Medium
+from mmopd.modality.pixels import draw
+from mmopd.modality.registry import MEDIA, shown_items
 from mmopd.prompts.shards import Shards
 from mmopd.records import Encoded, Prompt
 from mmopd.task.base import Task
@@ -37,7 +32,6 @@ PRECISE, COARSE = (
     (5e-2, 0.25),
 )  # of a server that computes in float32; in 16 bits, or nobody knows in what
 BAD_ROW = (UserError, ValueError, OSError)  # a row that cannot be read or shown; OSError: pixels that do not decode
-BLOCKS = 4  # a shuffled image is cut into blocks of a quarter of its shorter side
 
 
 @dataclass(slots=True)
@@ -109,78 +103,8 @@ def _size(prompt: Prompt, encoder: Encoder) -> int:
         + sum(map(len, prompt.extra.values()))
         + len(prompt.answer)
     )
-    seen = sum(encoder.pixels.tokens(encoder.pixels.grid(*size_of(open_image(data)))) for data in prompt.images)
-    return (
-        text // CHARACTERS
-        + seen
-        + sum(encoder.clips.policy.tokens(encoder.clips.grid(frames)) for frames in prompt.videos)
-    )
-
-
-def awkward_sizes(pixels: PixelPolicy) -> dict[str, tuple[int, int]]:
-    """(width, height) that image processors with other settings resize in other ways, by name."""
-    unit = pixels.patch * pixels.merge
-    side = isqrt(pixels.max_pixels) + unit
-    return {
-        "tiny": (unit // 2 + 1, unit // 2 + 1),
-        "odd": (3 * unit + 5, 2 * unit + 3),
-        "tall": (unit, 6 * unit),
-        "wide": (6 * unit, unit),
-        "over the budget": (side + unit, side),
-    }
-
-
-def awkward_clips(unit: int) -> dict[str, tuple[int, int, int]]:
-    """(frames, width, height) that a server with other settings reads in other ways, by name; `unit` pixels are a
-    visual token's side.
-    """
-    return {"odd clip": (5, 3 * unit + 5, 2 * unit + 3), "long clip": (35, unit, unit)}  # vLLM's own limit is 32 frames
-
-
-def with_images(prompt: Prompt, images: Sequence[bytes]) -> Prompt:
-    """The prompt with other images in place of its own."""
-    return dataclasses.replace(prompt, images=tuple(images))
-
-
-def with_clips(prompt: Prompt, clips: Sequence[Sequence[bytes]]) -> Prompt:
-    """The prompt with other clips in place of its own."""
-    return dataclasses.replace(prompt, videos=tuple(map(tuple, clips)))
-
-
-def blank(size: tuple[int, int]) -> bytes:
-    """An even grey of this size (width, height), as PNG."""
-    return _png(Image.new("RGB", size, (128, 128, 128)))
-
-
-def shuffled(image: bytes, seed: int) -> bytes:
-    """The same pixels at other places: square blocks of the image, permuted; what does not fill a block stays where it
-    is.
-    """
-    pixels = np.array(to_rgb(open_image(image)))  # [height, width, 3]
-    side = max(1, min(pixels.shape[:2]) // BLOCKS)
-    rows, columns = pixels.shape[0] // side, pixels.shape[1] // side
-    inner = pixels[: rows * side, : columns * side]
-    blocks = inner.reshape(rows, side, columns, side, 3).swapaxes(1, 2).reshape(-1, side, side, 3)
-    blocks = blocks[np.random.default_rng(seed).permutation(len(blocks))]
-    pixels[: rows * side, : columns * side] = (
-        blocks.reshape(rows, columns, side, side, 3).swapaxes(1, 2).reshape(inner.shape)
-    )
-    return _png(Image.fromarray(pixels))
-
-
-def reordered(frames: Sequence[bytes], seed: int) -> tuple[bytes, ...]:
-    """The same frames in another order; a clip in which nothing happens stays as it is."""
-    draw = random.Random(seed)
-    other = tuple(frames)
-    while other == tuple(frames) and len(set(frames)) > 1:
-        other = tuple(draw.sample(frames, len(frames)))
-    return other
-
-
-def _png(image: Image.Image) -> bytes:
-    file = io.BytesIO()
-    image.save(file, "PNG")
-    return file.getvalue()
+    shown = [(encoder.reader(medium), files) for medium, files in shown_items(prompt)]
+    return text // CHARACTERS + sum(reader.tokens(reader.grid(files)) for reader, files in shown)
 
 
 @dataclass(frozen=True, slots=True)
@@ -189,19 +113,20 @@ class Question:
 
     encoded: Encoded
     tokens: tuple[int, ...]
-    # The prompt with blank and shuffled images, where images are shown; of a clip the order of the frames is shuffled.
+    # The prompt with blank and with shuffled items, where items of media are shown.
     others: Mapping[str, Encoded] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
 class Sized:
-    """A prompt whose images or clips have an awkward size."""
+    """A prompt whose items of a medium have an awkward size."""
 
     name: str
     size: str  # width x height, pixels
     encoded: Encoded
-    tokens: int  # of its images or clips
+    tokens: int  # visual ones
     token: int  # the id that they are
+    medium: Medium
 
 
 @dataclass(slots=True)
@@ -231,7 +156,7 @@ def questions(
     none.
 
     Raises:
-        UserError: it is to see more clips of a prompt than it is served for.
+        UserError: it is to see more items of a medium in a prompt than it is served for.
     """
     routed = [
         (kind, teacher.view)
@@ -239,7 +164,7 @@ def questions(
         for teacher in find_teachers(fleet, tasks, kind.task, kind.modality)
         if teacher.name == name
     ]
-    _check_clips(name, fleet.teachers[name], routed)
+    _check_limits(name, fleet.teachers[name], routed)
     end = int(encoder.tokenizer.eos_token_id)
     plain = encoder.encode(
         Prompt("preflight", "", "text", ({"role": "user", "content": "What is 12 + 30?"},), (), "42")
@@ -250,7 +175,7 @@ def questions(
     )
     asked.to_score.append(asked.plain)
     for view in _different(view for _, view in routed):
-        _measure_images(asked, encoder, [kind for kind, one in routed if one == view], view)
+        _measure_media(asked, encoder, [kind for kind, one in routed if one == view], view)
     _show(asked, encoder, routed, responses, end)
     _find_longest(asked, encoder, routed)
     return asked
@@ -265,14 +190,18 @@ def in_float32(teacher: Teacher) -> bool:
     return str(config.get("dtype") or config.get("torch_dtype")) == "float32"
 
 
-def _check_clips(name: str, teacher: Teacher, routed: Sequence[tuple[Kind, View]]) -> None:
-    clips = max(
-        (len(prompt.videos) for kind, view in routed if view.images != "drop" for prompt in kind.shown), default=0
-    )
-    if teacher.model is not None and clips > teacher.engine.videos:
-        raise ConfigError(
-            f"teachers.{name}.engine.videos: {teacher.engine.videos}, and prompts with {clips} are routed to it: set it to {clips}"
-        )
+def _check_limits(name: str, teacher: Teacher, routed: Sequence[tuple[Kind, View]]) -> None:
+    prompts = [prompt for kind, view in routed if view.images != "drop" for prompt in kind.shown]
+    for medium in MEDIA.values():
+        if medium.limit is None or teacher.model is None:
+            continue
+        allowed = getattr(teacher.engine, medium.limit)
+        needed = max((len(prompt.items(medium.name)) for prompt in prompts), default=0)
+        if needed > allowed:
+            raise ConfigError(
+                f"teachers.{name}.engine.{medium.limit}: {allowed}, and prompts with {needed} are routed to it: "
+                f"set it to {needed}"
+            )
 
 
 def _show(
@@ -298,10 +227,7 @@ def _show(
             others = {}
             if sees:
                 others["blank"] = _through(encoder, prompt, blinded(view))
-                mixed = with_images(prompt, [shuffled(image, i) for image in prompt.images])
-                others["shuffled"] = _through(
-                    encoder, with_clips(mixed, [reordered(clip, i) for clip in prompt.videos]), view
-                )
+                others["shuffled"] = _through(encoder, _shuffled(prompt, i), view)
         except BAD_ROW as error:
             asked.unusable[prompt.key] = str(error)
             continue
@@ -312,32 +238,34 @@ def _show(
         ]
 
 
-def _measure_images(asked: Questions, encoder: Encoder, kinds: Sequence[Kind], view: View) -> None:
-    """A short prompt with images, with images of each awkward size in place of its own; and one with clips."""
-    pictures = [prompt for kind in kinds for prompt in kind.shown if prompt.images]
-    for name, (width, height) in awkward_sizes(encoder.pixels).items() if pictures else ():
-        prompt = min(pictures, key=lambda p: (len(p.images), len(str(p.messages))))
-        changed = with_images(prompt, [blank((width, height))] * len(prompt.images))
-        _measure(asked, encoder, changed, view, (name, f"{width}x{height}", encoder.image_token))
-    films = [prompt for kind in kinds for prompt in kind.shown if prompt.videos]
-    for name, (frames, width, height) in (
-        awkward_clips(encoder.pixels.patch * encoder.pixels.merge).items() if films else ()
-    ):
-        prompt = min(films, key=lambda p: (len(p.videos), len(str(p.messages))))
-        changed = with_clips(prompt, [[blank((width, height))] * frames] * len(prompt.videos))
-        _measure(asked, encoder, changed, view, (name, f"{frames} of {width}x{height}", encoder.video_token))
+def _shuffled(prompt: Prompt, seed: int) -> Prompt:
+    for name, medium in MEDIA.items():
+        if items := prompt.items(name):
+            prompt = prompt.with_items(name, [medium.shuffled(files, seed) for files in items])
+    return prompt
 
 
-def _measure(asked: Questions, encoder: Encoder, prompt: Prompt, view: View, what: tuple[str, str, int]) -> None:
-    """`what` is the name, the size and the token of a `Sized`; nothing is asked of a view that shows no images."""
-    name, size, token = what
-    try:
-        encoded = _through(encoder, prompt, view)
-    except BAD_ROW as error:
-        asked.unusable[prompt.key] = str(error)
-        return
-    if encoded.prompt.is_visual:
-        asked.sizes.append(Sized(name, size, encoded, encoded.expanded.count(token), token))
+def _measure_media(asked: Questions, encoder: Encoder, kinds: Sequence[Kind], view: View) -> None:
+    """For each medium a short prompt with it, whose items are replaced by some of each awkward size."""
+    for name, medium in MEDIA.items():
+        prompts = [prompt for kind in kinds for prompt in kind.shown if prompt.items(name)]
+        if not prompts:
+            continue
+        fewest = min(len(prompt.items(name)) for prompt in prompts)
+        few = [prompt for prompt in prompts if len(prompt.items(name)) == fewest]
+        prompt = min(few, key=lambda one: len(str(one.messages)))
+        for size, (files, width, height) in medium.awkward(encoder.pixels).items():
+            item = (draw(None, (width, height)),) * files
+            try:
+                encoded = _through(encoder, prompt.with_items(name, [item] * len(prompt.items(name))), view)
+            except BAD_ROW as error:
+                asked.unusable[prompt.key] = str(error)
+                continue
+            if not encoded.prompt.is_visual:  # nothing is asked of a view that shows none
+                continue
+            token = encoder.tokens[medium.slot]
+            shape = f"{width}x{height}" if files == 1 else f"{files} of {width}x{height}"
+            asked.sizes.append(Sized(size, shape, encoded, encoded.expanded.count(token), token, medium))
 
 
 def _find_longest(asked: Questions, encoder: Encoder, routed: Sequence[tuple[Kind, View]]) -> None:

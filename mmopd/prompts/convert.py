@@ -14,7 +14,8 @@ from PIL import Image
 from pydantic import Field
 
 from mmopd.errors import DataError
-from mmopd.prompts.rows import FORMATS, RowError
+from mmopd.modality.pixels import FORMATS
+from mmopd.prompts.rows import RowError
 from mmopd.records import Message, Prompt
 from mmopd.settings_file import Config, Positive
 from mmopd.task import Task

@@ -2,7 +2,7 @@
 
 `NAME.tar` has `NAME.index.safetensors`. Filters, budgets and the plan read only the index; a row is one `pread` for
 each of its members. The tar itself is plain WebDataset (`mmopd.prompts.rows`): `KEY.json`, `KEY.0.png`, `KEY.1.jpg`,
-... in a row, with one key for each row. Here the frames of clips are images like others, behind the row's own.
+... in a row, with one key for each row. The files of other media are images here, too, after the row's own.
 """
 
 import collections
@@ -10,7 +10,7 @@ import json
 import os
 import re
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -21,14 +21,16 @@ from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
 from mmopd.errors import DataError
-from mmopd.modality.video import clip_size
-from mmopd.prompts.rows import RowError, check_image, unpack
+from mmopd.modality.registry import MEDIA
+from mmopd.prompts.rows import RowError, unpack
 from mmopd.prompts.tokens import Counter
+from mmopd.records import Prompt
 from mmopd.runtime.fingerprint import hash_file
 
 VERSION = 2
 SUFFIX = ".index.safetensors"
 OLD_SUFFIX = ".index.json"  # of version 1
+JSON = (-1, 0, 0)  # place of a row's json; it comes first
 
 
 def index_path(tar: Path) -> Path:
@@ -38,8 +40,8 @@ def index_path(tar: Path) -> Path:
 
 @dataclass(frozen=True, slots=True)
 class Index:
-    """The index of one tar of R rows, M members (one json and the images of each row, in order) and I images, frames
-    included.
+    """The index of one tar of R rows, M members (one json and the images of each row, in order) and I images, the
+    files of other media included.
     """
 
     tar: Path
@@ -182,14 +184,10 @@ def index_tar(tar: Path, counter: Counter | None = None) -> None:
     spans: list[tuple[int, int]] = []
     images: list[tuple[int, int]] = []
     tokens: list[tuple[int, int]] = []
-    for key, infos, contents, frames in _rows(tar):
+    for key, infos, contents, counts in _rows(tar):
         try:
             row = unpack(key, contents[0], contents[1:])
-            images += [check_image(content)[1] for content in contents[1:]]
-            if (said := [len(clip) for clip in row.videos]) != frames:
-                raise ValueError(f"its json says that its clips have {said} frames, and its members are {frames}")
-            for clip in row.videos:
-                clip_size(clip)
+            images += _sizes(row, counts)
             if counter is not None:
                 tokens.append(counter(row))
         except ValueError as error:
@@ -214,13 +212,30 @@ def index_tar(tar: Path, counter: Counter | None = None) -> None:
     tar.with_suffix(OLD_SUFFIX).unlink(missing_ok=True)
 
 
+def _sizes(row: Prompt, counts: Mapping[str, list[int]]) -> list[tuple[int, int]]:
+    """(width, height) of each file of a row.
+
+    Args:
+        counts: medium -> how many members of the tar each of its items has.
+
+    Raises:
+        ValueError: the row's json says otherwise, or an item cannot be used.
+    """
+    for name, medium in MEDIA.items():
+        said = [len(files) for files in row.items(name)]
+        if medium.counts and said != counts[name]:
+            what = f"its {medium.items} have {said} {medium.files}"
+            raise ValueError(f"its json says that {what}, and its members are {counts[name]}")
+    return [size for name, medium in MEDIA.items() for files in row.items(name) for _, size in medium.check(files)]
+
+
 def _command(tar: Path) -> str:
     return f"`mmopd index {tar.parent}`"
 
 
-def _rows(tar: Path) -> Iterator[tuple[str, list[tarfile.TarInfo], list[bytes], list[int]]]:
-    """(key, members, contents, frames of each clip) of each row; members: its json, its images, the frames of its
-    clips, by number.
+def _rows(tar: Path) -> Iterator[tuple[str, list[tarfile.TarInfo], list[bytes], dict[str, list[int]]]]:
+    """(key, members, contents, medium -> files of each item) of each row; members: its json, its images, the files of
+    other media, by number.
     """
     from webdataset.tariterators import base_plus_ext  # imports torch, and reading an index needs neither
 
@@ -262,26 +277,29 @@ def _check_end(tar: Path, offset: int) -> None:
 
 def _read(
     tar: Path, archive: tarfile.TarFile, key: str, row: list[tuple[str, tarfile.TarInfo]]
-) -> tuple[str, list[tarfile.TarInfo], list[bytes], list[int]]:
-    numbered: dict[
-        tuple[int, int], tarfile.TarInfo
-    ] = {}  # (-1, number) of an image, (clip, number) of a frame; the json is (-1, -1)
+) -> tuple[str, list[tarfile.TarInfo], list[bytes], dict[str, list[int]]]:
+    numbered: dict[tuple[int, int, int], tarfile.TarInfo] = {}
     for extension, info in row:
-        member = re.fullmatch(r"(?:clip(?P<clip>\d+)\.)?(?P<number>\d+)\.\w+", extension)
-        place = (
-            (-1, -1) if extension == "json" else (int(member["clip"] or -1), int(member["number"])) if member else None
-        )
+        place = _place(extension)
         if place is None or place in numbered:
-            what = "is neither KEY.json, KEY.NUMBER.FORMAT nor KEY.clipNUMBER.NUMBER.FORMAT, or occurs twice"
+            forms = ["KEY.json", *(f"KEY.{medium.member_form}" for medium in MEDIA.values())]
+            what = f"is neither {', '.join(forms[:-1])} nor {forms[-1]}, or occurs twice"
             raise DataError(f"{tar}: row {key!r}: member {info.name!r} {what}")
         numbered[place] = info
-    found = collections.Counter(clip for clip, _ in numbered)
-    if sorted(numbered) != [
-        (clip, number - (clip < 0)) for clip in range(-1, len(found) - 1) for number in range(found[clip])
-    ]:
+    found = collections.Counter((medium, item) for medium, item, _ in numbered if medium >= 0)
+    items = collections.Counter(medium for medium, _ in found)
+    counts = [[found[medium, item] for item in range(items[medium])] for medium in range(len(MEDIA))]
+    needed = [
+        (medium, item, file)
+        for medium, each in enumerate(counts)
+        for item, files in enumerate(each)
+        for file in range(files)
+    ]
+    if sorted(numbered) != [JSON, *needed]:
         names = [info.name for _, info in row]
+        files = ", ".join(f"{medium.files} from 0 on" for medium in MEDIA.values() if medium.counts)
         raise DataError(
-            f"{tar}: row {key!r}: it has the members {names}; needed are one json, images from 0 on, and frames from 0 on"
+            f"{tar}: row {key!r}: it has the members {names}; needed are one json, images from 0 on, and {files}"
         )
     infos = [numbered[place] for place in sorted(numbered)]
     contents = [stream.read() if (stream := archive.extractfile(info)) else b"" for info in infos]
@@ -289,4 +307,14 @@ def _read(
         (info.name for info, content in zip(infos, contents, strict=True) if len(content) != info.size), None
     ):
         raise DataError(f"{tar}: truncated inside {short!r}")
-    return key, infos, contents, [found[clip] for clip in range(len(found) - 1)]
+    return key, infos, contents, dict(zip(MEDIA, counts, strict=True))
+
+
+def _place(extension: str) -> tuple[int, int, int] | None:
+    """(number of the medium, of the item, of the file) of a member, or `JSON`; None if it is neither."""
+    if extension == "json":
+        return JSON
+    for number, medium in enumerate(MEDIA.values()):
+        if found := re.fullmatch(medium.pattern, extension):
+            return number, int(found["item"]), int(found["file"] or 0)
+    return None

@@ -1,7 +1,6 @@
 """One row: when it is well formed, and the members that it has in a tar.
 
-`KEY.json`, the images as `KEY.0.png`, `KEY.1.jpg`, ..., and the frames of clips as `KEY.clip0.000.png`,
-`KEY.clip0.001.png`, ...
+`KEY.json`, and the files of each medium under its own names: images are `KEY.0.png`, `KEY.1.jpg`, ...
 """
 
 import json
@@ -12,24 +11,12 @@ from typing import Any
 from pydantic_core import from_json
 
 from mmopd.errors import DataError
-from mmopd.modality.image import open_image, size_of
-from mmopd.modality.video import clip_size
-from mmopd.records import Message, Prompt
+from mmopd.modality.base import Medium
+from mmopd.modality.pixels import FORMATS
+from mmopd.modality.registry import MEDIA
+from mmopd.records import Files, Message, Prompt
 
 FIELDS = ("task", "modality", "messages", "answer")  # of a row's json
-FORMATS = {
-    "PNG": "png",
-    "JPEG": "jpg",
-    "MPO": "mpo",
-    "WEBP": "webp",
-    "GIF": "gif",
-    "BMP": "bmp",
-    "TIFF": "tiff",
-}  # others may run programs
-DEEP = frozenset(
-    {"I", "F", "I;16", "I;16B", "I;16L", "I;16N"}
-)  # modes whose values above 255 all become white when an image is made RGB
-MAX_RATIO = 200  # of an image's sides: longer ones the processors of Qwen-VL refuse
 MAX_TEXT = 1_000_000  # characters of a row's messages
 MAX_ANSWER = 16_000_000  # characters of an answer key; unit tests are long
 
@@ -55,27 +42,23 @@ def pack(row: Prompt, *, decode: bool = False) -> dict[str, bytes]:
     """Extension -> content of a row.
 
     Args:
-        decode: read the pixels of images and frames, too, and not only their headers.
+        decode: read the pixels of all files, too, and not only their headers.
 
     Raises:
-        RowError: no messages or no text, images or clips that do not match the messages or the modality or cannot be
+        RowError: no messages or no text, items of a medium that do not match the messages or the modality or cannot be
             used, or too much text.
     """
     if not row.messages:
         raise RowError("no messages", "it has no messages")
     _check_parts(row)
     check_text(row)
-    members = {}
-    for i, image in enumerate(row.images):
-        try:
-            members[f"{i}.{FORMATS[check_image(image, decode=decode)[0]]}"] = image
-        except ValueError as error:
-            raise RowError("bad image", f"image {i}: {error}") from None
-    for i, frames in enumerate(row.videos):
-        try:
-            members |= {f"clip{i}.{name}": frame for name, frame in _name_frames(frames, decode=decode).items()}
-        except ValueError as error:
-            raise RowError("bad clip", f"clip {i}: {error}") from None
+    members: dict[str, bytes] = {}
+    for medium in MEDIA.values():
+        for i, files in enumerate(row.items(medium.name)):
+            try:
+                members |= _name_files(medium, i, files, decode=decode)
+            except ValueError as error:
+                raise RowError(f"bad {medium.item}", f"{medium.item} {i}: {error}") from None
     fields: dict[str, object] = {
         "id": row.key,
         "task": row.task,
@@ -84,7 +67,9 @@ def pack(row: Prompt, *, decode: bool = False) -> dict[str, bytes]:
         "answer": row.answer,
     }
     fields |= {"extra": row.extra} if row.extra else {}
-    fields |= {"frames": [len(frames) for frames in row.videos]} if row.videos else {}
+    for medium in MEDIA.values():
+        if medium.counts and (items := row.items(medium.name)):
+            fields[medium.counts] = [len(files) for files in items]
     try:
         content = json.dumps(fields, ensure_ascii=False, separators=(",", ":")).encode()
         parse(content)
@@ -94,36 +79,37 @@ def pack(row: Prompt, *, decode: bool = False) -> dict[str, bytes]:
 
 
 def _check_parts(row: Prompt) -> None:
-    """Images and clips are as many as the messages have places for, and are what the modality says."""
-    for part, what, n in (("image", "images", len(row.images)), ("video", "clips", len(row.videos))):
-        if (placeholders := count_parts(row.messages, part)) != n:
-            raise RowError(f"{what} do not match", f"{placeholders} {part} parts in its messages, and {n} {what}")
-    if (row.modality == "video") != bool(row.videos):
-        raise RowError("clips do not match", f"{len(row.videos)} clips, and its modality is {row.modality!r}")
+    """The items of each medium are as many as the messages have places for, and are what the modality says."""
+    if unknown := sorted(set(row.others) - set(MEDIA)):
+        raise RowError("unknown medium", f"it has {unknown[0]!r}; known media are {', '.join(MEDIA)}")
+    for name, medium in MEDIA.items():
+        n, what = len(row.items(name)), medium.items
+        if (placeholders := count_parts(row.messages, name)) != n:
+            raise RowError(f"{what} do not match", f"{placeholders} {name} parts in its messages, and {n} {what}")
+    for name, medium in MEDIA.items():
+        n = len(row.items(name))
+        if medium.counts and (row.modality == name) != bool(n):
+            raise RowError(f"{medium.items} do not match", f"{n} {medium.items}, and its modality is {row.modality!r}")
     if (row.modality == "text") != (not row.is_visual):
         raise RowError("images do not match", f"{len(row.images)} images, and its modality is {row.modality!r}")
 
 
-def _name_frames(frames: Sequence[bytes], *, decode: bool) -> dict[str, bytes]:
-    """`NUMBER.FORMAT` -> frame."""
-    clip_size(frames)
-    members = {}
-    for i, frame in enumerate(frames):
-        try:
-            members[f"{i:03d}.{FORMATS[check_image(frame, decode=decode)[0]]}"] = frame
-        except ValueError as error:
-            raise ValueError(f"frame {i}: {error}") from None
-    return members
+def _name_files(medium: Medium, item: int, files: Files, *, decode: bool) -> dict[str, bytes]:
+    """Member name without the key -> file."""
+    forms = [FORMATS[form] for form, _ in medium.check(files, decode=decode)]
+    named = enumerate(zip(files, forms, strict=True))
+    return {f"{medium.member(item, i)}.{form}": file for i, (file, form) in named}
 
 
 def unpack(key: str, content: bytes, files: Sequence[bytes]) -> Prompt:
-    """The prompt of a row's json and of its files: the images, then the frames of each clip.
+    """The prompt of a row's json and of its files: the images, then the files of each counted medium.
 
     Raises:
-        ValueError: not the json of a row, or more or fewer frames than it says.
+        ValueError: not the json of a row, or more or fewer files than it says.
     """
     data = parse(content)
-    images, videos = _split(files, data["frames"]) if "frames" in data else (tuple(files), ())
+    counts = {name: data[m.counts] for name, m in MEDIA.items() if m.counts and data.get(m.counts)}
+    images, others = _split(files, counts) if counts else (tuple(files), {})
     return Prompt(
         key,
         data["task"],
@@ -132,15 +118,23 @@ def unpack(key: str, content: bytes, files: Sequence[bytes]) -> Prompt:
         images,
         data["answer"],
         data.get("extra", {}),
-        videos,
+        others,
     )
 
 
-def _split(files: Sequence[bytes], counts: Sequence[int]) -> tuple[tuple[bytes, ...], tuple[tuple[bytes, ...], ...]]:
-    """The images, then as many frames for each clip as `counts` says."""
-    if (images := len(files) - sum(counts)) < 0:
-        raise ValueError(f"it has {len(files)} files, and its json says {sum(counts)} frames")
-    return tuple(files[:images]), tuple(tuple(files[a:b]) for a, b in pairwise(accumulate(counts, initial=images)))
+def _split(
+    files: Sequence[bytes], counts: Mapping[str, Sequence[int]]
+) -> tuple[tuple[bytes, ...], dict[str, tuple[Files, ...]]]:
+    """The images, then as many files for each item of each medium as `counts` says."""
+    first = len(files) - sum(map(sum, counts.values()))
+    if first < 0:
+        said = " and ".join(f"{sum(counts[name])} {MEDIA[name].files}" for name in counts)
+        raise ValueError(f"it has {len(files)} files, and its json says {said}")
+    others, at = {}, first
+    for name, each in counts.items():
+        others[name] = tuple(tuple(files[a:b]) for a, b in pairwise(accumulate(each, initial=at)))
+        at += sum(each)
+    return tuple(files[:first]), others
 
 
 def parse(content: bytes) -> dict[str, Any]:
@@ -157,9 +151,12 @@ def parse(content: bytes) -> dict[str, Any]:
             raise ValueError(
                 f"its json has {row[field]!r} as {field!r}" if field in row else f"its json has no {field!r}"
             )
-    frames = row.get("frames", [])  # of each clip
-    if not isinstance(frames, list) or not all(isinstance(count, int) and count > 0 for count in frames):
-        raise ValueError(f"its json has {frames!r} as 'frames'; needed is how many each clip has")
+    for medium in MEDIA.values():
+        if medium.counts is None:
+            continue
+        counts = row.get(medium.counts, [])
+        if not isinstance(counts, list) or not all(isinstance(count, int) and count > 0 for count in counts):
+            raise ValueError(f"its json has {counts!r} as {medium.counts!r}; needed is how many each {medium.item} has")
     return row
 
 
@@ -176,37 +173,6 @@ def check_text(row: Prompt) -> None:
         raise RowError("text too long", f"{text:,} characters of text; at most {MAX_TEXT:,}")
     if isinstance(row.answer, str) and len(row.answer) > MAX_ANSWER:
         raise RowError("answer too long", f"an answer key of {len(row.answer):,} characters; at most {MAX_ANSWER:,}")
-
-
-def check_image(data: bytes, *, decode: bool = False) -> tuple[str, tuple[int, int]]:
-    """(format, (width, height)) of an encoded image that student, teachers and trainer can use alike; turned upright.
-
-    Args:
-        decode: read the pixels, too.
-
-    Raises:
-        ValueError: no image of a known format, too large, too long and thin, animated, deeper than 8 bits, or broken.
-    """
-    image = open_image(data)
-    form = image.format or "unknown"
-    if form not in FORMATS:
-        raise ValueError(f"format {form}; known are {', '.join(FORMATS)}")
-    if image.mode in DEEP:
-        raise ValueError(f"pixels of mode {image.mode}, deeper than 8 bits; save it with 8")
-    if max(image.size) > MAX_RATIO * min(image.size):
-        raise ValueError(f"{image.size[0]} x {image.size[1]} pixels; at most {MAX_RATIO} times as long as wide")
-    try:
-        frames = (
-            1 if form == "MPO" else getattr(image, "n_frames", 1)
-        )  # a phone's photo has its depth in a second frame
-        size = size_of(image)
-        if decode:
-            image.load()
-    except Exception as error:  # whatever a decoder does with broken data
-        raise ValueError(f"its pixels cannot be read: {type(error).__name__}: {error}") from None
-    if frames > 1:
-        raise ValueError(f"{frames} frames; take one of them")
-    return form, size
 
 
 def count_parts(messages: Iterable[Message], kind: str) -> int:

@@ -18,7 +18,7 @@ PROCESSOR_FILES = (
 
 
 def hash_processor(model: Path) -> str:
-    """Names the tokenizer, the chat template and the pixel policy of a model's folder; its weights are no part of it."""
+    """Hash the tokenizer, the chat template and the pixel policy of a model's folder, without its weights."""
     return hash_files(sorted({path for pattern in PROCESSOR_FILES for path in model.glob(pattern) if path.is_file()}))
 
 
@@ -30,8 +30,8 @@ class Counter(Protocol):
         """`hash_processor` of the model for which is counted."""
 
     def __call__(self, prompt: Prompt) -> tuple[int, int]:
-        """(text tokens, visual tokens) of a prompt up to and with the assistant's header; their sum is its length. The
-        times of a clip's frames are counted with what is seen of them.
+        """(text tokens, visual tokens) of a prompt up to and with the assistant's header; their sum is its length. All
+        that a placeholder becomes is counted as visual, such as the times of a clip's frames.
 
         Raises:
             ValueError: the processor cannot take it.
@@ -54,5 +54,5 @@ class TokenCounter:
     def __call__(self, prompt: Prompt) -> tuple[int, int]:
         """As `Counter`."""
         encoded = self._encoder.encode(prompt)
-        text = len(encoded.ids) - len(prompt.images) - len(prompt.videos)
+        text = len(encoded.ids) - len(encoded.grids)
         return text, len(encoded.expanded) - text

@@ -15,12 +15,12 @@ from typing import Any
 
 from PIL import Image
 
-from mmopd.records import Prompt, Sample, Score
+from mmopd.records import Files, Prompt, Sample, Score
 from mmopd.report.metrics import read_lines
 
 FULL_COLOUR = 3.0  # nats; a token is e^3 = 20 times likelier for one than for the other
 THUMBNAIL = 640  # pixels
-FRAMES = 8  # of a clip that are shown
+FILES = 8  # of an item that are shown
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,9 +29,9 @@ class TokenRow:
 
     step: int
     task: str
-    modality: str  # text | image | video
+    modality: str  # text, or the name of a medium
     prompt: str  # the text of the prompt
-    images: list[str]  # base64 of the encoded images (PNG, JPEG, ...), and of some frames of clips
+    images: list[str]  # base64 of encoded files (PNG, JPEG, ...): the images, and some of each item of another medium
     tokens: list[str]  # [T] text of each token
     student: list[float]  # [T] log-prob by the policy that sampled it
     teacher: list[float]  # [T] log-prob by the teacher
@@ -78,6 +78,7 @@ def token_row(
     Raises:
         ValueError: the sample has no score.
     """
+    shown = chain(prompt.items("image"), *prompt.others.values())
     if not isinstance(sample.score, Score):
         raise ValueError(f"a response to {prompt.key} has no score: {sample.score}")
     return TokenRow(
@@ -85,10 +86,7 @@ def token_row(
         task=prompt.task,
         modality=prompt.modality,
         prompt="\n".join(_texts(prompt.messages)),
-        images=[
-            base64.b64encode(data).decode()
-            for data in (*prompt.images, *chain.from_iterable(map(_some_frames, prompt.videos)))
-        ],
+        images=[base64.b64encode(file).decode() for files in shown for file in _some(files)],
         tokens=list(tokens),
         student=list(sample.response.logprobs),
         teacher=list(sample.score.logprobs),
@@ -164,9 +162,9 @@ def picture(encoded: str) -> tuple[str, int, int]:
     return f"data:{kind};base64,{base64.b64encode(data).decode()}", image.width, image.height
 
 
-def _some_frames(clip: Sequence[bytes]) -> Sequence[bytes]:
-    """A handful of the frames, evenly spaced, the first among them."""
-    return clip[:: -(-len(clip) // FRAMES)]
+def _some(files: Files) -> Files:
+    """A handful of the files, evenly spaced, the first among them."""
+    return files[:: -(-len(files) // FILES)]
 
 
 def _colour(nats: float) -> float:

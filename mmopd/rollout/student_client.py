@@ -9,6 +9,7 @@ from types import TracebackType
 from typing import Self, TypeVar
 
 from mmopd.modality import Encoder
+from mmopd.modality.registry import MEDIA
 from mmopd.records import Encoded, Response
 from mmopd.serving import wire
 from mmopd.serving.endpoint import Endpoint
@@ -88,7 +89,7 @@ class StudentClient:
         sampling = wire.Sampling(n, seed, temperature, top_p, top_k, max_tokens, self.banned)
 
         def build(model: str) -> bytes:
-            return wire.sampling_body(model, encoded.ids, encoded.prompt.images, sampling, videos=encoded.prompt.videos)
+            return wire.sampling_body(model, encoded, sampling)
 
         def parse(reply: bytes, request_id: str) -> list[wire.Choice]:
             return wire.parse_samples(reply, request_id, encoded.expanded, sampling, self._end)
@@ -104,7 +105,7 @@ class StudentClient:
         """
 
         def build(model: str) -> bytes:
-            return wire.scoring_body(model, encoded.ids, encoded.prompt.images, tokens, videos=encoded.prompt.videos)
+            return wire.scoring_body(model, encoded, tokens)
 
         def parse(reply: bytes, request_id: str) -> tuple[float, ...]:
             return wire.parse_scores(reply, request_id, encoded.expanded, tokens)
@@ -117,6 +118,9 @@ class StudentClient:
         try:
             return await self._pool.call(build, parse)
         except wire.ReplyError as fault:
-            hint = f"; with clips it needs student.engine.videos={n}" if (n := len(encoded.prompt.videos)) else ""
+            needed = {medium: len(encoded.prompt.items(name)) for name, medium in MEDIA.items() if medium.limit}
+            hint = "".join(
+                f"; with {medium.items} it needs student.engine.{medium.limit}={n}" for medium, n in needed.items() if n
+            )
             failed = f"engine {self._endpoint.name} could not {what} prompt {encoded.prompt.key}: {fault}"
             raise EngineError(f"the student's {failed}; see its log{hint}") from fault

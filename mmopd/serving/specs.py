@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from mmopd.config import Engine, Student, Sync
-from mmopd.modality.video import MEDIA_SETTINGS
+from mmopd.modality.registry import MEDIA
 from mmopd.serving.lora import Adapter, lora_flags
 from mmopd.serving.supervisor import RequireKey, Server
 
@@ -85,8 +85,11 @@ def to_server(spec: ServerSpec, address: tuple[str, int], log: Path, gpus: str) 
         "--max-num-seqs",
         str(engine.max_num_seqs),
     ]
-    argv += ["--limit-mm-per-prompt", json.dumps({"video": engine.videos}), "--enable-scale-out"]
-    argv += ["--media-io-kwargs", json.dumps(MEDIA_SETTINGS)] if engine.videos else []
+    limits = {medium: getattr(engine, medium.limit) for medium in MEDIA.values() if medium.limit}
+    argv += ["--limit-mm-per-prompt", json.dumps({medium.slot: n for medium, n in limits.items()})]
+    argv += ["--enable-scale-out"]
+    reading = {medium.slot: medium.io_settings for medium, n in limits.items() if n}
+    argv += ["--media-io-kwargs", json.dumps(reading)] if reading else []
     argv += ["--disable-uvicorn-access-log", "--disable-log-stats"]
     argv += ["--middleware", f"{RequireKey.__module__}.{RequireKey.__qualname__}", "--allowed-media-domains", NO_DOMAIN]
     if not gpus:

@@ -1,11 +1,10 @@
 """The JSON of vLLM's `POST /inference/v1/generate`: the one route that takes token ids and images together.
 
-Prompt ids go out unexpanded (one placeholder per image or clip) with the image bytes as they are in the row; the server
+Prompt ids go out unexpanded (one placeholder per item of a medium) with the files as they are in the row; the server
 expands them, and what it answers is believed only if the ids that come back are the ones that were expected.
 A reply is decoded with typed msgspec structs, so that only the rows of the response are ever turned into objects.
 """
 
-import base64
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from threading import Lock
@@ -14,15 +13,16 @@ from typing import TypeVar
 import msgspec
 from cachetools import LRUCache, cached
 
-from mmopd.modality.video import data_url
+from mmopd.modality.base import Medium
+from mmopd.modality.registry import shown_items
+from mmopd.records import Encoded, Files
 
 PATH = "/inference/v1/generate"
 REQUEST_ID = "X-Request-Id"  # header; comes back in the reply's `request_id`
 FLOOR = -9999.0  # vLLM writes it for -inf, and for NaN of a sampled token
 CEILING = 1e-3  # 0, and what rounding may add
-PARTS_BYTES = 1 << 26  # of images that are kept encoded, and as many of clips
+PARTS_BYTES = 1 << 27  # of items of media that are kept encoded
 BAN = -100.0  # logit bias; the largest that OpenAI-style servers take
-Clip = tuple[bytes, ...]  # its frames
 
 
 class ReplyError(Exception):
@@ -75,27 +75,13 @@ class Scored:
     )
 
 
-def scoring_body(
-    model: str,
-    ids: Sequence[int],
-    images: Sequence[bytes],
-    tokens: Sequence[int],
-    top_k: int = 0,
-    *,
-    videos: Sequence[Clip] = (),
-) -> bytes:
-    """The request for the log-probs of `tokens` after the prompt `ids`, and of the `top_k` likeliest ids in their
-    places.
-    """
-    return _body(
-        model, [*ids, *tokens], images, videos, {"max_tokens": 1, "prompt_logprobs": top_k, "detokenize": False}
-    )
+def scoring_body(model: str, encoded: Encoded, tokens: Sequence[int], top_k: int = 0) -> bytes:
+    """The request for the log-probs of `tokens` after a prompt, and of the `top_k` likeliest ids in their places."""
+    return _body(model, encoded, tokens, {"max_tokens": 1, "prompt_logprobs": top_k, "detokenize": False})
 
 
-def sampling_body(
-    model: str, ids: Sequence[int], images: Sequence[bytes], sampling: Sampling, *, videos: Sequence[Clip] = ()
-) -> bytes:
-    """The request for `n` responses to the prompt `ids`; response i is drawn with seed `seed + i` (vLLM's rule)."""
+def sampling_body(model: str, encoded: Encoded, sampling: Sampling) -> bytes:
+    """The request for `n` responses to a prompt; response i is drawn with seed `seed + i` (vLLM's rule)."""
     settings: dict[str, object] = {
         "n": sampling.n,
         "seed": sampling.seed,
@@ -107,7 +93,7 @@ def sampling_body(
         "detokenize": False,
         "logit_bias": dict.fromkeys(sampling.banned, BAN),
     }
-    return _body(model, ids, images, videos, settings)
+    return _body(model, encoded, (), settings)
 
 
 def parse_scores(reply: bytes, request_id: str, expanded: Sequence[int], tokens: Sequence[int]) -> tuple[float, ...]:
@@ -195,27 +181,18 @@ _ROW = msgspec.json.Decoder(dict[int, _Token] | None)
 T = TypeVar("T")
 
 
-def _body(
-    model: str, ids: Sequence[int], images: Sequence[bytes], videos: Sequence[Clip], settings: dict[str, object]
-) -> bytes:
+def _body(model: str, encoded: Encoded, tokens: Sequence[int], settings: dict[str, object]) -> bytes:
+    ids = [*encoded.ids, *tokens]
     body: dict[str, object] = {"model": model, "token_ids": ids, "sampling_params": settings, "return_token_ids": True}
-    if images or videos:
-        body["content_parts"] = [*map(_image_part, images), *map(_video_part, videos)]
+    if encoded.prompt.is_visual:
+        body["content_parts"] = [_part(medium, files) for medium, files in shown_items(encoded.prompt)]
     return _ENCODER.encode(body)
 
 
 @cached(LRUCache(PARTS_BYTES, getsizeof=lambda part: len(bytes(part))), lock=Lock())
-def _image_part(image: bytes) -> msgspec.Raw:
-    """JSON of the image as its own bytes, made once for a group; vLLM reads their kind from them, not from the media
-    type.
-    """
-    return msgspec.Raw(b'{"type":"image_url","url":"data:image/*;base64,' + base64.b64encode(image) + b'"}')
-
-
-@cached(LRUCache(PARTS_BYTES, getsizeof=lambda part: len(bytes(part))), lock=Lock())
-def _video_part(frames: Clip) -> msgspec.Raw:
-    """JSON of a clip, made once for a group."""
-    return msgspec.Raw(b'{"type":"video_url","url":"' + data_url(frames) + b'"}')
+def _part(medium: Medium, files: Files) -> msgspec.Raw:
+    """JSON of an item with its own bytes, made once for a group."""
+    return msgspec.Raw(b'{"type":"%b_url","url":"%b"}' % (medium.slot.encode(), medium.url(files)))
 
 
 def _decode(decoder: "msgspec.json.Decoder[T]", data: bytes | msgspec.Raw) -> T:

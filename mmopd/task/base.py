@@ -1,4 +1,4 @@
-"""A task: its name, its modality, how its prompts are put, and who judges the answers. One file of `modalities/` each."""
+"""A task: its name, its modality, how its prompts are put, and who judges the answers; one file of `modalities/`."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -7,11 +7,11 @@ from mmopd.config import View
 from mmopd.records import UNKNOWN, Message, Outcome, Prompt
 
 Verify = Callable[[str, str], Outcome]  # (response text, answer key) -> outcome
-Template = Callable[[str, int], Sequence[Message]]  # (question, number of images, or of clips) -> chat messages
+Template = Callable[[str, int], Sequence[Message]]  # (question, number of items to see) -> chat messages
 
 
 def user_turn(question: str, images: int, part: str = "image") -> Sequence[Message]:
-    """One user message: the images, or parts of another type such as `video`, then the question."""
+    """One user message: the images, or parts of another medium such as `video`, then the question."""
     parts: list[Message] = [{"type": part}] * images
     return [{"role": "user", "content": [*parts, {"type": "text", "text": question}]}]
 
@@ -30,7 +30,7 @@ class Task:
     """
 
     name: str  # as rows, routes and mixtures call it
-    modality: str  # text | image | video
+    modality: str  # text, or the name of a medium
     verify: Verify = unverified
     messages: Template = user_turn
     timeout: float | None = None  # seconds for one answer; the pool's own if not set
@@ -47,6 +47,7 @@ class Task:
         extra: Mapping[str, str] | None = None,
         *,
         videos: Sequence[Sequence[bytes]] = (),
+        others: Mapping[str, Sequence[Sequence[bytes]]] | None = None,
     ) -> Prompt:
         """One row for `write_shards`.
 
@@ -54,8 +55,9 @@ class Task:
             images: encoded files, in the order in which they are shown.
             extra: texts for views.
             videos: clips, each the encoded frames in their order, two a second.
+            others: items of further media by the medium's name, each its encoded files.
         """
-        messages = tuple(self.messages(question, len(images) + len(videos)))
-        return Prompt(
-            key, self.name, self.modality, messages, tuple(images), answer, dict(extra or {}), tuple(map(tuple, videos))
-        )
+        given = {**(others or {}), "video": videos}
+        items = {medium: tuple(map(tuple, some)) for medium, some in given.items() if some}
+        messages = tuple(self.messages(question, len(images) + sum(map(len, items.values()))))
+        return Prompt(key, self.name, self.modality, messages, tuple(images), answer, dict(extra or {}), items)

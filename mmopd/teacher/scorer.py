@@ -113,7 +113,7 @@ class Scorer:
         await self._http.close()
 
     def sees_image(self, encoded: Encoded) -> bool:
-        """Whether the prompt has images or clips, and every teacher of it is shown them."""
+        """True if the prompt has anything to see, and every teacher of it is shown that."""
         return encoded.prompt.is_visual and all(sees_image(teacher.view) for teacher in self._teachers_of(encoded))
 
     async def score(self, encoded: Encoded, tokens: tuple[int, ...], *, blind: bool = False) -> Score | Absent:
@@ -158,7 +158,8 @@ class Scorer:
             shown = await self._show(encoded, blinded(teacher.view) if blind else teacher.view)
         except ViewError as fault:
             return Absent(teacher.name, "view", str(fault))
-        images = _digest([*shown.prompt.images, *map(_digest, shown.prompt.videos)])
+        others = (files for items in shown.prompt.others.values() for files in items)
+        images = _digest([*shown.prompt.images, *map(_digest, others)])
         key = _digest([teacher.name.encode(), images, array("q", shown.ids).tobytes(), array("q", tokens).tobytes()])
         result: wire.Scored | Absent
         if known := self._known.get(key) or self._remember(key):
@@ -188,9 +189,7 @@ class Scorer:
 
     async def _ask(self, teacher: str, shown: Encoded, tokens: tuple[int, ...], images: bytes) -> wire.Scored | Absent:
         def build(model: str) -> bytes:
-            return wire.scoring_body(
-                model, shown.ids, shown.prompt.images, tokens, self._top_k, videos=shown.prompt.videos
-            )
+            return wire.scoring_body(model, shown, tokens, self._top_k)
 
         def parse(reply: bytes, request_id: str) -> wire.Scored:
             return wire.parse_scored(reply, request_id, shown.expanded, tokens, self._top_k)

@@ -6,18 +6,12 @@ number for each of the student's tokens, whatever stands before them.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from hashlib import blake2b
-from io import BytesIO
 from string import Formatter
-from threading import Lock
 from typing import TYPE_CHECKING
 
-from cachetools import LRUCache, cached
-from PIL import Image
-
 from mmopd.config import View
-from mmopd.modality.image import MAX_PIXELS, PixelPolicy, check_size, open_image, size_of, to_rgb
-from mmopd.modality.video import clip_size
+from mmopd.modality.pixels import MAX_PIXELS, PixelPolicy
+from mmopd.modality.registry import MEDIA
 from mmopd.records import Encoded, Message, Prompt
 
 if TYPE_CHECKING:
@@ -31,8 +25,6 @@ BUILT_IN: Mapping[str, View] = {
     "ocr": View(images="drop", instead="{ocr}\n"),
     "privileged": View(hint="\nThe answer is {answer}."),
 }
-GREY = 128  # of 255
-CACHE_BYTES = 1 << 26  # of redrawn images: the responses of a group share theirs
 
 
 class ViewError(ValueError):
@@ -59,12 +51,12 @@ def check_view(view: View) -> None:
 
 
 def sees_image(view: View) -> bool:
-    """Whether a teacher with this view is shown the images and clips themselves."""
+    """True if a teacher with this view is shown the items of media themselves."""
     return view.images == "keep"
 
 
 def blinded(view: View) -> View:
-    """The same words, and a grey area in place of each image and frame, of as many visual tokens."""
+    """The same words, and grey files in place of each item of a medium, of as many visual tokens."""
     return view.model_copy(update={"images": "blank"})
 
 
@@ -75,8 +67,8 @@ def encode_view(encoder: "Encoder", encoded: Encoded, view: View) -> Encoded:
     that many visual tokens: a server whose own budget is smaller answers with other ids, which is an error there.
 
     Raises:
-        ViewError: the row lacks a text that the view shows (names the row and the text), or has an image or a clip that
-            cannot be redrawn, as no clip can under a pixel budget.
+        ViewError: the row lacks a text that the view shows (names the row and the text), or has an image or other item
+            that cannot be redrawn.
     """
     prompt = encoded.prompt
     budget = _budget(encoder.pixels, view)
@@ -84,22 +76,20 @@ def encode_view(encoder: "Encoder", encoded: Encoded, view: View) -> Encoded:
     drops = prompt.is_visual and view.images == "drop"
     if not (redraws or drops or view.hint):
         return encoded
-    messages, images, videos = prompt.messages, prompt.images, prompt.videos
+    shown = prompt
     try:
         if drops:
-            messages, images, videos = _without_images(messages, _fill(view.instead, prompt)), (), ()
+            messages = _without_media(prompt.messages, _fill(view.instead, prompt))
+            shown = replace(prompt, messages=messages, images=(), others={})
         if redraws:
-            if videos and budget is not None:
-                raise ViewError(
-                    "a pixel budget is for images, and the prompt has a clip; give clips a route with another view"
-                )
-            images = tuple(_redraw(image, budget, blank=view.images == "blank") for image in images)
-            videos = tuple((_draw(None, clip_size(frames)),) * len(frames) for frames in videos)
+            for name, medium in MEDIA.items():
+                redrawn = [medium.redraw(files, budget, blank=view.images == "blank") for files in prompt.items(name)]
+                shown = shown.with_items(name, redrawn) if redrawn else shown
         if view.hint:
-            messages = _with_hint(messages, _fill(view.hint, prompt))
+            shown = replace(shown, messages=_with_hint(shown.messages, _fill(view.hint, prompt)))
         # Images in the size of a budget are cut into patches as they are.
         pixels = replace(encoder.pixels, min_pixels=1, max_pixels=MAX_PIXELS) if redraws and budget else encoder.pixels
-        return encoder.encode(replace(prompt, messages=messages, images=images, videos=videos), pixels)
+        return encoder.encode(shown, pixels)
     except (ValueError, OSError) as error:  # OSError: pixels that do not decode
         raise ViewError(f"{prompt.key}: {str(error).removeprefix(f'{prompt.key}: ')}") from error
 
@@ -116,39 +106,8 @@ def _budget(own: PixelPolicy, view: View) -> PixelPolicy | None:
     )
 
 
-def _redraw(image: bytes, budget: PixelPolicy | None, *, blank: bool) -> bytes:
-    """The image in the size of the budget, or its own; grey if blank. What would not change stays as it is, byte for
-    byte.
-    """
-    size = own = size_of(open_image(image))
-    if budget is not None:
-        _, rows, columns = budget.grid(*own)
-        size = (columns * budget.patch, rows * budget.patch)
-        check_size(*size)
-    if blank:
-        return _draw(None, size)
-    return image if size == own else _draw(image, size)
-
-
-def _key(image: bytes | None, size: tuple[int, int]) -> tuple[bytes | None, tuple[int, int]]:
-    return (None if image is None else blake2b(image, digest_size=16).digest()), size
-
-
-@cached(LRUCache(CACHE_BYTES, getsizeof=len), key=_key, lock=Lock())
-def _draw(image: bytes | None, size: tuple[int, int]) -> bytes:
-    """A PNG of this (width, height): of the image, upright and resized as Qwen's processor does, or grey without one."""
-    drawn = (
-        Image.new("L", size, GREY)
-        if image is None
-        else to_rgb(open_image(image)).resize(size, Image.Resampling.BICUBIC)
-    )
-    file = BytesIO()
-    drawn.save(file, "PNG", compress_level=1)  # lossless at every level; the smallest files take ten times as long
-    return file.getvalue()
-
-
-def _without_images(messages: Sequence[Message], instead: str) -> tuple[Message, ...]:
-    """The messages with `instead` where the first image or clip was, and nothing where the others were."""
+def _without_media(messages: Sequence[Message], instead: str) -> tuple[Message, ...]:
+    """The messages with `instead` where the first item of a medium was, and nothing where the others were."""
     text = [{"type": "text", "text": instead}] if instead else []
     shown: list[Message] = []
     for message in messages:
@@ -157,7 +116,7 @@ def _without_images(messages: Sequence[Message], instead: str) -> tuple[Message,
             continue
         parts: list[Message] = []
         for part in message["content"]:
-            if part.get("type") in ("image", "video"):
+            if part.get("type") in MEDIA:
                 parts += text
                 text = []
             else:

@@ -4,7 +4,7 @@ The head is `lm_head` itself with another class, so names, tying and ZeRO-3's ga
 log-softmax is Liger's (private there, hence pinned in the constraints and tested against the plain one).
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from copy import copy
 from typing import Any
 
@@ -62,8 +62,7 @@ class Student:
         *args: Any,
         logprob_index: Tensor | None = None,
         logprob_targets: Tensor | None = None,
-        image_index: Sequence[int] | None = None,
-        video_index: Sequence[int] = (),
+        media_index: Mapping[str, Sequence[int]] | None = None,
         **kwargs: Any,
     ) -> Any:
         """Run the base class's forward; or return float32 log-probs of `logprob_targets` [M] or [M, K].
@@ -71,22 +70,20 @@ class Student:
         Args:
             logprob_index: [M] rows of the flattened [B * W] hidden states that predict the targets.
             logprob_targets: [M] token ids.
-            image_index: the row of `image_grid_thw` of each image in `input_ids`; an image that many responses share is
-                encoded once.
-            video_index: the same of each clip; clips stand in `pixel_values` and `image_grid_thw` as images do.
+            media_index: for each input of the model (`Medium.slot`) the row of `image_grid_thw` of each of its items in
+                `input_ids`; `pixel_values` and `image_grid_thw` hold the items of all media, and one that many
+                responses share is encoded once.
         """
-        if logprob_targets is None or logprob_index is None or image_index is None:
+        if logprob_targets is None or logprob_index is None or media_index is None:
             return super().forward(*args, **kwargs)  # type: ignore[misc]
         seen = self.model.get_image_features(kwargs.pop("pixel_values"), kwargs.pop("image_grid_thw"), return_dict=True)
-        outputs = {
-            kind: _pick(seen, index) for kind, index in (("image", image_index), ("video", video_index)) if index
-        }
+        outputs = {slot: _pick(seen, index) for slot, index in media_index.items() if index}
         hidden = self.model(*args, mm_encoder_outputs=outputs, use_cache=False, **kwargs).last_hidden_state
         return self.lm_head(hidden.flatten(0, 1).index_select(0, logprob_index), logprob_targets)
 
 
 def _pick(seen: Any, index: Sequence[int]) -> Any:
-    """Return the vision tower's output for these images or clips, in this order."""
+    """Return the vision tower's output for these rows, in this order."""
     picked = copy(seen)
     picked.pooler_output = tuple(seen.pooler_output[i] for i in index)
     if getattr(seen, "deepstack_features", None) is not None:

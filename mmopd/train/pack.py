@@ -6,9 +6,9 @@ rank knows the whole assignment without communication. `fill_rows` packs the tre
 
 With flash attention one row holds all trees; torch's attention computes a W x W mask per row, so rows are short there.
 Every micro-batch has at least one image, a blank one if need be: ZeRO-3 needs the vision tower to run equally often on
-every rank. Images and clips go through it in one call.
+every rank. The items of all media go through it in one call.
 
-Letters: T tokens of a response, B rows, W width, M response tokens of a micro-batch, I images and clips.
+Letters: T tokens of a response, B rows, W width, M response tokens of a micro-batch, I items of media.
 """
 
 from collections.abc import Callable, Sequence
@@ -22,6 +22,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from mmopd.modality import Encoder
+from mmopd.modality.registry import grids_by_slot, shown_items, slots
 from mmopd.records import Encoded
 from mmopd.train.prefix_tree import Item, Tree, grow, mask, sequences
 
@@ -171,7 +172,7 @@ class Collator:
     """Makes the tensors of a micro-batch.
 
     Args:
-        encoder: decodes images, and knows the tokens that stand for images and clips.
+        encoder: decodes the items of media, and knows their placeholders.
         rope: the model's `get_rope_index`.
         patch_size: values per vision patch (channels x time x rows x columns).
         merge: patches per visual token, per side.
@@ -226,8 +227,7 @@ class Collator:
             "position_ids": positions,
             "pixel_values": torch.cat(pictures.pixels),
             "image_grid_thw": torch.cat(pictures.grids),
-            "image_index": pictures.images,
-            "video_index": pictures.videos,
+            "media_index": pictures.index,
             "logprob_index": torch.cat(index) if order else torch.zeros(1, dtype=torch.long),
             "logprob_targets": torch.tensor([t for i in order for t in items[i].tokens] or [0]),
         }
@@ -249,14 +249,18 @@ class Collator:
         text = torch.arange(len(ids))
         if not encoded.prompt.is_visual:
             return text.expand(4, -1)
-        kinds = (ids == self.encoder.image_token).int() + 2 * (ids == self.encoder.video_token).int()
-        grids = [torch.tensor(grids) if grids else None for grids in (encoded.grids, encoded.video_grids)]
-        mrope, _ = self.rope(ids[None], kinds[None], *grids)
+        types = torch.zeros_like(ids, dtype=torch.int32)
+        for slot, media in slots().items():
+            types[ids == self.encoder.tokens[slot]] = media[0].token_type
+        grids = {
+            f"{slot}_grid_thw": torch.tensor(grids) if grids else None for slot, grids in grids_by_slot(encoded).items()
+        }
+        mrope, _ = self.rope(ids[None], types[None], **grids)
         return torch.cat([text[None], mrope[:, 0]])
 
 
 class _Pictures:
-    """The images and clips of a micro-batch; those of a prompt are decoded once, however many responses share it."""
+    """The items of media of a micro-batch; those of a prompt are decoded once, however many responses share it."""
 
     def __init__(self, encoder: Encoder, patch_size: int, merge: int) -> None:
         self.encoder = encoder
@@ -264,12 +268,11 @@ class _Pictures:
         self.merge = merge
         self.pixels: list[Tensor] = []  # each [patches, patch_size]
         self.grids: list[Tensor] = []  # each [I, 3]
-        self.images: list[int] = []  # image of the micro-batch -> row of the grids
-        self.videos: list[int] = []  # clip of the micro-batch -> row of the grids
+        self.index: dict[str, list[int]] = {slot: [] for slot in slots()}  # item -> row of the grids
         self._seen: dict[str, range] = {}
 
     def add(self, encoded: Encoded) -> None:
-        if not encoded.grids and not encoded.video_grids:
+        if not encoded.grids:
             return
         key = encoded.prompt.key
         if key not in self._seen:
@@ -278,11 +281,10 @@ class _Pictures:
             self._seen[key] = range(first, first + len(grids))
             self.pixels.append(pixels)
             self.grids.append(grids)
-        rows, images = self._seen[key], len(encoded.grids)
-        self.images += rows[:images]
-        self.videos += rows[images:]
+        for row, (medium, _) in zip(self._seen[key], shown_items(encoded.prompt), strict=True):
+            self.index[medium.slot].append(row)
 
     def add_blank(self) -> None:
         self.pixels.append(torch.zeros(self.merge**2, self.patch_size))
         self.grids.append(torch.tensor([[1, self.merge, self.merge]]))
-        self.images.append(0)
+        self.index["image"].append(0)

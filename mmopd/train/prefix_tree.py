@@ -46,8 +46,8 @@ class Item:
 
     @property
     def patches(self) -> int:
-        """Vision patches of its images and clips."""
-        return sum(t * h * w for t, h, w in (*self.encoded.grids, *self.encoded.video_grids))
+        """Vision patches of all that its prompt shows."""
+        return sum(t * h * w for t, h, w in self.encoded.grids)
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,168 @@
+"""Encoded images, which are the files of every medium: opened by their headers within bounds, sized as a person sees
+them, decoded and drawn as servers do it, cut into patches as the processor does it.
+"""
+
+import io
+from dataclasses import dataclass
+from hashlib import blake2b
+from threading import Lock
+
+from cachetools import LRUCache, cached
+from PIL import Image, ImageFile, ImageOps
+
+FORMATS = {
+    "PNG": "png",
+    "JPEG": "jpg",
+    "MPO": "mpo",
+    "WEBP": "webp",
+    "GIF": "gif",
+    "BMP": "bmp",
+    "TIFF": "tiff",
+}  # others may run programs
+DEEP = frozenset(
+    {"I", "F", "I;16", "I;16B", "I;16L", "I;16N"}
+)  # modes whose values above 255 all become white when an image is made RGB
+MAX_RATIO = 200  # of an image's sides: longer ones the processors of Qwen-VL refuse
+MAX_SIDE = 20_000  # pixels; a larger header is refused before anything is decoded
+MAX_PIXELS = 100_000_000
+ORIENTATION, SIDEWAYS = 0x0112, frozenset({5, 6, 7, 8})  # EXIF: stored lying on its side
+PNG_NOTES = frozenset({b"eXIf", b"tEXt", b"zTXt", b"iTXt"})  # chunks that an orientation may stand in
+GREY = 128  # of 255
+CACHE_BYTES = 1 << 26  # of redrawn images: the responses of a group share theirs
+
+
+@dataclass(frozen=True, slots=True)
+class PixelPolicy:
+    """How an image is resized and cut into patches."""
+
+    patch: int
+    merge: int
+    min_pixels: int
+    max_pixels: int
+
+    def grid(self, width: int, height: int) -> tuple[int, int, int]:
+        """Patches (1, rows, columns) of an image of this size, in pixels.
+
+        Raises:
+            ValueError: one side is more than 200 times the other.
+        """
+        from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize  # seconds, with torch
+
+        rows, columns = smart_resize(height, width, self.patch * self.merge, self.min_pixels, self.max_pixels)
+        return 1, rows // self.patch, columns // self.patch
+
+    def tokens(self, grid: tuple[int, int, int]) -> int:
+        """Visual tokens of a grid."""
+        return grid[0] * grid[1] * grid[2] // self.merge**2
+
+
+def open_image(data: bytes) -> Image.Image:
+    """The image, header read and bounded, pixels not decoded.
+
+    Raises:
+        ValueError: no image, or larger than MAX_SIDE or MAX_PIXELS.
+    """
+    ImageFile.LOAD_TRUNCATED_IMAGES = (
+        False  # importing lmms-eval switches it on for the process: half an image would be whole
+    )
+    try:
+        image = Image.open(io.BytesIO(data))
+    except Exception as error:
+        raise ValueError(f"not an image that can be opened: {error}") from error
+    check_size(*image.size)
+    return image
+
+
+def check_image(data: bytes, *, decode: bool = False) -> tuple[str, tuple[int, int]]:
+    """(format, (width, height)) of an encoded image that student, teachers and trainer can use alike; turned upright.
+
+    Args:
+        decode: read the pixels, too.
+
+    Raises:
+        ValueError: no image of a known format, too large, too long and thin, animated, deeper than 8 bits, or broken.
+    """
+    image = open_image(data)
+    form = image.format or "unknown"
+    if form not in FORMATS:
+        raise ValueError(f"format {form}; known are {', '.join(FORMATS)}")
+    if image.mode in DEEP:
+        raise ValueError(f"pixels of mode {image.mode}, deeper than 8 bits; save it with 8")
+    if max(image.size) > MAX_RATIO * min(image.size):
+        raise ValueError(f"{image.size[0]} x {image.size[1]} pixels; at most {MAX_RATIO} times as long as wide")
+    try:
+        frames = (
+            1 if form == "MPO" else getattr(image, "n_frames", 1)
+        )  # a phone's photo has its depth in a second frame
+        size = size_of(image)
+        if decode:
+            image.load()
+    except Exception as error:  # whatever a decoder does with broken data
+        raise ValueError(f"its pixels cannot be read: {type(error).__name__}: {error}") from None
+    if frames > 1:
+        raise ValueError(f"{frames} frames; take one of them")
+    return form, size
+
+
+def check_size(width: int, height: int) -> None:
+    """Raise ValueError if an image of this size, in pixels, is too large to be decoded."""
+    if max(width, height) > MAX_SIDE or width * height > MAX_PIXELS:
+        raise ValueError(f"image of {width} x {height} pixels; at most {MAX_SIDE} a side and {MAX_PIXELS} in all")
+
+
+def size_of(image: Image.Image) -> tuple[int, int]:
+    """(width, height) as a person sees it and a server reads it, from the header alone: turned upright by EXIF."""
+    width, height = image.size
+    if image.format == "PNG" and not _has_notes(image):
+        return width, height
+    return (height, width) if image.getexif().get(ORIENTATION) in SIDEWAYS else (width, height)
+
+
+def _has_notes(image: Image.Image) -> bool:
+    """Whether a PNG may say an orientation: to find out, Pillow would decode all of its pixels, since notes may follow
+    them.
+    """
+    assert isinstance(image, ImageFile.ImageFile)
+    assert isinstance(image.fp, io.BytesIO)
+    data, at = image.fp.getbuffer(), 8
+    while at < len(data):
+        if bytes(data[at + 4 : at + 8]) in PNG_NOTES:
+            return True
+        at += 12 + int.from_bytes(data[at : at + 4], "big")  # length, kind, content, checksum
+    return False
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Pixels as vLLM makes them of a file: upright, transparency painted on white. `image` itself is turned upright.
+
+    Raises:
+        OSError: the file ends before its pixels do, or they are damaged.
+    """
+    ImageOps.exif_transpose(image, in_place=True)  # not in place it copies what needs no turning, too
+    if image.mode in {"RGBA", "LA", "PA"} or "transparency" in image.info:
+        alpha = image.convert("RGBA")
+        white = Image.new("RGBA", alpha.size, "white")
+        image = Image.alpha_composite(white, alpha)
+    return image.convert("RGB")
+
+
+def _key(image: bytes | None, size: tuple[int, int]) -> tuple[bytes | None, tuple[int, int]]:
+    return (None if image is None else blake2b(image, digest_size=16).digest()), size
+
+
+@cached(LRUCache(CACHE_BYTES, getsizeof=len), key=_key, lock=Lock())
+def draw(image: bytes | None, size: tuple[int, int]) -> bytes:
+    """Make a PNG of this (width, height): the image, upright and resized as Qwen's processor does; grey without one."""
+    drawn = (
+        Image.new("L", size, GREY)
+        if image is None
+        else to_rgb(open_image(image)).resize(size, Image.Resampling.BICUBIC)
+    )
+    return write_png(drawn)
+
+
+def write_png(image: Image.Image) -> bytes:
+    """The image as the bytes of a PNG file."""
+    file = io.BytesIO()
+    image.save(file, "PNG", compress_level=1)  # lossless at every level; the smallest files take ten times as long
+    return file.getvalue()
