@@ -396,7 +396,7 @@ def test_a_failure_prints_the_table_and_tells_every_way_out(encoder, kinds, tmp_
     with pytest.raises(UserError) as error:
         insist(checks, console)
     table = console.export_text()
-    assert "What the teachers show" in table
+    assert "Preflight of the teachers" in table
     for of_, name, _ in bad(checks):
         assert f"- {of_}, {name}: " in str(error.value)
     assert str(error.value).count("→") == len(bad(checks)) == 2

@@ -1,1 +1,1 @@
-"""Proof before training: each replica of each teacher is examined before a run believes its scores."""
+"""Preflight: examine each replica of each teacher before a run relies on its scores."""

@@ -1,4 +1,4 @@
-"""A check of the machine or of a server, and the table in which a person reads it."""
+"""Result of a check of the machine or of a server, and the table that shows the results."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -13,28 +13,28 @@ State = Literal["ok", "warn", "fail"]
 
 @dataclass(frozen=True, slots=True)
 class Check:
-    """One line of the report; `way_out` is empty where nothing needs doing."""
+    """One line of the report; `way_out` is empty if nothing needs to be done."""
 
     name: str
     state: State
     found: str
     way_out: str = ""
-    of: str = ""  # the server or the teacher that it is about; empty for this machine
-    numbers: Mapping[str, float] = field(default_factory=dict)  # what was measured, by name
+    of: str = ""  # the server or the teacher that was checked; empty for this machine
+    numbers: Mapping[str, float] = field(default_factory=dict)  # measured values, by name
 
 
 def ok(found: str, **numbers: float) -> Check:
-    """A check that has been passed; its name and whom it is about are filled in later, as in `fail`."""
+    """Return a check that has passed; its `name` and `of` are filled in later, as for `fail`."""
     return Check("", "ok", found, numbers=numbers)
 
 
 def fail(found: str, way_out: str, **numbers: float) -> Check:
-    """A check that has not."""
+    """Return a check that has failed."""
     return Check("", "fail", found, way_out, numbers=numbers)
 
 
 def render(checks: Sequence[Check], console: Console, title: str = "What this machine can do") -> None:
-    """Print the report as a table; what to do stands on a line of its own, under what was found."""
+    """Print the checks as a table; the way out is on a separate line below what was found."""
     marks = {"ok": "[green]ok[/]", "warn": "[yellow]warn[/]", "fail": "[red]fail[/]"}
     servers = any(check.of for check in checks)
     table = Table(title=title, title_justify="left", box=None, pad_edge=False)

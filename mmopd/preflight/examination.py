@@ -1,10 +1,11 @@
-"""What one replica of a teacher shows of itself, one check after the other; `mmopd.preflight.run` looks at all of them.
+"""Examination of one replica of a teacher, one check after the other; `mmopd.preflight.run` examines all replicas.
 
-The replica is asked directly, one request at a time, without the retries of a pool: what fails once would fail in the
-run. A replica that lets a request go by, or loses the connection, is asked nothing more, so that the time is bounded.
+The replica is asked directly, one request at a time, without the retries of a pool: a request that fails once would
+also fail in the run. After a timeout or a lost connection the replica is asked nothing more, so that the time is
+bounded.
 
-What follows from a failure is not told as another one: a server that counts the tokens of an image otherwise is asked
-nothing more with images, and where scores do not repeat, nothing is concluded from how they differ.
+One cause gives one failure: a server that counts image tokens differently gets no more requests with images, and if
+scores do not repeat, their differences prove nothing.
 """
 
 import asyncio
@@ -27,24 +28,25 @@ from mmopd.serving import wire
 from mmopd.serving.endpoint import Endpoint
 from mmopd.serving.wire import ReplyError
 
-CHUNK = 1000  # ids of the vocabulary that are compared by one request
-TOP_K = 20  # asked for where the run needs none; vLLM's own limit, unless --max-logprobs says otherwise
-ALIVE = 4.0  # times the noise of a repeat: what an image must change at least, beside the floor of `Questions.alive`
+CHUNK = 1000  # number of vocabulary ids that one request compares
+TOP_K = 20  # requested if the run needs none; vLLM's own limit, unless --max-logprobs is set
+# An image must change a log-prob by this many times the noise of a repeat, and by at least `Questions.alive`.
+ALIVE = 4.0
 REFUSED = frozenset({401, 403})
 AWAY = frozenset({"timeout", "connection"})
 WAY_OUT = {
     "timeout": "see the server's log; if it is only slow, raise the teacher's `timeout`",
     "connection": "start the server, or correct its address in `endpoints`",
     "status": "see the server's log; it needs vLLM 0.32 or later, started with --enable-scale-out",
-    "malformed": "a gateway on the way changes replies, or the server is no vLLM 0.32 or later: ask the server itself",
-    "ids": "the server or a gateway on the way changes the ids that it is sent: ask vLLM 0.32 or later itself",
-    "non_finite": "the model computes no numbers: see its weights and its `engine.dtype`",
+    "malformed": "a gateway changes the replies, or the server is older than vLLM 0.32: connect to the server directly",
+    "ids": "the server or a gateway changes the ids of a request: connect directly to vLLM 0.32 or later",
+    "non_finite": "the model returns NaN or infinity: check its weights and its `engine.dtype`",
 }
 
 
 class Vocabulary:
-    """The student's ids in chunks, each with the text that its tokenizer makes of them; and ids that may stand in a
-    response.
+    """The student's ids in chunks, each with its text by the student's tokenizer, and the ids that a response may
+    contain.
     """
 
     def __init__(self, encoder: Encoder) -> None:
@@ -58,16 +60,16 @@ class Vocabulary:
         self.end = int(encoder.tokenizer.eos_token_id)
 
     def decode(self, ids: Sequence[int]) -> str:
-        """As vLLM's `/detokenize` does it: special tokens included."""
+        """Return the text of ids as vLLM's `/detokenize` does, with special tokens."""
         text: str = self.tokenizer.decode(list(ids))
         return text
 
 
 class Examination:
-    """One server under examination; `checks` holds what was found.
+    """The examination of one server; `checks` holds the results.
 
     Attributes:
-        scores: number of a question -> log-probs of its response; empty unless they repeat, and depend on the images.
+        scores: index of a question -> log-probs of its response; empty unless they repeat and depend on the images.
     """
 
     def __init__(
@@ -98,7 +100,7 @@ class Examination:
         self._noise = 0.0
 
     async def prove(self, done: Callable[[Endpoint], None]) -> None:
-        """Fill `checks`."""
+        """Run all checks and fill `checks`."""
         steps: list[tuple[str, Callable[[], Awaitable[Check | None]]]] = [
             ("reachable", self._reachable),
             ("vocabulary", self._same_vocabulary),
@@ -123,7 +125,7 @@ class Examination:
         done(self.endpoint)
 
     async def _reachable(self) -> Check:
-        """It answers, takes the key, and lists its model."""
+        """Check that the server answers, accepts the key, and lists its model."""
         begin = monotonic()
         status, reply = await self._send("GET", "/v1/models")
         seconds = monotonic() - begin
@@ -155,14 +157,18 @@ class Examination:
         return ok(f"{self.endpoint.url} serves {self.endpoint.model!r}", seconds=seconds)
 
     async def _same_vocabulary(self) -> Check:
-        """Each of the student's ids is the same text for the server. Tokens that are part of a character all look alike
-        by themselves.
+        """Check that each of the student's ids has the same text on the server.
+
+        Tokens that are a part of a character all have the same text when decoded alone.
         """
         ids = self._vocabulary.ids
         for chunk, text in self._vocabulary.chunks:
             found = await self._detokenize(chunk)
             if found is None:
-                way_out = "let the gateway pass POST /detokenize on: without it nobody sees that ids mean something else to the server"
+                way_out = (
+                    "let the gateway forward POST /detokenize; without it, ids that mean something else on the "
+                    "server stay unnoticed"
+                )
                 return Check("", "warn", "not compared: the server has no /detokenize", way_out)
             if found != text:
                 first = await self._first_that_differs(chunk)
@@ -170,13 +176,13 @@ class Examination:
                 theirs = await self._detokenize([first])
                 return fail(
                     f"id {first} is {ours!r} for the student and {theirs!r} for the server",
-                    "scoring is by ids: take a teacher of the student's model family, with the same tokenizer",
+                    "scoring uses ids: choose a teacher of the student's model family, with the same tokenizer",
                     first=first,
                 )
         return ok(f"{len(ids):,} ids are the student's", ids=len(ids))
 
     async def _first_that_differs(self, chunk: Sequence[int]) -> int:
-        low = 0  # the first `low` agree, the first `high` do not
+        low = 0  # the first `low` ids agree, the first `high` do not
         high = len(chunk)
         while high - low > 1:
             middle = (low + high) // 2
@@ -185,14 +191,14 @@ class Examination:
         return chunk[low]
 
     async def _scores_text(self) -> Check:
-        """It gives a log-prob for each token of a short answer to a short question."""
+        """Check that the server returns a log-prob for each token of a short answer to a short question."""
         begin = monotonic()
         scores = await self._score(self._asked.plain.encoded, self._asked.plain.tokens)
         seconds = monotonic() - begin
         return ok(f"{len(scores)} tokens in {seconds:.2f} s", seconds=seconds, logprob=sum(scores))
 
     async def _image_tokens(self) -> Check | None:
-        """An item of each medium and awkward size becomes the tokens that it is here."""
+        """Check that an item of each medium and awkward size becomes as many tokens on the server as here."""
         if not self._asked.sizes:
             return None
         fit = [
@@ -208,7 +214,7 @@ class Examination:
                 theirs = got.count(one.token)
                 way_out = (
                     "give the server the student's image settings (preprocessor_config.json, --mm-processor-kwargs); "
-                    "if every size differs, something on the way expands placeholders a second time"
+                    "if every size differs, a gateway expands placeholders a second time"
                 )
                 found = f"{one.name} ({one.size}): {theirs:,} image tokens on the server, {one.tokens:,} here"
                 if one.medium.io_settings:
@@ -225,7 +231,7 @@ class Examination:
         return ok(f"{len(fit)} sizes as counted here, {span}{left_out}", sizes=len(fit))
 
     async def _context(self) -> Check | None:
-        """Prompt, response and one spare token fit: a scoring request has to ask for one token more."""
+        """Check that prompt, response and one spare token fit: a scoring request must generate one more token."""
         longest = self._asked.longest
         if longest is None:
             return None
@@ -262,7 +268,7 @@ class Examination:
         return ok(f"{what}, {tried}; {self._asked.looked}", **numbers)
 
     async def _top(self) -> Check:
-        """How many log-probs a position may have."""
+        """Check the number of log-probs that the server returns at a position."""
         k = self._top_k or TOP_K
         plain = self._asked.plain
         try:
@@ -280,7 +286,7 @@ class Examination:
         return ok(f"{k} given, {self._top_k or 'none'} needed", needed=self._top_k, given=k)
 
     async def _same_twice(self) -> Check:
-        """The same requests again give the same numbers."""
+        """Check that the same requests return the same log-probs again."""
         questions = {
             i: question
             for i, question in enumerate(self._asked.to_score)
@@ -294,13 +300,18 @@ class Examination:
         found = f"{len(questions)} responses: {difference(mean, self._noise)}"
         numbers = {"mean": mean, "largest": self._noise, "tolerance": self.tolerance}
         if mean > self.tolerance:
-            way_out = "one address must be one server: name each replica behind a balancer in `endpoints`; otherwise see its hardware"
+            way_out = (
+                "one address must be one server: list each replica of a load balancer in `endpoints`; otherwise "
+                "check the server's hardware"
+            )
             return fail(f"{found}, {self.tolerance:g} allowed", way_out, **numbers)
         self.scores = first
         return ok(found, **numbers)
 
     async def _canary(self) -> Check | None:
-        """Without the real image the response must have another score; the largest change over the prompts counts."""
+        """Check that the score of the response changes without the real image; the largest change over the prompts
+        counts.
+        """
         seeing = [i for i in self.scores if self._asked.to_score[i].others]
         if not seeing:
             return None
@@ -311,29 +322,35 @@ class Examination:
                 scores = await self._score(other, question.tokens)
                 change[name] = max(change[name], apart({0: scores}, {0: self.scores[i]})[1])
         needed = max(self._asked.alive, ALIVE * self._noise)
-        found = f"a blank image moves a log-prob by {change['blank']:.2g}, a shuffled one by {change['shuffled']:.2g}; {needed:.2g} needed"
+        found = (
+            f"a blank image moves a log-prob by {change['blank']:.2g}, a shuffled one by {change['shuffled']:.2g}; "
+            f"{needed:.2g} needed"
+        )
         found += f", over {len(seeing)} responses"
         numbers = change | {"needed": needed, "noise": self._noise}
         if min(change.values()) > needed:
             return ok(found, **numbers)
-        self.scores = {}  # no others are compared with what is known to be wrong
+        self.scores = {}  # scores that are known to be wrong are not compared
         if change["blank"] <= needed:
             way_out = (
-                "the server ignores the image: let no gateway drop `content_parts`, and serve the model with its vision part; "
-                "if it is meant to be blind, give it the view `text`"
+                "the server ignores the image: let no gateway drop `content_parts`, and serve the model with its "
+                "vision part; if it is meant to be blind, give it the view `text`"
             )
         else:
-            way_out = "the server sees that there is an image, and not what is in it: compare its image settings with the student's"
+            way_out = (
+                "the server sees that there is an image, but not its content: compare its image settings with the "
+                "student's"
+            )
         return fail(found, way_out, **numbers)
 
     async def _detokenize(self, ids: Sequence[int]) -> str | None:
-        """The server's text of some ids; None if it has no such route."""
+        """Return the server's text of some ids; None if it has no such route."""
         body = msgspec.json.encode({"model": self.endpoint.model, "tokens": list(ids)})
         status, reply = await self._send("POST", "/detokenize", body)
         if status in (404, 405):
             return None
         if status != 200:
-            return f"{status}: {_message(reply)}"  # such as an id that it does not know
+            return f"{status}: {_message(reply)}"  # for example an id that the server does not know
         try:
             text: str = msgspec.json.decode(reply, type=dict[str, str])["prompt"]
         except (msgspec.DecodeError, KeyError):
@@ -372,7 +389,7 @@ class Examination:
 
 
 def _message(reply: bytes) -> str:
-    """What a server says in an error, without the JSON around it."""
+    """Return the message of a server's error, without the JSON around it."""
     try:
         text = json.loads(reply)["error"]["message"]
     except (ValueError, LookupError, TypeError):

@@ -1,7 +1,7 @@
-"""Proof before training: every replica of every teacher is examined, side by side, before a run believes its scores.
+"""Preflight of a fleet: examine all replicas of all teachers in parallel before a run relies on their scores.
 
-A request may take half of the teacher's `timeout`, as an attempt may in the run. Cost, of a replica: a request for each
-1,000 ids of the vocabulary (152 for Qwen's), and about 80 short ones.
+A request may take half of the teacher's `timeout`, like an attempt in the run. Cost for each replica: one request for
+each 1,000 ids of the vocabulary (152 for Qwen's), and about 80 short requests.
 """
 
 import asyncio
@@ -26,9 +26,9 @@ from mmopd.rollout.student_client import StudentClient
 from mmopd.serving.endpoint import Endpoint
 from mmopd.task.base import Task
 
-RESPONSES = 2  # of the student, to each prompt that is shown
-RESPONSE_TOKENS = 64  # of them, at most: enough to tell an image from a blank
-RESPONSE_SECONDS = 600.0  # for all of them: an engine that is so late hangs
+RESPONSES = 2  # number of the student's responses to each shown prompt
+RESPONSE_TOKENS = 64  # maximum length; enough to tell an image from a blank one
+RESPONSE_SECONDS = 600.0  # time limit for all of them; an engine that takes longer hangs
 
 
 async def preflight(
@@ -43,27 +43,32 @@ async def preflight(
     responses: Mapping[str, Sequence[tuple[int, ...]]] | None = None,
     done: Callable[[Endpoint], None] = lambda endpoint: None,
 ) -> list[Check]:
-    """What is found of each replica of each teacher, in the fleet's order; `of` is the replica, or the teacher for all
-    of them.
+    """Return the checks of each replica of each teacher, in the fleet's order.
+
+    `Check.of` is the replica, or the teacher if the check concerns all its replicas.
 
     Args:
+        fleet: teachers and routes.
+        tasks: by name.
         endpoints: the replicas of each teacher, by its name in the fleet.
         encoder: the student's.
-        kinds: the prompts of the run, from `probes.look`.
-        max_tokens: of a response, at most.
-        top_k: log-probs of so many ids that the run needs at each position; 0 = of the response's own alone.
-        responses: by the key of a prompt, what the student answers; scored besides the answer key.
-        done: told each replica that has been looked at.
+        kinds: the prompts of the run, from `questions.look`.
+        max_tokens: maximum length of a response.
+        top_k: number of ids whose log-probs the run needs at each position; 0 = only those of the response.
+        responses: the student's responses by the key of their prompt; scored in addition to the answer key.
+        done: called with each replica that has been examined.
 
     Raises:
         UserError: a teacher that a route leads to has no endpoint.
     """
     if missing := sorted({name for route in fleet.routes for name in route.teachers if not endpoints.get(name)}):
         raise ConfigError(
-            f"teacher {missing[0]!r} has no endpoint; it must be served before the run, or name its `endpoints`"
+            f"teacher {missing[0]!r} has no endpoint; start its server before the run, or set its `endpoints` in the "
+            "fleet"
         )
     vocabulary = Vocabulary(encoder)
-    # A connection for each request: uvicorn ends one after an error without saying so, and nothing here is tried again.
+    # Each request has its own connection: uvicorn closes one after an error without notice, and nothing is retried
+    # here.
     connector = aiohttp.TCPConnector(limit=0, force_close=True)
     async with aiohttp.ClientSession(connector=connector, timeout=aiohttp.ClientTimeout(total=None)) as http:
         groups: dict[str, list[Examination]] = {}
@@ -94,11 +99,11 @@ async def preflight(
 
 
 def showable(teacher: str, asked: Questions) -> list[Check]:
-    """Every prompt that was tried can be put as the teacher is to be shown it; nothing where all can."""
+    """Check that every sampled prompt can be shown in the teacher's view; return no check if all can."""
     if not asked.unusable:
         return []
     first = next(iter(asked.unusable.values()))
-    found = f"{_count(len(asked.unusable), 'prompt')} cannot be shown as its view says: {first}"
+    found = f"{_count(len(asked.unusable), 'prompt')} cannot be shown through its view: {first}"
     return [
         Check(
             "view",
@@ -111,7 +116,7 @@ def showable(teacher: str, asked: Questions) -> list[Check]:
 
 
 def agreement(teacher: str, group: Sequence[Examination]) -> list[Check]:
-    """The same scores on each replica, of those whose scores repeat; nothing where there is none to compare with."""
+    """Compare the scores of the replicas whose scores repeat; return no check if fewer than two do."""
     worst = (0.0, 0.0)
     pair = ""
     tolerance = 0.0
@@ -135,10 +140,10 @@ def agreement(teacher: str, group: Sequence[Examination]) -> list[Check]:
 async def answers(
     student: Endpoint, encoder: Encoder, kinds: Sequence[Kind], *, max_tokens: int
 ) -> dict[str, list[tuple[int, ...]]]:
-    """Some responses of the student to each prompt that the preflight shows, by the prompt's key.
+    """Sample some responses of the student to each prompt that the preflight shows; return them by the prompt's key.
 
     Raises:
-        EngineError: the engine is gone, refuses, or answers with something else.
+        EngineError: the engine is gone, refuses the request, or gives an unusable answer.
     """
     prompts = [prompt for kind in kinds for prompt in kind.shown]
 
@@ -151,7 +156,7 @@ async def answers(
 
 
 def summary(checks: Sequence[Check], endpoints: Mapping[str, Sequence[Endpoint]]) -> str:
-    """One line: who was looked at, and how it went."""
+    """Return one line: number of teachers and replicas, and the number of checks by state."""
     states = [check.state for check in checks]
     parts = [
         f"{states.count('ok')} checks passed",
@@ -162,20 +167,20 @@ def summary(checks: Sequence[Check], endpoints: Mapping[str, Sequence[Endpoint]]
 
 
 def save(checks: Sequence[Check], path: Path) -> None:
-    """All that was found, as JSON."""
+    """Write all checks as JSON."""
     path.write_text(json.dumps([asdict(check) for check in checks], indent=1))
 
 
 def show(checks: Sequence[Check], console: Console) -> None:
-    """Print what was found as a table."""
-    render(checks, console, title="What the teachers show")
+    """Print all checks as a table."""
+    render(checks, console, title="Preflight of the teachers")
 
 
 def insist(checks: Sequence[Check], console: Console) -> None:
-    """Nothing failed; what is not as it should be is printed, in the table of all.
+    """Raise if a check failed; print the table of all checks if any is not ok.
 
     Raises:
-        UserError: something failed; each failure with its way out.
+        UserError: a check failed; the message has each failure with its way out.
     """
     if any(check.state != "ok" for check in checks):
         show(checks, console)

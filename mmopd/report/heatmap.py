@@ -1,6 +1,6 @@
-"""Responses token by token: what teacher and student thought of each token, coloured by the difference.
+"""Responses token by token: the log-probs of teacher and student, with the difference as a colour.
 
-A row of `samples.jsonl` is a `TokenRow`. The report shows a handful, chosen by `choose`.
+A row of `samples.jsonl` is a `TokenRow`. The report shows some of them, chosen by `choose`.
 """
 
 import base64
@@ -18,31 +18,30 @@ from PIL import Image
 from mmopd.records import Files, Prompt, Sample, Score
 from mmopd.report.metrics import read_lines
 
-FULL_COLOUR = 3.0  # nats; a token is e^3 = 20 times likelier for one than for the other
+FULL_COLOUR = 3.0  # nats; one of the two gives the token a probability e^3 = 20 times higher
 THUMBNAIL = 640  # pixels
-FILES = 8  # of an item that are shown
+FILES = 8  # number of files of an item that are shown
 
 
 @dataclass(frozen=True, slots=True)
 class TokenRow:
-    """A scored response with T tokens; JSON as it stands."""
+    """A scored response with T tokens; its fields are JSON values."""
 
     step: int
     task: str
     modality: str  # text, or the name of a medium
-    prompt: str  # the text of the prompt
+    prompt: str  # text of the prompt
     images: list[str]  # base64 of encoded files (PNG, JPEG, ...): the images, and some of each item of another medium
     tokens: list[str]  # [T] text of each token
     student: list[float]  # [T] log-prob by the policy that sampled it
     teacher: list[float]  # [T] log-prob by the teacher
-    advantage: list[float]  # [T] what the loss used, after calibration
-    outcome: float | None  # 1 right, 0 wrong, between for soft scores, None unknown
+    advantage: list[float]  # [T] advantage in the loss, after calibration
+    outcome: float | None  # 1 right, 0 wrong, in between for soft scores, None unknown
     teacher_name: str
-    kept: bool  # whether it was in the loss
-    visual: list[float] | None = (
-        None  # [T] log-prob by the teacher with minus without the image; None where that was not asked
-    )
-    reason: str = ""  # why the outcome is unknown, or what else its verifier says of it
+    kept: bool  # true if it was in the loss
+    # [T] log-prob by the teacher with minus without the image; None if not requested.
+    visual: list[float] | None = None
+    reason: str = ""  # cause of an unknown outcome, or another remark of the verifier
 
     @property
     def reward(self) -> float:
@@ -52,7 +51,7 @@ class TokenRow:
 
     @property
     def verdict(self) -> str:
-        """right | wrong | unknown | partly."""
+        """Outcome in words: right | wrong | unknown | partly."""
         if self.outcome is None:
             return "unknown"
         return {1.0: "right", 0.0: "wrong"}.get(self.outcome, "partly")
@@ -68,12 +67,16 @@ def token_row(
     kept: bool,
     visual: Sequence[float] | None = None,
 ) -> TokenRow:
-    """The row of a scored response to `prompt`.
+    """Return the row of a scored response to `prompt`.
 
     Args:
-        tokens: [T] the text of each response token.
-        advantage: [T] of the loss.
-        visual: [T] log-prob by the teacher with minus without the image, if it was asked for both.
+        step: number of the step.
+        prompt: the prompt.
+        sample: the response with its score and outcome.
+        tokens: [T] text of each response token.
+        advantage: [T] advantage in the loss.
+        kept: true if it was in the loss.
+        visual: [T] log-prob by the teacher with minus without the image, if both were requested.
 
     Raises:
         ValueError: the sample has no score.
@@ -100,19 +103,19 @@ def token_row(
 
 
 def as_json(row: TokenRow) -> dict[str, Any]:
-    """What `metrics.JsonLines.append` takes; numbers to 4 digits, since a person will look at them."""
+    """Return the row for `metrics.JsonLines.append`; values are rounded to 4 digits, enough for a reader."""
     data = dataclasses.asdict(row)
     numbers = [name for name in ("student", "teacher", "advantage", "visual") if data[name] is not None]
     return data | {name: [round(x, 4) for x in data[name]] for name in numbers}
 
 
 def read_rows(path: Path) -> list[TokenRow]:
-    """The rows of `samples.jsonl`; none if there is no such file."""
+    """Return the rows of `samples.jsonl`; an empty list if there is no such file."""
     return [TokenRow(**row) for row in read_lines(path)]
 
 
 def choose(rows: Sequence[TokenRow], limit: int = 12) -> list[TokenRow]:
-    """A handful: of each task, and of the first and the last step that has any, one right and one wrong response."""
+    """Return some rows: one right and one wrong response of each task, for the first and the last step that has any."""
     chosen: dict[tuple[object, ...], TokenRow] = {}
     for task in dict.fromkeys(row.task for row in rows):
         of_task = [row for row in rows if row.task == task and row.tokens]
@@ -125,9 +128,9 @@ def choose(rows: Sequence[TokenRow], limit: int = 12) -> list[TokenRow]:
 
 
 def cells(row: TokenRow) -> Iterable[Mapping[str, Any]]:
-    """What the page needs of each token: text, colour from -1 (student likelier) to 1 (teacher likelier), numbers.
+    """Yield what the page needs of each token: text, colour from -1 (student likelier) to 1 (teacher likelier), values.
 
-    `visual` is None where it was not asked; `line` is its colour, from -1 (likelier without the image) to 1 (with it).
+    `visual` is None if not requested; `line` is its colour, from -1 (likelier without the image) to 1 (with it).
     """
     visuals = row.visual if row.visual is not None else [None] * len(row.tokens)
     for text, student, teacher, advantage, visual in zip(
@@ -148,7 +151,7 @@ def cells(row: TokenRow) -> Iterable[Mapping[str, Any]]:
 
 
 def picture(encoded: str) -> tuple[str, int, int]:
-    """(data URL, width, height) of an image as the page shows it: large ones are made smaller."""
+    """Return (data URL, width, height) of an image for the page; large images are made smaller."""
     data = base64.b64decode(encoded)
     image: Image.Image = Image.open(io.BytesIO(data))
     kind = Image.MIME.get(image.format or "", "image/png")
@@ -163,7 +166,7 @@ def picture(encoded: str) -> tuple[str, int, int]:
 
 
 def _some(files: Files) -> Files:
-    """A handful of the files, evenly spaced, the first among them."""
+    """Return some evenly spaced files, the first among them."""
     return files[:: -(-len(files) // FILES)]
 
 
@@ -172,12 +175,12 @@ def _colour(nats: float) -> float:
 
 
 def _spread(row: TokenRow) -> float:
-    """The largest difference of a response: what is interesting to see."""
+    """Return the largest difference of a response; rows with large differences are shown first."""
     return max(abs(t - s) for t, s in zip(row.teacher, row.student, strict=True))
 
 
 def _visible(text: str) -> str:
-    """Blanks that a reader can see; anything that is not printable as its escape."""
+    """Return the text with visible blanks and with escapes for characters that are not printable."""
     if text.strip(" \n\t") == "" and text:
         return text.replace(" ", "␣").replace("\n", "⏎").replace("\t", "⇥")
     return "".join(c if c.isprintable() or c in " \n" else c.encode("unicode_escape").decode() for c in text).replace(

@@ -1,6 +1,6 @@
-"""`report.html`: one self-contained page about a run, with no network needed to read it.
+"""`report.html`: one self-contained page about a run, readable without a network.
 
-What a run has not written yet is left out of the page, so it can be made at any time.
+Parts that a run has not written yet are left out, so that the page can be made at any time.
 """
 
 import json
@@ -25,7 +25,7 @@ from mmopd.report.metrics import read_lines
 
 @dataclass(frozen=True, slots=True)
 class Chart:
-    """One small multiple of the training curves: the metrics that match `names` against the step."""
+    """One chart of the training curves: the metrics that match `names`, against the step."""
 
     title: str
     unit: str
@@ -33,7 +33,7 @@ class Chart:
     stacked: bool = False
     log: bool = False
     share: bool = False  # 0 to 1
-    band: bool = False  # `names` are medians (p50), drawn inside the bands of their p10 and p90
+    band: bool = False  # `names` are medians (p50), drawn inside the band from p10 to p90
 
 
 CHARTS = (
@@ -65,13 +65,13 @@ CHARTS = (
 
 
 def write_report(run: Path) -> Path:
-    """Write `report.html` of a run folder, finished or not; returns its path.
+    """Write `report.html` of a run folder, finished or not; return its path.
 
     Raises:
-        UserError: `run` is no run folder.
+        UserError: `run` is not a run folder.
     """
     if not (run / "recipe.yaml").is_file():
-        raise UserError(f"{run}: not a run folder, there is no recipe.yaml in it")
+        raise UserError(f"{run}: not a run folder: it has no recipe.yaml")
     environment = Environment(
         loader=PackageLoader("mmopd.report", "."),
         autoescape=True,
@@ -106,24 +106,24 @@ def write_report(run: Path) -> Path:
 
 
 def curves(metrics: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """The charts that there are numbers for, with their series."""
+    """Return the charts for which there are values, with their series."""
     there = list(dict.fromkeys(name for row in metrics for name in row))
     charts = []
     for chart in CHARTS:
         names = dict.fromkeys(n for pattern in chart.names for n in there if fnmatchcase(n, pattern))
         series = [_band(metrics, name) if chart.band else _series(metrics, name) for name in names]
-        if found := [s for s in series if any(s["y"])] or [
-            s for s in series[:1] if None not in s["y"]
-        ]:  # a line of zeros only if it is the only one
+        # A line of zeros is shown only if it is the only one.
+        if found := [s for s in series if any(s["y"])] or [s for s in series[:1] if None not in s["y"]]:
             charts.append({k: v for k, v in asdict(chart).items() if k != "names"} | {"series": found})
     return charts
 
 
 def difficulty(path: Path) -> list[dict[str, Any]]:
-    """The histogram of each source before and after balancing, as shares of its prompts."""
+    """Return the histogram of each source before and after balancing, as shares of its prompts."""
     if not path.is_file():
         return []
-    from mmopd.prompts.difficulty_counts import histogram, load  # loads torch, which a page without it does not need
+    # Loads torch, which a page without this part does not need.
+    from mmopd.prompts.difficulty_counts import histogram, load
 
     shown = []
     for name, measured in load(path).items():
@@ -143,7 +143,7 @@ def difficulty(path: Path) -> list[dict[str, Any]]:
 
 
 def results_view(path: Path) -> dict[str, Any] | None:
-    """The results as the page shows them: a table, and a track from base to best teacher for each benchmark."""
+    """Return the results for the page: a table, and for each benchmark a track from the base to the best teacher."""
     if not path.is_file():
         return None
     results = Results.read(path)
@@ -163,7 +163,7 @@ def results_view(path: Path) -> dict[str, Any] | None:
 
 
 def stages(seconds: Mapping[str, float]) -> list[dict[str, Any]]:
-    """Each stage with its time and its share of the whole, in the order in which they ran."""
+    """Return each stage with its time and its share of the total, in order of time."""
     total = sum(seconds.values()) or 1.0
     begin = 0.0
     shown = []
@@ -174,7 +174,7 @@ def stages(seconds: Mapping[str, float]) -> list[dict[str, Any]]:
 
 
 def sample_view(row: heatmap.TokenRow) -> dict[str, Any]:
-    """A response as the page shows it."""
+    """Return a response in the form that the page needs."""
     pictures = [dict(zip(("url", "width", "height"), heatmap.picture(image), strict=True)) for image in row.images]
     advantages = [a for a in row.advantage if math.isfinite(a)]
     return {
@@ -187,7 +187,7 @@ def sample_view(row: heatmap.TokenRow) -> dict[str, Any]:
 
 
 def script_json(data: object) -> Markup:
-    """JSON that is safe inside a <script> element."""
+    """Return JSON that is safe inside a <script> element."""
     text = json.dumps(data, allow_nan=False, separators=(",", ":"))
     return Markup(text.replace("<", "\\u003c").replace("\u2028", "\\u2028").replace("\u2029", "\\u2029"))
 
@@ -201,7 +201,7 @@ def _series(metrics: Sequence[Mapping[str, Any]], name: str) -> dict[str, Any]:
 
 
 def _band(metrics: Sequence[Mapping[str, Any]], median: str) -> dict[str, Any]:
-    """Named after what follows the percentile."""
+    """Return the series of a band, named after the part of the name that follows the percentile."""
     low, high = ([row.get(median.replace("p50", p)) for row in metrics] for p in ("p10", "p90"))
     return _series(metrics, median) | {"name": median.rpartition("p50_")[2], "low": low, "high": high}
 
@@ -216,7 +216,7 @@ def _cell(record: BenchmarkScore | None) -> dict[str, Any]:
 
 
 def _track(results: Results, column: str, gap: float | None) -> dict[str, Any]:
-    """The models on a line from 0 to 100."""
+    """Return the models on a line from 0 to 100."""
     marks = [{"name": r.name, "kind": r.kind, "score": s} for r in results.rows if (s := r.score(column)) is not None]
     return {"column": column, "marks": sorted(marks, key=_on_top), "gap": gap, "segment": _segment(marks)}
 
@@ -226,7 +226,7 @@ def _on_top(mark: Mapping[str, Any]) -> int:
 
 
 def _segment(marks: Iterable[Mapping[str, Any]]) -> tuple[float, float] | None:
-    """From base to distilled."""
+    """Return the scores of base and distilled; None if one is missing."""
     ends = {mark["kind"]: mark["score"] for mark in marks}
     return (ends["base"], ends["distilled"]) if {"base", "distilled"} <= ends.keys() else None
 

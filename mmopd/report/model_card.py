@@ -1,4 +1,4 @@
-"""The README.md of a distilled model: how it was made, so that who finds the folder alone can tell, and repeat it."""
+"""Model card: the README.md of a distilled model, which says how the model was made and how to repeat it."""
 
 import json
 from datetime import UTC, datetime
@@ -13,6 +13,7 @@ from mmopd.runtime.run_folder import RunFolder
 from mmopd.teacher.router import load_teachers, references, routed
 
 CARD = "README.md"
+# Metrics of the card.
 SHOWN = (
     "loss",
     "reverse_kl",
@@ -21,16 +22,18 @@ SHOWN = (
     "accuracy/*",
     "response_length",
     "skipped_updates",
-)  # of the last step
-LAST = 10  # steps that these are the mean of
+)
+LAST = 10  # number of last steps over which their mean is taken
 
 
 def model_card(run: RunFolder, recipe: Recipe, step: int | None = None) -> str:
-    """The card of a run's export, in Markdown with the front matter of model hubs; with the scores, once they are
-    there.
+    """Return the card of a run's export in Markdown, with the front matter of model hubs, and with scores if there are
+    any.
 
     Args:
-        step: how many steps the model has behind it; None for the last one, which is the one that is evaluated.
+        run: the run folder.
+        recipe: its recipe.
+        step: number of training steps of the model; None for the final model, which is the one that is evaluated.
     """
     objective = recipe.algorithm.objective
     train = recipe.train
@@ -82,7 +85,7 @@ def _sources(recipe: Recipe) -> str:
 
 
 def _scores(run: RunFolder) -> str:
-    """Held-out data; nothing before the evaluation, or without one."""
+    """Return the scores on held-out data; empty before the evaluation, or without one."""
     if not run.results.is_file():
         return ""
     results = Results.read(run.results)
