@@ -182,7 +182,7 @@ def test_a_text_over_the_students_limit_is_left_out_of_the_mixture(student: Path
         open_mixture(mixture, ["additions"], Path.cwd(), "of another")
     index_tar(next(Path("out").glob("*.tar")))
     with pytest.raises(
-        UserError, match=r"out: its tokens have not been counted; `mmopd index .*out --processor MODEL` does it"
+        UserError, match=r"out: its tokens have not been counted; `mmopd index .*out --processor MODEL` counts them"
     ):
         open_mixture(mixture, ["additions"], Path.cwd())
 
@@ -202,7 +202,7 @@ def test_a_row_of_another_task_is_left_out(here: Path) -> None:
     Path("rows.jsonl").write_text("".join(json.dumps({"question": "?", "answer": str(i)}) + "\n" for i in range(5)))
     shards, count = prepare(here / "mixed.py", Path("out"), ["data=rows.jsonl", "task=additions"], max_bad=1)
     assert (len(shards), count.left_out) == (4, {"wrong task": 1})
-    assert "a row of task 'sums' (text), and the source is of 'additions' (text)" in count.shown["wrong task"][0]
+    assert "a row of task 'sums' (text), but the source has task 'additions' (text)" in count.shown["wrong task"][0]
 
 
 @pytest.mark.parametrize(("bad", "fails"), [(1, False), (2, True)])
@@ -255,7 +255,8 @@ def test_a_tar_that_is_cut_during_a_run_ends_it_by_name() -> None:
     tar.chmod(0o644)
     tar.write_bytes(tar.read_bytes()[:5_000])
     with pytest.raises(
-        UserError, match=r"source 's': 100 rows in a row cannot be used; the last one: .*the file ends inside the row"
+        UserError,
+        match=r"source 's': 100 consecutive rows cannot be used; the last one: .*the file ends inside the row",
     ):
         plan.read(300, lambda _, row: shards[row])
     assert set(plan.replaced) == {("s", "truncated")}

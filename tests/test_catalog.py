@@ -168,9 +168,9 @@ def test_the_current_folder_is_the_workspace_unless_one_is_given(
         ("def (:\n", r"mine\.py: SyntaxError"),
         ("import nonexistent_module\n", r"mine\.py:1: ModuleNotFoundError"),
         ("from mmopd.task import Task\ntask = Task(nam='x')\n", r"mine\.py:2: TypeError"),
-        ("", r"mine\.py: it has no `task = Task"),
-        ("task = 'mine'\n", r"mine\.py: it has no `task = Task"),
-        (BODY.format(name="additions"), r"mine\.py: its task is named 'additions', and so is that of .*additions\.py"),
+        ("", r"mine\.py: it defines no `task = Task"),
+        ("task = 'mine'\n", r"mine\.py: it defines no `task = Task"),
+        (BODY.format(name="additions"), r"mine\.py: its task is named 'additions', as is that of .*additions\.py"),
     ],
 )
 def test_a_task_that_does_not_load_is_named(tmp_path: Path, text: str, message: str) -> None:

@@ -288,7 +288,9 @@ def test_the_converter_of_the_readme_works(here: Path) -> None:
 
 def test_what_cannot_be_read_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
-    with pytest.raises(UserError, match=r"zwhe99/DeepMath-103K: no file or folder here, and the hub cannot be read"):
+    with pytest.raises(
+        UserError, match=r"zwhe99/DeepMath-103K: not a local file or folder, and the hub cannot be read"
+    ):
         run("deepmath")
     whole = table(Path("whole.parquet"), deepmath(2000)).read_bytes()
     Path("cut.parquet").write_bytes(whole[:-100])
@@ -298,11 +300,11 @@ def test_what_cannot_be_read_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UserError, match=r"holes\.parquet: cannot be read to its end"):
         run("deepmath", "data=holes.parquet")
     Path("a.csv").touch()
-    with pytest.raises(UserError, match=r"a\.csv: files of \.parquet, \.jsonl, \.json"):
+    with pytest.raises(UserError, match=r"a\.csv: cannot be read; known files are \.parquet, \.jsonl, \.json"):
         run("deepmath", "data=a.csv")
     Path("empty").mkdir()
-    with pytest.raises(UserError, match="empty: neither"):
+    with pytest.raises(UserError, match="empty: it has neither"):
         run("deepmath", "data=empty")
     table(Path("rl/mmk12_train.parquet"), deepmath(1))
-    with pytest.raises(UserError, match="rl: no file whose name begins with 'tqa'"):
+    with pytest.raises(UserError, match="rl: no file has a name that begins with 'tqa'"):
         run("openmmreasoner", "data=rl", "subset=tqa")

@@ -210,7 +210,7 @@ def test_a_missing_metric_is_a_failed_benchmark_that_names_what_there_is(
 ) -> None:
     record = measured[0]["no metric"]
     assert (record.status, record.score) == ("failed", None)
-    assert record.reason == "no metric 'exact_match,none'; numbers there are: accuracy,none"
+    assert record.reason == "no metric 'exact_match,none'; the results have: accuracy,none"
 
 
 def test_a_built_in_task_runs_on_local_rows_and_judges_mathematics(
@@ -390,7 +390,7 @@ def test_local_rows_go_to_the_split_that_a_built_in_task_reads(tmp_path: Path) -
     [
         ({"task": "docvqa_vall"}, "lmms-eval has no task 'docvqa_vall'"),
         ({"data": Path("/nowhere/rows.parquet")}, "/nowhere/rows.parquet: no such file"),
-        ({"data": Path(__file__)}, "test_evaluate.py: not a whole parquet file"),
+        ({"data": Path(__file__)}, "test_evaluate.py: not a complete parquet file"),
     ],
 )
 def test_a_benchmark_that_cannot_run_says_why(tmp_path: Path, change: dict[str, Any], message: str) -> None:

@@ -117,7 +117,7 @@ def test_another_setting_starts_anew(here: Path) -> None:
 
 def test_a_worker_that_dies_is_an_error_that_says_where(here: Path) -> None:
     dies = converter(here, "dies.py", "if example['answer'] == 200: __import__('os')._exit(9)")
-    with pytest.raises(UserError, match=r"a worker process died while examples from \d+ on were converted"):
+    with pytest.raises(UserError, match=r"a worker process died while converting examples from number \d+ on"):
         prepare(dies, here / "out", settings(), workers=2)
 
 
@@ -161,7 +161,7 @@ def test_tokens_are_counted_for_a_student_and_limit_a_source(here: Path) -> None
         ({"limit": 0}, r"generic\.py: limit: "),
         (
             {"question": "query"},
-            r"no row came of 300 examples.*\n  300 x no query\n    example 0: the column 'query' is missing.*there is question, answer, id",
+            r"none of 300 examples became a row.*\n  300 x no query\n    example 0: the column 'query' is missing.*there is question, answer, id",
         ),
     ],
 )

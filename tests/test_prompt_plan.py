@@ -137,7 +137,7 @@ def test_the_plan_is_a_function_of_its_seed_and_never_changes() -> None:
         ({"a": Rows(9, "x", [2.0] + [1.0] * 8)}, 0, "source 'a': its difficulty weights changed"),
         ({"a": Rows(9, "x"), "b": Rows(9, "x")}, 0, r"\['b'\] was added or removed"),
         ({"b": Rows(9, "x")}, 0, r"\['a', 'b'\] was added or removed"),
-        ({"a": Rows(9, "x")}, 1, "seed is 1, and that of the checkpoint 0"),
+        ({"a": Rows(9, "x")}, 1, "seed is 1, but the checkpoint's is 0"),
     ],
 )
 def test_a_resume_refuses_what_has_changed(sources: dict[str, Rows], seed: int, message: str) -> None:
@@ -220,10 +220,10 @@ def test_a_source_that_is_broken_ends_the_run_and_says_why() -> None:
         return row
 
     with pytest.raises(
-        UserError, match=r"source 'doc': 100 rows in a row cannot be used; the last one: doc\.tar: the file ends"
+        UserError, match=r"source 'doc': 100 consecutive rows cannot be used; the last one: doc\.tar: the file ends"
     ):
         PromptPlan(SOURCES, EARLY, 0).read(1_000, gone)
-    with pytest.raises(UserError, match="source 'doc': 7 rows in a row"):
+    with pytest.raises(UserError, match="source 'doc': 7 consecutive rows"):
         PromptPlan({"doc": Rows(7, "")}, {"doc": 1}, 0).read(1, gone)
 
 
@@ -238,11 +238,11 @@ def test_our_own_mistakes_are_no_bad_rows() -> None:
 @pytest.mark.parametrize(
     ("weights", "message"),
     [
-        ({"a": 1.0}, r"\['b'\] is in one of them only"),
-        ({"a": 1.0, "b": 1.0, "c": 1.0}, r"\['c'\] is in one of them only"),
-        ({"a": 1.0, "b": -1.0}, "source 'b': a weight of -1.0"),
-        ({"a": 1.0, "b": float("nan")}, "source 'b': a weight of nan"),
-        ({"a": 0.0, "b": 0.0}, "all zero"),
+        ({"a": 1.0}, r"\['b'\] is in only one of them"),
+        ({"a": 1.0, "b": 1.0, "c": 1.0}, r"\['c'\] is in only one of them"),
+        ({"a": 1.0, "b": -1.0}, "source 'b': its weight is -1.0"),
+        ({"a": 1.0, "b": float("nan")}, "source 'b': its weight is nan"),
+        ({"a": 0.0, "b": 0.0}, "are all 0"),
     ],
 )
 def test_weights_that_are_none_are_refused(weights: dict[str, float], message: str) -> None:

@@ -162,7 +162,7 @@ def test_a_shard_that_is_missing_with_its_index_is_refused(mixed: tuple[list[Pro
     tar = only_tar(mixed[1])
     index_path(tar).unlink()
     tar.unlink()
-    with pytest.raises(UserError, match="2 shards, and their names say there are 3"):
+    with pytest.raises(UserError, match="2 shards, but their names say there are 3"):
         Shards(mixed[1])
 
 
@@ -321,5 +321,5 @@ def test_a_mixture_opens_by_name_and_its_task_must_fit(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"sources\.sums\.task: no task 'additions' .* did you mean 'addition'"):
         open_mixture(mixture, ["addition"], tmp_path)
     wrong = Mixture(sources={"sums": Source(shards=Path("shards/a"), task="digit_sum")})
-    with pytest.raises(UserError, match=r"sources\.sums\.task: 'digit_sum', and .* has rows of task additions"):
+    with pytest.raises(UserError, match=r"sources\.sums\.task: 'digit_sum', but .* has rows of task additions"):
         open_mixture(wrong, ["additions", "digit_sum"], tmp_path)

@@ -184,7 +184,7 @@ def pool(tmp_path_factory: pytest.TempPathFactory) -> Iterator[VerifierPool]:
         ("killed", "verifier process died"),
         ("raises", "ZeroDivisionError: of no use"),
         ("hungry", "MemoryError"),
-        ("nonsense", "TypeError: the verifier of 'nonsense' gave 1, not an Outcome"),
+        ("nonsense", "TypeError: the verifier of 'nonsense' returned 1, which is not an Outcome"),
         ("beyond", r"TypeError: .*value=1\.5"),
     ],
 )

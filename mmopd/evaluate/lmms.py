@@ -91,7 +91,7 @@ def read_suite(path: Path, workspace: Path) -> Suite:
     columns = [b.column for b in suite.benchmarks]
     for column in columns:
         if columns.count(column) > 1:
-            raise ConfigError(f"{path}: two benchmarks have the column {column!r}; a column is one benchmark")
+            raise ConfigError(f"{path}: two benchmarks have the column {column!r}; rename one of them")
     benchmarks = []
     for benchmark in suite.benchmarks:
         update: dict[str, Any] = {}
@@ -287,8 +287,7 @@ def _check_name(model: str) -> None:
         if part in model:
             raise ConfigError(
                 f"the served model is called {model!r}: lmms-eval takes every name with {part!r} in it for a model of "
-                "OpenAI "
-                "and drops temperature and token limit; serve it under another name"
+                "OpenAI, and drops temperature and token limit; serve it under another name"
             )
     if not re.fullmatch(r"[\w./:@+-]+", model):
         raise ConfigError(

@@ -98,8 +98,8 @@ def builtin(name: str) -> Path:
     found = next((path for path in sorted(here.rglob("*.yaml")) if line.search(path.read_text(errors="replace"))), None)
     if found is None:
         raise ConfigError(
-            f"lmms-eval has no task {name!r}; `python -m lmms_eval tasks list` lists them, a task of your own is "
-            "named by its .yaml file"
+            f"lmms-eval has no task {name!r}; `python -m lmms_eval tasks list` lists them; name your own task by "
+            "its .yaml file"
         )
     return found
 
@@ -115,7 +115,7 @@ def count_rows(data: Path) -> int:
     except FileNotFoundError:
         raise DataError(f"{data}: no such file; it is the `data` of a benchmark") from None
     except Exception as error:
-        raise DataError(f"{data}: not a whole parquet file: {error}") from error
+        raise DataError(f"{data}: not a complete parquet file: {error}") from error
 
 
 def _sources(task: Path) -> list[Path]:

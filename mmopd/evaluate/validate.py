@@ -71,7 +71,7 @@ def _number(results: dict[str, Any], task: str, metric: str) -> float:
         raise InvalidRunError(f"no results for task {task!r}")
     if metric not in measured:
         there = ", ".join(key for key, value in measured.items() if _is_number(value) and "_stderr" not in key)
-        raise InvalidRunError(f"no metric {metric!r}; numbers there are: {there or 'none'}")
+        raise InvalidRunError(f"no metric {metric!r}; the results have: {there or 'none'}")
     if not _is_number(measured[metric]):
         raise InvalidRunError(f"{metric} is {measured[metric]!r}, not a finite number")
     return float(measured[metric])

@@ -106,7 +106,7 @@ def text(example: Mapping[str, Any], name: str) -> str:
     """
     value = column(example, name)
     if isinstance(value, Mapping | list) or not (stripped := str(value).strip()):
-        raise RowError(f"no {name}", f"the column {name!r} has {value!r}, and needs text")
+        raise RowError(f"no {name}", f"the column {name!r} has {value!r}; it must have text")
     return stripped
 
 
@@ -119,7 +119,7 @@ def answers(example: Mapping[str, Any], name: str) -> str:
     value = column(example, name)
     given = [str(one).strip() for one in (value if isinstance(value, list | tuple) else [value]) if one is not None]
     if not (known := [one for one in given if one]):
-        raise RowError(f"no {name}", f"the column {name!r} has {value!r}, and needs an answer")
+        raise RowError(f"no {name}", f"the column {name!r} has {value!r}; it must have an answer")
     return json.dumps(list(dict.fromkeys(known)), ensure_ascii=False)
 
 
@@ -159,7 +159,7 @@ def ask(
     if question.count(PLACEHOLDER) != len(files):
         raise RowError(
             "images do not match",
-            f"{question.count(PLACEHOLDER)} {PLACEHOLDER} in the question, and {len(files)} images",
+            f"{question.count(PLACEHOLDER)} {PLACEHOLDER} in the question, but {len(files)} images",
         )
     messages = tuple(_with_images(message) for message in task.messages(question, 0))
     return Prompt(key, task.name, task.modality, messages, tuple(files), answer, dict(extra or {}))
@@ -199,13 +199,13 @@ def _image(value: Any, root: Path) -> bytes:
 def _files(path: Path, settings: SourceSettings) -> list[Path]:
     if path.is_file():
         if path.suffix not in TABLES:
-            raise DataError(f"{path}: files of {', '.join(TABLES)} can be read")
+            raise DataError(f"{path}: cannot be read; known files are {', '.join(TABLES)}")
         return [path]
     files = sorted(file for file in path.rglob("*") if file.suffix in TABLES and file.is_file())
     if settings.subset is not None:
         files = [file for file in files if file.name.startswith(settings.subset) or file.parent.name == settings.subset]
         if not files:
-            raise DataError(f"{path}: no file whose name begins with {settings.subset!r} (subset)")
+            raise DataError(f"{path}: no file has a name that begins with {settings.subset!r} (`subset`)")
     return [file for file in files if file.name.startswith(settings.split)] or files
 
 
@@ -224,7 +224,7 @@ def _table(path: Path, wanted: set[str] | None) -> Examples:
         raise DataError(f"{path}: not valid JSON ({error})") from None
     rows = data.get("data") if isinstance(data, dict) else data
     if not isinstance(rows, list):
-        raise DataError(f"{path}: a list of examples is needed, or one under the key 'data'")
+        raise DataError(f"{path}: it must be a list of examples, or an object with a list under the key 'data'")
     return Examples(lambda: iter(rows), len(rows))
 
 
@@ -249,7 +249,7 @@ def _pictures(folder: Path) -> Examples:
     """Return the image files of a folder as examples: their path, their name, and the folder that they are in."""
     files = sorted(file for file in folder.rglob("*") if file.suffix.lower() in PICTURES)
     if not files:
-        raise DataError(f"{folder}: neither {', '.join(TABLES)} files nor images in it")
+        raise DataError(f"{folder}: it has neither {', '.join(TABLES)} files nor images")
     rows = [
         {"file_name": str(file.relative_to(folder)), "name": file.stem, "label": file.parent.name} for file in files
     ]
@@ -261,7 +261,7 @@ def _hub(settings: SourceSettings, folder: Path | None, wanted: set[str] | None)
         import datasets
     except ImportError:
         raise DataError(
-            f"{settings.data}: no file or folder here, and the package `datasets` is not installed"
+            f"{settings.data}: not a local file or folder; to read it from the hub, install `datasets`"
         ) from None
     try:
         if folder is None:
@@ -270,7 +270,7 @@ def _hub(settings: SourceSettings, folder: Path | None, wanted: set[str] | None)
             data = datasets.load_from_disk(str(folder))
             data = data[settings.split] if isinstance(data, datasets.DatasetDict) else data
     except Exception as error:  # errors of the library, of the hub and of the network
-        where = "cannot be read" if folder else "no file or folder here, and the hub cannot be read"
+        where = "cannot be read" if folder else "not a local file or folder, and the hub cannot be read"
         raise DataError(f"{settings.data}: {where} ({type(error).__name__}: {error})") from None
     names = [name for name in data.column_names if wanted is None or name in wanted]
     stored = data.select_columns(names).with_format("arrow")  # the stored values: nothing is decoded

@@ -93,7 +93,8 @@ def measure(counts: Counts, rows: int, settings: Difficulty) -> Measured:
         weights = {"drop_easy": drop_easy_weights, "frontier": frontier_weights}[settings.policy](c, k)
     if not weights.any():
         raise ConfigError(
-            f"algorithm.difficulty.policy: {settings.policy} leaves no prompt of a source, all are {shape}; choose flatten"
+            f"algorithm.difficulty.policy: {settings.policy} leaves no prompt of a source, because all are {shape}; "
+            "choose flatten"
         )
     return Measured(tuple(correct), tuple(attempts), shape, tuple(weights.tolist()))
 

@@ -103,7 +103,7 @@ class Ledger:
 def check_version(data: Mapping[str, Any]) -> None:
     """Raise ValueError unless a file is of this version."""
     if data["version"] != VERSION:
-        raise ValueError(f"version {data['version']}, and this is made for {VERSION}")
+        raise ValueError(f"it has version {data['version']}, and this mmopd reads version {VERSION}")
 
 
 def _check(path: Path, data: Mapping[str, Any], made_from: Origin) -> None:

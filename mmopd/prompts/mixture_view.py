@@ -19,7 +19,10 @@ def prepared(shards: Shards, count: "Count") -> RenderableType:
     """Render what a call of `mmopd prepare` wrote: totals, and what was left out, with the first few of each cause."""
     made = f"{shards.folder}: {contents(shards.totals())}, {shards.bytes / 2**20:,.1f} MiB"
     bad = sum(count.left_out.values())
-    of = f"of {count.examples:,} examples: {count.rows:,} rows, {count.not_wanted:,} not wanted, {bad:,} bad and left out"
+    of = (
+        f"of {count.examples:,} examples: {count.rows:,} rows, {count.not_wanted:,} not wanted, "
+        f"{bad:,} bad and left out"
+    )
     return Group(escape(made), escape(of), *(escape(f"  {line}") for line in count.lines()))
 
 
@@ -47,12 +50,14 @@ def mixture_tree(mixture: Mixture, title: str, prompts: int | None) -> Tree:
     if prompts is None:
         prompts = int(min(len(opened[name]) / share for name, share in shares.items() if share))
     tree = Tree(
-        f"[bold]{escape(title)}[/]  {contents(_sum([shards.totals() for shards in opened.values()]))}; in {prompts:,} prompts:"
+        f"[bold]{escape(title)}[/]  {contents(_sum([shards.totals() for shards in opened.values()]))}; "
+        f"in {prompts:,} prompts:"
     )
     for name, shards in opened.items():
         epochs = prompts * shares[name] / len(shards)
         branch = tree.add(
-            f"[bold]{escape(name)}[/]  {shares[name]:.1%} of the prompts, {epochs:,.2f} epochs; {contents(shards.totals())}"
+            f"[bold]{escape(name)}[/]  {shares[name]:.1%} of the prompts, {epochs:,.2f} epochs; "
+            f"{contents(shards.totals())}"
         )
         branch.add(escape(f"{mixture.sources[name].shards}, {shards.bytes / 2**20:,.1f} MiB"))
         for (task, modality), rows in sorted(shards.kinds.items()):

@@ -168,7 +168,7 @@ def _write(
             elif isinstance(outcome, Left):
                 count.leave_out(*outcome)
             elif outcome.key in seen:
-                count.leave_out("duplicate key", f"the key {outcome.key!r} is that of an earlier row")
+                count.leave_out("duplicate key", f"an earlier row has the key {outcome.key!r} too")
             else:
                 seen.add(outcome.key)
                 tokens.append(outcome.tokens)
@@ -191,14 +191,12 @@ def _check(count: Count, max_bad: float, folder: Path) -> None:
     lines = "".join(f"\n  {line}" for line in count.lines())
     if not count.rows:
         raise DataError(
-            f"{folder}: no row came of {count.examples:,} examples, {count.not_wanted:,} of them not wanted{lines}"
+            f"{folder}: none of {count.examples:,} examples became a row; {count.not_wanted:,} were not wanted{lines}"
         )
     if bad > max_bad * (count.rows + bad):
         total = count.rows + bad
         share = f"{bad:,} of {total:,} examples ({bad / total:.1%}) are bad, more than --max-bad {max_bad:.1%}"
-        raise DataError(
-            f"{folder}: {share}; what is done is kept, so that a call with a higher one ends at once{lines}"
-        )
+        raise DataError(f"{folder}: {share}; the work is kept, so a call with a higher --max-bad ends soon{lines}")
 
 
 @dataclass(frozen=True)

@@ -76,16 +76,16 @@ class PromptPlan:
         """
         if wrong := set(weights) ^ set(self._names):
             raise ConfigError(
-                f"weights for {sorted(weights)}, and the sources are {self._names}: {sorted(wrong)} is in one of them "
-                "only"
+                f"the weights are for {sorted(weights)}, and the sources are {self._names}: "
+                f"{sorted(wrong)} is in only one of them"
             )
         values = np.array([weights[name] for name in self._names], dtype=np.float64)
         if bad := [
             name for name, value in zip(self._names, values, strict=True) if not (value >= 0 and math.isfinite(value))
         ]:
-            raise ConfigError(f"source {bad[0]!r}: a weight of {weights[bad[0]]}; a weight is 0 or more")
+            raise ConfigError(f"source {bad[0]!r}: its weight is {weights[bad[0]]}; it must be finite, and 0 or more")
         if not values.any():
-            raise ConfigError(f"the weights of the sources {self._names} are all zero")
+            raise ConfigError(f"the weights of the sources {self._names} are all 0; one must be larger")
         if np.array_equal(values, self._weights):
             return
         self._weights = values
@@ -122,7 +122,7 @@ class PromptPlan:
                 stream.bad += 1
                 if stream.bad >= min(MAX_BAD, stream.count):
                     raise DataError(
-                        f"source {source!r}: {stream.bad} rows in a row cannot be used; the last one: {error}"
+                        f"source {source!r}: {stream.bad} consecutive rows cannot be used; the last one: {error}"
                     ) from None
             else:
                 stream.bad = 0
@@ -164,7 +164,7 @@ class PromptPlan:
         for key, mine in (("version", VERSION), ("seed", self._seed)):
             if state[key] != mine:
                 raise CheckpointError(
-                    f"the plan's {key} is {mine}, and that of the checkpoint {state[key]}: this run cannot be continued"
+                    f"the plan's {key} is {mine}, but the checkpoint's is {state[key]}: this run cannot be continued"
                 )
         kept: Mapping[str, Mapping[str, Any]] = state["sources"]
         changed = set(kept) ^ set(self._names)

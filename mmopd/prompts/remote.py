@@ -114,7 +114,7 @@ class Remote:
             if old.name not in found:
                 old.unlink()
         if not found:
-            raise DataError(f"{self.url}: no *{SUFFIX} there")
+            raise DataError(f"{self.url}: it has no *{SUFFIX} files, so it is not a folder of shards")
         return folder
 
     def fetch(self, index: Index) -> Path:
@@ -129,7 +129,7 @@ class Remote:
             except FileNotFoundError:
                 pass  # another process evicted the copy before it was read
         raise ConfigError(
-            f"{self._cache.folder}: copies of shards go before they are read; set cache_gib of the mixture to more"
+            f"{self._cache.folder}: copies of shards are removed before they are read; raise cache_gib of the mixture"
         )
 
 
@@ -176,7 +176,7 @@ def _copy(url: str, size: int, target: Path) -> str:
             digest.update(block)
             file.write(block)
     if copied > size:
-        raise DataError(f"{url}: more than the {size} bytes that its index says: replaced; write the source again")
+        raise DataError(f"{url}: larger than the {size} bytes in its index: replaced; write the source again")
     if copied < size:
         raise OSError(f"it ended after {copied} of {size} bytes")
     return digest.hexdigest()

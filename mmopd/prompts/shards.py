@@ -65,7 +65,7 @@ class Shards(Sequence[Prompt]):
         totals = [int(match[1]) for tar in tars if (match := NUMBERED.fullmatch(tar.name))]
         if totals and (len(set(totals)) > 1 or len(totals) != totals[0]):
             raise DataError(
-                f"{folder}: {len(totals)} shards, and their names say there are {max(totals)}; write the source again"
+                f"{folder}: {len(totals)} shards, but their names say there are {max(totals)}; write the source again"
             )
         self._indices = [Index.load_alone(tar) if remote else Index.load(tar) for tar in tars]
         self._starts = [0, *np.cumsum([len(index) for index in self._indices]).tolist()]
@@ -112,7 +112,8 @@ class Shards(Sequence[Prompt]):
         """
         if self.processor is None:
             raise DataError(
-                f"{self.folder}: its tokens have not been counted; `mmopd index {self.folder} --processor MODEL` does it"
+                f"{self.folder}: its tokens have not been counted; "
+                f"`mmopd index {self.folder} --processor MODEL` counts them"
             )
         total = np.concatenate([index.text + index.visual for index in self._indices])
         before = np.arange(len(total)) if self._kept is None else self._kept
@@ -120,7 +121,9 @@ class Shards(Sequence[Prompt]):
         shorter._kept = before[total[before] <= max_tokens]
         shorter.left_out = self.left_out + Counter({f"over {max_tokens} tokens": len(before) - len(shorter._kept)})
         if not len(shorter):
-            raise DataError(f"{self.folder}: each of its {len(before)} rows has more than {max_tokens} tokens")
+            raise DataError(
+                f"{self.folder}: each of its {len(before)} rows has more than {max_tokens} tokens (max_prompt_tokens)"
+            )
         return shorter
 
     def image_sizes(self, row: int) -> list[tuple[int, int]]:
@@ -229,12 +232,14 @@ def open_mixture(mixture: Mixture, tasks: Iterable[str], root: Path, processor: 
         )
         if found := {task for task, _ in shards.kinds} - {source.task}:
             raise ConfigError(
-                f"sources.{name}.task: {source.task!r}, and {shards.folder} has rows of task {', '.join(sorted(found))}"
+                f"sources.{name}.task: {source.task!r}, but {shards.folder} has rows of task {', '.join(sorted(found))}"
             )
         if source.max_prompt_tokens is not None:
             if processor and shards.processor and processor != shards.processor:
-                where = f"sources.{name}.max_prompt_tokens: its tokens were counted for another processor than the student's"
-                raise DataError(f"{where}; count them again with `mmopd index {source.shards} --processor STUDENT`")
+                where = f"sources.{name}.max_prompt_tokens: its tokens were counted for another processor"
+                raise DataError(
+                    f"{where} than the student's; `mmopd index {source.shards} --processor STUDENT` counts them again"
+                )
             shards = shards.filtered(source.max_prompt_tokens)
         opened[name] = shards
     return opened

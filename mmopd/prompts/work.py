@@ -98,7 +98,7 @@ def convert_all(job: Job, examples: Iterator[tuple[int, Any]], workers: int) -> 
             yield from waiting[0][1].result()
             waiting.popleft()
     except BrokenProcessPool:
-        where = f"while examples from {waiting[0][0]} on were converted"
+        where = f"while converting examples from number {waiting[0][0]} on"
         raise UserError(
             f"a worker process died {where}: out of memory, or a fault in a library; finished shards are kept"
         ) from None
@@ -139,6 +139,6 @@ def _fits(prompt: Prompt, task: Task) -> None:
     if (prompt.task, prompt.modality) != (task.name, task.modality):
         made = f"{prompt.task!r} ({prompt.modality})"
         wanted = f"{task.name!r} ({task.modality})"
-        raise RowError("wrong task", f"a row of task {made}, and the source is of {wanted}")
+        raise RowError("wrong task", f"a row of task {made}, but the source has task {wanted}")
     if task.verify is not unverified and isinstance(prompt.answer, str) and not prompt.answer.strip():
         raise RowError("no answer", "its answer is empty")

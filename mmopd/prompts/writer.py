@@ -89,7 +89,7 @@ def check_free(folder: Path) -> None:
         UserError: the folder is not empty, or is a file.
     """
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UserError(f"{folder}: already there; remove it to write the source anew")
+        raise UserError(f"{folder}: already there; remove it to write the source again")
 
 
 def partial_folder(folder: Path) -> Path:

@@ -54,7 +54,7 @@ def verifier(limits: Limits = Limits(), *, namespaces: bool = True) -> Verify:
         try:
             tests = read_key(answer)
         except ValueError as error:
-            return Outcome(UNKNOWN, f"the answer key holds no tests: {error}")
+            return Outcome(UNKNOWN, f"the answer key has no tests: {error}")
         source = program(response)
         if source is None:
             return Outcome(0.0, "no program")
@@ -90,12 +90,12 @@ def read_key(answer: str) -> Tests:
     """
     key = json.loads(answer)
     if not isinstance(key, dict):
-        raise ValueError("an object with inputs and outputs is needed")
+        raise ValueError("it must be an object with inputs and outputs")
     inputs = key.get("inputs")
     outputs = key.get("outputs")
     function = key.get("fn_name")
     if not (isinstance(inputs, list) and isinstance(outputs, list) and len(inputs) == len(outputs)):
-        raise ValueError("inputs and outputs of the same number are needed")
+        raise ValueError("it must have inputs and outputs, the same number of both")
     if function is None:
         inputs = [_text(one) for one in inputs]
         outputs = [_text(one) for one in outputs]
@@ -180,7 +180,7 @@ def _call(given: Any, expected: Any) -> tuple[list[Any], Any]:
     if isinstance(given, str):
         return [json.loads(line) for line in given.splitlines() if line.strip()], json.loads(expected)
     if not isinstance(given, list):
-        raise ValueError(f"the arguments {str(given)[:100]} are no list")
+        raise ValueError(f"the arguments {str(given)[:100]} are not a list")
     return given, Wrapped(expected[0]) if isinstance(expected, list) and len(expected) == 1 else expected
 
 

@@ -20,8 +20,8 @@ def load_tasks(workspace: Path | None = None) -> dict[str, Task]:
     for path in files.values():
         task = getattr(catalog.load_module(path), "task", None)
         if not isinstance(task, Task):
-            raise ConfigError(f"{path}: it has no `task = Task(name=..., modality=..., verify=...)`")
+            raise ConfigError(f"{path}: it defines no `task = Task(name=..., modality=..., verify=...)`")
         if task.name in tasks:
-            raise ConfigError(f"{path}: its task is named {task.name!r}, and so is that of {origin[task.name]}")
+            raise ConfigError(f"{path}: its task is named {task.name!r}, as is that of {origin[task.name]}; rename one")
         tasks[task.name], origin[task.name] = task, path
     return tasks

@@ -48,7 +48,7 @@ def outcome_of(task: Task, response: str, answer: str) -> Outcome:
     try:
         outcome = task.verify(response, answer)
         if not isinstance(outcome, Outcome) or (outcome.known and not 0 <= outcome.value <= 1):
-            raise TypeError(f"the verifier of {task.name!r} gave {outcome!r}, not an Outcome from 0 to 1")
+            raise TypeError(f"the verifier of {task.name!r} returned {outcome!r}, which is not an Outcome from 0 to 1")
     except Exception as error:
         return Outcome(UNKNOWN, f"{type(error).__name__}: {error}")
     return outcome

@@ -165,7 +165,7 @@ def _math(response: str, answer: str) -> Outcome:
         return exact(response, answer)
     gold = parse(_latex(answer), parsing_timeout=None, raise_on_error=True)
     if not gold:
-        return Outcome(UNKNOWN, f"the answer key {answer!r} is no mathematical expression")
+        return Outcome(UNKNOWN, f"the answer key {answer!r} is not a mathematical expression")
     found = marked_answer(response)
     if found is not None and len(found) > LONGEST:
         return WRONG
