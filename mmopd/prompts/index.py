@@ -1,8 +1,9 @@
-"""The index beside a tar: where each row's members lie, and what can be known without decoding anything.
+"""The index next to a tar: the positions of each row's members, and what can be known without decoding anything.
 
-`NAME.tar` has `NAME.index.safetensors`. Filters, budgets and the plan read only the index; a row is one `pread` for
-each of its members. The tar itself is plain WebDataset (`mmopd.prompts.rows`): `KEY.json`, `KEY.0.png`, `KEY.1.jpg`,
-... in a row, with one key for each row. The files of other media are images here, too, after the row's own.
+`NAME.tar` has `NAME.index.safetensors`. Filters, budgets and the plan read only the index; reading a row takes one
+`pread` for each of its members. The tar itself is plain WebDataset (`mmopd.prompts.rows`): `KEY.json`, `KEY.0.png`,
+`KEY.1.jpg`, ... one after the other, with one key for each row. Here files of other media count as images too, after
+the row's own images.
 """
 
 import collections
@@ -29,51 +30,52 @@ from mmopd.runtime.fingerprint import hash_file
 
 VERSION = 2
 SUFFIX = ".index.safetensors"
-OLD_SUFFIX = ".index.json"  # of version 1
+OLD_SUFFIX = ".index.json"  # suffix of version 1
 JSON = (-1, 0, 0)  # place of a row's json; it comes first
 
 
 def index_path(tar: Path) -> Path:
-    """`NAME.index.safetensors` of `NAME.tar`."""
+    """Return `NAME.index.safetensors` for `NAME.tar`."""
     return tar.with_suffix(SUFFIX)
 
 
 @dataclass(frozen=True, slots=True)
 class Index:
-    """The index of one tar of R rows, M members (one json and the images of each row, in order) and I images, the
-    files of other media included.
+    """The index of one tar of R rows, M members and I images.
+
+    The members of a row are one json and its images, in order; files of other media count as images.
     """
 
     tar: Path
     size: int  # bytes of the tar
-    sha256: str  # of the tar
+    sha256: str  # hash of the tar
     kinds: tuple[tuple[str, str], ...]  # (task, modality)
-    kind: NDArray[np.int16]  # [R] number of the row's kind
+    kind: NDArray[np.int16]  # [R] position of the row's kind in `kinds`
     first: NDArray[np.int32]  # [R + 1]: row r has members first[r] to first[r + 1]
-    offsets: NDArray[np.int64]  # [M] in the tar, bytes
+    offsets: NDArray[np.int64]  # [M] position in the tar, in bytes
     sizes: NDArray[np.int32]  # [M] bytes
-    images: NDArray[np.int32]  # [I, 2]: width and height, pixels, turned upright
-    processor: str | None  # for which tokens were counted, see `tokens.hash_processor`
-    text: NDArray[np.int32]  # [R] text tokens; [0] if they were not counted
-    visual: NDArray[np.int32]  # [R] visual tokens, all images together; [0] if they were not counted
+    images: NDArray[np.int32]  # [I, 2]: width and height in pixels, turned upright
+    processor: str | None  # processor for which tokens were counted (`tokens.hash_processor`)
+    text: NDArray[np.int32]  # [R] text tokens; [0] if not counted
+    visual: NDArray[np.int32]  # [R] visual tokens of all images together; [0] if not counted
 
     def __len__(self) -> int:
         return len(self.first) - 1
 
     def image_counts(self) -> NDArray[np.int32]:
-        """[R] images of each row."""
+        """Return [R] images of each row."""
         counts: NDArray[np.int32] = np.diff(self.first) - 1
         return counts
 
     def row_images(self, row: int) -> list[tuple[int, int]]:
-        """(width, height) of each image of a row, in pixels."""
-        before = int(self.first[row]) - row  # each earlier row has one member that is no image
+        """Return (width, height) of each image of a row, in pixels."""
+        before = int(self.first[row]) - row  # each earlier row has one member that is not an image
         return [
             (w, h) for w, h in self.images[before : before + int(self.first[row + 1] - self.first[row]) - 1].tolist()
         ]
 
     def read(self, tar: Path, row: int) -> list[bytes]:
-        """The json and the images of a row, from the tar or a copy of it.
+        """Read the json and the images of a row, from the tar or a copy of it.
 
         Raises:
             OSError: the file cannot be read.
@@ -93,7 +95,7 @@ class Index:
 
     @classmethod
     def load(cls, tar: Path) -> Self:
-        """Read the index beside `tar`, and compare the tar's size with it.
+        """Read the index next to `tar`, and compare the tar's size with it.
 
         Raises:
             UserError: the tar or its index is missing, the index does not read, or the tar has another size.
@@ -109,7 +111,7 @@ class Index:
 
     @classmethod
     def load_alone(cls, tar: Path) -> Self:
-        """Read the index that belongs beside `tar`, which may be elsewhere.
+        """Read the index that belongs to `tar`; the tar itself may be elsewhere.
 
         Raises:
             UserError: the index is missing, of another version, or does not read.
@@ -169,10 +171,10 @@ class Index:
 
 
 def index_tar(tar: Path, counter: Counter | None = None) -> None:
-    """Read a WebDataset tar and write its index beside it; an index that is there is replaced.
+    """Read a WebDataset tar and write its index next to it, in place of an earlier index.
 
     Args:
-        counter: counts the tokens of each row, in order; they are left out of the index without one.
+        counter: counts the tokens of each row, in order; without one the index has no token counts.
 
     Raises:
         UserError: no tar or a truncated one, a row without json, an unknown member, a key that occurs twice, or an
@@ -213,7 +215,7 @@ def index_tar(tar: Path, counter: Counter | None = None) -> None:
 
 
 def _sizes(row: Prompt, counts: Mapping[str, list[int]]) -> list[tuple[int, int]]:
-    """(width, height) of each file of a row.
+    """Return (width, height) of each file of a row.
 
     Args:
         counts: medium -> how many members of the tar each of its items has.
@@ -234,8 +236,9 @@ def _command(tar: Path) -> str:
 
 
 def _rows(tar: Path) -> Iterator[tuple[str, list[tarfile.TarInfo], list[bytes], dict[str, list[int]]]]:
-    """(key, members, contents, medium -> files of each item) of each row; members: its json, its images, the files of
-    other media, by number.
+    """Yield (key, members, contents, medium -> files of each item) of each row.
+
+    The members are the row's json, its images, and the files of other media, by number.
     """
     from webdataset.tariterators import base_plus_ext  # imports torch, and reading an index needs neither
 
@@ -267,7 +270,7 @@ def _rows(tar: Path) -> Iterator[tuple[str, list[tarfile.TarInfo], list[bytes], 
 
 
 def _check_end(tar: Path, offset: int) -> None:
-    """A tar ends in zeros; tarfile takes a broken header, too, for the end."""
+    """Check that a tar ends in zeros: tarfile takes a broken header for the end too."""
     with tar.open("rb") as file:
         file.seek(offset)
         rest = file.read()
@@ -311,7 +314,7 @@ def _read(
 
 
 def _place(extension: str) -> tuple[int, int, int] | None:
-    """(number of the medium, of the item, of the file) of a member, or `JSON`; None if it is neither."""
+    """Return (number of the medium, of the item, of the file) of a member, or `JSON`; None if it is neither."""
     if extension == "json":
         return JSON
     for number, medium in enumerate(MEDIA.values()):

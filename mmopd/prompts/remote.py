@@ -151,7 +151,7 @@ def _download(url: str, size: int, sha256: str, target: Path) -> None:
 
 
 def _persistently(copy: Callable[[str, int, Path], str]) -> Callable[[str, int, Path], str]:
-    """Try `copy` again when it fails, unless the file itself is wrong (UserError)."""
+    """Return `copy` with retries after errors, except where the file itself is wrong (UserError)."""
     from tenacity import retry, retry_if_not_exception_type, stop_after_attempt, wait_exponential
 
     return retry(

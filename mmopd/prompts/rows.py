@@ -1,4 +1,4 @@
-"""One row: when it is well formed, and the members that it has in a tar.
+"""One row: the rules for a well-formed row, and its members in a tar.
 
 `KEY.json`, and the files of each medium under its own names: images are `KEY.0.png`, `KEY.1.jpg`, ...
 """
@@ -16,18 +16,17 @@ from mmopd.modality.pixels import FORMATS
 from mmopd.modality.registry import MEDIA
 from mmopd.records import Files, Message, Prompt
 
-FIELDS = ("task", "modality", "messages", "answer")  # of a row's json
+FIELDS = ("task", "modality", "messages", "answer")  # required fields of a row's json
 MAX_TEXT = 1_000_000  # characters of a row's messages
 MAX_ANSWER = 16_000_000  # characters of an answer key; unit tests are long
 
 
 class RowError(DataError):
-    """A row that cannot be used: left out and counted when shards are prepared, replaced and counted when they are
-    read.
+    """A row that cannot be used. It is left out when shards are prepared, replaced when they are read, and counted.
 
     Args:
-        cause: short and countable.
-        detail: what a person reads.
+        cause: a short name, by which rows are counted.
+        detail: the message for a person.
     """
 
     def __init__(self, cause: str, detail: str) -> None:
@@ -39,10 +38,10 @@ class RowError(DataError):
 
 
 def pack(row: Prompt, *, decode: bool = False) -> dict[str, bytes]:
-    """Extension -> content of a row.
+    """Return the members of a row: extension -> content.
 
     Args:
-        decode: read the pixels of all files, too, and not only their headers.
+        decode: decode the pixels of all files, not only their headers.
 
     Raises:
         RowError: no messages or no text, items of a medium that do not match the messages or the modality or cannot be
@@ -79,7 +78,7 @@ def pack(row: Prompt, *, decode: bool = False) -> dict[str, bytes]:
 
 
 def _check_parts(row: Prompt) -> None:
-    """The items of each medium are as many as the messages have places for, and are what the modality says."""
+    """Check that each medium has as many items as the messages have places, and that they fit the modality."""
     if unknown := sorted(set(row.others) - set(MEDIA)):
         raise RowError("unknown medium", f"it has {unknown[0]!r}; known media are {', '.join(MEDIA)}")
     for name, medium in MEDIA.items():
@@ -95,14 +94,14 @@ def _check_parts(row: Prompt) -> None:
 
 
 def _name_files(medium: Medium, item: int, files: Files, *, decode: bool) -> dict[str, bytes]:
-    """Member name without the key -> file."""
+    """Return the files of an item by member name, without the key."""
     forms = [FORMATS[form] for form, _ in medium.check(files, decode=decode)]
     named = enumerate(zip(files, forms, strict=True))
     return {f"{medium.member(item, i)}.{form}": file for i, (file, form) in named}
 
 
 def unpack(key: str, content: bytes, files: Sequence[bytes]) -> Prompt:
-    """The prompt of a row's json and of its files: the images, then the files of each counted medium.
+    """Return the prompt of a row's json and of its files: the images, then the files of each counted medium.
 
     Raises:
         ValueError: not the json of a row, or more or fewer files than it says.
@@ -125,7 +124,7 @@ def unpack(key: str, content: bytes, files: Sequence[bytes]) -> Prompt:
 def _split(
     files: Sequence[bytes], counts: Mapping[str, Sequence[int]]
 ) -> tuple[tuple[bytes, ...], dict[str, tuple[Files, ...]]]:
-    """The images, then as many files for each item of each medium as `counts` says."""
+    """Return the images, and the files of each item of each other medium, as many as `counts` says."""
     first = len(files) - sum(map(sum, counts.values()))
     if first < 0:
         said = " and ".join(f"{sum(counts[name])} {MEDIA[name].files}" for name in counts)
@@ -138,7 +137,7 @@ def _split(
 
 
 def parse(content: bytes) -> dict[str, Any]:
-    """The fields of a row's json.
+    """Return the fields of a row's json.
 
     Raises:
         ValueError: not json, or a field is missing or of another type.
@@ -161,7 +160,7 @@ def parse(content: bytes) -> dict[str, Any]:
 
 
 def check_text(row: Prompt) -> None:
-    """Refuse a row that asks nothing, or that no model could read.
+    """Refuse a row without text, or with more text than a model can read.
 
     Raises:
         RowError: no text, or too much of it.
@@ -176,12 +175,12 @@ def check_text(row: Prompt) -> None:
 
 
 def count_parts(messages: Iterable[Message], kind: str) -> int:
-    """Parts of a kind, such as image, in the messages of a chat."""
+    """Count the parts of a kind, such as image, in the messages of a chat."""
     return sum(part.get("type") == kind for part in _parts(messages))
 
 
 def texts(messages: Iterable[Message]) -> list[str]:
-    """The texts in the messages of a chat."""
+    """Return the texts in the messages of a chat."""
     messages = list(messages)
     whole = [content for message in messages if isinstance(content := message.get("content"), str)]
     return whole + [text for part in _parts(messages) if isinstance(text := part.get("text"), str)]

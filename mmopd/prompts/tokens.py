@@ -1,4 +1,4 @@
-"""How many tokens a prompt has for a stated student: counted once, when shards are written, and kept in their index."""
+"""Counts the tokens of prompts for a given student: once, when shards are written; the index keeps the counts."""
 
 from pathlib import Path
 from typing import Protocol
@@ -27,14 +27,16 @@ class Counter(Protocol):
 
     @property
     def processor(self) -> str:
-        """`hash_processor` of the model for which is counted."""
+        """`hash_processor` of the model for which tokens are counted."""
 
     def __call__(self, prompt: Prompt) -> tuple[int, int]:
-        """(text tokens, visual tokens) of a prompt up to and with the assistant's header; their sum is its length. All
-        that a placeholder becomes is counted as visual, such as the times of a clip's frames.
+        """Count (text tokens, visual tokens) of a prompt; their sum is its length.
+
+        The prompt ends with the assistant's header. All that a placeholder becomes counts as visual, such as the times
+        of a clip's frames.
 
         Raises:
-            ValueError: the processor cannot take it.
+            ValueError: the processor cannot take the prompt.
         """
 
 
@@ -52,7 +54,7 @@ class TokenCounter:
         self.processor = hash_processor(model)
 
     def __call__(self, prompt: Prompt) -> tuple[int, int]:
-        """As `Counter`."""
+        """Count as `Counter` says."""
         encoded = self._encoder.encode(prompt)
         text = len(encoded.ids) - len(encoded.grids)
         return text, len(encoded.expanded) - text

@@ -1,4 +1,4 @@
-"""A task: its name, its modality, how its prompts are put, and who judges the answers; one file of `modalities/`."""
+"""A task: its name, its modality, the form of its prompts, the verifier of its answers; one file of `modalities/`."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -7,36 +7,35 @@ from mmopd.config import View
 from mmopd.records import UNKNOWN, Message, Outcome, Prompt
 
 Verify = Callable[[str, str], Outcome]  # (response text, answer key) -> outcome
-Template = Callable[[str, int], Sequence[Message]]  # (question, number of items to see) -> chat messages
+Template = Callable[[str, int], Sequence[Message]]  # (question, number of images or other items) -> chat messages
 
 
 def user_turn(question: str, images: int, part: str = "image") -> Sequence[Message]:
-    """One user message: the images, or parts of another medium such as `video`, then the question."""
+    """Return one user message: the images, or parts of another medium such as `video`, then the question."""
     parts: list[Message] = [{"type": part}] * images
     return [{"role": "user", "content": [*parts, {"type": "text", "text": question}]}]
 
 
 def unverified(response: str, answer: str) -> Outcome:
-    """Of a task without a verifier: every outcome is unknown."""
+    """Return an unknown outcome; the verifier of a task without one."""
     return Outcome(UNKNOWN, "no verifier")
 
 
 @dataclass(frozen=True, slots=True)
 class Task:
-    """What makes prompts of one kind and judges their answers.
+    """The form of prompts of one kind, and the verifier of their answers.
 
-    A task acts at two times: converters call `prompt` when shards are written; a run calls `verify` on what the student
-    answers, in another process, so that it may be slow, crash or hang (`mmopd.task.verifier_pool`).
+    Converters call `prompt` when shards are written. A run calls `verify` on the student's answers, in another process,
+    so the verifier may be slow, crash or hang (`mmopd.task.verifier_pool`).
     """
 
-    name: str  # as rows, routes and mixtures call it
+    name: str  # its name in rows, routes and mixtures
     modality: str  # text, or the name of a medium
     verify: Verify = unverified
     messages: Template = user_turn
-    timeout: float | None = None  # seconds for one answer; the pool's own if not set
-    views: Mapping[str, View] = field(
-        default_factory=dict
-    )  # what a teacher may be shown of its prompts, beside the built-in views
+    timeout: float | None = None  # seconds for one answer; the pool's default if not set
+    # what a teacher may see of its prompts, in addition to the built-in views
+    views: Mapping[str, View] = field(default_factory=dict)
 
     def prompt(
         self,
@@ -49,13 +48,13 @@ class Task:
         videos: Sequence[Sequence[bytes]] = (),
         others: Mapping[str, Sequence[Sequence[bytes]]] | None = None,
     ) -> Prompt:
-        """One row for `write_shards`.
+        """Return one row for `write_shards`.
 
         Args:
-            images: encoded files, in the order in which they are shown.
+            images: encoded files, in the order of display.
             extra: texts for views.
-            videos: clips, each the encoded frames in their order, two a second.
-            others: items of further media by the medium's name, each its encoded files.
+            videos: clips, each as its encoded frames in order, two per second.
+            others: items of other media by the medium's name, each as its encoded files.
         """
         given = {**(others or {}), "video": videos}
         items = {medium: tuple(map(tuple, some)) for medium, some in given.items() if some}
