@@ -1,4 +1,4 @@
-"""Tiny clips for tests: a square that moves, prompts about it, and what transformers says of them."""
+"""Tiny clips for tests: a moving square, prompts about it, and the log-probs of transformers for them."""
 
 import io
 from collections.abc import Sequence
@@ -49,7 +49,7 @@ def convert(example, settings, task):
 
 
 def frame(width: int, height: int, x: int, form: str = "PNG") -> bytes:
-    """A bright square at x, and beside it something that no two places have alike."""
+    """Draw a bright square at x, next to a pattern whose places all differ."""
     pixels = np.add.outer(np.arange(height) * 3, np.arange(width) * 2)[..., None] % 90 + np.array([0, 40, 80])
     side = max(2, height // 3)
     pixels[height // 3 : height // 3 + side, x % width : x % width + side] = 250
@@ -78,7 +78,7 @@ def prompt(*clips: Sequence[bytes], images: Sequence[bytes] = (), key: str = "v/
 
 
 def still(world: Any, modality: str) -> Prompt:
-    """A prompt of the demo: an image, or text alone."""
+    """Return a prompt of the demo: an image, or text alone."""
     row = world("few", 1, 0)[0]
     return Prompt(f"{modality}/0", "demo", modality, tuple(row["messages"]), tuple(row["images"]), row["answer"])
 
@@ -97,7 +97,7 @@ MIXED = {
 
 
 def of_transformers(model: Any, encoder: Encoder, encoded: Encoded, tokens: Sequence[int]) -> list[float]:
-    """Log-probs by the model as transformers runs it, one prompt at a time."""
+    """Return the log-probs of the model as transformers runs it, one prompt at a time."""
     ids = torch.tensor([[*encoded.expanded, *tokens]])
     kinds = (ids == encoder.tokens["image"]).int() + 2 * (ids == encoder.tokens["video"]).int()
     seen: dict[str, Any] = {}

@@ -17,15 +17,15 @@ from mmopd.modality import Encoder
 from mmopd.runtime.progress import Stages
 from mmopd.serving import supervisor
 
-# Before any test starts a process: the machine's few cores are shared by servers, ranks and the tests themselves.
+# Set before any test starts a process: servers, ranks and the tests themselves share the machine's few cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 torch.set_num_threads(1)
-# In the background or under nohup these signals are ignored, and every process that a test starts would ignore them too.
+# In the background or under nohup these signals are ignored, and every process that a test starts would inherit that.
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-# Files that start servers or ranks come first, the longest ahead, so that no worker is left alone with one at the end.
+# Files that start servers or ranks come first, the longest before the others, so that none runs alone at the end.
 LONG = (
     "resume",
     "end_to_end",
@@ -51,11 +51,11 @@ LONG = (
     "bad_input",
 )
 
-# Parts of commands that only a test with the mark `server` may start: vLLM's supervisor, and training ranks.
+# Parts of command lines that only a test with the mark `server` may start: vLLM's supervisor, and training ranks.
 HEAVY = (supervisor.__name__, "train.rank", "_worker.py", "golden/worker.py")
 
 
-@pytest.hookimpl(tryfirst=True)  # before `-m` selects
+@pytest.hookimpl(tryfirst=True)  # before `-m` selects tests
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     rank = {f"test_{name}": i for i, name in enumerate(LONG)}
     items.sort(key=lambda item: rank.get(item.path.stem, len(LONG)))
@@ -66,7 +66,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
-    """A test that starts a server or a rank and does not ask for `server` fails: `make test-fast` would run it."""
+    """Fail a test that starts a server or a rank without requesting `server`: `make test-fast` would run it."""
     plain = subprocess.Popen.__init__
 
     def start(process: Any, command: Any, *args: Any, **settings: Any) -> None:
@@ -82,12 +82,12 @@ def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def server() -> None:
-    """Mark what starts vLLM, training ranks or lmms-eval: `make test-fast` leaves out all that depends on this."""
+    """Mark tests that start vLLM, training ranks or lmms-eval: `make test-fast` leaves out all that depend on this."""
 
 
 @pytest.fixture(scope="session")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The demo's student, not trained."""
+    """Return the folder of the demo's student, untrained."""
     folder = tmp_path_factory.mktemp("student")
     build_student(folder)
     return folder
@@ -95,13 +95,13 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def encoder(model: Path) -> Encoder:
-    """Of that student."""
+    """Return the encoder of that student."""
     return Encoder(model)
 
 
 @pytest.fixture(scope="session")
 def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The demo's own preparation with few rows and few steps, and a recipe that takes it as it is."""
+    """Return a workspace with the demo's own preparation, with few rows and few steps, and a recipe for it."""
     folder = tmp_path_factory.mktemp("workspace")
     world = catalog.load_module(catalog.shipped() / "data" / "demo.py")
     for name in ("BASE", "TEXT_TEACHER", "IMAGE_TEACHER"):

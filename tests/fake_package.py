@@ -1,13 +1,13 @@
-"""A package named `vllm` that starts in no time: an API server with the real one's routes for readiness, and an engine
+"""A package named `vllm` that starts immediately: an API server with vLLM's routes for readiness, and an engine
 process.
 
-For tests of what happens around servers: supervisors, restarts, the command line. A model folder with a file `crash`
-    does not start.
+It is for tests of what surrounds servers: supervisors, restarts, the command line. A model folder with a file `crash`
+does not start.
 """
 
 from pathlib import Path
 
-MODULES = [  # that the real package is asked for
+MODULES = [  # modules that mmopd imports from the real package
     "entrypoints.launchers.api_server.routers",
     "v1.engine.async_llm",
     "v1.engine.utils",
@@ -60,7 +60,7 @@ def main():
 
 
 def install(folder: Path) -> str:
-    """Write the package; what PYTHONPATH must be for it to be found first."""
+    """Write the package, and return the PYTHONPATH with which it is found first."""
     root = folder / "fake_package"
     for module in [*MODULES, "entrypoints.launchers.api_server.entry"]:
         path = root / "vllm" / Path(*module.split(".")).with_suffix(".py")
@@ -72,7 +72,7 @@ def install(folder: Path) -> str:
 
 
 def fake_model(folder: Path) -> Path:
-    """A folder that the fake server takes for a model."""
+    """Write a folder that the fake server accepts as a model."""
     folder.mkdir(parents=True)
     (folder / "config.json").write_text('{"architectures": ["Fake"]}')
     return folder

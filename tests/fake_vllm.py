@@ -1,10 +1,9 @@
-"""A server that speaks the wire format of vLLM's `POST /inference/v1/generate`, and misbehaves on demand.
+"""A server that speaks the wire format of vLLM's `POST /inference/v1/generate`, and fails on request.
 
-Real sockets, no model: a log-prob is a formula of the token, its position and the images, so that a test knows every
-    number.
-Faults by name, chosen for each request: see `FAULTS` and `UNSEEN`. `tests/test_scoring.py` compares its replies with
-    those of a
-real server. It lists its model and decodes ids too, which the preflight asks for.
+It uses real sockets and no model: a log-prob is a formula of the token, its position and the images, so a test can
+compute every value. A fault is chosen by name for each request: see `FAULTS` and `UNSEEN`. `tests/test_scoring.py`
+compares the replies with those of a real server. The server also lists its model and decodes ids, as the preflight
+requires.
 """
 
 import asyncio
@@ -22,9 +21,9 @@ from mmopd.records import Grid
 from mmopd.serving.endpoint import Endpoint
 
 Fault = str | None
-FAULTS = {  # name: the cause that a client must name
+FAULTS = {  # name of the fault: the cause that a client must name
     "500": "status",
-    "429": "status",  # with Retry-After: `pause`
+    "429": "status",  # with the header Retry-After: `pause`
     "slow": "timeout",  # `SLOW` seconds
     "close": "connection",  # the connection ends without a reply
     "hang": "timeout",
@@ -41,26 +40,26 @@ FAULTS = {  # name: the cause that a client must name
     "floor": "non_finite",  # what vLLM writes for -inf
     "positive": "non_finite",
 }
-UNSEEN = {  # what no single reply shows; name: the check of the preflight that catches it
-    "blind": "image canary",  # as if there were no image, in which the ids are expanded all the same
+UNSEEN = {  # faults that no single reply shows: the check of the preflight that catches each
+    "blind": "image canary",  # ignores the image, although the ids are expanded
     "nondeterministic": "same score twice",
 }
 SLOW = 1.5
 
 
 def logprob(token: int, position: int, images: Sequence[bytes]) -> float:
-    """What the server says of a token at a position of the expanded prompt and response."""
+    """Return the log-prob of a token at a position of the expanded prompt and response."""
     return -((token * 31 + position * 7 + sum(len(i) + sum(i[-64:]) for i in images)) % 97) / 8 - 0.125
 
 
 class FakeVLLM:
-    """`async with FakeVLLM(encoder, faults) as server`, then `server.endpoint`.
+    """Run a fake server: `async with FakeVLLM(encoder, faults) as server`, then `server.endpoint`.
 
     Args:
         encoder: expands placeholders as the real server would.
-        faults: from the number of the request to the name of its fault, or None.
+        faults: maps the number of a request to the name of its fault, or None.
         delay: seconds before a reply.
-        pause: seconds that it asks for when it is overloaded.
+        pause: seconds that an overloaded server asks the client to wait.
     """
 
     def __init__(
@@ -110,7 +109,7 @@ class FakeVLLM:
             writer.close()
 
     async def _exchange(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> bool:
-        """One request and its reply; whether the connection stays open."""
+        """Read a request and send its reply. Returns True if the connection stays open."""
         head = (await reader.readuntil(b"\r\n\r\n")).decode().split("\r\n")
         headers = {k.lower(): v for k, v in (line.split(": ", 1) for line in head[1:] if line)}
         request = json.loads(await reader.readexactly(int(headers.get("content-length", 0))) or "{}")
@@ -133,7 +132,7 @@ class FakeVLLM:
         )
         writer.write(head_out.encode() + body)
         await writer.drain()
-        return status != 500  # as uvicorn does after an exception
+        return status != 500  # uvicorn closes the connection after an exception
 
     def _reply(self, line: str, headers: dict[str, str], request: dict[str, Any], fault: Fault) -> tuple[int, bytes]:
         if headers.get("authorization") != f"Bearer {self.key}":
@@ -197,7 +196,7 @@ def _row(value: float, rank: int = 1) -> dict[str, Any]:
 
 
 def _rows(token: int, position: int, images: Sequence[bytes], k: int, vocabulary: int) -> dict[str, Any]:
-    """The token of the prompt and the k likeliest, as vLLM gives them: the token first, and once if it is among them."""
+    """Return the rows of the prompt token and the k likeliest, as vLLM does: the token first, and only once."""
     values = {i: logprob(i, position, images) for i in range(vocabulary if k else 0)} | {
         token: logprob(token, position, images)
     }
@@ -234,7 +233,7 @@ def _choice(
         one = {"token_id": token, "logprob": value, "rank": 1}
         return one | {"top_logprobs": [one]}
 
-    names = version.split("+")  # "a+b": the first token is by weights a, the others by b
+    names = version.split("+")  # "a+b": weights a sampled the first token, weights b the others
     borders = [*range(len(names)), len(tokens)]
     spans = [{"version": name, "start": a, "end": b} for name, a, b in zip(names, borders, borders[1:], strict=False)]
     content = None if logprobs is None else {"content": [entry(t, v) for t, v in zip(tokens, logprobs, strict=True)]}

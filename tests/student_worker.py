@@ -1,8 +1,8 @@
-"""Tiny random students of each family, and a training rank for them that may have a real engine to talk to.
+"""Tiny random students of each family, and a training rank for them, with or without a real engine.
 
-`python student_worker.py MODEL OUT JOB`, with RANK etc. in the environment: JOB is a list of {"train": settings}, in
-JSON; each gets a trainer of its own, and {"resume": NUMBER} goes on from the checkpoint of that one. Rank 0 writes
-OUT/NUMBER.pt, and reads OUT/endpoints.json once it is there if the environment says ENGINE=1.
+`python student_worker.py MODEL OUT JOB`, with RANK etc. in the environment. JOB is a JSON list of {"train": settings}.
+Each item gets its own trainer; {"resume": NUMBER} continues from the checkpoint of that item. Rank 0 writes
+OUT/NUMBER.pt. If the environment has ENGINE=1, it waits for OUT/endpoints.json and reads it.
 """
 
 import asyncio
@@ -48,9 +48,9 @@ from mmopd.train.weight_probe import probe
 from mmopd.train.weight_publisher import publish
 
 TEXT = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 32}
-# norm_topk_prob as published configurations have it; vLLM asks for it
+# norm_topk_prob is in published configurations, and vLLM requires it
 MOE = {"moe_intermediate_size": 96, "num_experts": 4, "num_experts_per_tok": 2, "norm_topk_prob": True}
-GDN = {  # head sizes that vLLM's CPU kernels take
+GDN = {  # head sizes that vLLM's CPU kernels support
     "linear_key_head_dim": 128,
     "linear_value_head_dim": 128,
     "linear_num_key_heads": 1,
@@ -71,8 +71,8 @@ FAMILIES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "qwen3_vl_moe": (TEXT | MOE, VISION | DEEP),
     "qwen2_5_vl": (TEXT, VISION | {"patch_size": 14, "window_size": 56, "fullatt_block_indexes": [1]}),
     "qwen3_5": (TEXT | GDN, VISION | {"num_position_embeddings": 256}),
-    # All experts for each token: in bfloat16, which vLLM needs for it, a choice between two of them falls otherwise
-    # than in float32.
+    # All experts for each token: vLLM needs bfloat16 here, and with it the choice between two experts can differ from
+    # float32.
     "qwen3_5_moe": (
         TEXT | GDN | MOE | {"num_experts_per_tok": 4, "shared_expert_intermediate_size": 64},
         VISION | {"num_position_embeddings": 256},
@@ -127,7 +127,7 @@ def build(kind: str, folder: Path, dtype: torch.dtype = torch.float32) -> None:
     processor.save_pretrained(folder)
     if (
         kind == "qwen3_vl_moe"
-    ):  # as published, and as vLLM reads it: [experts, in, out]; transformers 5.19 writes [experts, out, in]
+    ):  # the published layout, which vLLM reads: [experts, in, out]; transformers 5.19 writes [experts, out, in]
         file = folder / "model.safetensors"
         weights = {
             name: w.transpose(1, 2).contiguous() if ".experts." in name else w for name, w in load_file(file).items()
@@ -152,7 +152,9 @@ def main(model: Path, out: Path, job: list[dict[str, Any]]) -> None:
 
 
 def train(model: Path, out: Path, settings: Train, ranks: Ranks) -> dict[str, Any]:
-    """Two updates, each followed by a sync where there is an engine; then a checkpoint, a third update, and an export."""
+    """Make two updates, each followed by a sync if there is an engine; then a checkpoint, a third update, and an
+    export.
+    """
     encoder = Encoder(model)
     trainer = Trainer(model, encoder, settings, Algorithm(), ranks)
     items, ran = make_items(encoder, "TiI", 7), watch(trainer)
@@ -185,7 +187,7 @@ def train(model: Path, out: Path, settings: Train, ranks: Ranks) -> dict[str, An
 
 
 def resume(model: Path, out: Path, settings: Train, ranks: Ranks) -> dict[str, Any]:
-    """The third update, from the checkpoint."""
+    """Make the third update from the checkpoint."""
     encoder = Encoder(model)
     trainer = Trainer(model, encoder, settings, Algorithm(), ranks)
     path = Checkpoints(out, keep=1).latest()
@@ -198,7 +200,7 @@ def resume(model: Path, out: Path, settings: Train, ranks: Ranks) -> dict[str, A
 
 
 def watch(trainer: Trainer) -> Counter[str]:
-    """Counts the backward passes of the first layer of each part."""
+    """Count the backward passes of the first layer of each part."""
     ran, student = Counter[str](), trainer.student.model
     first = {
         "vision": student.visual.blocks[0].mlp,
@@ -211,7 +213,7 @@ def watch(trainer: Trainer) -> Counter[str]:
 
 
 async def gap(trainer: Trainer, student: Endpoint, encoder: Encoder) -> float:
-    """Of trainer and engine, in the log-prob of a token."""
+    """Return the difference of trainer and engine in the log-prob of a token."""
     async with StudentClient(student, encoder) as engine:
         items = make_items(encoder, "TiI", 7)
         return await probe(trainer.logprobs(items), [engine], items, 100.0)
@@ -225,7 +227,7 @@ def await_file(path: Path) -> bool:
 def run(
     model: Path, out: Path, job: Sequence[Mapping[str, Any]], *, ranks: int = 1, engine: Engine | None = None
 ) -> list[dict[str, Any]]:
-    """Do a job, beside a real server of `model` if `engine` is given; returns what rank 0 found with each of its
+    """Run a job, next to a real server of `model` if `engine` is given. Returns the findings of rank 0 for each
     settings.
     """
     out.mkdir(parents=True)
@@ -244,7 +246,7 @@ def run(
             one = env | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
             workers.append(subprocess.Popen(command, env=one, stdout=log, stderr=subprocess.STDOUT))
     try:
-        with serving(model, out, engine):  # starts while the ranks load what they import
+        with serving(model, out, engine):  # starts while the ranks import their modules
             codes = wait_for_exit(workers, [out])
     finally:
         for worker in workers:
@@ -268,12 +270,12 @@ def serving(model: Path, out: Path, engine: Engine | None) -> Iterator[None]:
 
 @torch.no_grad()
 def plain_logprobs(model: Any, encoder: Encoder) -> list[torch.Tensor]:
-    """Of the worker's items, one after the other, without packing, by transformers alone."""
+    """Compute the log-probs of the worker's items one after the other, without packing, with transformers alone."""
     return [plain(model, encoder, item) for item in make_items(encoder, "TiI", 7)]
 
 
 def plain_update(model: Any, encoder: Encoder, items: Sequence[Item], parts: Collection[str]) -> dict[str, float]:
-    """Loss and gradient norm of an update as transformers alone has them, one item after the other; the gradient of
+    """Compute loss and gradient norm of an update with transformers alone, one item at a time; only the gradient of
     `parts` counts.
     """
     loss, clip = 0.0, {"clip_low": Algorithm().clip_low, "clip_high": Algorithm().clip_high}
@@ -286,7 +288,7 @@ def plain_update(model: Any, encoder: Encoder, items: Sequence[Item], parts: Col
 
 
 def plain(model: Any, encoder: Encoder, item: Item) -> torch.Tensor:
-    """Log-probs [T] of one item by the family's own forward, logits and all."""
+    """Compute the log-probs [T] of one item by the family's own forward pass, with full logits."""
     ids = torch.tensor([item.encoded.expanded + item.tokens])
     pictures = {}
     if item.encoded.grids:

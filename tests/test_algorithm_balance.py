@@ -1,4 +1,4 @@
-"""Online balancing: what is cut, by how much, and that the draw follows the responses wherever they are."""
+"""Online balancing: which responses are cut, how many, and that the draw does not depend on their places."""
 
 import itertools
 import time
@@ -28,7 +28,7 @@ def balance(outcome, group, *, scope="group", ratio=1.0, tolerance=0.05, seed=0,
 
 
 def kept(keep, outcome):
-    """(right, wrong) that stayed."""
+    """Return the numbers of kept responses as (right, wrong)."""
     o = torch.as_tensor(outcome, dtype=torch.float32)
     return int(keep[o >= 0.5].sum()), int(keep[o < 0.5].sum())
 
@@ -41,13 +41,13 @@ def kept(keep, outcome):
         (4, 4, 1.0, (4, 4)),
         (16, 3, 2.0, (6, 3)),
         (2, 6, 0.5, (2, 4)),
-        (5, 3, 0.5, (2, 3)),  # 1.5, to the nearest whole number
-        (3, 2, 2.0, (3, 2)),  # 3 : 1.5 likewise: nothing to gain
-        (7, 1, 0.1, (1, 1)),  # never to none
+        (5, 3, 0.5, (2, 3)),  # 1.5, rounded to the nearest whole number
+        (3, 2, 2.0, (3, 2)),  # 3 : 1.5 rounds likewise: nothing to gain
+        (7, 1, 0.1, (1, 1)),  # never cut to none
         (1, 7, 10.0, (1, 1)),
-        (5, 3, 0.0, (0, 3)),  # two ratios ask for one side alone
+        (5, 3, 0.0, (0, 3)),  # two ratios keep one side alone
         (5, 3, INF, (5, 0)),
-        (5, 0, 1.0, (5, 0)),  # one outcome: whole, at any ratio
+        (5, 0, 1.0, (5, 0)),  # one outcome: all kept, at any ratio
         (0, 5, 1.0, (0, 5)),
         (5, 0, 0.0, (5, 0)),
         (0, 5, INF, (0, 5)),
@@ -73,7 +73,7 @@ def test_each_group_is_cut_for_itself():
         (56, 44, 1.0, 0.05, (53, 44)),
         (60, 40, 3.0, 0.05, (60, 25)),  # rho = 0.75: 60/85 = 0.706
         (9, 1, 1.0, 0.0, (1, 1)),
-        (1, 2, 1.5, 0.05, (1, 1)),  # no number hits 0.6: 1/2 is nearer than 1/3
+        (1, 2, 1.5, 0.05, (1, 1)),  # no count gives 0.6: 1/2 is nearer than 1/3
         (3, 5, 0.0, 0.0, (0, 5)),
         (3, 5, INF, 0.0, (3, 0)),
         (3, 5, INF, 0.25, (3, 1)),
@@ -88,7 +88,7 @@ def test_a_batch_is_cut_until_its_share_is_inside_the_interval(right, wrong, rat
 
 
 def test_a_batch_is_cut_in_proportion_in_every_group():
-    # 12, 8, 4 and 0 right ones against 8 wrong: keep 9 or 10 of 24; 9/17 = 0.529, 9.78 at most, so 9 stay, 15/24 go.
+    # 12, 8, 4 and 0 right responses, 8 wrong: keep 9 or 10 of 24; 9/17 = 0.529, at most 9.78, so 9 stay, 15/24 go.
     sizes = [12, 8, 4, 0]
     outcome = [1] * 24 + [0] * 8
     group = [g for g, n in enumerate(sizes) for _ in range(n)] + [3] * 8
@@ -104,7 +104,7 @@ def test_every_response_is_equally_likely_to_stay(scope):
     outcome, group = [1] * 6 + [0] * 2, [3] * 8
     stays = sum(balance(outcome, group, scope=scope, seed=seed, tolerance=0.0).long() for seed in range(1000))
     assert stays[6:].eq(1000).all()
-    # 2 of 6 stay, so 333 each with a deviation of 15: five of them.
+    # 2 of 6 stay, so 333 for each with a deviation of 15; allow five deviations.
     assert (stays[:6] - 333).abs().max() < 75
 
 
@@ -168,7 +168,7 @@ def test_bad_input_is_named(change, message):
 
 @st.composite
 def batches(draw):
-    """(outcome, group, key) of responses in any order, each with its own number in its group."""
+    """Draw (outcome, group, key) of responses in any order, each with its own number in its group."""
     group = draw(st.lists(st.sampled_from([-3, 0, 5, 10**12]), min_size=1, max_size=40))
     outcome = draw(st.lists(st.sampled_from([0.0, 1.0, 1.0, 0.3, NAN]), min_size=len(group), max_size=len(group)))
     key = draw(st.permutations(range(len(group))))
@@ -198,7 +198,7 @@ def test_without_keys_moving_whole_groups_moves_the_result_and_any_order_keeps_t
     outcome, group, _ = batch
     how = {"scope": scope, "ratio": ratio, "seed": seed}
     keep = balance(outcome, group, **how)
-    by_group = group.argsort(stable=True)  # groups move, the order inside them stays
+    by_group = group.argsort(stable=True)  # groups move, the order in a group stays
     assert torch.equal(keep[by_group], balance(outcome[by_group], group[by_group], **how))
     order = torch.tensor(random.sample(range(len(group)), len(group)))
     moved = balance(outcome[order], group[order], **how)

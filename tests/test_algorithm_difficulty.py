@@ -1,6 +1,4 @@
-"""Offline balancing: which shape a histogram has, and weights that make it flatter without dropping or overdoing
-anything.
-"""
+"""Offline balancing: the shape of a histogram, and weights that flatten it without dropping a bin or going too far."""
 
 import pytest
 import torch
@@ -16,12 +14,12 @@ MIRRORED_J = [5, 5, 6, 7, 8, 9, 12, 18, 130]
 
 
 def prompts(histogram):
-    """c of each prompt."""
+    """Return c of each prompt."""
     return torch.arange(len(histogram)).repeat_interleave(torch.tensor(histogram))
 
 
 def bins_of(weights, correct, K):
-    """(weight of each bin, weighted histogram): all prompts of a bin must have one weight."""
+    """Return (weight of each bin, weighted histogram); all prompts of a bin must have one weight."""
     per_bin = torch.zeros(K + 1, dtype=torch.float64)
     for c in correct.unique():
         values = weights[correct == c].unique()
@@ -35,12 +33,12 @@ def bins_of(weights, correct, K):
     [
         (U, "u"),
         (MIRRORED_J, "mirrored_j"),
-        (MIRRORED_J[::-1], "flat"),  # hard for the student: the paper leaves that alone
+        (MIRRORED_J[::-1], "flat"),  # hard for the student: the paper does not change this shape
         ([20] * 9, "flat"),
         ([1, 4, 10, 20, 30, 20, 10, 4, 1], "flat"),
         ([0, 0, 0, 0, 0, 0, 0, 0, 50], "mirrored_j"),
         ([50, 0, 0, 0, 0, 0, 0, 0, 50], "u"),
-        ([10, 90], "flat"),  # one attempt has no middle
+        ([10, 90], "flat"),  # one attempt has no middle bin
         ([40, 5, 45], "u"),
         ([11, 10, 10, 10, 11], "flat"),
         (
@@ -127,7 +125,7 @@ def test_bad_input_is_named(correct, attempts, more, message):
 
 
 def lorenz(histogram):
-    """Share of the poorest 1, 2, ... bins: higher everywhere means flatter by any measure of inequality."""
+    """Return the shares of the poorest 1, 2, ... bins: a higher curve is flatter by any measure of inequality."""
     shares = histogram[histogram > 0].sort().values / histogram.sum()
     return shares.cumsum(0)
 

@@ -1,4 +1,4 @@
-"""Margin calibration: worked numbers for every mode and direction, and what must hold for any batch."""
+"""Margin calibration: worked numbers for every mode and direction, and properties that hold for any batch."""
 
 import time
 
@@ -86,7 +86,7 @@ def test_mask_stops_as_soon_as_the_margin_holds():
 
 
 def test_mask_counts_a_margin_of_delta_as_held_in_the_precision_of_the_returns():
-    R, o, g = tensors([0.5, 0.6, 0.1, 0.2], [1, 1, 0, 0], [0] * 4)  # 0.55 - 0.15 is 0.4 less a rounding
+    R, o, g = tensors([0.5, 0.6, 0.1, 0.2], [1, 1, 0, 0], [0] * 4)  # 0.55 - 0.15 is 0.4 minus a rounding error
     assert margin_mask(R, o, g, scope="group", mode="mean", delta=0.4, retain=0.25).all()
 
 
@@ -102,7 +102,7 @@ def test_mask_breaks_a_tie_by_dropping_the_right_response():
 
 def test_mask_stops_where_no_drop_raises_the_margin():
     R, o, g = tensors([0.0, 0.0, 1.0, 0.5, 0.5], [1, 1, 1, 0, 0], [0] * 5)
-    # Minmax: the worst right one has a twin, the best wrong one too.
+    # Minmax: the worst right response has a twin, and so has the best wrong one.
     assert margin_mask(R, o, g, scope="group", mode="minmax", delta=0.4, retain=0.0).all()
 
 
@@ -110,7 +110,7 @@ def test_the_floor_is_exact_where_a_computer_rounds():
     right = torch.arange(100.0)
     R, o = torch.cat([right, torch.tensor([200.0])]), torch.cat([torch.ones(100), torch.zeros(1)])
     keep = margin_mask(R, o, torch.zeros(101, dtype=torch.long), scope="group", mode="minmax", delta=0.4, retain=0.29)
-    assert keep[:100].sum() == 29  # 0.29 * 100 is 28.999... to a computer
+    assert keep[:100].sum() == 29  # 0.29 * 100 is 28.999... in floating point
 
 
 def test_mask_goes_on_with_the_other_side_when_one_is_at_its_floor():
@@ -208,8 +208,8 @@ def test_a_bad_direction_or_retain_is_named():
 
 @st.composite
 def batches(draw, unit=32):
-    """Responses of a few groups in any order. Returns are distinct, in 32nds of a nat (then sums and ties are exact) or
-    other units.
+    """Draw responses of a few groups in any order. Returns are distinct, either in 32nds of a nat (so sums and ties are
+    exact) or in other units.
     """
     group = draw(st.lists(st.sampled_from([-3, 0, 5, 10**12]), min_size=1, max_size=24))
     n = len(group)
@@ -219,7 +219,7 @@ def batches(draw, unit=32):
 
 
 def whose(outcome, group, scope):
-    """(right, wrong) index lists of each group."""
+    """Return the index lists (right, wrong) of each group."""
     ids = group if scope == "group" else torch.zeros_like(group)
     return [
         ((ids.eq(i) & (outcome >= 0.5)).nonzero()[:, 0], (ids.eq(i) & (outcome < 0.5)).nonzero()[:, 0])
@@ -260,7 +260,7 @@ def test_a_shift_is_one_constant_per_side_in_the_promised_direction(batch, scope
     shift = margin_shift(R, o, g, scope=scope, mode=mode, direction=direction, delta=delta)
     for right, wrong in whose(o, g, scope):
         ups, downs = set(shift[right].tolist()), set(shift[wrong].tolist())
-        assert len(ups) <= 1  # so the order inside the side stays
+        assert len(ups) <= 1  # so the order within the side stays
         assert len(downs) <= 1
         up, down = max(ups, default=0.0), max(downs, default=0.0)
         assert up >= 0 >= down
@@ -268,7 +268,7 @@ def test_a_shift_is_one_constant_per_side_in_the_promised_direction(batch, scope
 
 
 def greedy(returns, outcome, group, *, scope, mode, delta, retain):
-    """Algorithm 1 as it is written, one drop at a time."""
+    """Run Algorithm 1 literally, one drop at a time."""
     keep = torch.ones(len(returns), dtype=torch.bool)
     for right, wrong in whose(outcome, group, scope):
         pos = sorted(right.tolist(), key=lambda i: returns[i].item())
@@ -333,7 +333,7 @@ def test_sharding_groups_over_ranks_changes_no_bit(batch, mode, delta):
 @pytest.mark.parametrize("scope", SCOPES)
 @pytest.mark.parametrize("mode", MODES)
 def test_64_groups_of_16_take_milliseconds(scope, mode):
-    # The best of many runs against the promise, so that a busy machine does not fail it.
+    # Compare the best of many runs with the limit, so that a busy machine does not fail the test.
     rng = torch.Generator().manual_seed(0)
     o = (torch.rand(1024, generator=rng) < 0.5).float()
     R, g = torch.randn(1024, generator=rng) - 0.5 * o, torch.arange(1024) // 16

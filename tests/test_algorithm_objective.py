@@ -1,4 +1,4 @@
-"""On-policy distillation: the arrays that the trainer gets, by hand, and what may not change them."""
+"""On-policy distillation: the arrays that the trainer gets, computed by hand, and what must not change them."""
 
 import math
 
@@ -16,7 +16,9 @@ PLAIN = Algorithm(balance=None, margin=None)
 
 
 def step(rewards, outcome, group, weight=None, *, settings=PLAIN, seed=0):
-    """`opd` on the token rewards of each response; the student's log-probs are made up, the teacher's follow."""
+    """Apply `opd` to token rewards of each response; the student's log-probs are invented, the teacher's follow from
+    them.
+    """
     lengths = torch.tensor([len(r) for r in rewards])
     student = -torch.arange(1, int(lengths.sum()) + 1, dtype=torch.float64) / 7
     teacher = student + torch.tensor([x for r in rewards for x in r], dtype=torch.float64)
@@ -32,7 +34,7 @@ def step(rewards, outcome, group, weight=None, *, settings=PLAIN, seed=0):
     )
 
 
-# Returns as in the worked example of the margins, 0.10, -0.30, 0.20, 0.00, of 2, 1, 4 and 1 tokens.
+# Returns of the worked example of the margins: 0.10, -0.30, 0.20, 0.00, from 2, 1, 4 and 1 tokens.
 WORKED = [[0.3, -0.1], [-0.3], [0.2, 0.6, 0.0, 0.0], [0.0]]
 
 
@@ -68,7 +70,7 @@ def test_a_mask_drops_responses_from_the_loss_and_from_its_mean():
 
 
 def test_balance_comes_before_the_margin():
-    # Three right, one wrong: one right response stays, and the margin is of the two that stay.
+    # Three right, one wrong: one right response stays, and the margin is that of the two left.
     rewards, outcome, group = [[0.0], [1.0], [2.0], [1.5]], [1, 1, 1, 0], [5] * 4
     balance = balance_online(
         torch.tensor([1.0, 1, 1, 0]), torch.tensor(group), scope="group", ratio=1.0, tolerance=0.05, seed=3
@@ -194,7 +196,7 @@ def test_bad_input_is_named(change, message):
 
 @st.composite
 def steps(draw):
-    """(rewards, outcome, group) of a step."""
+    """Draw (rewards, outcome, group) of a step."""
     n = draw(st.integers(1, 10))
     reward = st.one_of(st.integers(-60, 60).map(lambda i: i / 30), st.sampled_from([10.0, -25.0]))
     rewards = draw(st.lists(st.lists(reward, max_size=5), min_size=n, max_size=n))

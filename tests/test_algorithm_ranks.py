@@ -1,4 +1,4 @@
-"""Targets are those of the step, however its responses lie on ranks: simulated ranks for any step, and two real
+"""The targets of a step do not depend on how its responses lie on ranks: simulated ranks for any step, and two real
 processes.
 """
 
@@ -39,7 +39,7 @@ Targets = dict[str, tuple[bool, list[float], list[float]]]
 
 
 def make_sample(draw: random.Random, group: int, i: int) -> Sample:
-    """One of many kinds: long, empty, unknown, without a score, with a token that is left out. `text` tells them apart."""
+    """Draw one of many kinds of sample: long, empty, unknown, unscored, with a token left out. `text` identifies it."""
     T = draw.choice((0, 1, 2, 7))
     student = [-draw.expovariate(2.0) for _ in range(T)]
     rewards = [draw.choice((12.0, draw.gauss(0, 1), draw.gauss(0, 1))) for _ in range(T)]
@@ -50,14 +50,14 @@ def make_sample(draw: random.Random, group: int, i: int) -> Sample:
 
 
 def make_step(seed: int, groups: int, size: int) -> list[Sample]:
-    """The responses of a step in order of their groups; one that can be scored among them."""
+    """Draw the responses of a step in the order of their groups; at least one of them can be scored."""
     draw = random.Random(seed)
     first = Sample(0, Response((1,), (-1.0,), "first", "stop", (("step-0", 1),)), Outcome(1.0), Score("t", (-1.5,)))
     return [first, *(make_sample(draw, group, i) for group in range(groups) for i in range(size))]
 
 
 def targets_of(samples: Sequence[Sample], algorithm: Algorithm) -> Targets:
-    """(keep, advantages, weights) of each response by its text; floats as they are, to the bit."""
+    """Return (keep, advantages, weights) of each response by its text, with floats unrounded."""
     batch = build_batch(samples, algorithm, SEED)
     advantage, weight, keep = (
         batch.targets.advantage.tolist(),
@@ -71,7 +71,7 @@ def targets_of(samples: Sequence[Sample], algorithm: Algorithm) -> Targets:
 
 
 def shares(samples: Sequence[Sample], size: int, draw: random.Random) -> list[list[Sample]]:
-    """Whole groups on any rank, in the order in which they were finished there."""
+    """Deal whole groups to ranks, each in the order in which its responses finished there."""
     ranks: list[list[list[Sample]]] = [[] for _ in range(size)]
     groups = sorted({s.group for s in samples})
     for group in draw.sample(groups, len(groups)):
@@ -109,7 +109,7 @@ def test_a_rank_that_looked_at_its_own_responses_alone_would_find_something_else
 
 
 def test_two_processes_find_what_one_finds_to_the_bit(tmp_path: Path) -> None:
-    forked = multiprocessing.get_context("fork")  # importing torch twice more would take longer than all else here
+    forked = multiprocessing.get_context("fork")  # two more imports of torch would take longer than the rest
     ranks = [forked.Process(target=run_rank, args=(rank, tmp_path)) for rank in range(2)]
     for process in ranks:
         process.start()
@@ -124,7 +124,7 @@ def test_two_processes_find_what_one_finds_to_the_bit(tmp_path: Path) -> None:
 
 
 def run_rank(rank: int, out: Path) -> None:
-    """One of two: gathers the responses of both, and writes the targets."""
+    """Run one of two ranks: gather the responses of both, and write the targets."""
     dist.init_process_group(
         "gloo", init_method=f"file://{out}/store", rank=rank, world_size=2, timeout=datetime.timedelta(seconds=30)
     )

@@ -1,5 +1,5 @@
-"""Bad data: left out and counted by cause when it is prepared, replaced and counted when it is drawn, or refused by
-name; never silent.
+"""Bad data is never ignored silently: preparation leaves it out and counts it by cause, a draw replaces and counts it,
+or it is refused by name.
 """
 
 import io
@@ -57,7 +57,7 @@ def noise(mode: str = "RGB") -> Image.Image:
 
 
 def claiming(width: int, height: int) -> bytes:
-    """A small PNG whose header says that it is large."""
+    """Return a small PNG whose header claims a large size."""
     header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
     chunk = b"IHDR" + header
     whole = saved(noise())
@@ -103,7 +103,7 @@ BAD = {
 def made(
     rows: list[dict[str, Any]], *settings: str, processor: Path | None = None, max_bad: float = 1.0
 ) -> tuple[Shards, Count]:
-    """Rows through `mmopd prepare`; images are written as files."""
+    """Convert rows with `mmopd prepare`; images are written as files."""
     for i, row in enumerate(rows):
         if isinstance(row.get("image"), bytes):
             Path(f"{i}.bin").write_bytes(row["image"])
@@ -196,7 +196,8 @@ def test_a_limit_that_no_row_meets_is_refused(student: Path) -> None:
 def test_a_row_of_another_task_is_left_out(here: Path) -> None:
     code = GENERIC.read_text().replace(
         "    return columns.ask(task,",
-        "    from dataclasses import replace\n    return columns.ask(replace(task, name='sums') if answer == '3' else task,",
+        "    from dataclasses import replace\n"
+        "    return columns.ask(replace(task, name='sums') if answer == '3' else task,",
     )
     (here / "mixed.py").write_text(code)
     Path("rows.jsonl").write_text("".join(json.dumps({"question": "?", "answer": str(i)}) + "\n" for i in range(5)))
@@ -213,7 +214,8 @@ def test_more_bad_rows_than_allowed_fail_and_a_higher_limit_goes_on(bad: int, fa
         return
     with pytest.raises(
         UserError,
-        match=r"out: 2 of 100 examples \(2\.0%\) are bad, more than --max-bad 1\.0%.*\n  2 x no answer\n    example 98: ",
+        match=r"out: 2 of 100 examples \(2\.0%\) are bad, more than --max-bad 1\.0%.*\n"
+        r"  2 x no answer\n    example 98: ",
     ):
         made(rows, "task=additions", max_bad=0.01)
     assert not Path("out").exists()
@@ -312,7 +314,7 @@ def test_weights_that_sum_to_zero_are_refused() -> None:
 
 
 def fuzzed(rng: random.Random, i: int) -> dict[str, Any]:
-    """A row that may be anything: a good one with up to three things done to it."""
+    """Draw a row of any kind: a good row with up to three changes."""
     images = list(GOOD.values())
     row: dict[str, Any] = {"question": f"What is {i}?", "answer": str(i), "id": str(i), "image": rng.choice(images)}
 
@@ -355,7 +357,7 @@ def test_200_fuzzed_rows_balance_in_prepare_and_in_the_plan(seed: int, student: 
     read: Counter[int] = Counter()
 
     def reader(source: str, row: int) -> Encoded:
-        """What a run does with a row; every seventh is broken."""
+        """Read a row as a run does; every seventh is broken."""
         if row % 7 == 0:
             raise ValueError("broken")
         read[row] += 1

@@ -1,4 +1,4 @@
-"""What a person gets wrong before a run starts: one clear message each, and nothing left behind."""
+"""Mistakes in the input of a run: each gives one clear message before the start, and leaves nothing behind."""
 
 import json
 import shutil
@@ -25,7 +25,7 @@ DEMO = Path(".mmopd") / "demo"
 
 @pytest.fixture
 def mine(workspace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A copy of the workspace that a test may break, as the current folder."""
+    """Return a copy of the workspace that a test may break; it is the current folder."""
     folder = tmp_path / "mine"
     shutil.copytree(workspace / ".mmopd" / "demo", folder / DEMO)
     shutil.copytree(workspace / "recipes", folder / "recipes")
@@ -43,7 +43,7 @@ def edit(path: Path, change: Callable[[str], str]) -> None:
 
 
 def run_and_fail(resolved: Recipe) -> str:
-    """The message of a run that cannot start, which leaves no process."""
+    """Return the message of a run that cannot start, and check that no process is left."""
     before = {child.pid for child in psutil.Process().children(recursive=True)}
     folder = RunFolder(Path("runs/bad"))
     folder.create(resolved)

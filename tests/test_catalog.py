@@ -1,4 +1,4 @@
-"""The catalogue: everything that is shipped loads, a workspace comes first, and what does not load is named."""
+"""The catalogue: every shipped file loads, files of a workspace come first, and a file that does not load is named."""
 
 import json
 import re
@@ -91,7 +91,7 @@ def test_a_recipe_of_the_paper_has_its_hyperparameters(name: str, direction: str
     sources = catalog.load_mixture(recipe.mixture, tmp_path).sources
     assert {source.max_prompt_tokens for key, source in sources.items() if key != "infovqa"} == {
         2048
-    }  # infographics have twice as many
+    }  # infographics: twice as many
     assert algorithm.balance == Balance(scope="group", ratio=1)
     assert algorithm.margin == Margin(kind="shift", scope="group", mode="mean", direction=direction, delta=0.4)
     assert algorithm.objective == OPD()

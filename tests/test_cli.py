@@ -1,4 +1,4 @@
-"""The command line: what each command prints, and that help teaches."""
+"""The command line: what each command prints, and that help explains."""
 
 import errno
 from contextlib import nullcontext

@@ -1,6 +1,6 @@
-"""Commands that need no model load none of the heavy libraries; `import mmopd` loads nothing but itself.
+"""Commands that need no model load none of the heavy libraries; `import mmopd` loads only itself.
 
-What is asserted on are modules, since times depend on the machine: `benchmarks/cli.py` measures them.
+The tests assert on loaded modules, since times depend on the machine. `benchmarks/cli.py` measures the times.
 """
 
 import ast
@@ -25,7 +25,7 @@ HEAVY = {
     *("sklearn", "scipy", "pandas", "matplotlib", "plotly", "sympy", "math_verify", "lmms_eval", "datasets"),
     *("pyarrow", "webdataset", "tensorboard", "aiohttp", "fsspec"),
 }
-# Runs commands one after the other and says after each what is loaded.
+# Runs commands one after the other, and prints the loaded modules after each.
 PROGRAM = """
 import contextlib, io, json, sys
 from mmopd.cli import app

@@ -1,5 +1,5 @@
-"""A step's rollouts: a response is scored as soon as it is finished, draws depend on nothing but their names, and some
-are scored blind.
+"""A step's rollouts: a response is scored as soon as it is finished, draws depend only on their names, and some
+responses are also scored without images.
 """
 
 import asyncio
@@ -35,7 +35,7 @@ def prompts(encoder):
 
 
 class Verifiers:
-    """Says that every answer is right; when, is kept in `times`."""
+    """Verifiers that judge every answer right, and record when in `times`."""
 
     def __init__(self):
         self.times = []
@@ -46,7 +46,7 @@ class Verifiers:
 
 
 def step(encoder, prompts, *, student, group=4, max_tokens=SHORT + 1, visual=None, number=0, version=None, ahead=0):
-    """(samples, seconds, times of the scores, requests to the student)"""
+    """Run a step. Returns (samples, seconds, times of the scores, requests to the student)."""
     student.version = version or version_of(number)
     recipe = Recipe.model_validate(
         {
@@ -155,7 +155,7 @@ def test_rollouts_that_run_ahead_may_have_weights_that_are_one_update_older(enco
     samples = step(encoder, prompts, student=FakeVLLM(encoder), number=3, version="step-2", ahead=1)[0]
     assert staleness(samples, 3) == 1
     assert staleness(step(encoder, prompts, student=FakeVLLM(encoder), number=3, ahead=1)[0], 3) == 0
-    # Of requests that were preempted.
+    # Requests that were preempted.
     mixed, *_ = step(encoder, prompts, student=FakeVLLM(encoder), number=3, version="step-2+step-3", ahead=1)
     assert staleness(mixed, 3) == len(mixed) / sum(len(sample.response.tokens) for sample in mixed)
     with pytest.raises(EngineError, match="'step-2' in step 3"):

@@ -1,4 +1,4 @@
-"""Comparisons: every run once, statistics that can be checked by hand, and nothing made twice."""
+"""Comparisons: every run is made once, statistics match a calculation by hand, and no result is made twice."""
 
 import csv
 import json
@@ -167,7 +167,7 @@ def test_the_unreliable_teacher_is_taught_wrongly_where_it_is_said_and_nowhere_e
     wrong = [row for row in rows if row["solution"].rpartition("=")[2] != row["answer"]]
     stubborn = [row for row in rows if world.is_stubborn(row)]
     assert all(row in wrong for row in stubborn)
-    assert len(stubborn) <= len(wrong) < 1.1 * len(stubborn)  # and one carry in fifty
+    assert len(stubborn) <= len(wrong) < 1.1 * len(stubborn)  # plus one carry in fifty
     assert 0.15 < len(stubborn) / len(rows) < 0.25
 
 

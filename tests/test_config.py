@@ -1,4 +1,4 @@
-"""Recipes: what is refused, and what the message says."""
+"""Recipes: which settings are refused, and with which message."""
 
 from pathlib import Path
 

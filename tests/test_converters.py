@@ -1,4 +1,4 @@
-"""The converters of `data/`: rows of the published schema become prompts, and what does not fit is named."""
+"""The converters of `data/`: rows of the published schema become prompts, and a row that does not fit is named."""
 
 import io
 import json
@@ -34,7 +34,7 @@ def picture(shade: int, size: tuple[int, int] = (40, 30), form: str = "PNG") -> 
 
 @pytest.fixture(autouse=True)
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty workspace; tasks that are not shipped are made in it."""
+    """Return an empty workspace; tasks that are not shipped are created in it."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "modalities").mkdir()
     for name, modality in {"text_code": "text", "image_chart": "image", "image_document": "image"}.items():
@@ -54,13 +54,13 @@ def run(name: str, *settings: str, max_bad: float = 0.0) -> tuple[Shards, Count]
 
 
 def asked(prompt: Prompt) -> list[str]:
-    """The parts of the one user turn: `<image>`, or the text."""
+    """Return the parts of the one user turn: `<image>`, or the text."""
     (message,) = prompt.messages
     return [part.get("text", "<image>") for part in message["content"]]
 
 
 def stored(files: Iterable[bytes]) -> list[dict[str, Any]]:
-    """As the hub stores images."""
+    """Return images as the hub stores them."""
     return [{"bytes": file, "path": f"{i}.png"} for i, file in enumerate(files)]
 
 
@@ -84,7 +84,10 @@ def test_deepmath() -> None:
 
 def eurus(i: int, **changes: Any) -> dict[str, Any]:
     tests = {"inputs": ["1 2\n", "3 4\n"], "outputs": ["3\n", "7\n"]}
-    question = f"Problem {i}: add.\n\nWrite Python code to solve the problem. Present the code in \n```python\nYour code\n```\nat the end."
+    question = (
+        f"Problem {i}: add.\n\nWrite Python code to solve the problem. "
+        "Present the code in \n```python\nYour code\n```\nat the end."
+    )
     return {
         "data_source": "taco",
         "prompt": [

@@ -1,5 +1,5 @@
-"""The difficulty pass's books: nothing is counted twice, nothing is lost by a kill, and nothing is used for what it was
-not made from.
+"""The counts of the difficulty pass: nothing is counted twice, a kill loses nothing, and counts are used only for the
+data they were made from.
 """
 
 import io
@@ -26,7 +26,7 @@ def shards_of(folder: Path, rows: int) -> Shards:
 
 @pytest.fixture
 def u_shaped(tmp_path: Path) -> tuple[dict[str, Shards], list[int]]:
-    """A source of 100 rows: 40 never right, 40 always, the rest between."""
+    """Return a source of 100 rows: 40 never right, 40 always right, the rest in between."""
     return {"sums": shards_of(tmp_path / "sums", 100)}, [0] * 40 + [8] * 40 + [1, 2, 3, 4, 5, 6, 7] * 2 + [4] * 6
 
 

@@ -12,7 +12,7 @@ from mmopd.preflight.check import Check, render
 
 @pytest.fixture
 def versions(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
-    """The installed distributions, as far as the doctor can see."""
+    """Return the versions of installed distributions that the doctor sees; a test fills them in."""
     found: dict[str, str] = {}
     monkeypatch.setattr(doctor, "version_of", found.get)
     monkeypatch.setattr(doctor, "gpu_names", list)

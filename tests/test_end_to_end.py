@@ -1,5 +1,5 @@
-"""The whole job on a world of a few rows: real vLLM servers, ZeRO-3 on two ranks, lmms-eval; and that nothing survives
-it.
+"""The whole job on a world of a few rows, with real vLLM servers, ZeRO-3 on two ranks and lmms-eval; no process
+survives it.
 """
 
 import json
@@ -66,7 +66,7 @@ class Command:
         wait_for(look, self.written)
 
     def survivors(self) -> list[str]:
-        """Command lines of processes that still carry the mark."""
+        """Return the command lines of processes that still carry the mark."""
         found = []
         for entry in Path("/proc").iterdir():
             try:
@@ -126,7 +126,7 @@ def test_student_and_teachers_are_evaluated_before_and_the_student_after(finishe
     assert not results.failures()
     assert all(row.record(column).n == 6 for row in results.rows for column in ("Additions", "Digit sums"))  # type: ignore[union-attr]
     assert "distilled" in output
-    assert run.report.stat().st_size > 1_000_000  # plotly is in it
+    assert run.report.stat().st_size > 1_000_000  # it includes plotly
 
 
 def test_the_exported_student_loads_and_is_another_model_than_the_base(

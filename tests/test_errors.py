@@ -1,4 +1,4 @@
-"""Kinds of errors, and the exit statuses by which a script tells them apart."""
+"""Kinds of errors, and the exit statuses that tell a script which kind occurred."""
 
 import re
 import sys

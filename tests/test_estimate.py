@@ -1,7 +1,7 @@
-"""`mmopd plan`: what can be proven of its numbers without a GPU, and what it refuses.
+"""`mmopd plan`: the figures that can be proven without a GPU, and the recipes that it refuses.
 
-As a program (`python test_estimate.py MODEL OUT`, with RANK etc. set) it is a training rank that measures what ZeRO-3
-keeps.
+As a program (`python test_estimate.py MODEL OUT`, with RANK etc. set) it is a training rank that measures the memory of
+ZeRO-3.
 """
 
 import json
@@ -49,7 +49,7 @@ VISION = {
 }
 PUBLISHED: dict[
     str, tuple[float, dict[str, Any], dict[str, Any], bool]
-] = {  # G parameters, text, vision, tied; from the model cards
+] = {  # 10^9 parameters, text, vision, tied; from the model cards
     "Qwen3-VL-2B-Instruct": (
         2.13,
         {"hidden_size": 2048, "num_hidden_layers": 28, "num_attention_heads": 16, "intermediate_size": 6144},
@@ -95,7 +95,7 @@ STRONG: dict[str, Any] = {
 
 
 def write_config(folder: Path, name: str) -> Path:
-    """The config.json of a published model, and nothing else."""
+    """Write only the config.json of a published model."""
     _, text, vision, tied = PUBLISHED[name]
     text = {"num_key_value_heads": 8, "head_dim": 128, "vocab_size": 151936, "tie_word_embeddings": tied} | text
     vision = {
@@ -117,7 +117,7 @@ def write_config(folder: Path, name: str) -> Path:
 
 @pytest.fixture
 def workspace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder with the configurations that the shipped recipes name, and no weights."""
+    """Return a folder with the configurations that the shipped recipes name, and no weights."""
     monkeypatch.chdir(tmp_path)
     for name in ("Qwen3-VL-2B-Instruct", "Qwen3-VL-4B-Instruct"):
         write_config(tmp_path / "models" / name, name)
@@ -140,7 +140,7 @@ def plan(name: str, *overrides: str, machines: Machines | None = None, **more: A
     return budget(catalog.load_recipe(f"recipes/{name}.yaml", overrides=overrides), machines or Machines(H100), **more)
 
 
-# Numbers of a model
+# Parameters of a model
 
 
 @pytest.mark.parametrize("kind", FAMILIES)
@@ -165,7 +165,7 @@ def test_the_count_of_a_published_configuration_is_the_published_one(name: str, 
 
 def test_a_mixture_of_experts_is_counted_whole_and_by_what_a_token_passes(workspace: Path) -> None:
     model = read_model(workspace / "models/Qwen3-30B-A3B-Instruct-2507")
-    assert model.numbers == pytest.approx(30.5e9, rel=0.02)  # of the model card
+    assert model.numbers == pytest.approx(30.5e9, rel=0.02)  # from the model card
     assert model.active + model.embedding == pytest.approx(3.3e9, rel=0.02)
 
 
@@ -181,7 +181,7 @@ def test_a_folder_without_a_config_says_that_one_is_enough(tmp_path: Path) -> No
 
 
 def measure(model: Path, out: Path) -> None:
-    """One rank: what DeepSpeed holds after `Trainer` has been made, by the settings of TRAINS."""
+    """Measure on one rank what DeepSpeed holds after `Trainer` is made, by the settings of TRAINS."""
     from mmopd.modality import Encoder
     from mmopd.train.distributed import start, stop
     from mmopd.train.trainer import Trainer
@@ -193,7 +193,7 @@ def measure(model: Path, out: Path) -> None:
         trainer.engine.backward(
             trainer.engine(input_ids=torch.ones(1, 4, dtype=torch.long), use_cache=False).logits.sum()
         )
-        trainer.engine.step()  # Adam makes its moments at the first one
+        trainer.engine.step()  # Adam allocates its moments at the first step
         optimizer = trainer.engine.optimizer
         weights = list(trainer.student.parameters())
         masters = optimizer.fp32_partitioned_groups_flat
@@ -277,14 +277,14 @@ def test_what_autograd_keeps_of_a_layer_is_at_most_the_estimate_and_not_much_les
 
 
 def saved(forward: Any, apart: set[torch.Tensor]) -> int:
-    """Bytes of the different memories that autograd keeps, without those of `apart`."""
+    """Return the bytes of the distinct memories that autograd keeps, without those of `apart`."""
     known = {t.untyped_storage().data_ptr() for t in apart}
     kept: dict[int, int] = {}
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:
         storage = tensor.untyped_storage()
         kept.setdefault(storage.data_ptr(), storage.nbytes())
-        alive.append(tensor)  # so that its place is not given to another one
+        alive.append(tensor)  # so that its address is not reused
         return tensor
 
     alive: list[torch.Tensor] = []
@@ -299,12 +299,12 @@ def test_a_token_of_kv_cache_is_what_vllm_counts(workspace: Path) -> None:
 
     for name, split in (("Qwen3-VL-4B-Instruct", 1), ("Qwen3-VL-2B-Instruct", 2), ("Qwen3-30B-A3B-Instruct-2507", 8)):
         model = read_model(workspace / "models" / name)
-        heads = max(1, model.text.kv_heads // split)  # as vLLM's ModelConfig.get_num_kv_heads
+        heads = max(1, model.text.kv_heads // split)  # same as vLLM's ModelConfig.get_num_kv_heads
         page = FullAttentionSpec(block_size=16, num_kv_heads=heads, head_size=128, dtype=torch.bfloat16).page_size_bytes
         assert memory.kv_bytes(model, Engine(dtype="bfloat16", tensor_parallel=split)) * 16 == page * model.text.layers
 
 
-# What grows with what
+# Growth of the estimates
 
 
 def test_more_ranks_never_need_more_and_longer_micro_batches_never_less(workspace: Path) -> None:
@@ -327,7 +327,7 @@ def test_more_ranks_never_need_more_and_longer_micro_batches_never_less(workspac
 
 def test_a_plan_says_how_much_memory_of_the_host_an_offload_takes(workspace: Path) -> None:
     parts = plan("cross_modal_4b", "train.offload=true").roles[0].parts
-    trained = read_model(workspace / "models/Qwen3-VL-4B-Instruct").numbers / 2  # of each of two ranks
+    trained = read_model(workspace / "models/Qwen3-VL-4B-Instruct").numbers / 2  # on each of two ranks
     told = next(part for part in parts if part.what == "host memory")
     assert told.size == 0, "it is none of the GPU's"
     assert float(told.how.split()[0]) == pytest.approx((2 + 2 + 4 + 12) * trained / GIB, rel=0.01)
@@ -351,7 +351,7 @@ def test_servers_are_placed_where_mmopd_train_puts_them(monkeypatch: pytest.Monk
         assert list(placement.assign_gpus(specs).values()) == [
             ",".join(map(str, one)) for one in placement.place(sizes, gpus)
         ]
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,6,GPU-5e,7")  # of a job that has half of a machine
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,6,GPU-5e,7")  # a job that has half of a machine
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
     two = [ServerSpec(name, Path(), Engine(tensor_parallel=n), updatable=False) for name, n in (("a", 2), ("b", 1))]
     assert placement.assign_gpus(two) == {"a": "7,GPU-5e", "b": "6"}
@@ -377,7 +377,7 @@ def test_an_engine_that_sleeps_while_the_trainer_learns_shares_the_gpu_of_rank_0
     assert len({place for role in together.roles for place in role.where}) < len(
         {place for role in apart.roles for place in role.where}
     )
-    assert together.refusals == []  # though the peaks of both are more than the GPU
+    assert together.refusals == []  # although both peaks together exceed the GPU
     assert together.roles[0].peak + together.roles[1].peak > H100.memory * GIB
     assert any(
         "Trainer" in refusal and "Engine" in refusal for refusal in plan("multi_teacher_2b", *shared[:2]).refusals

@@ -1,4 +1,4 @@
-"""The bridge to lmms-eval, against the real lmms-eval and a small server that answers, errs and fails as it is told."""
+"""The bridge to lmms-eval, against the real lmms-eval and a small server that answers, errs and fails as instructed."""
 
 import base64
 import io
@@ -56,8 +56,16 @@ class Server:
                 images = [Image.open(io.BytesIO(base64.b64decode(url.partition(",")[2]))) for url in urls]
                 try:
                     message = {"role": "assistant", "content": answer(text, images)}
-                    self._reply(200, {"id": "1", "object": "chat.completion", "created": 0, "model": body["model"], "choices": [
-                        {"index": 0, "finish_reason": "stop", "message": message}]})  # fmt: skip
+                    self._reply(
+                        200,
+                        {
+                            "id": "1",
+                            "object": "chat.completion",
+                            "created": 0,
+                            "model": body["model"],
+                            "choices": [{"index": 0, "finish_reason": "stop", "message": message}],
+                        },
+                    )
                 except RuntimeError as error:
                     self._reply(500, {"error": {"message": str(error)}})
 
@@ -103,7 +111,9 @@ def picture(width: int) -> bytes:
 
 
 def behave(question: str, images: list[Image.Image]) -> str:
-    """Right, wrong where the question says so, silent or broken where it says so; knows an image by its width."""
+    """Answer right, or as the question demands: wrong, with silence, or with a failure. Images are recognised by their
+    width.
+    """
     if "break" in question:
         raise RuntimeError("the server is broken")
     if "silent" in question:
@@ -118,7 +128,7 @@ def behave(question: str, images: list[Image.Image]) -> str:
 
 @pytest.fixture(scope="module")
 def suite(tmp_path_factory: pytest.TempPathFactory) -> Suite:
-    """A benchmark for each way in which a run can go, named by its column."""
+    """Return a suite with a benchmark for each way in which a run can go; the column names the way."""
     folder = tmp_path_factory.mktemp("data")
     sums = [(10 + i, 20 + i) for i in range(10)]
     answers = [str(a + b) for a, b in sums]
@@ -152,7 +162,7 @@ def suite(tmp_path_factory: pytest.TempPathFactory) -> Suite:
 
 
 def dynamath(path: Path) -> Path:
-    """Rows of a task that lmms-eval ships, in its own columns; 3 of 4 are answered right by `behave`."""
+    """Write rows of a task that lmms-eval ships, in its own columns; `behave` answers 3 of 4 right."""
     rows = [
         {"id": str(i), "question_id": str(i), "question": "half?", "ground_truth": gold}
         for i, gold in enumerate(["0.5", r"\frac{1}{2}", "1/2", "3"])
@@ -216,7 +226,7 @@ def test_a_missing_metric_is_a_failed_benchmark_that_names_what_there_is(
 def test_a_built_in_task_runs_on_local_rows_and_judges_mathematics(
     measured: tuple[dict[str, BenchmarkScore], Server, Path],
 ) -> None:
-    """With lmms-eval's default of four threads, math-verify fails without a word: this scores 0."""
+    """Check the score: with lmms-eval's default of four threads, math-verify fails silently, and this scores 0."""
     record = measured[0]["DynaMath"]
     assert (record.status, record.reason, record.score, record.n) == ("ok", "", 75.0, 4)
 
@@ -265,20 +275,20 @@ def test_other_weights_or_other_rows_are_measured_again_and_a_timeout_leaves_not
         assert "not finished after 1 s" in record.reason
     assert all(
         process.ppid() == os.getpid() for process in psutil.Process().children(recursive=True)
-    )  # calls are forked by a child
+    )  # a child forks the calls
 
 
 @pytest.mark.usefixtures("server")
 @pytest.mark.parametrize("importing", [True, False])
 def test_nothing_goes_on_where_the_one_that_calls_is_killed(importing: bool, tmp_path: Path) -> None:
-    """Before there is a call, or in one, which imports for itself here."""
+    """Kill the caller before its call, or during one; the call imports its libraries itself here."""
     lines = ["from pathlib import Path", "from mmopd.evaluate import calls", *["calls.PRELOAD = []"] * (not importing)]
     lines += [
         "with calls.Calls() as c:",
         f" c.run(['--tasks', 'list'], Path({str(tmp_path / 'log')!r}), {{}}, offline=True, timeout=60)",
     ]
     with subprocess.Popen([sys.executable, "-c", "\n".join(lines)]) as process:
-        caller, needed = psutil.Process(process.pid), 2 if importing else 3  # multiprocessing has one for its own use
+        caller, needed = psutil.Process(process.pid), 2 if importing else 3  # one belongs to multiprocessing itself
         wait_for(lambda: len(caller.children(recursive=True)) >= needed or process.poll() is not None, every=0.05)
         started = caller.children(recursive=True)
         assert len(started) >= needed
@@ -294,7 +304,7 @@ def test_a_name_that_lmms_eval_takes_for_a_model_of_openai_is_refused(suite: Sui
         evaluate(endpoint, suite, out=tmp_path)
 
 
-# What makes a run count, on results as lmms-eval writes them.
+# Conditions for a valid run, on results as lmms-eval writes them.
 
 
 def write_run(folder: Path, *, score: object = 0.5, asked: int = 2, answers: tuple[str, ...] = ("4", "5")) -> Path:

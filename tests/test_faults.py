@@ -1,8 +1,8 @@
-"""Scoring by several teachers, views and replicas under faults: what comes out is exact, absent, or not believed; and
-it all balances.
+"""Scoring by several teachers, views and replicas under faults: a score is exact, absent, or refused, and all counts
+add up.
 
-Each fault by itself is in `test_scoring.py`; what a single reply cannot show (a server that is blind or answers at
-random) is let through here and caught by the preflight, of which `test_preflight.py` has more.
+`test_scoring.py` tests each fault separately. A single reply cannot show a server that is blind or answers at random:
+the scorer accepts it here, and the preflight catches it. `test_preflight.py` has more of these.
 """
 
 import asyncio
@@ -59,7 +59,7 @@ def fleet(routes, **teachers):
 
 
 def run(work, fleet, servers, encoder, tasks=None, **settings):
-    """(what `work(scorer)` returns, counts) with the servers of each teacher running."""
+    """Run the servers of each teacher. Returns (the result of `work(scorer)`, counts)."""
 
     async def main():
         async with AsyncExitStack() as stack:
@@ -284,7 +284,7 @@ def test_a_replica_that_is_killed_loses_no_score_and_is_used_again_when_it_is_ba
                     await asyncio.sleep(0.01)
                 died_with = mortal.in_flight
             results, before, mortal.delay = await scores, len(mortal.requests), 0.0
-            async with mortal:  # on the same port
+            async with mortal:  # restarts on the same port
                 await asyncio.sleep(0.2)
                 results += await asyncio.gather(*(scorer.score(text, (i, 2)) for i in range(100)))
             return results, scorer.counts, died_with, len(mortal.requests) - before
@@ -303,7 +303,7 @@ def test_a_replica_that_failed_once_gets_its_share_again(encoder, text, monkeypa
     async def work(scorer):
         await asyncio.gather(*(scorer.score(text, (i, 1)) for i in range(2)))
         await asyncio.sleep(0.1)
-        for i in range(40):  # one at a time: the other replica always has room
+        for i in range(40):  # one request at a time: the other replica always has room
             await scorer.score(text, (i, 2))
 
     _, counts = run(work, fleet([{"teacher": "a"}], a={}), {"a": servers}, encoder)

@@ -1,4 +1,4 @@
-"""Losses, gradient norms and weights are those that an earlier revision wrote: `tests/golden/losses.json`."""
+"""Losses, gradient norms and weights equal those that an earlier revision wrote: `tests/golden/losses.json`."""
 
 import copy
 import json
@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from golden.runner import LOSSES, ROOT, differences, run
 
-# On another machine sums are rounded in another order, and the weights drift apart. The largest |a - b| / max(1, |a|)
+# Another machine rounds sums in another order, and the weights drift apart. The largest |a - b| / max(1, |a|)
 # over 40 updates, in loss and gradient norm, was 6e-5 with other kernels on the same machine
 # (ATEN_CPU_CAPABILITY=default, MKL_CBWR=COMPATIBLE), and 5e-6 between one and two ranks, and between packed and padded
 # rows. A clip of 0.21 instead of 0.2 moves losses by 7e-4 and more within 10 updates.

@@ -1,4 +1,4 @@
-"""Ranks that another launcher starts: what it is given, what it must give, and what is refused."""
+"""Ranks that another launcher starts: what the launcher gets, what it must set, and what is refused."""
 
 import json
 import sys
@@ -55,7 +55,7 @@ def test_ranks_that_could_not_work_are_refused_before_they_start() -> None:
 def test_this_machine_is_known_by_its_addresses() -> None:
     assert is_here("127.0.0.1")
     assert is_here("localhost")
-    assert not is_here("192.0.2.1")  # kept for documentation (RFC 5737)
+    assert not is_here("192.0.2.1")  # an address reserved for documentation (RFC 5737)
     assert not is_here("no-such-host.invalid")
 
 

@@ -1,4 +1,4 @@
-"""Log lines of the launcher, the ranks and the supervisor: one format, that `sort` can merge."""
+"""Log lines of the launcher, the ranks and the supervisor: one format, which `sort` can merge."""
 
 import logging
 import re
@@ -41,7 +41,7 @@ def quiet() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def written(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    """The logs of two ranks that wrote at the same time."""
+    """Return the logs of two ranks that wrote at the same time."""
     folder = tmp_path_factory.mktemp("logs")
     files = [folder / f"rank{n}.log" for n in range(2)]
     running = []

@@ -1,4 +1,4 @@
-"""LoRA on two ranks beside a real vLLM server, which never hears of adapters; and the folder that comes out."""
+"""LoRA on two ranks with a real vLLM server that knows nothing of adapters, and the exported folder."""
 
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -59,7 +59,7 @@ def test_only_adapters_have_optimiser_state_and_only_what_they_touch_is_sent_aga
     touched = {name for name in stored if name.split(".")[-2] in TOUCHED}
     assert found.language["state"] == pytest.approx(
         2 * sum(4 * sum(stored[name].shape) for name in touched) / 2, rel=0.01
-    )  # of one rank
+    )  # on one rank
     first, later = found.language["sent"]
     assert first == stored.keys()
     assert touched <= later
@@ -122,7 +122,7 @@ def test_merging_is_that_of_peft(tmp_path: Path, dtype: torch.dtype) -> None:
         layer.merge()
         close = (
             {"rtol": 1e-5, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 2e-2, "atol": 1e-2}
-        )  # peft rounds B A, too
+        )  # peft also rounds B A
         torch.testing.assert_close(ours[f"{name}.weight"], layer.base_layer.weight.data, **close)
     assert {name for name in before if not torch.equal(ours[name], before[name])} == {
         f"{name}.weight" for name in layers
@@ -136,5 +136,5 @@ def test_a_target_that_no_layer_is_named_is_refused(tmp_path: Path) -> None:
 
 
 def differ(ours: list[torch.Tensor], theirs: list[torch.Tensor]) -> float:
-    """The largest difference of two lists of log-probs."""
+    """Return the largest difference of two lists of log-probs."""
     return max(float((a - b).abs().max()) for a, b in zip(ours, theirs, strict=True))

@@ -1,4 +1,4 @@
-"""ExPO: what is written is the formula, tensor by tensor, and what cannot be merged is refused by name."""
+"""ExPO: the written weights equal the formula, tensor by tensor; models that cannot be merged are refused by name."""
 
 import json
 import subprocess

@@ -1,4 +1,4 @@
-"""Several optimiser steps on one rollout batch: who is in which, and what they add up to."""
+"""Several optimiser steps on one rollout batch: which responses are in each, and what they add up to."""
 
 import torch
 
@@ -14,8 +14,8 @@ PLAIN = Algorithm(balance=None, margin=None, visual=None)
 
 
 def a_batch() -> Batch:
-    """Five groups, not in order; a response without a score, one whose tokens are all left out, and teachers of
-    different weight.
+    """Return five groups, not in order, with an unscored response, a response whose tokens are all left out, and
+    teachers of different weight.
     """
     random = torch.Generator().manual_seed(0)
     samples = []
@@ -40,7 +40,7 @@ def prompts(encoder: Encoder) -> list[Encoded]:
 
 
 def loss(items: list[Item], moved: dict[tuple[int, ...], torch.Tensor]) -> torch.Tensor:
-    """As the trainer has it, of a policy whose log-probs are now `moved`."""
+    """Compute the loss as the trainer does, for a policy whose log-probs are now `moved`."""
     old, A, w = (torch.cat([getattr(item, name) for item in items]) for name in ("old", "advantage", "weight"))
     tokens = Tokens(torch.cat([moved[item.tokens] for item in items]), old, A, w, likeliest=None)
     return PLAIN.objective.loss(tokens, PLAIN)

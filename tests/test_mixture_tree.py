@@ -45,7 +45,7 @@ def shown(*arguments: str) -> str:
 
 
 def test_the_tree_says_what_is_there(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Image, "open", None)  # indices alone
+    monkeypatch.setattr(Image, "open", None)  # only indices may be read
     for tar in here.glob("*/*.tar"):
         tar.chmod(0o000)
     text = shown("data/mine.yaml")

@@ -1,4 +1,4 @@
-"""Prompts as ids: what we count is what transformers' own processor makes, and nothing large is decoded."""
+"""Prompts as ids: our counts equal those of transformers' own processor, and nothing large is decoded."""
 
 import io
 from pathlib import Path
@@ -67,7 +67,7 @@ def test_a_folder_without_a_processor_is_named(tmp_path: Path) -> None:
 def test_images_are_read_upright_and_on_white_as_servers_do(encoder: Encoder) -> None:
     sideways, clear = io.BytesIO(), io.BytesIO()
     exif = Image.Exif()
-    exif[0x0112] = 6  # to be turned by a quarter
+    exif[0x0112] = 6  # viewers turn it by 90 degrees
     Image.new("RGB", (96, 64), "red").save(sideways, "JPEG", exif=exif)
     Image.new("RGBA", (64, 32), (255, 0, 0, 0)).save(clear, "PNG")
     turned, white = encoder.encode(prompt(sideways.getvalue())), encoder.encode(prompt(clear.getvalue()))

@@ -1,4 +1,4 @@
-"""The arithmetic of `mmopd plan` gives the parameters that transformers makes: names, numbers, and what trains."""
+"""The arithmetic of `mmopd plan` gives the parameters that transformers makes: names, sizes, and which train."""
 
 import json
 from pathlib import Path
@@ -22,7 +22,7 @@ TRAINS = {
     "adapters everywhere": Train(lora=Lora(rank=3, parts=("vision", "projector", "language"))),
 }
 TEXT = FAMILIES["qwen3_vl"][0] | {"num_hidden_layers": 3}
-# Shapes of published models, with few layers: what is repeated costs time and proves nothing more.
+# Shapes of published models, with few layers: more of the same layers cost time and prove nothing more.
 WIDE: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "qwen3_vl_moe": (
         {

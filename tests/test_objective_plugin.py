@@ -1,4 +1,4 @@
-"""An objective of the workspace: the file of docs/objectives.md is loaded, shown and trained with as it stands there.
+"""An objective of the workspace: the file in docs/objectives.md is loaded, shown and trained with, unchanged.
 
 `python test_objective_plugin.py MODEL RECIPE OUT`, with RANK etc. in the environment, is the training rank.
 """
@@ -42,7 +42,7 @@ def block(language: str) -> str:
 
 @pytest.fixture
 def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The reader's workspace: the file and the recipe of the page."""
+    """Return the reader's workspace, with the file and the recipe of the page."""
     for folder in ("algorithm", "recipes"):
         (tmp_path / folder).mkdir()
     assert "`algorithm/surprising.py`" in PAGE
@@ -127,7 +127,7 @@ def test_three_steps_train_a_student_with_it(place, model):
 
 
 def run_rank(place: Path, model: Path) -> dict[str, Any]:
-    """Train in a process of its own, whose folder is the workspace, from the resolved recipe, as a rank does."""
+    """Train in a separate process in the workspace, from the resolved recipe, as a rank does."""
     recipe = catalog.load_recipe("recipes/mine.yaml", overrides=[f"student.model={model}", *SMALL])
     (place / "resolved.yaml").write_text(settings_file.dump(recipe))
     env = os.environ | {
@@ -156,7 +156,7 @@ SMALL = [
 
 
 def main(model: Path, resolved: Path, out: Path) -> None:
-    """Train on the same responses in each step, with the student's log-probs of before the step."""
+    """Train on the same responses in each step, with the student's log-probs from before the step."""
     torch.set_num_threads(1)
     recipe = settings_file.read(Recipe, resolved)
     encoder = Encoder(model)

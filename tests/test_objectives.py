@@ -1,5 +1,5 @@
-"""The objectives beside OPD: what each gives the trainer, by hand and against the plain computation; what is refused;
-and a run of each.
+"""The objectives other than OPD: what each gives the trainer, by hand and against the plain computation; what is
+refused; and a run of each.
 """
 
 import json
@@ -100,8 +100,8 @@ def test_a_reference_that_is_not_there_is_named(reference, message):
 
 
 def test_grpo_by_hand():
-    # Group 0: 1, 0, 0 (mean 1/3, deviation 0.577); group 1: all right; group 2: one alone; group 3: soft, and one
-    # unknown.
+    # Group 0: 1, 0, 0 (mean 1/3, deviation 0.577); group 1: all right; group 2: a single response; group 3: soft
+    # outcomes and an unknown one.
     outcome = torch.tensor([1.0, 0, 0, 1, 1, 1, 0.25, 0.75, NAN])
     group = torch.tensor([0, 0, 0, 1, 1, 2, 3, 3, 3])
     lengths = torch.tensor([2, 1, 1, 1, 1, 1, 1, 1, 4])
@@ -156,7 +156,7 @@ def test_sft_is_the_mean_over_tokens_and_then_over_responses():
 
 
 def likeliest(teacher, student, K):
-    """What a server tells of whole distributions [M, V], and the student's log-probs of the same tokens."""
+    """Return a server's likeliest tokens of distributions [M, V], and the student's log-probs of these tokens."""
     top, ids = teacher.topk(K, -1)
     return top, student.gather(-1, ids)
 
@@ -262,7 +262,7 @@ RUNS = {
 }
 
 
-EASY = """\"\"\"Whether the length is even: teachers of twelve steps are right by chance, and SFT learns from right answers alone.\"\"\"
+EASY = """\"\"\"Judge by the length: teachers of twelve steps are right by chance, and SFT needs right answers.\"\"\"
 
 from mmopd.task import RIGHT, WRONG, Task
 
@@ -277,7 +277,7 @@ task = Task(name="{name}", modality="{modality}", verify=judge)
 
 @pytest.fixture(scope="module")
 def easy(workspace, tmp_path_factory):
-    """The workspace with another verifier."""
+    """Return the workspace with another verifier."""
     folder = tmp_path_factory.mktemp("easy")
     for path in workspace.iterdir():
         (folder / path.name).symlink_to(path)
@@ -289,9 +289,7 @@ def easy(workspace, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def runs(server, easy):
-    """A run of each kind, one after the other as `mmopd compare` makes them, and one of them twice; on servers that
-    stay up.
-    """
+    """Run each kind, one after the other as `mmopd compare` does, and one of them twice, on servers that stay up."""
     small = {
         "suite": None,
         "algorithm.difficulty": None,
@@ -337,7 +335,7 @@ def test_every_objective_runs_from_a_recipe(kind, runs, easy):
 
 def test_servers_stay_up_between_runs_and_a_run_on_used_ones_is_that_on_fresh_ones(runs, easy):
     started = (easy / "servers" / "servers.log").read_text().count("supervisor: ")
-    assert started == 3  # for dense, expo and sft; with references; by another way of weights
+    assert started == 3  # for dense, expo and sft; with references; with another weight transport
     first, again = (metrics(runs[kind]) for kind in ("dense", "dense again"))
     assert [line["loss"] for line in first] == [line["loss"] for line in again]
     assert (

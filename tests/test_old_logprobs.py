@@ -1,5 +1,5 @@
-"""Learning from what older weights, or another engine's arithmetic, have sampled: weights by hand, and settings that
-contradict.
+"""Learning from tokens that older weights, or another engine's arithmetic, sampled: weights by hand, and contradictory
+settings.
 """
 
 import math
@@ -37,7 +37,7 @@ def test_a_token_counts_as_often_as_it_is_likelier_now_up_to_the_cap() -> None:
     )
     assert batch.targets.advantage.tolist() == pytest.approx(
         [0.3, 2.8, -0.1, 1.0]
-    )  # log pi_T - log pi_theta as it is now
+    )  # log pi_T - log pi_theta of the current student
     assert plain.targets.advantage.tolist() == pytest.approx([0.8, 0.8, 0.8, 1.0])
 
 

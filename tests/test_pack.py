@@ -127,7 +127,7 @@ def test_packed_log_probs_are_those_of_each_sample_alone(
 def test_qwen2_5_vl_packs_too(encoder: Encoder, items: list[Item]) -> None:
     torch.manual_seed(0)
     student = STUDENTS["qwen2_5_vl"](qwen2_5_vl(encoder)).train()
-    # Its patches are the demo processor's 16 x 16 here, so that both families see the same pictures.
+    # Use the demo processor's patches of 16 x 16, so that both families see the same images.
     batch = collator(encoder, student)(items, range(len(items)))
     with torch.no_grad():
         flat = student(**batch.inputs)
@@ -205,7 +205,7 @@ def test_head_without_targets_answers_with_logits() -> None:
 
 
 class Largest(TorchDispatchMode):
-    """Watches every operation for the number of elements of the largest tensor that one returns."""
+    """Watch every operation, and record the number of elements of the largest tensor that one returns."""
 
     numel = 0
 

@@ -1,4 +1,4 @@
-"""The package declares what it uses, the pinned set holds it, and the wheel holds the catalogue."""
+"""The package declares its dependencies, the pinned set contains them, and the wheel contains the catalogue."""
 
 import ast
 import importlib.metadata
@@ -19,7 +19,7 @@ CATALOGUE = ("modalities", "teachers", "data", "eval", "recipes")
 
 
 def requirements(*extras: str) -> dict[str, Requirement]:
-    """Declared requirements by name: the package's own, and those of extras."""
+    """Return the declared requirements by name: those of the package, and those of its extras."""
     lines = [*PROJECT["dependencies"], *(line for extra in extras for line in PROJECT["optional-dependencies"][extra])]
     return {canonicalize_name(r.name): r for r in map(Requirement, lines)}
 
@@ -33,7 +33,7 @@ def pins() -> dict[str, str]:
 
 
 def imported(*folders: str) -> set[str]:
-    """Top-level modules that the code in folders of the repository imports."""
+    """Return the top-level modules that the code in folders of the repository imports."""
     names: set[str] = set()
     for path in (path for folder in folders for path in (ROOT / folder).rglob("*.py")):
         for node in ast.walk(ast.parse(path.read_text())):

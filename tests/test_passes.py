@@ -1,4 +1,4 @@
-"""A pass over all rows before training: what is kept of a row that is bad, and of one that could not be fetched."""
+"""A pass over all rows before training: what is kept of a bad row, and of a row that could not be fetched."""
 
 import asyncio
 from collections.abc import Callable
@@ -15,7 +15,7 @@ from mmopd.rollout.student_client import EngineError
 
 
 class Rows:
-    """Three rows, the second of which cannot be had."""
+    """Three rows; the second cannot be read."""
 
     def __init__(self, error: Exception) -> None:
         self.error = error

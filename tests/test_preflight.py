@@ -34,7 +34,7 @@ IMAGE = ["reachable", "vocabulary", "scores", "image tokens", "context", "top-k"
 
 
 class Liar(FakeVLLM):
-    """A fake server that is good in everything but one thing, its `lie`; it says that it takes `length` tokens."""
+    """A fake server that is good except for one thing, its `lie`; it claims to take `length` tokens."""
 
     def __init__(self, encoder, lie="", *, length=2048, top_k=20, **settings):
         super().__init__(encoder, **settings)
@@ -85,7 +85,7 @@ class Liar(FakeVLLM):
 
 
 class Blind(Liar):
-    """The images are expanded, and then not looked at; or looked at without regard to what is where in them."""
+    """A server that expands the images and then ignores them, or ignores the positions in them."""
 
     def _twist(self, reply):
         return reply
@@ -142,7 +142,7 @@ def fleet(view="full", **settings):
 
 
 def prove(encoder, kinds, *servers, view="full", endpoint=None, max_tokens=MAX_TOKENS, top_k=0, **settings):
-    """What is found of a teacher with these servers as its replicas."""
+    """Return the checks of a teacher that has these servers as its replicas."""
 
     async def main():
         async with AsyncExitStack() as stack:
@@ -412,7 +412,7 @@ def test_a_clean_table_is_not_printed_before_a_run(encoder, kinds):
 
 @pytest.fixture(scope="module")
 def real(server, tmp_path_factory):
-    """(endpoint, folder, settings) of a real vLLM server with a random tiny Qwen3-VL."""
+    """Start a real vLLM server with a random tiny Qwen3-VL. Returns (endpoint, folder, settings)."""
     folder = tmp_path_factory.mktemp("real")
     build_student(folder / "model")
     engine = Engine(dtype="float32", max_model_len=256, max_num_seqs=32, kv_cache_mib=64, enforce_eager=True)
@@ -438,6 +438,6 @@ def test_a_real_server_passes_everything_with_not_one_token_to_spare(real, sourc
     passed = asyncio.run(ask(room, 20))
     assert bad(passed) == []
     assert [check.name for check in passed] == [*IMAGE, *IMAGE, "same on replicas"]
-    assert of(passed, "image canary").numbers["needed"] < 0.1  # it is judged as float32
-    failed = asyncio.run(ask(room + 1, 21))  # vLLM gives 20 unless it is told otherwise
+    assert of(passed, "image canary").numbers["needed"] < 0.1  # the tolerance of float32 applies
+    failed = asyncio.run(ask(room + 1, 21))  # vLLM returns at most 20 by default
     assert [name for _, name, _ in bad(failed)] == ["context", "top-k"] * 2

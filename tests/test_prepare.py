@@ -1,5 +1,5 @@
-"""`mmopd prepare`: the same bytes however often it is stopped and with however many workers, and nothing lost without
-being counted.
+"""`mmopd prepare`: the same bytes however often it is stopped and with any number of workers; every lost row is
+counted.
 """
 
 import fcntl
@@ -26,7 +26,7 @@ ROOT = Path(__file__).parents[1]
 
 @pytest.fixture
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty workspace with a file of sums."""
+    """Return an empty workspace with a file of sums."""
     monkeypatch.chdir(tmp_path)
     lines = [json.dumps({"question": f"What is {i}+1?", "answer": i + 1, "id": f"sum-{i}"}) for i in range(300)]
     (tmp_path / "sums.jsonl").write_text("\n".join(lines) + "\n")
@@ -61,7 +61,7 @@ def test_any_number_of_workers_writes_the_same_bytes(here: Path) -> None:
 
 
 def converter(here: Path, name: str, first: str) -> Path:
-    """The generic converter with more in front of its conversion."""
+    """Return the generic converter with code inserted before its conversion."""
     code = (ROOT / GENERIC).read_text()
     assert code.count("    value = ") == 1
     (here / name).write_text(code.replace("    value = ", f"    {first}\n    value = "))
@@ -81,7 +81,7 @@ def test_a_call_that_was_killed_is_continued_to_the_same_bytes(here: Path) -> No
         child.start()
         while child.is_alive() and len(list(here.glob(".out.partial/*.index.safetensors"))) < shards:
             time.sleep(0.002)
-        time.sleep(0.03)  # into the next shard
+        time.sleep(0.03)  # so that the next shard has begun
         child.kill()
         child.join()
         assert child.exitcode == -signal.SIGKILL
@@ -161,7 +161,8 @@ def test_tokens_are_counted_for_a_student_and_limit_a_source(here: Path) -> None
         ({"limit": 0}, r"generic\.py: limit: "),
         (
             {"question": "query"},
-            r"none of 300 examples became a row.*\n  300 x no query\n    example 0: the column 'query' is missing.*there is question, answer, id",
+            r"none of 300 examples became a row.*\n  300 x no query\n"
+            r"    example 0: the column 'query' is missing.*there is question, answer, id",
         ),
     ],
 )

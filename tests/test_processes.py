@@ -9,7 +9,7 @@ import pytest
 
 from mmopd.runtime.processes import Child, Children, stop
 
-# A command with a grandchild that does what it can to survive: it ignores SIGTERM and has a session of its own.
+# A command with a grandchild that tries to survive: it ignores SIGTERM and has its own session.
 STUBBORN = """
 import os, signal, sys, time
 if os.fork() == 0:
@@ -41,7 +41,7 @@ def await_file(path: Path) -> int:
 
 
 def gone(pid: int, seconds: float = 15.0) -> bool:
-    """Whether a process ends in time; a zombie has ended."""
+    """Return whether a process ends in time; a zombie has ended."""
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
         try:
@@ -155,6 +155,6 @@ def test_ctrl_c_reaches_the_parent_alone_and_leaves_nothing(tmp_path: Path) -> N
     parent, pid = start_parent(tmp_path)
     os.killpg(parent.pid, signal.SIGINT)
     parent.communicate()
-    assert parent.returncode == -signal.SIGINT  # Python's end by KeyboardInterrupt
+    assert parent.returncode == -signal.SIGINT  # Python ends so by KeyboardInterrupt
     assert gone(pid, 0.5)
     assert "KeyboardInterrupt" not in (tmp_path / "log").read_text()

@@ -1,4 +1,4 @@
-"""The plan: exact weights, every row before any repeats, exact resume, and no surprises when something changes."""
+"""The plan of prompts: exact weights, every row before any repeats, exact resume, well-defined effects of a change."""
 
 import json
 from collections import Counter
@@ -16,7 +16,7 @@ SOURCES = {name: Rows(size, f"fingerprint of {name}") for name, size in SIZES.it
 
 
 def furthest(rows: list[tuple[str, int]], weights: dict[str, float]) -> float:
-    """The largest |count - share| of any source in any window of the rows."""
+    """Return the largest |count - share| of any source in any window of the rows."""
     total, worst = sum(weights.values()), 0.0
     for name, weight in weights.items():
         ahead = np.cumsum([0.0] + [(source == name) - weight / total for source, _ in rows])
@@ -175,7 +175,7 @@ def test_sources_come_and_go_at_a_resume_only_by_name(stop: int) -> None:
 
 
 def broken(source: str, row: int) -> tuple[str, int]:
-    """A reader for which every third row of `geo` and every row of `doc` from 300 on is bad."""
+    """Return a reader for which every third row of `geo` and every row of `doc` from 300 on is bad."""
     if source == "geo" and row % 3 == 0:
         raise RowError("bad image", f"row {row}")
     if source == "doc" and row >= 300:

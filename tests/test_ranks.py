@@ -1,4 +1,4 @@
-"""Which rank is named where a run ends before its time; shell commands end like ranks."""
+"""The rank that is named when a run ends early; shell commands stand in for ranks."""
 
 import time
 from pathlib import Path
@@ -12,7 +12,7 @@ from mmopd.runtime.watchdog import HUNG, LAST, LEFT, WAITED, Watchdog, pulse_of
 
 
 def blamed(tmp_path: Path, *ends: str, stopping: bool = False) -> str:
-    """Whom the launcher blames when its ranks end like these shell commands."""
+    """Return the message of the launcher when its ranks end like these shell commands."""
     with Children() as children:
         ranks = [children.start(f"rank{n}", ["sh", "-c", end], tmp_path / f"{n}.log") for n, end in enumerate(ends)]
         ranks[0].wait(30)
@@ -39,7 +39,7 @@ def test_a_rank_that_hangs_is_named_and_not_the_one_that_has_waited_for_it(tmp_p
 def test_ranks_that_were_left_are_never_blamed_before_the_one_that_left(tmp_path: Path) -> None:
     crash = "echo RuntimeError: CUDA out of memory; sleep 2; exit 1"
     assert blamed(tmp_path, f"exit {LEFT}", crash).startswith("rank1 ended with status 1")
-    ring = (f"exit {LEFT}", f"sleep 2; exit {HUNG}", f"exit {WAITED}")  # the last one gave up, and took the first along
+    ring = (f"exit {LEFT}", f"sleep 2; exit {HUNG}", f"exit {WAITED}")  # the last one gave up and ended the first
     assert blamed(tmp_path, *ring).startswith(f"rank1 ended with status {HUNG}")
 
 
@@ -74,7 +74,7 @@ def test_a_rank_that_is_stopped_and_that_no_other_misses_ends_the_run(tmp_path: 
                 pulses.check()
                 time.sleep(0.02)
 
-        look(2 * LAST * timeout)  # it is starting
+        look(2 * LAST * timeout)  # a rank that is starting
         with Watchdog(0, timeout, pulse_of(log)) as watchdog:
             look(2 * LAST * timeout, watchdog)
         look(0.8 * LAST * timeout)

@@ -1,4 +1,4 @@
-"""What the README shows works as it stands there."""
+"""The examples of the README work unchanged."""
 
 import re
 from pathlib import Path
@@ -21,7 +21,7 @@ def blocks(language: str) -> list[str]:
 
 @pytest.fixture
 def workspace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Where a reader has saved the README's files under the names that it gives them."""
+    """Return a workspace with the README's files, saved under the names that it gives them."""
     task, _ = blocks("python")
     mixture, fleet, recipe = blocks("yaml")
     files = {

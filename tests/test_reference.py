@@ -1,4 +1,4 @@
-"""The reference of all settings: complete, the same as the code, and printed key by key."""
+"""The reference of all settings: complete, equal to the code, and printed key by key."""
 
 import subprocess
 import sys
@@ -31,7 +31,7 @@ def test_every_key_has_a_description_that_is_a_sentence(key: reference.Key) -> N
     text = key.field.description or ""
     assert len(text) >= 20
     assert text[0].isupper() or text[0] in "`0123456789"
-    assert not text.endswith(".")  # the pages and `--explain` put the full stop
+    assert not text.endswith(".")  # the pages and `--explain` add the full stop
     assert "  " not in text
 
 

@@ -1,4 +1,4 @@
-"""Remote shards: the same rows as local ones, copies that are bounded and right, and what is broken there is named."""
+"""Remote shards: the same rows as local ones, a bounded and correct local copy, and faults that are named."""
 
 import threading
 from collections.abc import Iterator
@@ -20,7 +20,7 @@ from mmopd.task.base import user_turn
 
 
 class Quiet(SimpleHTTPRequestHandler):
-    """Counts the tars that it is asked for."""
+    """Count the tars that are requested."""
 
     asked: list[str] = []  # noqa: RUF012
 
@@ -35,7 +35,7 @@ class Quiet(SimpleHTTPRequestHandler):
 
 @pytest.fixture
 def there(tmp_path: Path) -> Path:
-    """A folder of six shards."""
+    """Return a folder of six shards."""
     rows = [
         Prompt(str(i), "additions", "text", tuple(user_turn(f"{i}+1?" + "!" * 3_000, 0)), (), str(i + 1))
         for i in range(30)
@@ -73,7 +73,7 @@ def test_copies_take_no_more_room_than_they_may_and_the_oldest_go_first(there: P
     one = size(there) // 6
     cache = Cache(tmp_path / "cache", int(2.5 * one))
     remote = open_remote(url, cache)
-    for row in (0, 5, 0, 10):  # shards 0, 1, 0, 2: 1 is the one that was not used for longest
+    for row in (0, 5, 0, 10):  # shards 0, 1, 0, 2: shard 1 is the least recently used
         assert remote[row].answer == str(row + 1)
         assert size(cache.folder) <= cache.max_bytes
     before = len(Quiet.asked)

@@ -7,7 +7,7 @@ import pytest
 from mmopd import repair
 from mmopd.errors import UserError
 
-# What the real torchvision does at import: load its operators if it can, then add to their schemas.
+# The real torchvision at import: load its operators if possible, then add to their schemas.
 FAKE_TORCHVISION = """
 import torch
 from pathlib import Path
@@ -17,7 +17,7 @@ except OSError:
     pass
 torch.library.register_fake("torchvision::nms", lambda dets, scores, iou_threshold: None)
 """
-# The hook of this environment, where it has one, must not help the one under test.
+# A hook of this environment must not help the hook under test.
 WITHOUT_SITE_HOOK = "import sys; sys.meta_path[:] = [f for f in sys.meta_path if type(f).__name__ != '_Finder']; "
 
 
@@ -38,7 +38,7 @@ def broken_torchvision(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, bool]:
-    """An environment whose packages import or not as the dict says; every one of its keys is installed."""
+    """Return an environment whose packages import or not as the dict says; every key of the dict is installed."""
     works: dict[str, bool] = {}
     monkeypatch.setattr(repair, "is_cpu_torch", lambda: True)
     monkeypatch.setattr(repair, "installed", works.__contains__)

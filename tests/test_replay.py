@@ -1,4 +1,4 @@
-"""Updates that cannot be made: skipped, kept, and computed once more by `mmopd replay`."""
+"""Updates that cannot be made: skipped, kept, and recomputed by `mmopd replay`."""
 
 from dataclasses import fields
 from pathlib import Path
@@ -95,7 +95,7 @@ def test_a_batch_comes_back_as_it_was_with_images_and_every_field(model: Path, t
         for field in fields(Item):
             a, b = getattr(one, field.name), getattr(other, field.name)
             assert str(a) == str(b), field.name
-    assert back[0].encoded is back[1].encoded  # of one prompt
+    assert back[0].encoded is back[1].encoded  # they share a prompt
 
 
 @pytest.mark.parametrize("name", ["batch.json", "batch.safetensors"])

@@ -95,7 +95,7 @@ def test_a_run_that_starts_over_keeps_nothing(tmp_path: Path) -> None:
     assert (tmp_path / "samples.jsonl").read_bytes() == b""
 
 
-# What is recorded of a step.
+# The record of a step.
 
 PROMPTS = [
     Encoded(Prompt(f"s/{i}", task, "text", (), (), ""), (1,), (1,), ())
@@ -107,15 +107,15 @@ Line = Callable[[Algorithm, list[Sample]], dict[str, float]]
 
 
 def sample(group: int, outcome: float, student: list[float], reward: list[float], teacher: str = "t") -> Sample:
-    """The teacher's log-probs are the student's and the reward."""
+    """Return a sample whose teacher's log-probs are the student's plus the reward."""
     response = Response(tuple(range(len(student))), tuple(student), "", "stop", (("step-0", len(student)),))
     score = Score(teacher, tuple(s + r for s, r in zip(student, reward, strict=True)))
     return Sample(group, response, Outcome(outcome), score)
 
 
 # Two right and two wrong responses to a prompt of one teacher (margin -0.2, as in the worked example of the margins),
-# two to a prompt of
-# another, one to a prompt of both; one has no score, and a token of one is 12 nats from its teacher: it counts nowhere.
+# two to a prompt of another, one to a prompt of both. One has no score. One has a token that is 12 nats from its
+# teacher and counts nowhere.
 STEP = [
     sample(0, 1.0, [-1.0, -2.0], [0.3, -0.1]),
     sample(0, 1.0, [-0.5], [-0.3]),
@@ -130,7 +130,7 @@ STEP = [
 
 @pytest.fixture
 def recorded(tmp_path: Path, encoder: Encoder) -> Line:
-    """The line that the recorder of a run writes, by name."""
+    """Return the metrics that the recorder of a run writes, by name."""
 
     def record(algorithm: Algorithm, samples: list[Sample]) -> dict[str, float]:
         recipe = Recipe(student=Student(model=Path("m")), fleet=Path("f"), mixture=Path("m"), algorithm=algorithm)
@@ -197,7 +197,7 @@ def test_a_step_tells_entropy_outcomes_order_margins_shift_and_where_responses_w
 def test_unknown_outcomes_are_counted_by_cause(reason: str, cause: str, recorded: Line) -> None:
     unknown = [replace(s, outcome=Outcome(math.nan, reason)) for s in STEP[:2]]
     line = recorded(Algorithm(), [*unknown, *STEP[2:]])
-    assert line[f"unknown/{cause}"] == 2 + (reason == "")  # one of the others has none either
+    assert line[f"unknown/{cause}"] == 2 + (reason == "")  # one of the others has no outcome either
     assert line["unknown"] == sum(n for name, n in line.items() if name.startswith("unknown/"))
 
 
@@ -261,7 +261,7 @@ def test_what_the_image_does_is_part_of_a_row_where_it_was_asked_and_a_row_witho
     for made in rows:
         lines.append(as_json(made))
     old = as_json(rows[1])
-    del old["visual"]  # of a run before there was such a thing
+    del old["visual"]  # a run of a version without this key
     lines.append(old)
     lines.close()
     seen, unasked, before = read_rows(tmp_path / "samples.jsonl")
@@ -313,7 +313,7 @@ def test_a_large_image_is_shown_smaller_and_a_small_one_as_it_is() -> None:
 
 
 def write_run(run: Path) -> Path:
-    """A small but complete run folder."""
+    """Write a small but complete run folder."""
     (run / "difficulty").mkdir(parents=True)
     recipe = Recipe(
         student=Student(model=Path("models/base")), fleet=Path("teachers/f.yaml"), mixture=Path("data/m.yaml")
@@ -420,7 +420,7 @@ def test_what_a_step_tells_of_the_algorithm_has_a_panel(recorded: Line) -> None:
         "Reverse KL by teacher": ["t", "t+u", "u"],
         "Entropy, estimated": ["entropy_estimate"],
         "Response length": ["response_length"],
-        "Order consistency": ["after"],  # before it is 0 throughout
+        "Order consistency": ["after"],  # `before` is 0 throughout
         "Margin reached": ["after"],
         "Margins": ["before", "after"],
         "Shift": ["shift"],

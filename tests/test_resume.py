@@ -1,5 +1,5 @@
-"""Runs that are interrupted, one way after the other, end as if they had not been: real servers, two ranks, fp32 on the
-CPU.
+"""Runs that are interrupted in several ways, one after the other, end like an uninterrupted run: real servers, two
+ranks, fp32 on the CPU.
 """
 
 import os
@@ -25,7 +25,7 @@ from mmopd.runtime.run_folder import RunFolder
 from mmopd.serving import endpoint
 
 pytestmark = pytest.mark.usefixtures("server")
-TIMEOUT = 300  # seconds; of a busy machine
+TIMEOUT = 300  # seconds; enough for a busy machine
 STEPS = [
     "train.steps=10",
     "train.checkpoint_every=2",
@@ -36,12 +36,12 @@ STEPS = [
 ]
 TEACHERS = "teachers.json"
 ELSEWHERE = ("--endpoints", TEACHERS)
-OF_THE_MACHINE = ("seconds", "rollout_seconds", "memory", "scoring")  # metrics that a repetition does not repeat
+OF_THE_MACHINE = ("seconds", "rollout_seconds", "memory", "scoring")  # metrics that differ between repetitions
 
 
 @pytest.fixture(scope="module", autouse=True)
 def teachers(workspace: Path) -> Iterator[None]:
-    """Served for all runs at once, as on nodes of their own."""
+    """Serve the teachers for all runs together, as if on nodes of their own."""
     serving = Command(workspace, "serve", str(shipped() / "teachers" / "demo.yaml"), "--out", TEACHERS)
     serving.wait_for((workspace / TEACHERS).is_file)
     yield
@@ -77,7 +77,7 @@ def straight(workspace: Path) -> RunFolder:
 
 
 def kill_engine(run: RunFolder, how: signal.Signals = signal.SIGKILL) -> None:
-    """Kill the API server of the student's last engine, or do to it what another signal does."""
+    """Kill the API server of the student's last engine, or send it another signal."""
     students, _ = endpoint.load_by_role(run.endpoints)
     port = urlsplit(students[-1].url).port
     (pid,) = {
@@ -90,8 +90,8 @@ def kill_engine(run: RunFolder, how: signal.Signals = signal.SIGKILL) -> None:
 
 @pytest.fixture(scope="module")
 def stopped(workspace: Path) -> tuple[RunFolder, str, float]:
-    """A run that loses an engine of two and is stopped by SIGTERM a little later; what it says, and after how many
-    seconds it has ended.
+    """Run until one of two engines is lost, and SIGTERM a little later. Returns the run, its output, and the seconds
+    until it ended.
     """
     run, command = RunFolder(workspace / "runs" / "stopped"), train(workspace, "stopped")
     command.wait_for(lambda: len(read_lines(run.metrics)) >= 1)
@@ -118,7 +118,7 @@ def test_sigterm_ends_the_run_behind_its_step_with_a_checkpoint_and_status_0(
 
 @pytest.fixture(scope="module")
 def crashed(stopped: tuple[RunFolder, str, float], workspace: Path) -> tuple[RunFolder, int, str]:
-    """The same run, resumed until its second rank is killed; after how many steps that was, and what it says."""
+    """Resume that run until its second rank is killed. Returns the run, its number of steps, and its output."""
     run, _, _ = stopped
     done = len(steps(run))
     command = resume(workspace, "stopped")
@@ -133,7 +133,7 @@ def crashed(stopped: tuple[RunFolder, str, float], workspace: Path) -> tuple[Run
 
 
 def is_rank(process: psutil.Process, rank: int, mark: str) -> bool:
-    """Whether it is that training rank of the run with this mark, and not what guards it."""
+    """Return whether a process is that training rank of the run with this mark, and not its guard."""
     command, env = process.info["cmdline"] or [], process.info["environ"] or {}
     return command[1:3] == ["-m", "mmopd.train.rank"] and (env.get("RANK"), env.get(MARK)) == (str(rank), mark)
 
@@ -145,8 +145,8 @@ def test_a_rank_that_is_killed_ends_the_run_and_is_named(crashed: tuple[RunFolde
 
 @pytest.fixture(scope="module")
 def resumed(workspace: Path, crashed: tuple[RunFolder, int, str]) -> tuple[RunFolder, int, int]:
-    """The same run, resumed, killed as a whole at a random moment, and resumed to its end; the steps in which rank and
-    run were killed.
+    """Resume that run, kill it as a whole at a random moment, and resume it to its end. Returns the run, and the steps
+    in which rank and run were killed.
     """
     run, died, _ = crashed
     command = resume(workspace, "stopped")
@@ -198,7 +198,7 @@ def test_a_launchers_ranks_learn_the_same_and_end_behind_their_step_though_it_wo
 ) -> None:
     run = RunFolder(workspace / "runs" / "launched")
     deepspeed = (
-        f"{sys.executable} -m deepspeed.launcher.runner --num_gpus 2 --module"  # what its script `deepspeed` runs
+        f"{sys.executable} -m deepspeed.launcher.runner --num_gpus 2 --module"  # what the script `deepspeed` runs
     )
     command = train(workspace, "launched", "train.steps=1000", "--launcher", deepspeed)
     command.wait_for(lambda: len(read_lines(run.metrics)) >= 1)
@@ -225,7 +225,7 @@ def test_a_run_ahead_learns_from_weights_that_are_one_update_older_and_survives_
     assert max(ages) > 0.5
     assert (
         max(row["mismatch_mean"] for row in steps(run)) > 1e-6 > steps(run)[0]["mismatch_mean"]
-    )  # what an update changes
+    )  # weights that an update changes
 
 
 def test_an_engine_that_hangs_ends_the_run_within_its_timeout_and_is_named(workspace: Path) -> None:

@@ -1,4 +1,4 @@
-"""Rollouts whose engine is lost on the way are rolled out once more, with the weights that they were to have."""
+"""A rollout whose engine is lost is repeated, with the weights that it should have had."""
 
 import asyncio
 import dataclasses
@@ -24,8 +24,8 @@ STEP = 5
 
 
 class Restarted(WeightPublisher):
-    """Of an engine that its supervisor has started again: with the weights of its folder, until it gets those of a
-    version.
+    """Publishes weights to an engine that its supervisor has restarted: it has the weights of its folder, until it gets
+    those of a version.
     """
 
     def __init__(self, engine: FakeVLLM) -> None:
@@ -49,7 +49,7 @@ def prompts(encoder: Encoder) -> list[Encoded]:
 
 
 class Stubborn(Restarted):
-    """Of an engine that takes the weights and names them as it likes."""
+    """Publishes weights to an engine that names them wrongly."""
 
     async def publish(self, version: str, *, everything: bool = False) -> float:
         return await super().publish("of-somebody-else")
@@ -58,8 +58,8 @@ class Stubborn(Restarted):
 async def roll(
     folder: Path, encoder: Encoder, prompts: Sequence[Encoded], kind: type[Restarted], *, ahead: int
 ) -> tuple[list[Sample], Restarted, FakeVLLM]:
-    """A step that begins on a fresh engine. Ahead: while the trainer learns and its weight sync brings that engine what it
-    needs.
+    """Roll out a step that begins on a fresh engine. Ahead: while the trainer updates, and its weight sync sends that
+    engine its weights.
     """
     rollout = {"prompts": len(prompts), "group": 4, "max_tokens": 8, "async_steps": ahead}
     recipe = Recipe.model_validate(

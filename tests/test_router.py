@@ -17,7 +17,7 @@ TASKS = {
 
 
 def fleet(*routes, views=None, **keys):
-    """Teachers a, b and c; `keys` are of b."""
+    """Return a fleet of the teachers a, b and c; `keys` are settings of b."""
     teachers = {n: {"endpoints": ["http://t"], **(keys if n == "b" else {})} for n in "abc"}
     return Fleet.model_validate({"teachers": teachers, "routes": list(routes), "views": views or {}})
 

@@ -1,4 +1,4 @@
-"""Model-written programs: honest ones are right, 150 hostile ones reach nothing, and a machine that cannot shut them in
+"""Model-written programs: honest ones are right, 150 hostile ones reach nothing, and a machine that cannot isolate them
 is refused.
 """
 
@@ -63,9 +63,10 @@ HONEST = {
     "def main():\n    n = int(input())\n    time.sleep(0.1)\n    print(n * n)\n"
     "threading.Thread(target=main).start()",
     "files": "n = int(input())\nopen('x', 'w').write(str(n))\nprint(int(open('x').read()) ** 2)",
-    "library": "import asyncio.locks, bisect, collections, ctypes, dataclasses, decimal, fractions, hashlib, heapq, json, re\n"
-    "import sqlite3, typing, zoneinfo, unittest, concurrent.futures\nprint(int(input()) ** 2)",
-    "data class": "from dataclasses import dataclass\n@dataclass\nclass N:\n    n: int\nn = N(int(input()))\nprint(n.n ** 2)",
+    "library": "import asyncio.locks, bisect, collections, ctypes, dataclasses, decimal, fractions, hashlib\n"
+    "import heapq, json, re\nimport sqlite3, typing, zoneinfo, unittest, concurrent.futures\nprint(int(input()) ** 2)",
+    "data class": "from dataclasses import dataclass\n@dataclass\nclass N:\n    n: int\n"
+    "n = N(int(input()))\nprint(n.n ** 2)",
 }
 
 
@@ -76,7 +77,7 @@ def test_a_program_that_solves_the_problem_is_right(name: str) -> None:
 
 @dataclass(frozen=True)
 class Outside:
-    """What attacks are after."""
+    """The files and sockets that attacks try to reach."""
 
     key: Path
     folder: Path
@@ -100,7 +101,7 @@ class Outside:
 
 @pytest.fixture
 def outside(tmp_path: Path) -> Iterator[tuple[Outside, list[socket.socket]]]:
-    """Files that everybody may read and write, and sockets that listen."""
+    """Provide files that everybody may read and write, and sockets that listen."""
     folder = tmp_path / "outside"
     folder.mkdir()
     opened = {
@@ -108,7 +109,7 @@ def outside(tmp_path: Path) -> Iterator[tuple[Outside, list[socket.socket]]]:
         for path in (folder, *folder.parents)
         if path.stat().st_uid == os.getuid() and not path.is_mount()
     }
-    for path, mode in opened.items():  # so that nobody's programs could come here
+    for path, mode in opened.items():  # so that the programs of `nobody` could get here
         path.chmod(mode | 0o777 if path == folder else mode | 0o055)
     files = Outside(folder / "key.json", folder, folder / "canary", folder / "socket", 0)
     files.key.write_text(json.dumps(PRIMES))
@@ -131,7 +132,7 @@ def attacks() -> dict[str, str]:
 
 
 def touched(files: Outside, servers: list[socket.socket]) -> list[str]:
-    """What an attack has reached."""
+    """Return what an attack has reached."""
     found = [
         f"made {path.name}" for path in files.folder.iterdir() if path.name not in ("key.json", "canary", "socket")
     ]
@@ -164,7 +165,7 @@ def test_no_hostile_program_escapes_or_is_right(outside: tuple[Outside, list[soc
             found[name] = (outcome, reached, processes() - before)
     assert found == {}
     assert time.monotonic() - begin < 90
-    assert verify(answer_of(HONEST["files"]), SQUARE) == Outcome(1.0)  # and the sandbox is as good as before
+    assert verify(answer_of(HONEST["files"]), SQUARE) == Outcome(1.0)  # the sandbox still works
     assert {path for path in Path("/tmp").iterdir() if "room" in path.name} <= listed
 
 
@@ -191,7 +192,7 @@ def test_the_same_attacks_reach_their_aim_where_there_is_no_sandbox(
 
 def test_a_program_sees_nothing_but_itself(sandbox: Sandbox) -> None:
     shown = sandbox.run(
-        "import os\nprint(os.getcwd(), os.listdir('.'), os.path.exists('/proc'), os.path.exists('/home'), os.path.exists('/dev'))"
+        "import os\nprint(os.getcwd(), os.listdir('.'), *(os.path.exists(path) for path in ('/proc', '/home', '/dev')))"
     )
     assert shown.output == b"/room [] False False False\n"
     shown = sandbox.run("import os\nprint(sorted(os.environ), os.getppid(), os.getuid(), os.geteuid())")
@@ -214,9 +215,11 @@ def test_a_program_sees_nothing_but_itself(sandbox: Sandbox) -> None:
 
 def test_nothing_of_a_program_is_there_for_the_next(sandbox: Sandbox) -> None:
     sandbox.run(
-        "import os, sys\nopen('x', 'w').write('mark-' + 'of-one')\nos.mkdir('d')\nsys.modules['json'] = None\nos.chmod('.', 0)"
+        "import os, sys\nopen('x', 'w').write('mark-' + 'of-one')\nos.mkdir('d')\n"
+        "sys.modules['json'] = None\nos.chmod('.', 0)"
     )
-    seen = "any(chr(109) + 'ark-of-one' in str(x) for x in gc.get_objects())"  # not a constant of this program
+    # `chr` keeps the mark out of this program's own constants.
+    seen = "any(chr(109) + 'ark-of-one' in str(x) for x in gc.get_objects())"
     run = sandbox.run(f"import os, json, gc\nopen('y', 'w').write('2')\nprint(os.listdir('.'), {seen})")
     assert run.output == b"['y'] False\n"
 
@@ -231,7 +234,8 @@ def test_limits_are_kept_and_named() -> None:
         assert run.failure
         assert len(run.output) <= 1 << 16
         assert sandbox.run(
-            "import threading, time\nfor _ in range(200): threading.Thread(target=time.sleep, args=(9,), daemon=True).start()"
+            "import threading, time\n"
+            "for _ in range(200): threading.Thread(target=time.sleep, args=(9,), daemon=True).start()"
         ).failure
         assert sandbox.run("raise SystemExit(3)").failure == "status 3"
         assert sandbox.run("1 / 0").failure == "status 1: ZeroDivisionError: division by zero"
@@ -257,12 +261,13 @@ def test_a_sandbox_that_is_killed_is_an_error_and_the_next_call_has_a_new_one() 
 
 
 def test_a_sandbox_ends_with_the_process_that_has_it(tmp_path: Path) -> None:
-    """Even in the middle of a program."""
+    """Kill the process in the middle of a program."""
     source = (
         "from mmopd.task.sandbox import *; import psutil, sys, threading, time\n"
         "sandbox = Sandbox(Limits(cpu=60, wall=60)); sandbox.run('')\n"
         "threading.Thread(target=sandbox.run, args=('while True: pass',)).start(); time.sleep(0.5)\n"
-        f"open({str(tmp_path / 'pids')!r}, 'w').write(' '.join(str(p.pid) for p in psutil.Process().children(recursive=True)) + ' end')\n"
+        "pids = ' '.join(str(p.pid) for p in psutil.Process().children(recursive=True))\n"
+        f"open({str(tmp_path / 'pids')!r}, 'w').write(pids + ' end')\n"
         "time.sleep(60)"
     )
     parent = subprocess.Popen([sys.executable, "-c", source], cwd=Path(__file__).parents[1])
@@ -281,7 +286,7 @@ def test_a_sandbox_ends_with_the_process_that_has_it(tmp_path: Path) -> None:
 
 
 def test_a_machine_without_namespaces_is_refused_with_the_way_out() -> None:
-    """The kernel's own refusal: in a user namespace that may have no other below it."""
+    """Let the kernel refuse: in a user namespace that may contain no other."""
     source = "from mmopd.task import code; print(code.verifier()('```python\\nprint(9)\\n```', sys.argv[1]))"
     inside = 'echo 0 > /proc/sys/user/max_user_namespaces && exec "$0" -c "import sys; $1" "$2"'
     done = subprocess.run(
@@ -351,7 +356,9 @@ def test_a_program_that_outlasts_the_pools_patience_is_unknown_and_gone(tmp_path
 
 @pytest.mark.skipif(os.getuid() != 0, reason="an ordinary user runs these tests already")
 def test_an_ordinary_user_has_the_same() -> None:
-    """Where root may give up its rights: by another interpreter, since this one may lie where only root can go."""
+    """Run as another user where root may drop its rights, with another interpreter, since this one may lie where only
+    root can go.
+    """
     python = "/usr/bin/python3"
     version = subprocess.run(
         [python, "-c", "import sys; print(sys.version_info >= (3, 11))"], capture_output=True, text=True, check=False
@@ -372,7 +379,8 @@ def test_an_ordinary_user_has_the_same() -> None:
     sandbox._channel, sandbox._jail = ours, process
     with sandbox:
         run = sandbox.run(
-            "import os, threading\nthreading.Thread(target=print, args=(os.getuid(), os.listdir())).start()\nopen('x', 'w')"
+            "import os, threading\n"
+            "threading.Thread(target=print, args=(os.getuid(), os.listdir())).start()\nopen('x', 'w')"
         )
         assert (run.failure, run.output) == ("", b"65534 []\n")
         assert "Operation not permitted" in sandbox.run("import os\nos.fork()").failure
@@ -383,8 +391,11 @@ def test_an_ordinary_user_has_the_same() -> None:
 
 @pytest.mark.skipif(os.getuid() != 0, reason="root's case")
 def test_root_without_rights_has_the_same() -> None:
-    """As in a container: no CAP_SYS_ADMIN, but user namespaces."""
-    source = "from mmopd.task.sandbox import Sandbox; print(Sandbox().run('import os; print(os.getuid(), os.listdir()); os.fork()'))"
+    """Run as in a container: no CAP_SYS_ADMIN, but user namespaces."""
+    source = (
+        "from mmopd.task.sandbox import Sandbox; "
+        "print(Sandbox().run('import os; print(os.getuid(), os.listdir()); os.fork()'))"
+    )
     done = subprocess.run(
         ["setpriv", "--bounding-set=-sys_admin", "--inh-caps=-sys_admin", sys.executable, "-c", source],
         capture_output=True, text=True, check=False, cwd=Path(__file__).parents[1],

@@ -24,7 +24,7 @@ RIGHT = {"easy": 0.98, "hard": 0.5, "late": 0.0}
 
 
 def run(start: int, end: int, plan: PromptPlan, schedule: Schedule) -> list[list[tuple[str, int]]]:
-    """Steps of 128 prompts, whose outcomes are a function of step and source."""
+    """Run steps of 128 prompts, whose outcomes are a function of step and source."""
     steps = []
     for step in range(start, end):
         plan.reweight(schedule.weights(step))

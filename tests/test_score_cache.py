@@ -1,4 +1,4 @@
-"""Scores on disk: a resumed run asks no teacher twice, a kill costs one record at most, and a checkpoint ends it."""
+"""Scores on disk: a resumed run requests no score twice, a kill costs at most one record, a checkpoint clears them."""
 
 import asyncio
 import random

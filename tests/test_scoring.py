@@ -60,7 +60,7 @@ def right(encoded, tokens, images=None):
 
 
 def score_all(encoder, jobs, *servers, view="full", **limits):
-    """(results, counts, requests that each server saw) of scoring all (encoded, tokens) at once."""
+    """Score all (encoded, tokens) concurrently. Returns (results, counts, requests that each server saw)."""
 
     async def main():
         async with AsyncExitStack() as stack:
@@ -101,7 +101,7 @@ def test_the_text_view_sends_no_image_and_no_placeholder_and_keeps_the_response(
 
 
 def test_equal_responses_are_scored_once_and_others_are_not_mixed_up(encoder, image, text):
-    other = encoder.encode(prompt(digit_sums("few", 2, 1)[1], "image"))  # same ids, another image
+    other = encoder.encode(prompt(digit_sums("few", 2, 1)[1], "image"))  # the same ids with another image
     assert other.ids == image.ids
     jobs = [(image, TOKENS)] * 5 + [(other, TOKENS)] * 2 + [(image, TOKENS[:3]), (text, TOKENS)]
     results, counts, requests = score_all(encoder, jobs, FakeVLLM(encoder, delay=0.05))
@@ -247,7 +247,7 @@ def test_two_thousand_requests_under_random_faults_balance_exactly(encoder, imag
     assert balances(counts, 2000)
     assert (
         0 <= counts["requests"] - sum(requests) <= counts["failed/connection"]
-    )  # sent into a connection that had just been closed
+    )  # sent on a connection that had just been closed
     assert Counter("scored" if isinstance(r, Score) else f"absent/{r.cause}" for r in results) == {
         k: v for k, v in counts.items() if k == "scored" or k.startswith("absent/")
     }
@@ -262,14 +262,14 @@ def test_a_routed_teacher_without_an_endpoint_is_named(encoder):
 
 @pytest.fixture(scope="module")
 def real(server, tmp_path_factory):
-    """(endpoint, folder) of a real vLLM server with a random tiny Qwen3-VL."""
+    """Start a real vLLM server with a random tiny Qwen3-VL. Returns (endpoint, folder)."""
     folder = tmp_path_factory.mktemp("real")
     build_student(folder / "model")
     engine = Engine(dtype="float32", max_model_len=512, max_num_seqs=32, kv_cache_mib=64, enforce_eager=True)
     spec = ServerSpec("tiny", folder / "model", engine, updatable=False)
 
     def counting(*args):
-        """As it is served, but vLLM counts how often an image is processed."""
+        """Serve as mmopd does, but let vLLM count how often an image is processed."""
         server = command(*args)
         server["argv"].remove("--disable-log-stats")
         return server
@@ -282,7 +282,7 @@ def real(server, tmp_path_factory):
 
 
 def hf_rows(model, encoder, encoded, tokens):
-    """[T, V] log-probs in the places of the response's tokens."""
+    """Return log-probs [T, V] at the positions of the response's tokens."""
     ids = torch.tensor([[*encoded.expanded, *tokens]])
     pixels = {}
     if encoded.grids:
@@ -370,8 +370,8 @@ def test_the_likeliest_tokens_of_a_real_server_are_those_of_transformers(real):
 
 def test_the_fake_server_speaks_the_wire_format_of_the_real_one(real, encoder, image):
     async def replies(endpoint):
-        """The model, the text of some ids; keys of the replies to a scoring and a sampling request, and of what is in
-        them.
+        """Return vLLM's list of models, the text of some ids, and the keys in the replies to a scoring and a sampling
+        request.
         """
         seen = []
         settings = {"n": 2, "seed": 1, "max_tokens": 4, "logprobs": 0, "detokenize": False, "logit_bias": {}}

@@ -1,4 +1,4 @@
-"""What servers that mmopd starts must not do, on the real vLLM as `mmopd serve` starts it."""
+"""Servers that mmopd starts open no unsafe route: tested on the real vLLM as `mmopd serve` starts it."""
 
 import base64
 import io
@@ -53,7 +53,7 @@ class Served(NamedTuple):
 
 @pytest.fixture(scope="module")
 def served(server: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
-    """`mmopd serve`, in an environment that would open every route of a vLLM that is started by hand."""
+    """Run `mmopd serve` in an environment that would open every route of a vLLM started by hand."""
     folder = tmp_path_factory.mktemp("served")
     build_student(folder / "model", 0)
     (folder / "fleet.yaml").write_text(FLEET)
@@ -141,7 +141,7 @@ def test_no_url_is_fetched(served: Served) -> None:
         for url in urls:
             for kind in ("image_url", "video_url", "audio_url"):
                 assert ask(served.teacher, url, kind).status_code >= 400, (url, kind)
-        with pytest.raises(BlockingIOError):  # nobody has knocked
+        with pytest.raises(BlockingIOError):  # no connection was tried
             listener.accept()
     for url in (
         f"file://{served.folder}/image.png",
@@ -151,7 +151,7 @@ def test_no_url_is_fetched(served: Served) -> None:
         assert ask(served.teacher, url).status_code >= 400
     assert "allowed domains" in ask(served.teacher, urls[0]).text
     inline = "data:image/png;base64," + base64.b64encode(image.getvalue()).decode()
-    assert "allowed" not in ask(served.teacher, inline).text  # the way that images do take
+    assert "allowed" not in ask(served.teacher, inline).text  # the form in which images are allowed
 
 
 def test_the_key_is_in_no_file_and_on_no_command_line(served: Served) -> None:
@@ -165,7 +165,7 @@ def test_the_key_is_in_no_file_and_on_no_command_line(served: Served) -> None:
     arguments = (served.folder / "endpoints-logs" / "plain.0.log").read_text()
     assert re.search(
         r"non-default args: .*allowed_media_domains", arguments
-    )  # what vLLM says of its start is looked at too
+    )  # vLLM's output at its start is checked, too
     assert [path.name for path in files if KEY.encode() in path.read_bytes()] == ["endpoints.json"]
     assert (served.folder / "endpoints.json").stat().st_mode & 0o777 == 0o600
 

@@ -37,7 +37,7 @@ ENGINE = Engine(dtype="float32", max_model_len=256, max_num_seqs=8, kv_cache_mib
 
 class Running(NamedTuple):
     servers: Servers
-    adapters: Mapping[str, Path]  # of the teacher's server
+    adapters: Mapping[str, Path]  # adapters of the teacher's server
     children: Children
     logs: Path
     events: Sequence[tuple[str, str]]
@@ -53,7 +53,7 @@ class Running(NamedTuple):
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """Two students with different weights."""
+    """Write two students with different weights."""
     folder = tmp_path_factory.mktemp("models")
     for seed in (0, 1):
         build_student(folder / str(seed), seed)
@@ -78,14 +78,14 @@ def running(server: None, models: tuple[Path, Path], tmp_path_factory: pytest.Te
     with Children() as children, pytest.MonkeyPatch.context() as patch:
         patch.setattr(
             "mmopd.serving.specs.BATCHED_TOKENS", ENGINE.max_model_len
-        )  # one long prompt fills a pass: the next must wait, whole
+        )  # one long prompt fills a pass, so the next must wait as a whole
         with serve(specs, children, logs, lambda *event: events.append(event)) as servers:
             yield Running(servers, adapters, children, logs, events)
         assert not any(child.alive for child in children)
 
 
 def refused(spec: ServerSpec, logs: Path) -> str:
-    """The message with which a server is not started; nothing is left of it."""
+    """Return the message with which a server is refused, and check that no process is left."""
     with Children() as children, pytest.raises(UserError) as error, serve([spec], children, logs, lambda *event: None):
         pass
     assert not any(child.alive for child in children)
@@ -186,7 +186,7 @@ def test_long_prompts_with_seeds_that_arrive_together_are_all_answered(running: 
 
 
 def links(running: Running, bucket_bytes: int = BUCKET_BYTES) -> dict[str, WeightSync[Any]]:
-    """By name of the server."""
+    """Return weight syncs by the name of the server."""
     apart = BroadcastSync([running.servers["apart"]], bucket_bytes=bucket_bytes, workers=1, device=torch.device("cpu"))
     return {"student": FileSync([running.student], bucket_bytes=bucket_bytes), "apart": apart}
 
@@ -197,11 +197,11 @@ def test_after_a_sync_the_engine_answers_as_the_new_weights_do(
 ) -> None:
     old, new = (load_model(model) for model in models)
     prompts = [Question(models[0], row) for row in digit_sums("train", 2, seed=0)]
-    with links(running, 200_000)[name] as sync:  # several buckets, whose borders cut layers
+    with links(running, 200_000)[name] as sync:  # several buckets whose boundaries cut layers
         for version, model, stale in [("start", old, new), ("step-1", new, old), ("step-2", old, new)]:
             sync.send(model.named_parameters(), version)
             assert sync.versions() == [version]
-            for _ in range(2):  # the second time the image and the prefix are in the engine's caches
+            for _ in range(2):  # the second time, image and prefix are in the engine's caches
                 for prompt in prompts:
                     answer = prompt.ask(running.servers[name])
                     assert {span["version"] for span in answer["weight_versions"]} == {version}
@@ -218,7 +218,7 @@ def test_a_sync_that_lacks_a_weight_is_an_error(running: Running, models: tuple[
     with FileSync([running.student]) as sync:
         with pytest.raises(SyncError, match=r"1 parameters were not sent, such as .*norm\.weight"):
             sync.send(weights[:-1], "incomplete")
-        with pytest.raises(SyncError, match="start_weight_update"):  # and the engine stays out of use
+        with pytest.raises(SyncError, match="start_weight_update"):  # and the engine stays unusable
             sync.send(weights, "complete")
 
 
@@ -277,7 +277,7 @@ def test_a_student_that_dies_is_started_again_with_the_weights_of_its_folder_and
     running: Running, models: tuple[Path, Path]
 ) -> None:
     with FileSync([running.student]) as sync:
-        assert sync.versions() != [FRESH]  # of a test above
+        assert sync.versions() != [FRESH]  # from a test above
         os.kill(min(processes_of(running.student, running.children)), signal.SIGKILL)
         assert version_of_the_next(running, sync) == FRESH
         weights = list(load_model(models[0]).named_parameters())
@@ -318,7 +318,7 @@ def test_weights_are_broadcast_again_to_an_engine_that_was_started_again(
 
 
 def version_of_the_next(running: Running, sync: WeightSync[Any]) -> str | None:
-    """What the student's engine holds that is started behind one that was killed."""
+    """Return the weight version of the student's engine that replaces a killed one."""
     deadline, version = time.monotonic() + LIMIT, None
     while version is None:
         assert time.monotonic() < deadline
@@ -330,7 +330,7 @@ def version_of_the_next(running: Running, sync: WeightSync[Any]) -> str | None:
 
 
 def make_adapters(model: Path, folder: Path) -> dict[str, Path]:
-    """Two adapters with random weights, one of them also of the vision part."""
+    """Write two adapters with random weights, one of them also for the vision part."""
     words = r".*language_model.*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
     modules = {
         "words": (4, words),
@@ -344,7 +344,7 @@ def make_adapters(model: Path, folder: Path) -> dict[str, Path]:
 
 
 def processes_of(endpoint: Endpoint, children: Children) -> list[int]:
-    """The API server behind an endpoint, and its engine."""
+    """Return the process ids of the API server behind an endpoint, and of its engine."""
     port = int(endpoint.url.rpartition(":")[2])
     return [
         p.pid
@@ -377,7 +377,7 @@ class Question:
         self.inputs = processor(text=[text], images=[Image.open(io.BytesIO(row["images"][0]))], return_tensors="pt")
 
     def ask(self, server: Endpoint) -> Any:
-        """12 greedy tokens."""
+        """Return 12 greedy tokens."""
         body = {
             "token_ids": self.ids,
             "content_parts": [{"type": "image_url", "url": self.url}],
@@ -394,7 +394,7 @@ class Question:
         return reply.json()["choices"][0]
 
     def score(self, server: Endpoint, tokens: list[int]) -> torch.Tensor:
-        """The log-probs of `tokens` after the prompt."""
+        """Return the log-probs of `tokens` after the prompt."""
         prompt = Prompt("s/0", "t", "image", (), (self.image,), "")
         body = wire.scoring_body(server.model, Encoded(prompt, tuple(self.ids), (), ()), tokens)
         headers = {**server.headers, wire.REQUEST_ID: "x", "Content-Type": "application/json"}
@@ -404,7 +404,7 @@ class Question:
 
     @torch.no_grad()
     def forward(self, model: Any, tokens: list[int]) -> tuple[list[int], torch.Tensor]:
-        """What the model would choose at each place, and its log-probs of `tokens`."""
+        """Return the model's own choice at each position, and its log-probs of `tokens`."""
         ids = torch.cat([self.inputs["input_ids"], torch.tensor([tokens])], 1)
         pixels = {name: self.inputs[name] for name in ("pixel_values", "image_grid_thw")}
         types = (ids == model.config.image_token_id).int()

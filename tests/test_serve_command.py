@@ -1,5 +1,5 @@
-"""Fleets: which servers they stand for, `mmopd serve`, and `mmopd train --endpoints`; with a vLLM that starts in no
-time.
+"""Fleets: the servers that they describe, `mmopd serve`, and `mmopd train --endpoints`, with a vLLM that starts
+immediately.
 """
 
 import json
@@ -53,7 +53,7 @@ def make_adapter(
     return folder
 
 
-# Which servers a fleet stands for
+# The servers that a fleet describes
 
 
 def test_adapters_of_one_model_share_its_servers_and_others_do_not(tmp_path: Path) -> None:
@@ -79,7 +79,7 @@ def test_adapters_of_one_model_share_its_servers_and_others_do_not(tmp_path: Pat
     ]
     assert [spec.engine.port for spec in specs] == [5000, 5001, None, 6000, 6001, None]
     assert specs[4].adapters == {"algebra.1": read_adapter(first), "geometry.1": read_adapter(second)}
-    assert specs[4].served == ["algebra.1", "geometry.1"]  # and not the model itself
+    assert specs[4].served == ["algebra.1", "geometry.1"]  # but not the model itself
     assert specs[0].served == ["plain.0"]
     assert not any(spec.updatable for spec in specs)
 
@@ -135,7 +135,7 @@ def test_a_folder_that_is_no_adapter_is_refused(tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def served(server: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator["Command"]:
-    """`mmopd serve`, in a folder of its own; its key comes from the environment."""
+    """Run `mmopd serve` in its own folder; its key comes from the environment."""
     command = Command(
         tmp_path_factory.mktemp("served"), "serve", "fleet.yaml", "--out", "out/fleet.json", "--api-key-env", "NODE_KEY"
     )
@@ -219,7 +219,7 @@ def test_serve_warns_where_others_can_reach_it_and_stops_at_ctrl_c(tmp_path: Pat
     assert "warning: others reach --host 0.0.0.0 too; they need the key" in said
     found = endpoint.load(tmp_path / "endpoints.json")
     assert all(one.url.startswith(f"http://{socket.gethostname()}:") for one in found.values())
-    assert len({one.api_key for one in found.values()} - {command.key}) == 1  # a new one
+    assert len({one.api_key for one in found.values()} - {command.key}) == 1  # a new key
     command.assert_stops_cleanly(signal.SIGINT, "endpoints.json")
 
 

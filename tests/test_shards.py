@@ -1,4 +1,4 @@
-"""Shards: what is written is read back, by us and by the webdataset library, and what is broken is refused by name."""
+"""Shards: mmopd and the webdataset library read back what was written, and a damaged shard is refused by name."""
 
 import hashlib
 import io

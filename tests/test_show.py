@@ -1,4 +1,4 @@
-"""`mmopd show`: who scores what, as the run would have it."""
+"""`mmopd show`: which teacher scores which prompts, as in the run."""
 
 import pytest
 from rich.console import Console

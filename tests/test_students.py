@@ -1,6 +1,6 @@
 """Every family of students, tiny and random, through load, packing, update, export, a real vLLM server, sync and probe.
 
-Where the engine has to compute in bfloat16 it cannot agree within 1e-4; it has to follow each update nevertheless.
+An engine that must compute in bfloat16 cannot agree within 1e-4, but it must follow each update.
 """
 
 from pathlib import Path
@@ -38,8 +38,8 @@ class Found(NamedTuple):
     kind: str
     model: Path
     out: Path
-    whole: dict[str, Any]  # what the worker found where everything trains
-    frozen: dict[str, Any]  # and where FROZEN does not
+    whole: dict[str, Any]  # findings of the worker if everything trains
+    frozen: dict[str, Any]  # findings if FROZEN does not train
 
 
 @pytest.fixture(scope="module", params=ENGINES)
@@ -79,7 +79,7 @@ def test_the_engine_serves_the_folder_and_follows_every_update(found: Found) -> 
     for result in (found.whole, found.frozen):
         if ENGINES[found.kind].dtype == "float32":
             assert max(result["gaps"]) < 1e-4
-        assert max(result["gaps"]) < 0.25 * min(result["unsynced"])  # in bfloat16, too
+        assert max(result["gaps"]) < 0.25 * min(result["unsynced"])  # also in bfloat16
 
 
 def test_weights_are_sent_as_the_folder_has_them(found: Found) -> None:
@@ -153,10 +153,10 @@ def test_linear_attention_would_mix_the_samples_of_a_row(tmp_path: Path) -> None
 
 
 def part_of(name: str) -> str:
-    """By a name in a checkpoint: Qwen2.5-VL's leave the first word out."""
+    """Return the part of a parameter by its name in a checkpoint; Qwen2.5-VL's names lack the first word."""
     return families.part_of(f"model.{name}" if name.startswith("visual.") else name)
 
 
 def differ(ours: list[torch.Tensor], theirs: list[torch.Tensor]) -> float:
-    """The largest difference of two lists of log-probs."""
+    """Return the largest difference of two lists of log-probs."""
     return max(float((a - b).abs().max()) for a, b in zip(ours, theirs, strict=True))

@@ -1,4 +1,4 @@
-"""What happens to servers that die: with a vLLM that starts in no time, and everything else real."""
+"""Restarts of dead servers, with a vLLM that starts immediately; everything else is real."""
 
 import os
 import signal
@@ -26,7 +26,7 @@ Event = tuple[str, str]
 
 @pytest.fixture(params=["one supervisor", "one each"])
 def specs(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[ServerSpec]:
-    """A student and a teacher, under one supervisor as on CPU, or with one each as on GPU."""
+    """Return a student and a teacher, under one supervisor as on CPU, or with one each as on GPU."""
     monkeypatch.setenv("PYTHONPATH", install(tmp_path))
     if request.param == "one each":
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
@@ -57,14 +57,14 @@ def runs(pid: int) -> bool:
 
 
 def kill(endpoint: Endpoint) -> list[int]:
-    """Kill the API server alone; its process id, and that of its engine."""
+    """Kill the API server alone. Returns its process id, and that of its engine."""
     found = pids(endpoint)
     os.kill(found["server"], signal.SIGKILL)
     return list(found.values())
 
 
 def restart(servers: Servers, events: list[Event]) -> list[int]:
-    """Kill the teacher, and wait until it is back; the process ids that it had."""
+    """Kill the teacher, and wait until it is back. Returns the process ids that it had."""
     times = servers.restarts["teacher"] + 1
     found = kill(servers["teacher"])
 
@@ -77,7 +77,7 @@ def restart(servers: Servers, events: list[Event]) -> list[int]:
 
 
 def look(servers: Servers) -> bool:
-    """Look until it raises."""
+    """Check the servers until that raises."""
     servers.check()
     return False
 
@@ -113,7 +113,7 @@ def test_a_server_that_keeps_dying_is_given_up(tmp_path: Path, monkeypatch: pyte
         begin = time.monotonic()
         for _ in range(3):
             restart(servers, events)
-        assert time.monotonic() - begin > 1 + 2 + 4  # it waits longer each time
+        assert time.monotonic() - begin > 1 + 2 + 4  # each wait is longer
         kill(servers["teacher"])
         with pytest.raises(UserError, match="server 'teacher' ended with status -9, after 3 restarts"):
             wait_for(lambda: look(servers))
@@ -125,7 +125,7 @@ def test_a_stop_before_the_next_start_leaves_nothing_and_the_next_run_counts_ane
 ) -> None:
     with running(specs, tmp_path) as (servers, events):
         everybody = [*restart(servers, events), *pids(servers["student"]).values()]
-        killed = kill(servers["teacher"])  # its next start is 2 s away
+        killed = kill(servers["teacher"])  # it restarts after 2 s
         wait_for(lambda: not any(map(runs, killed)))
         begin = time.monotonic()
     assert time.monotonic() - begin < 1.5

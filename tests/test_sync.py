@@ -1,5 +1,5 @@
-"""Weights on their way: what another reader finds in the buckets, how they are cut, that nothing is left; and what a
-server is asked.
+"""Weight transfer: the contents of the buckets for another reader, their cuts, that no memory is left, and the requests
+that a server gets.
 """
 
 import inspect
@@ -18,7 +18,7 @@ from mmopd.serving.endpoint import Endpoint
 
 WEIGHTS = {
     "bf16": torch.randn(3, 5).bfloat16(),
-    "float": torch.randn(7),  # behind an odd number of half floats
+    "float": torch.randn(7),  # after an odd number of half floats
     "transposed": torch.randn(4, 6).t(),
     "empty": torch.zeros(0, 8),
     "half": torch.randn(2, 2, 2).half(),
@@ -28,7 +28,7 @@ WEIGHTS = {
 
 
 def files() -> int:
-    """How many this process has open."""
+    """Return the number of files that this process has open."""
     return sum(1 for _ in Path("/proc/self/fd").iterdir())
 
 
@@ -129,7 +129,9 @@ def test_of_several_servers_one_that_is_lost_keeps_no_other_from_its_weights() -
 
 
 def test_torch_opens_memory_of_a_gpu_by_what_a_handle_says() -> None:
-    """`open_handle` gives these in order: on a machine without a GPU nothing else would tell that they have changed."""
+    """Check the order of the values that `open_handle` passes: on a machine without a GPU no other test would notice a
+    change.
+    """
     names = [
         "tensor_cls",
         "tensor_size",

@@ -1,4 +1,4 @@
-"""Tasks and verifiers: what is right, what is wrong, and what is unknown, in threads and in processes alike."""
+"""Tasks and verifiers: right, wrong and unknown outcomes, in threads and in processes alike."""
 
 import asyncio
 import math
@@ -63,7 +63,7 @@ WRONG = [
     (verify.final_number, "<think>2", "2"),
     (verify.exact, "red", "blue"),
     (verify.exact, "", "blue"),
-    (verify.choice, "Blue", "B"),  # lmms-eval gives these three 1
+    (verify.choice, "Blue", "B"),  # lmms-eval scores these three 1
     (verify.choice, "Brown", "B"),
     (verify.choice, "BC = 7", "B"),
     (verify.choice, "A cat", "A"),
@@ -81,7 +81,7 @@ WRONG = [
     (verify.math, "<think>\\boxed{5}", "5"),
 ]
 UNKNOWN = [
-    (verify.choice, "B", "Blue"),  # lmms-eval takes any key with a letter from A to H for a choice
+    (verify.choice, "B", "Blue"),  # lmms-eval treats any key with a letter from A to H as a choice
     (verify.choice, "A", ""),
     (verify.number_after_equals, "=5", "five"),
     (verify.final_number, "5", ""),
@@ -135,7 +135,7 @@ def test_careless_solutions_are_wrong_where_they_are_careless() -> None:
     rows = world.additions("train", 200, 0, careless=1.0)
     wrong = [verify.number_after_equals(row["solution"], row["answer"]).value == 0 for row in rows]
     carried = [row["answer"] for row, bad in zip(rows, wrong, strict=True) if bad]
-    assert 60 < len(carried) < 140  # the units of two numbers carry in 45 of 100 cases
+    assert 60 < len(carried) < 140  # the units of two numbers give a carry in 45 of 100 cases
 
 
 def test_math_judges_the_same_in_threads() -> None:
@@ -165,11 +165,14 @@ UNRULY = {
 
 @pytest.fixture(scope="module")
 def pool(tmp_path_factory: pytest.TempPathFactory) -> Iterator[VerifierPool]:
-    """Two workers with two seconds for each answer, over tasks whose verifiers misbehave."""
+    """Start two workers with two seconds for each answer, over tasks whose verifiers misbehave."""
     workspace = tmp_path_factory.mktemp("workspace")
     (workspace / "modalities").mkdir()
     for name, body in UNRULY.items():
-        text = f"{HEAD}\ndef verify(response, answer):\n    {body}\n\ntask = Task(name={name!r}, modality='text', verify=verify)\n"
+        text = (
+            f"{HEAD}\ndef verify(response, answer):\n    {body}\n\n"
+            f"task = Task(name={name!r}, modality='text', verify=verify)\n"
+        )
         (workspace / f"modalities/{name}.py").write_text(text)
     with VerifierPool(workspace, workers=2, timeout=2.0) as pool:
         yield pool
@@ -206,7 +209,7 @@ def test_an_unknown_task_is_refused(pool: VerifierPool) -> None:
 
 def test_a_slow_verifier_holds_up_nothing_else(pool: VerifierPool) -> None:
     async def scenario() -> float:
-        await asyncio.gather(*(pool.verify("right", "a", "a") for _ in range(4)))  # both workers are up
+        await asyncio.gather(*(pool.verify("right", "a", "a") for _ in range(4)))  # both workers are running
         slow = asyncio.create_task(pool.verify("hangs", "", ""))
         begin = time.monotonic()
         outcomes = await asyncio.gather(*(pool.verify("right", str(i), "7") for i in range(200)))
@@ -228,7 +231,10 @@ def test_nothing_is_left_when_the_pool_is_closed(tmp_path: Path) -> None:
 
 def test_a_pool_is_closed_at_once_though_a_verifier_hangs(tmp_path: Path) -> None:
     (tmp_path / "modalities").mkdir()
-    body = "def verify(response, answer):\n    time.sleep(600)\n\ntask = Task(name='hangs', modality='text', verify=verify)\n"
+    body = (
+        "def verify(response, answer):\n    time.sleep(600)\n\n"
+        "task = Task(name='hangs', modality='text', verify=verify)\n"
+    )
     (tmp_path / "modalities/hangs.py").write_text(HEAD + body)
     with VerifierPool(tmp_path, workers=1, timeout=600.0) as pool:
         assert pool.submit("additions", "=1", "1").result() == Outcome(1.0)
@@ -239,7 +245,7 @@ def test_a_pool_is_closed_at_once_though_a_verifier_hangs(tmp_path: Path) -> Non
 
 
 def test_workers_end_with_their_parent(tmp_path: Path) -> None:
-    """Even a hung one, and even if the parent is killed."""
+    """Include a hung worker, and a parent that is killed."""
     (tmp_path / "modalities").mkdir()
     body = "def verify(response, answer):\n    open(answer, 'w').write(str(os.getpid())); time.sleep(600)\n\n"
     (tmp_path / "modalities/hangs.py").write_text(

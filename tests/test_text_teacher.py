@@ -1,5 +1,5 @@
-"""A teacher without vision: another Qwen, with the student's tokenizer, that scores answers to image prompts through
-the text view.
+"""A teacher without vision: another Qwen, with the student's tokenizer, scores answers to image prompts through the
+text view.
 """
 
 import asyncio
@@ -32,7 +32,7 @@ TOKENS = (40, 41, 300, 42, 500)
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
-    """(student's processor, vision-less teacher)"""
+    """Return (the student's processor, the teacher without vision)."""
     student, teacher = (tmp_path_factory.mktemp(name) for name in ("student", "teacher"))
     processor = build_processor()
     processor.save_pretrained(student)

@@ -1,4 +1,4 @@
-"""The trainer in processes of its own, as a run has it: one rank, two ranks, and two that resume."""
+"""The trainer in separate processes, as in a run: one rank, two ranks, and two that resume."""
 
 import json
 import queue
@@ -154,7 +154,7 @@ def test_a_step_recomputes_the_log_probs_and_each_minibatch_starts_from_them(
         assert [len(items) for items, _ in found["met"]] == [4, 4]
         assert updates[0]["mismatch"] < 1e-5
         assert updates[0]["clip_fraction"] == 0
-        assert updates[1]["mismatch"] > 0.1  # the first update has moved them
+        assert updates[1]["mismatch"] > 0.1  # the first update has changed them
         for (items, now), stats in zip(found["met"], updates, strict=True):
             old, A, w = (torch.cat([getattr(item, name) for item in items]) for name in ("old", "advantage", "weight"))
             rho, low, high = (torch.cat(now) - old).exp(), 0.8, 1.28
@@ -264,7 +264,7 @@ def test_the_latest_checkpoint_is_the_newest_that_is_whole(tmp_path: Path) -> No
 
 
 def test_what_cannot_be_pruned_harms_no_checkpoint(tmp_path: Path) -> None:
-    for step in range(1, 4):  # without a manifest or a score: as a prune leaves them that could not remove all
+    for step in range(1, 4):  # no manifest or score: left by a prune that could not remove all
         (tmp_path / f"step-{step:08d}").mkdir()
     (tmp_path / "step-00000001" / "zero").write_text("")
     Checkpoints(tmp_path, keep=1, best=1)._prune()
@@ -285,7 +285,7 @@ def test_a_checkpoint_of_two_ranks_goes_on_with_one_and_then_with_two(
 
 
 def test_an_update_that_is_not_finite_is_skipped_as_if_it_had_not_been_tried(resumed: dict[str, Any]) -> None:
-    # that it left no trace is in the test above: the steps around it repeat those of a run without it
+    # the test above shows that it left no trace: the steps around it equal those of a run without it
     for loss, gradient in (resumed["skipped"][:2], resumed["skipped"][2:]):
         assert loss == "the loss is -inf"
         assert gradient.startswith("a gradient is not finite (loss ")
@@ -329,7 +329,7 @@ def test_a_folder_that_is_no_student_is_refused(tmp_path: Path) -> None:
 
 
 def near(ours: dict[str, Any], theirs: dict[str, Any]) -> None:
-    """Their gradients are the same up to the order of sums."""
+    """Check that gradients are the same up to the order of sums."""
     torch.testing.assert_close(
         ours["gradient"], theirs["gradient"], rtol=1e-4, atol=1e-6 * float(theirs["gradient"].abs().max())
     )

@@ -1,4 +1,4 @@
-"""Responses that share a prompt: the same numbers as without, for less work."""
+"""Responses that share a prompt: the same results as separate samples, with less computation."""
 
 from collections.abc import Iterator
 from dataclasses import replace
@@ -23,8 +23,8 @@ VARIABLE = "variable_length"  # flash attention's interface, in plain torch
 
 @pytest.fixture(scope="module")
 def items(encoder: Encoder) -> list[Item]:
-    """Four responses to each of two texts and two images, dealt in turn, so that those of a prompt are not beside each
-    other.
+    """Return four responses to each of two texts and two images, dealt in turn, so that responses to one prompt are not
+    adjacent.
     """
     some = make_items(encoder, "titi", 0)
     random = torch.Generator().manual_seed(1)
@@ -42,7 +42,7 @@ def items(encoder: Encoder) -> list[Item]:
 
 @pytest.fixture
 def flash(model: Path) -> Iterator[Any]:
-    """A student whose language model attends by sequences, as flash attention would."""
+    """Return a student whose language model attends by sequences, as flash attention does."""
     AttentionInterface.register(VARIABLE, with_key_index(variable_length))
     student = STUDENTS["qwen3_vl"].from_pretrained(model).train()
     student.config.text_config._attn_implementation = VARIABLE
@@ -64,7 +64,7 @@ def variable_length(
     max_length_k: int,
     **named: Any,
 ) -> tuple[Tensor, None]:
-    """What flash attention 2.1 and later compute: each sequence by itself, queries aligned with the last of their keys."""
+    """Compute what flash attention from 2.1 on computes: each sequence alone, queries aligned with the last keys."""
     assert attention_mask is None
     out = []
     spans = [list(pairwise(bounds.tolist())) for bounds in (cu_seq_lens_q, cu_seq_lens_k)]
@@ -78,7 +78,7 @@ def variable_length(
 
 
 def loss_and_gradient(student: Any, encoder: Encoder, items: list[Item], layout: Layout) -> tuple[Tensor, Tensor, int]:
-    """(log-probs in the order of the items, all gradients, tokens computed)."""
+    """Return (log-probs in the order of the items, all gradients, number of computed tokens)."""
     micro = Collator(encoder, student.model.get_rope_index, 3 * 2 * 16 * 16, 2, layout)(items, range(len(items)))
     student.zero_grad()
     logprobs = student(**micro.inputs)

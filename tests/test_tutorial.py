@@ -1,4 +1,4 @@
-"""docs/adding-a-task.md: every block of the page is saved or run as it stands there, in order."""
+"""docs/adding-a-task.md: every block of the page is saved or run unchanged, in order."""
 
 import os
 import re
@@ -16,7 +16,7 @@ BLOCK = re.compile(r"^```(python|yaml|bash)\n(.*?)^```", re.MULTILINE | re.DOTAL
 
 
 def steps(page: str) -> list[tuple[str, str]]:
-    """(name of the file to save, its text) or ("", command), in the order of the page."""
+    """Return (name of the file to save, its text) or ("", command), in the order of the page."""
     found = []
     for block in BLOCK.finditer(page):
         language, text = block.groups()
@@ -29,7 +29,7 @@ def steps(page: str) -> list[tuple[str, str]]:
 
 @pytest.fixture
 def place(workspace: Path, tmp_path: Path) -> Path:
-    """The reader's workspace, after the demo."""
+    """Return the reader's workspace, after the demo."""
     shutil.copytree(workspace / ".mmopd", tmp_path / "work" / ".mmopd")
     return tmp_path / "work"
 

@@ -1,7 +1,6 @@
-"""Every verifier on hand-judged cases, beside what math-verify and lmms-eval say to the same; and the judge that is a
-model.
+"""Every verifier on hand-judged cases, compared with math-verify and lmms-eval on the same cases; and the LLM judge.
 
-`python tests/test_verifiers.py` writes the table of docs/verifiers.md again.
+`python tests/test_verifiers.py` rewrites the table of docs/verifiers.md.
 """
 
 import json
@@ -27,7 +26,7 @@ from mmopd.task import code, documents, llm, verify
 from mmopd.task.verify import final_answer, gold_answers
 
 Verify = Callable[[str, str], Outcome]
-Case = list[Any]  # response, answer key, expected, and what ours says instead
+Case = list[Any]  # response, answer key, expected score, and our score if it differs
 
 ROOT = Path(__file__).parents[1]
 DOCUMENT = ROOT / "docs" / "verifiers.md"
@@ -69,7 +68,9 @@ def test_there_are_enough_cases_and_enough_that_are_not_right() -> None:
 
 
 def rivals() -> dict[tuple[str, str], Callable[[str, str], float]]:
-    """(verifier, rival) -> its score of a response, NaN where it raises; each is called as its own project calls it."""
+    """Return, for each (verifier, rival), the rival's score of a response, called as its own project calls it; NaN if
+    it raises.
+    """
     os.environ.setdefault("OPENAI_API_KEY", "none")
     from lmms_eval.api.metrics import anls, exact_match_hf_evaluate
     from lmms_eval.api.reasoning import strip_reasoning_tags
@@ -128,7 +129,7 @@ def rivals() -> dict[tuple[str, str], Callable[[str, str], float]]:
 
 
 def errors(cases: list[Case], score: Callable[[str, str], float]) -> tuple[int, int]:
-    """How often it gives more than is due, and how often less; with a key that cannot be judged by, only more is an
+    """Count scores above and below what is due. With an answer key that cannot be judged, only a score above is an
     error.
     """
     more = less = 0
@@ -141,7 +142,7 @@ def errors(cases: list[Case], score: Callable[[str, str], float]) -> tuple[int, 
 
 
 def best(score: Callable[[str, str], float]) -> Callable[[str, str], float]:
-    """The best over several gold answers, for a rival that takes one; NaN where it raises."""
+    """Return the best score over several gold answers, for a rival that takes one; NaN if it raises."""
 
     def over(response: str, answer: str) -> float:
         try:
@@ -154,7 +155,7 @@ def best(score: Callable[[str, str], float]) -> Callable[[str, str], float]:
 
 @cache
 def counts() -> dict[tuple[str, str], tuple[int, int]]:
-    """(verifier, who judges) -> scores above what is due, and below."""
+    """Return the scores above what is due, and below, by (verifier, judge)."""
     found: dict[tuple[str, str], tuple[int, int]] = {}
     others = rivals()
     for name, cases in CASES.items():
@@ -224,9 +225,7 @@ def test_a_long_response_is_judged_soon() -> None:
 
 
 class Script(ThreadingHTTPServer):
-    """An endpoint that replies what it is told to: a status, or words in which ID stands for the number of the
-    question.
-    """
+    """An endpoint with scripted replies: a status, or text in which ID stands for the number of the question."""
 
     daemon_threads = True
 
@@ -311,7 +310,7 @@ def test_what_a_response_says_to_the_judge_stays_between_the_marks() -> None:
         texts = [body["messages"][1]["content"] for _, body in server.asked]
     marks = [re.fullmatch(r"Reference answer:\n5\n\n<<<([0-9a-f]{16})\n(.*)\n\1>>>", text, re.DOTALL) for text in texts]
     assert all(mark and mark[2] == response for mark in marks)
-    assert len({mark[1] for mark in marks if mark}) == 2  # drawn anew for each question
+    assert len({mark[1] for mark in marks if mark}) == 2  # drawn again for each question
 
 
 def test_the_judges_key_comes_from_the_environment_and_goes_nowhere_else(

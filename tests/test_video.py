@@ -1,6 +1,4 @@
-"""Video, from frames in a tar to log-probs: one modality more, on tiny clips that are made here; real servers, real
-models.
-"""
+"""Video, from frames in a tar to log-probs, on tiny clips that are made here, with real servers and real models."""
 
 import asyncio
 import io
@@ -64,7 +62,7 @@ def encoded(encoder: Encoder) -> dict[str, Encoded]:
 
 @pytest.fixture(scope="module")
 def films(tmp_path_factory: pytest.TempPathFactory, model: Path) -> Shards:
-    """Four clips of a moving square, written by `mmopd prepare` from a converter."""
+    """Write four clips of a moving square with `mmopd prepare` and a converter."""
     here = tmp_path_factory.mktemp("films")
     (here / "films.py").write_text(CONVERTER)
     with pytest.MonkeyPatch.context() as patch:
@@ -327,7 +325,7 @@ def real(server: None, model: Path, tmp_path_factory: pytest.TempPathFactory) ->
 
 
 def score(real: Endpoint, encoder: Encoder, prompts: Sequence[Encoded], **how: bool) -> list[Any]:
-    """By the teacher that the fleet routes each prompt to: `films` what is video, `other` the rest, on the same server."""
+    """Score by the teacher of the route: `films` for video, `other` for the rest, on the same server."""
 
     async def main() -> list[Any]:
         fleet = Fleet.model_validate(FLEET)
@@ -340,9 +338,7 @@ def score(real: Endpoint, encoder: Encoder, prompts: Sequence[Encoded], **how: b
 def test_a_real_server_sees_the_same_ids_and_gives_the_log_probs_of_transformers_and_of_the_trainer(
     real: Endpoint, model: Path, encoder: Encoder, encoded: dict[str, Encoded]
 ) -> None:
-    """A score is only given for the ids that were expected (`wire.parse_scored`): each one here proves a local
-    expansion.
-    """
+    """A score is only returned for the expected ids (`wire.parse_scored`): each score here proves a local expansion."""
     scores = dict(zip(encoded, score(real, encoder, list(encoded.values())), strict=True))
     reference = AutoModelForImageTextToText.from_pretrained(model, dtype=torch.float32).eval()
     for name, one in encoded.items():
@@ -426,7 +422,7 @@ def test_an_engine_that_takes_no_clips_is_told_with_the_key_to_set(
 
 
 def examine(real: Endpoint, encoder: Encoder, films: Shards, *, student: bool, clips: int = 1) -> dict[str, Any]:
-    """What a preflight finds; with answers of the student, which is the same server, or without."""
+    """Return the checks of a preflight, with or without answers of the student, which is the same server."""
     served = {"model": "here", "engine": {"dtype": "float32", "videos": clips}}
     fleet = Fleet.model_validate({"teachers": {"films": served}, "routes": [{"modality": "video", "teacher": "films"}]})
     kinds = look({"films": films}, encoder)

@@ -1,5 +1,5 @@
-"""Views: whatever a teacher is shown, its log-probs are those of the student's own tokens, and the ids in between are
-the real ones.
+"""Views: under every view the log-probs are those of the student's own tokens, and the server's prompt ids are the
+expected ones.
 """
 
 import asyncio
@@ -26,12 +26,12 @@ from mmopd.serving.specs import ServerSpec
 from mmopd.teacher.view import BUILT_IN, ViewError, blinded, check_view, encode_view, sees_image
 
 TOKENS = (5, 6, 7, 8)
-LARGE = 384 * 384  # pixels; more than the 256 * 256 of the student
+LARGE = 384 * 384  # pixels; more than the student's 256 * 256
 VIEWS = {**BUILT_IN, "small": View(max_pixels=64 * 64), "large": View(min_pixels=320 * 320, max_pixels=LARGE)}
 
 
 def write(width: int, height: int, form: str = "PNG", mode: str = "RGB", **how: object) -> bytes:
-    """An image in which no two places are alike."""
+    """Write an image in which all places differ."""
     ramp = Image.linear_gradient("L")
     file = io.BytesIO()
     Image.merge("RGB", [ramp.rotate(turn).resize((width, height)) for turn in (0, 90, 180)]).convert(mode).save(
@@ -41,7 +41,7 @@ def write(width: int, height: int, form: str = "PNG", mode: str = "RGB", **how: 
 
 
 def sideways(width: int, height: int) -> bytes:
-    """Stored lying: a viewer shows it `height` wide and `width` high."""
+    """Write an image stored on its side: a viewer shows it `height` wide and `width` high."""
     exif = Image.Exif()
     exif[0x0112] = 6
     return write(width, height, "JPEG", exif=exif)
@@ -88,8 +88,8 @@ def encoder(tmp_path_factory):
 
 
 def with_large_budget(folder):
-    """A processor that does not make images of `LARGE` pixels smaller, as a teacher with a larger budget than the
-    student has one.
+    """Return a processor that does not shrink images of `LARGE` pixels, like a teacher with a larger budget than the
+    student.
     """
     processor = build_processor()
     processor.image_processor.size = {"shortest_edge": 32 * 32, "longest_edge": LARGE}
@@ -103,14 +103,14 @@ def teacher(tmp_path_factory):
 
 
 class Upright(FakeVLLM):
-    """Reads EXIF, as the real one does."""
+    """Reads EXIF, as the real processor does."""
 
     def _grid(self, image, pixels):
         return pixels.grid(*size_of(open_image(image)))
 
 
 async def ask(endpoint, shown):
-    """The log-probs of TOKENS after the prompt as it is shown; parsed, and so checked against the expected ids."""
+    """Return the log-probs of TOKENS after the shown prompt; parsing checks the expected ids."""
     body = wire.scoring_body(endpoint.model, shown, TOKENS)
     async with httpx.AsyncClient() as http:
         headers = endpoint.headers | {wire.REQUEST_ID: "r", "content-type": "application/json"}
@@ -220,7 +220,7 @@ def test_the_tokens_of_a_budget_are_those_of_the_processor_for_any_size(encoder,
 
 
 def asked(encoder, shown):
-    """The words that a teacher reads."""
+    """Return the text that a teacher reads."""
     return encoder.tokenizer.decode(shown.ids)
 
 
@@ -280,7 +280,7 @@ def test_a_row_that_lacks_what_a_view_shows_is_named(encoder, view, row, message
 
 
 def test_a_row_whose_pixels_cannot_be_redrawn_is_named(encoder, monkeypatch):
-    monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", True)  # as lmms-eval's import does
+    monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", True)  # importing lmms-eval sets this
     torn = encoder.encode(prompt((write(300, 300)[:-200],)))  # the header is whole
     with pytest.raises(ViewError, match=r"^p/0: "):
         encode_view(encoder, torn, VIEWS["small"])
@@ -326,7 +326,7 @@ def test_the_built_in_views_are_well_formed_and_only_some_see_the_image():
 
 
 def hf_logprobs(model, teacher, shown):
-    """What transformers gives to TOKENS after the prompt as it is shown."""
+    """Return transformers' log-probs of TOKENS after the shown prompt."""
     ids = torch.tensor([[*shown.expanded, *TOKENS]])
     pixels = {}
     if shown.grids:
@@ -357,4 +357,4 @@ def test_a_real_server_scores_the_students_tokens_under_every_view(encoder, tmp_
         assert list(scores[name]) == pytest.approx(hf_logprobs(model, teacher, one), abs=1e-4), name
     assert (
         len({scores["multiple", view] for view in VIEWS}) == len(VIEWS) - 1
-    )  # "small" leaves an image of 64 x 32 as it is
+    )  # "small" does not change an image of 64 x 32

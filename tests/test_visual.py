@@ -1,4 +1,4 @@
-"""Visual advantage: what the image does for each token, as a token weight, a metric and a row of the heatmap."""
+"""Visual advantage: the image's effect on each token, as a token weight, a metric and a row of the heatmap."""
 
 import math
 from pathlib import Path
@@ -37,7 +37,7 @@ def test_weights_by_hand():
 
 @st.composite
 def steps(draw):
-    """(weight [M], advantage [M], response [M], which responses were scored without the image)."""
+    """Draw (weight [M], advantage [M], response [M], responses that were scored without the image)."""
     lengths = draw(st.lists(st.integers(0, 6), min_size=1, max_size=6))
     asked = draw(st.lists(st.booleans(), min_size=len(lengths), max_size=len(lengths)))
     response = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
@@ -96,7 +96,7 @@ def test_bad_input_is_named():
 
 
 def sample(group, seeing, blind=None, weight=1.0, student=None):
-    """A right response to prompt `group`; `seeing` and `blind` are log-probs, or the cause of their absence."""
+    """Return a right response to prompt `group`; `seeing` and `blind` are log-probs, or the cause of their absence."""
 
     def score(logprobs):
         return Absent("t", logprobs) if isinstance(logprobs, str) else Score("t", tuple(logprobs), weight)
@@ -128,7 +128,7 @@ def test_the_weights_of_a_step_follow_the_image_only_where_it_was_asked_and_only
     assert got[3:7] == pytest.approx([1 / 8] * 4)
     assert got[7:] == pytest.approx(
         [1 / 4 / (2 + 2 * CAP), (1 + 2 * CAP) / 4 / (2 + 2 * CAP), 0.0]
-    )  # a clipped token stays out
+    )  # a clipped token is left out
     [[*items]] = minibatches(strong, prompts("a", "b"), 1)
     assert torch.cat([item.weight for item in items]).tolist() == pytest.approx(got)
 

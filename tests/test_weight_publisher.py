@@ -1,5 +1,5 @@
-"""What ends a weight sync, and what it starts over from: an engine that lies, and one that is lost among
-several.
+"""Failures of a weight sync that end it, and failures that repeat it: an engine that lies, and one of several that is
+lost.
 """
 
 import asyncio
@@ -27,7 +27,7 @@ from mmopd.train.weight_publisher import RECOVERIES, WeightPublisher
 
 
 class Link:
-    """Of engines that take weights, and the last of which is started again `deaths` times on the way."""
+    """A link to engines that take weights; the last engine restarts `deaths` times during a send."""
 
     def __init__(self, engines: int, deaths: int = 0) -> None:
         self.held, self.deaths, self.sent = [FRESH] * engines, deaths, list[bool]()
@@ -44,11 +44,11 @@ class Link:
         return self.held
 
     def forget(self) -> None:
-        """It knows nothing."""
+        """Do nothing: this link keeps no state."""
 
 
 async def hand_over(encoder: Encoder, link: Link, *, off: float = 0.0) -> float:
-    """The gap that the probe has found between engines and a trainer whose log-probs differ from theirs by `off`."""
+    """Return the gap that the probe finds between engines and a trainer whose log-probs differ from theirs by `off`."""
     ranks = distributed.start(60)
     prompt = encoder.encode(Prompt("sums/0", "text_math", "text", ({"role": "user", "content": "1+8="},), (), "9"))
     item = Item.to_score(prompt, (40, 41, 42))

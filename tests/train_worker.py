@@ -1,7 +1,7 @@
 """A training rank for tests: `python train_worker.py MODEL OUT JOB`, with RANK etc. in the environment; rank 0 writes
 OUT/JOB.pt.
 
-Also what both sides share: the items, and a launcher.
+It also holds what the tests and the rank share: the items, and a launcher.
 """
 
 import os
@@ -53,8 +53,8 @@ TRAIN = Train(
 
 
 def make_items(encoder: Encoder, kinds: str, seed: int) -> list[Item]:
-    """One item per letter: `t` is a text prompt, `i` an image prompt; two responses of uneven length for each capital
-    letter.
+    """Return one item per letter: `t` is a text prompt, `i` an image prompt; a capital letter gives two responses of
+    uneven length.
     """
     random = torch.Generator().manual_seed(seed)
     items = []
@@ -79,7 +79,7 @@ def make_items(encoder: Encoder, kinds: str, seed: int) -> list[Item]:
     return items
 
 
-BATCHES = ["TitIIt", "t", "iTtI", "IIi"]  # the second leaves one rank of two with a dummy micro-batch
+BATCHES = ["TitIIt", "t", "iTtI", "IIi"]  # the second gives one rank of two a dummy micro-batch
 
 
 def main(model: Path, out: Path, job: str) -> None:
@@ -95,7 +95,7 @@ def main(model: Path, out: Path, job: str) -> None:
 
 
 def straight(trainer: Trainer, encoder: Encoder, out: Path) -> dict[str, Any]:
-    """Log-probs before, four updates with a checkpoint after the second, export, log-probs after."""
+    """Compute log-probs, make four updates with a checkpoint after the second, export, and compute log-probs again."""
     before = trainer.logprobs(make_items(encoder, "TiI", 7))
     names = [name for name, _ in trainer.named_weights(1 << 16)]
     checkpoints = Checkpoints(out / "checkpoints", keep=2)
@@ -124,8 +124,8 @@ OTHERS: dict[str, dict[str, Any]] = {
 
 
 def others(trainer: Trainer, encoder: Encoder) -> dict[str, dict[str, Any]]:
-    """The first update once more, by trainers with other settings: its statistics, its gradient, and how often a layer
-    ran for it.
+    """Repeat the first update by trainers with other settings. Returns its statistics, its gradient, and how often a
+    layer ran for it.
     """
     found = {}
     for name, settings in OTHERS.items():
@@ -140,14 +140,14 @@ def others(trainer: Trainer, encoder: Encoder) -> dict[str, dict[str, Any]]:
 
 
 def gradient(trainer: Trainer) -> torch.Tensor:
-    """What AdamW was given in its first step, this rank's and then the others' shards, in float32."""
+    """Return the gradient that AdamW got in its first step, this rank's shard and then the others', in float32."""
     moments = [s["exp_avg"].flatten() for s in trainer.engine.optimizer.optimizer.state.values()]
     return torch.cat(trainer.ranks.gather_objects(torch.cat(moments))) / (1 - trainer.settings.betas[0])
 
 
 def learned(trainer: Trainer, encoder: Encoder, out: Path) -> dict[str, Any]:
-    """A step of the loop with recomputed log-probs and two minibatches; what the trainer says of each just before its
-    update.
+    """Run a step of the loop with recomputed log-probs and two minibatches. Returns the log-probs of the trainer just
+    before each update.
     """
     overrides = [
         "train.old_logprobs=recompute",
@@ -174,7 +174,7 @@ def learned(trainer: Trainer, encoder: Encoder, out: Path) -> dict[str, Any]:
 
 
 def as_sample(item: Item, group: int, k: int) -> Sample:
-    """The item as a rollout of an engine that is a little off, right every other time."""
+    """Return the item as a rollout of a slightly different engine, right every other time."""
     old = item.old.tolist()
     score = Score("t", tuple(x + a for x, a in zip(old, item.advantage.tolist(), strict=True)))
     return Sample(
@@ -186,7 +186,7 @@ def as_sample(item: Item, group: int, k: int) -> Sample:
 
 
 def fine(trainer: Trainer, encoder: Encoder) -> dict[str, Any]:
-    """Eight updates in bfloat16 that are each too small for it, and one that is not finite."""
+    """Make eight updates in bfloat16 that are each too small for it, and one that is not finite."""
     settings = TRAIN.model_copy(update={"dtype": "bfloat16", "lr": 1e-5, "warmup": 0, "weight_decay": 0.0})
     other = Trainer(trainer.source, encoder, settings, Algorithm(), trainer.ranks)
     optimizer, items = other.engine.optimizer, make_items(encoder, "t", 1)
@@ -206,8 +206,8 @@ def fine(trainer: Trainer, encoder: Encoder) -> dict[str, Any]:
 
 
 def resumed(trainer: Trainer, encoder: Encoder, out: Path) -> dict[str, Any]:
-    """What goes wrong with broken checkpoints; then the whole one, and its two remaining updates, each after two that
-    are skipped.
+    """Record the errors of broken checkpoints; then load the whole one and make its two remaining updates, each after
+    two skipped ones.
     """
     checkpoints = Checkpoints(out / "checkpoints", keep=2)
     path = checkpoints.latest()
@@ -239,7 +239,7 @@ def resumed(trainer: Trainer, encoder: Encoder, out: Path) -> dict[str, Any]:
 
 
 def resized(trainer: Trainer, encoder: Encoder, out: Path) -> dict[str, Any]:
-    """One more update from the newest checkpoint, whatever number of ranks it is of; and a checkpoint of it."""
+    """Make one more update from the newest checkpoint, from any number of ranks, and save a checkpoint of it."""
     checkpoints = Checkpoints(out / "checkpoints", keep=9)
     path = checkpoints.latest()
     assert path is not None
@@ -259,7 +259,7 @@ def resized(trainer: Trainer, encoder: Encoder, out: Path) -> dict[str, Any]:
 
 
 def guarded(trainer: Trainer, encoder: Encoder, out: Path) -> dict[str, Any]:
-    """Steps with an advantage that is infinite, a weight that is not a number, and whole ones, with the updater that skips, until
+    """Run steps with an infinite advantage, a weight that is NaN, and finite ones, with the updater that skips, until
     it stops.
     """
     updater = SkippingUpdater(RunFolder(out), trainer)
@@ -281,8 +281,8 @@ def guarded(trainer: Trainer, encoder: Encoder, out: Path) -> dict[str, Any]:
 
 
 def full(trainer: Trainer, encoder: Encoder, out: Path) -> dict[str, Any]:
-    """A checkpoint; then one that does not fit by what the disk says, and one that turns out not to fit while rank 1
-    writes it.
+    """Save a checkpoint; then one that the free space of the disk refuses, and one for which the disk fills while rank
+    1 writes.
     """
     checkpoints = Checkpoints(out / "checkpoints", keep=2)
     trainer.update(make_items(encoder, "t", 1))
@@ -300,7 +300,7 @@ def full(trainer: Trainer, encoder: Encoder, out: Path) -> dict[str, Any]:
 
 
 def hanging(trainer: Trainer, encoder: Encoder, out: Path) -> dict[str, Any]:
-    """Rank 1 hangs in the second micro-batch of an update."""
+    """Hang rank 1 in the second micro-batch of an update."""
     watchdog = Watchdog(trainer.ranks.rank, 20, out / f"rank{trainer.ranks.rank}.pulse")
     items = make_items(encoder, "TitIIt", 0)
     trainer.update(items)
@@ -328,11 +328,11 @@ JOBS: dict[str, Callable[[Trainer, Encoder, Path], dict[str, Any]]] = {
 }
 
 
-ENDS = {"full", "hanging"}  # with an error, on purpose
+ENDS = {"full", "hanging"}  # end with an error, on purpose
 
 
 def infinite(items: list[Item]) -> list[Item]:
-    """The same with one advantage that is not finite."""
+    """Return the items with one advantage that is not finite."""
     advantage = items[0].advantage.clone()
     advantage[1] = torch.inf
     return [replace(items[0], advantage=advantage), *items[1:]]
@@ -340,7 +340,7 @@ def infinite(items: list[Item]) -> list[Item]:
 
 @contextmanager
 def infinite_gradient(trainer: Trainer) -> Iterator[None]:
-    """The loss stays finite, and what comes back from it does not."""
+    """Keep the loss finite, and make its gradient infinite."""
 
     def spoil(module: Any, args: Any, output: torch.Tensor) -> None:
         output.register_hook(lambda gradient: gradient * torch.inf)
@@ -351,7 +351,7 @@ def infinite_gradient(trainer: Trainer) -> Iterator[None]:
 
 
 def spoil(trainer: Trainer) -> None:
-    """One number of one weight is not a number any more."""
+    """Set one element of one parameter to NaN."""
     weight = trainer.student.model.language_model.layers[0].mlp.down_proj.weight
     with deepspeed.zero.GatheredParameters([weight], modifier_rank=0):
         if trainer.ranks.rank == 0:
@@ -367,7 +367,7 @@ def _refusal(act: Callable[[], object]) -> str:
 
 
 def launch(model: Path, out: Path, job: str, size: int, port: int) -> dict[str, Any]:
-    """Run a job on `size` ranks; returns what rank 0 found, or how all ended where that is not well."""
+    """Run a job on `size` ranks. Returns what rank 0 found, or how all ranks ended if one failed."""
     out.mkdir(parents=True, exist_ok=True)
     shared = {
         "WORLD_SIZE": str(size),

@@ -1,5 +1,5 @@
-"""How long a test waits for other processes: while they write, and a busy machine is no failure; one generous limit
-ends what hangs.
+"""Waiting for other processes: a test waits while they write, so a busy machine is no failure; one generous limit ends
+a hang.
 """
 
 import subprocess
@@ -17,9 +17,9 @@ def wait_for(happened: Callable[[], object], folders: Sequence[Path] = (), every
     """Return once something has happened.
 
     Args:
-        happened: whether it has.
-        folders: where those that it depends on write their logs and metrics.
-        every: seconds between two looks.
+        happened: returns True when it has.
+        folders: contain the logs and metrics of the processes that it depends on.
+        every: seconds between two checks.
     """
     began = since = time.monotonic()
     written = written_in(folders)
@@ -35,16 +35,16 @@ def wait_for(happened: Callable[[], object], folders: Sequence[Path] = (), every
 def wait_for_exit(
     processes: Iterable["subprocess.Popen[str] | subprocess.Popen[bytes]"], folders: Sequence[Path] = ()
 ) -> list[int]:
-    """The exit statuses of processes, when all have ended."""
+    """Return the exit statuses of processes, when all have ended."""
     running = list(processes)
     wait_for(lambda: all(process.poll() is not None for process in running), folders)
     return [process.returncode for process in running]
 
 
 def written_in(folders: Sequence[Path]) -> int:
-    """Bytes in all logs and metrics below folders."""
+    """Return the number of bytes in all logs and metrics below folders."""
     total = 0
     for file in (file for folder in folders for kind in ("*.log", "*.jsonl") for file in folder.rglob(kind)):
-        with suppress(FileNotFoundError):  # removed since it was listed
+        with suppress(FileNotFoundError):  # removed after it was listed
             total += file.stat().st_size
     return total
