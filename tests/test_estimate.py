@@ -388,7 +388,7 @@ def test_rollouts_for_which_an_engine_has_no_time_are_refused(workspace: Path) -
     rolled = next(time.seconds for time in plan("cross_modal_4b").times if time.what == "rollout")
     [refusal] = plan("cross_modal_4b", f"train.timeout={int(rolled) - 1}").refusals
     assert refusal.startswith(
-        f"rollouts take {rolled:,.0f} s by this estimate, and train.timeout = {int(rolled) - 1:,} s"
+        f"rollouts take {rolled:,.0f} s by this estimate, but train.timeout = {int(rolled) - 1:,} s"
     )
 
 
@@ -429,7 +429,7 @@ def test_the_largest_sample_of_a_shipped_recipe_fits_its_contexts(name: str, wor
 @pytest.mark.parametrize(
     ("overrides", "machines", "message"),
     [
-        (["train.ranks=9"], Machines(H100), "train.ranks is 9, and there are 1 x 8 GPUs: 1 too many"),
+        (["train.ranks=9"], Machines(H100), "train.ranks is 9, but there are only 1 x 8 GPUs: 1 too many"),
         (["train.ranks=1"], Machines(H100), "than 79.6 GiB; raise train.ranks (now 1), or set train.offload=true"),
         (["train.gradient_checkpointing=false"], Machines(H100), "set train.gradient_checkpointing=true"),
         (["train.micro_tokens=200000"], Machines(H100), "lower train.micro_tokens (now 200,000)"),

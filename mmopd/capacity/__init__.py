@@ -1,1 +1,1 @@
-"""What a run needs on given machines: memory of each role, seconds of a step (`mmopd plan`)."""
+"""Needs of a run on given machines: memory of each role, seconds of a step (`mmopd plan`)."""

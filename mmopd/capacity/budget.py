@@ -1,4 +1,4 @@
-"""A recipe on given GPUs: what runs on which of them, and what does not fit. `mmopd plan` prints it."""
+"""Budget of a recipe on given GPUs, printed by `mmopd plan`: which process runs on which GPU, and what does not fit."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -21,15 +21,15 @@ from mmopd.teacher.router import find_teachers, load_teachers, references, route
 
 
 class Role(NamedTuple):
-    """What runs on one GPU or several, the same on each."""
+    """A process on one GPU or on several, the same on each."""
 
     title: str
     parts: list[Part]
     peak: float
     where: list[tuple[int, int]]  # (node, GPU)
     way_out: str
-    idle: float  # what it keeps of its peak while the student's engine samples
-    sleeps: bool = False  # while the trainer learns
+    idle: float  # the part of its peak that stays in use while the student's engine samples
+    sleeps: bool = False  # true if it sleeps while the trainer learns
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,25 +37,27 @@ class Machines:
     """Nodes of the same kind."""
 
     gpu: Gpu
-    gpus: int = 8  # of a node
+    gpus: int = 8  # GPUs of a node
     nodes: int = 1
 
 
 @dataclass(frozen=True, slots=True)
 class Budget:
-    """What `mmopd plan` prints."""
+    """Result of `mmopd plan`."""
 
     machines: Machines
     roles: list[Role]
     times: list[Time]
     steps: int
-    ahead: bool  # rollouts run beside the update of the step before
-    elsewhere: list[str]  # teachers that take no GPU here
+    ahead: bool  # rollouts run in parallel with the update of the previous step
+    elsewhere: list[str]  # teachers that use no GPU of these machines
     refusals: list[str]
 
     @property
     def step(self) -> float:
-        """Seconds: teachers score while the student samples; the update comes behind them, or beside them; then the
+        """Seconds of a step.
+
+        Teachers score while the student samples. The update runs after that, or in parallel with it (`ahead`). Then the
         weights are sent.
         """
         seconds = {time.what: time.seconds for time in self.times}
@@ -65,20 +67,20 @@ class Budget:
 
 
 def budget(recipe: Recipe, machines: Machines, *, response: int | None = None, elsewhere: bool = False) -> Budget:
-    """Estimate a recipe.
+    """Estimate the memory and the time of a recipe.
 
     Args:
-        response: mean tokens of a response; half of rollout.max_tokens if not given.
-        elsewhere: the teachers run on other machines, by `mmopd serve`.
+        recipe: the recipe.
+        machines: the machines to run on.
+        response: mean tokens of a response; default: half of rollout.max_tokens.
+        elsewhere: true if the teachers run on other machines, started by `mmopd serve`.
 
     Raises:
         UserError: a file or a config.json is missing or wrong, or the recipe trains nothing.
     """
     objective = recipe.algorithm.objective
     if not objective.trains:
-        raise ConfigError(
-            f"algorithm.objective: {objective.kind} merges weights on the CPU, so that there is nothing to plan"
-        )
+        raise ConfigError(f"algorithm.objective: {objective.kind} merges weights on the CPU; there is nothing to plan")
     whole = load_teachers(recipe.fleet, objective)
     mixture = catalog.load_mixture(recipe.mixture)
     tasks = load_tasks()
@@ -112,7 +114,9 @@ def budget(recipe: Recipe, machines: Machines, *, response: int | None = None, e
 
 
 def largest(recipe: Recipe, mixture: Mixture, tasks: Mapping[str, Task], servers: Sequence[Served]) -> Load:
-    """The largest sample that the mixture's limits admit, or else the contexts of the servers, the student's first.
+    """Return the largest sample that the limits of the mixture allow.
+
+    A source without a limit uses the contexts of the servers.
 
     Raises:
         UserError: a source has an unknown task.
@@ -149,7 +153,7 @@ def _servers(recipe: Recipe, fleet: Fleet, student: Model, gpus: int, elsewhere:
 
 
 def _teachers(spec: ServerSpec) -> tuple[str, ...]:
-    """Whose endpoints, TEACHER.NUMBER, a server has."""
+    """Return the teachers that have an endpoint (TEACHER.NUMBER) on a server."""
     return tuple(name.rpartition(".")[0] for name in spec.served)
 
 
@@ -198,16 +202,20 @@ def _server(server: Served, gpu: Gpu) -> Role:
 
 
 def _too_many(recipe: Recipe, machines: Machines, slots: Sequence[int]) -> list[str]:
-    """More ranks than GPUs."""
+    """Return a message if there are more ranks than GPUs."""
     over = max(slots) - machines.gpus
     has = f"{machines.nodes} x {machines.gpus} GPUs"
     return [
-        f"train.ranks is {recipe.train.ranks}, and there are {has}: {over} too many; lower train.ranks, or add nodes"
+        f"train.ranks is {recipe.train.ranks}, but there are only {has}: {over} too many; lower train.ranks or add "
+        "nodes"
     ] * (over > 0)
 
 
 def _too_long(recipe: Recipe, servers: Sequence[Served], load: Load) -> list[str]:
-    """Contexts in which the longest prompt and response do not fit; a teacher needs room for one token more."""
+    """Return messages for contexts that are too short for the longest prompt and response.
+
+    A teacher needs room for one more token.
+    """
     found = []
     for server in servers:
         need = max(1, load.prompt) + load.response + server.scores
@@ -215,14 +223,14 @@ def _too_long(recipe: Recipe, servers: Sequence[Served], load: Load) -> list[str
         if need > has:
             found.append(
                 f"{server.name}: a prompt of {load.prompt:,} and a response of {load.response:,} tokens need "
-                f"{need:,}, and "
-                f"max_model_len is {has:,}: {need - has:,} short; raise it ({server.key}), or lower rollout.max_tokens"
+                f"{need:,} tokens, but max_model_len is {has:,}: {need - has:,} short; raise it ({server.key}), or "
+                "lower rollout.max_tokens"
             )
     return found
 
 
 def _too_small(servers: Sequence[Served], gpu: Gpu) -> list[str]:
-    """Servers that vLLM would not start: heads that do not split, or no room for one sequence."""
+    """Return messages for servers that vLLM would not start: heads that do not split, or no room for one sequence."""
     found = []
     for server in servers:
         engine = server.engine
@@ -243,15 +251,15 @@ def _too_small(servers: Sequence[Served], gpu: Gpu) -> list[str]:
 
 
 def _too_slow(recipe: Recipe, times: Sequence[Time]) -> list[str]:
-    """Rollouts for which an engine is not given the time."""
+    """Return a message if an engine does not have enough time for the rollouts."""
     rollout = next(time.seconds for time in times if time.what == "rollout")
-    limit = f"train.timeout = {recipe.train.timeout:,} s is all that an engine has for its answers: "
+    limit = f"train.timeout = {recipe.train.timeout:,} s is the limit for an engine's answers: "
     limit += "raise it, or student.replicas"
-    return [f"rollouts take {rollout:,.0f} s by this estimate, and {limit}"] * (rollout > recipe.train.timeout)
+    return [f"rollouts take {rollout:,.0f} s by this estimate, but {limit}"] * (rollout > recipe.train.timeout)
 
 
 def _overfull(roles: Sequence[Role], machines: Machines) -> list[str]:
-    """GPUs on which more is to be than they hold; one message for the same set of roles."""
+    """Return messages for GPUs that need more memory than they have; one message for the same set of roles."""
     found: dict[str, None] = {}
     memory = machines.gpu.memory * GIB
     for node, gpu in sorted({at for role in roles for at in role.where}):
@@ -270,7 +278,7 @@ def _overfull(roles: Sequence[Role], machines: Machines) -> list[str]:
 
 
 def _shares(fleet: Fleet, before: Fleet | None, mixture: Mixture, tasks: Mapping[str, Task]) -> dict[str, Share]:
-    """Teacher -> share of the responses that it scores."""
+    """Return the shares of the responses that each teacher scores."""
     total = sum(source.weight for source in mixture.sources.values()) or 1.0
     shares = dict.fromkeys(fleet.teachers, Share(0.0, 0.0))
     for one in (fleet, before):

@@ -1,10 +1,8 @@
-"""What a recipe needs of GPUs: memory by role and a step's time, by arithmetic. Nothing in here has been measured on a
-GPU.
+"""GPU memory that a recipe needs, by role, computed from the configurations. Not measured on a GPU.
 
-What is exact: the numbers of a model (`sizes`), the state of ZeRO-3, the bytes of a KV cache. What is a bound:
-    activations, buffers, the
-full log-probs of a teacher. What is assumed is a constant with a name, and `mmopd plan` prints it. Bytes unless said
-otherwise.
+Exact: the parameters of a model (`model_size`), the state of ZeRO-3, the bytes of a KV cache. Upper bounds:
+activations, buffers, the full log-probs of a teacher. Each assumption is a named constant, and `mmopd plan` prints it.
+All values are bytes unless another unit is named.
 """
 
 import itertools
@@ -20,19 +18,19 @@ from mmopd.settings_file import suggest
 from mmopd.train.limits import GPU_CHUNK, KEYS, RESIDENT, ROWS
 
 GIB = 1 << 30
-WIDTH = {"float32": 4, "bfloat16": 2, "float16": 2, "auto": 2}  # bytes of a number; published weights are bfloat16
+WIDTH = {"float32": 4, "bfloat16": 2, "float16": 2, "auto": 2}  # bytes of a value; published weights are bfloat16
 
-# Of DeepSpeed's defaults, which `train.engine` leaves as they are; numbers, not bytes.
+# Defaults of DeepSpeed, which `train.engine` does not change; parameters, not bytes.
 REDUCE_BUCKET = 500_000_000
 MAX_LIVE = 1_000_000_000
 SUB_GROUP = 1_000_000_000
-HEAD_ROWS = 2048  # of Liger's head: rows whose tile of logits exists at once
+HEAD_ROWS = 2048  # rows of Liger's head whose tile of logits exists at the same time
 
-# Assumed.
+# Assumptions.
 TRAINER_OWN = 3 * GIB  # CUDA context, NCCL, fragments
 ENGINE_OWN = 1 * GIB  # CUDA context, NCCL
-GRAPHS = 1 * GIB  # CUDA graphs, unless enforce_eager
-IMAGE_TOKENS = 16384  # of one image, at most, as Qwen-VL's processors come
+GRAPHS = 1 * GIB  # CUDA graphs, without enforce_eager
+IMAGE_TOKENS = 16384  # largest number of tokens of one image, with the defaults of Qwen-VL's processors
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +44,7 @@ class Gpu:
 
     @property
     def batched_tokens(self) -> int:
-        """vLLM 0.32's own limit of tokens in one pass of a server on it."""
+        """Default limit of vLLM 0.32 for the tokens in one pass of a server on this GPU."""
         if self.memory >= 160:
             return 16384
         return 8192 if self.memory >= 70 and "A100" not in self.name else 2048
@@ -68,15 +66,15 @@ GPUS = {
 def find_gpu(
     name: str, memory: float | None = None, tflops: float | None = None, bandwidth: float | None = None
 ) -> Gpu:
-    """A known GPU by its name, or another one by its three numbers.
+    """Return a known GPU by its name, or another GPU by its three values.
 
     Raises:
-        UserError: the name is unknown, or only some of the numbers are given.
+        UserError: the name is unknown, or only some of the values are given.
     """
     given = (memory, tflops, bandwidth)
     if any(number is not None for number in given):
         if memory is None or tflops is None or bandwidth is None:
-            raise UserError("another GPU is described by --gpu-memory, --tflops and --bandwidth together")
+            raise UserError("a GPU that is not in the list needs --gpu-memory, --tflops and --bandwidth together")
         return Gpu("GPU", memory, tflops, bandwidth)
     if name not in GPUS:
         raise UserError(f"--gpu {name}: not known{suggest(name, GPUS)}; or give --gpu-memory, --tflops and --bandwidth")
@@ -84,7 +82,7 @@ def find_gpu(
 
 
 class Part(NamedTuple):
-    """Memory of one thing on one GPU."""
+    """Memory of one item on one GPU."""
 
     what: str
     size: float
@@ -92,7 +90,7 @@ class Part(NamedTuple):
 
 
 class Load(NamedTuple):
-    """The largest sample of a recipe."""
+    """Largest sample of a recipe."""
 
     prompt: int  # tokens, images included
     response: int
@@ -101,36 +99,39 @@ class Load(NamedTuple):
 
     @property
     def tokens(self) -> int:
-        """Of prompt and response."""
+        """Tokens of prompt and response."""
         return self.prompt + self.response
 
 
 def zero_state(model: Model, train: Train, ranks: int) -> dict[str, int]:
-    """What ZeRO-3 keeps on each rank between steps: weights, small weights that stay whole, gradients, optimiser;
-    pieces are rounded up.
+    """Return what ZeRO-3 keeps on each rank between steps: weights, small weights that stay gathered, gradients,
+    optimiser.
+
+    Shards are rounded up.
     """
     width = WIDTH[train.dtype]
     shard = sum(-(-weight.numbers // ranks) for weight in model.weights)
     trained = sum(-(-weight.numbers // ranks) for weight in model.weights if weight.trained)
+    # Two moments and the weights in float32, even if the weights are in float32 already.
     return {
         "weights": width * shard,
         "small weights": width * sum(weight.numbers for weight in model.weights if weight.numbers <= RESIDENT),
         "gradients": width * trained,
-        "optimiser": 12
-        * trained,  # two moments and the weights in float32, also beside weights that are float32 already
+        "optimiser": 12 * trained,
     }
 
 
 def offloaded(state: Mapping[str, int], train: Train) -> int:
-    """Host memory of a rank with train.offload: its state, and the gradients once more, in float32, for DeepSpeed's
-    Adam on the CPU.
+    """Return the host memory of a rank with train.offload.
+
+    It holds the state of the rank, and the gradients again in float32 for DeepSpeed's Adam on the CPU.
     """
     whole = state["gradients"] * 4 // WIDTH[train.dtype]
     return state["weights"] + state["gradients"] + whole + state["optimiser"]
 
 
 def trainer(model: Model, recipe: Recipe, ranks: int, load: Load) -> list[Part]:
-    """Memory of one training rank. The last two parts are never there at the same time."""
+    """Return the memory of one training rank. The last two parts are freed before the optimiser's step."""
     train = recipe.train
     width = WIDTH[recipe.train.dtype]
     tokens = max(train.micro_tokens, load.tokens)
@@ -149,15 +150,17 @@ def trainer(model: Model, recipe: Recipe, ranks: int, load: Load) -> list[Part]:
             Part(
                 "host memory",
                 0,
-                f"{offloaded(state, train) / GIB:.1f} GiB at least of the machine's own, for each rank",
+                f"{offloaded(state, train) / GIB:.1f} GiB of the machine's memory for each rank, at least",
             )
         )
-    parts.append(Part("gathered weights", width * live, "DeepSpeed's limit of 1e9 live numbers and the largest weight"))
+    parts.append(
+        Part("gathered weights", width * live, "DeepSpeed's limit of 1e9 live parameters, and the largest weight")
+    )
     parts.append(
         Part(
             "gradients in flight",
             width * (REDUCE_BUCKET + largest),
-            "reduce bucket of 5e8 numbers and the largest gradient",
+            "reduce bucket of 5e8 values, and the largest gradient",
         )
     )
     parts.append(Part("CUDA, NCCL, fragments", TRAINER_OWN, "assumed"))
@@ -172,8 +175,9 @@ def trainer(model: Model, recipe: Recipe, ranks: int, load: Load) -> list[Part]:
 
 
 def step_memory(model: Model, train: Train, ranks: int) -> float:
-    """What the optimiser's step needs beside the state, when activations are gone: gradient and denominator of a
-    sub-group in float32.
+    """Return the memory of the optimiser's step in addition to the state, after the activations are freed.
+
+    It holds gradient and denominator of a sub-group in float32.
     """
     trained = sum(-(-weight.numbers // ranks) for weight in model.weights if weight.trained)
     return (
@@ -184,34 +188,39 @@ def step_memory(model: Model, train: Train, ranks: int) -> float:
 
 
 def peak(parts: Sequence[Part], step: float) -> float:
-    """Of a training rank: everything but activations and head is always there; then those, or the optimiser's step."""
+    """Return the peak of a training rank.
+
+    All parts but activations and head always exist; in addition either those two exist, or the memory of the
+    optimiser's step.
+    """
     *always, passing, last = (part.size for part in parts)
     return sum(always) + max(passing + last, step)
 
 
 def layer(model: Model, width: int) -> tuple[float, float]:
-    """Bytes that autograd keeps of one layer: for a token of the language model, for a patch of the tower; with flash
-    attention.
+    """Return the bytes that autograd keeps of one layer: for a token of the language model, for a patch of the tower.
+
+    Flash attention is assumed.
     """
     text = model.text
     tower = model.vision
-    norms = (4 + width) * (
-        2 * text.hidden + text.query + text.key
-    )  # each keeps its input in float32, and what it multiplies
+    # Each norm keeps its input in float32, and the factor that it multiplies.
+    norms = (4 + width) * (2 * text.hidden + text.query + text.key)
     token = norms + width * (2 * text.query + 2 * text.key + 2 * text.hidden + 4 * text.intermediate)
     return token, width * (11 * tower.hidden + 2 * tower.intermediate) if tower else 0.0
 
 
 def activations(model: Model, train: Train, tokens: int, patches: int) -> float:
-    """Of forward and backward pass over a micro-batch, the head apart; at most, where short responses share long
-    prompts (`tree.KEYS`).
+    """Return the memory of forward and backward pass over a micro-batch, without the head.
+
+    It is an upper bound for short responses that share long prompts (`limits.KEYS`).
     """
     width = WIDTH[train.dtype]
     text = model.text
     tower = model.vision
     token, patch = layer(model, width)
     token += width * 2 * text.key * (KEYS - 1)
-    flowing = width * tokens * (4 * text.intermediate + 4 * text.hidden)  # gradients inside the layer that is at work
+    flowing = width * tokens * (4 * text.intermediate + 4 * text.hidden)  # gradients inside the current layer
     handed = width * text.hidden * (patches / tower.merge) * tower.levels if tower else 0.0
     if not train.gradient_checkpointing:
         return text.layers * tokens * token + (tower.depth * patches * patch if tower else 0) + handed + flowing
@@ -220,8 +229,10 @@ def activations(model: Model, train: Train, tokens: int, patches: int) -> float:
 
 
 def head(model: Model, recipe: Recipe, tokens: int) -> float:
-    """Of the log-prob head: V x H and T x H gradients in float32 and again in the model's width, and the logits that
-    exist at once.
+    """Return the memory of the log-prob head.
+
+    It holds V x H and T x H gradients in float32 and again in the model's dtype, and the logits that exist at the same
+    time.
     """
     text = model.text
     width = WIDTH[recipe.train.dtype]
@@ -237,24 +248,30 @@ def head(model: Model, recipe: Recipe, tokens: int) -> float:
 
 
 def kv_bytes(model: Model, engine: Engine) -> int:
-    """Of one token in the KV cache on each GPU of an engine; a head that cannot be split is on several."""
+    """Return the bytes of one token in the KV cache on each GPU of an engine; a head that cannot be split is on
+    several.
+    """
     text = model.text
     return 2 * text.caching * max(1, text.kv_heads // engine.tensor_parallel) * text.head_size * WIDTH[engine.dtype]
 
 
 def batched_tokens(engine: Engine, gpu: Gpu) -> int:
-    """Tokens in one pass of an engine: its own `--max-num-batched-tokens`, or vLLM's default."""
+    """Return the tokens in one pass of an engine: its own `--max-num-batched-tokens`, or vLLM's default."""
     flags = [part for argument in engine.extra_args for part in argument.split("=", 1)]
     given = [value for flag, value in itertools.pairwise(flags) if flag == "--max-num-batched-tokens"]
     return int(given[-1]) if given and given[-1].isdecimal() else gpu.batched_tokens
 
 
 def server(model: Model, engine: Engine, gpu: Gpu, *, scores: bool) -> list[Part]:
-    """Memory of a vLLM server on each of its GPUs. The KV cache takes what its share leaves, unless engine.kv_cache_mib
-    says how much.
+    """Return the memory of a vLLM server on each of its GPUs.
+
+    The KV cache takes the rest of `gpu_share`, unless engine.kv_cache_mib sets its size.
 
     Args:
-        scores: it is a teacher, whose full log-probs of a pass are not in what vLLM reserves for itself.
+        model: the model.
+        engine: its engine settings.
+        gpu: kind of GPU.
+        scores: true for a teacher, whose full log-probs of a pass are not in the memory that vLLM reserves.
     """
     width = WIDTH[engine.dtype]
     split = engine.tensor_parallel
@@ -267,7 +284,7 @@ def server(model: Model, engine: Engine, gpu: Gpu, *, scores: bool) -> list[Part
         Part(
             "weights",
             width * model.numbers / split,
-            f"{model.numbers / 1e9:.2f} G numbers" + (f" / {split}" if split > 1 else ""),
+            f"{model.numbers / 1e9:.2f} G parameters" + (f" / {split}" if split > 1 else ""),
         ),
         Part("work of a pass", work, f"{at_once:,} tokens, logits of {engine.max_num_seqs} sequences"),
     ]
@@ -301,14 +318,15 @@ def server(model: Model, engine: Engine, gpu: Gpu, *, scores: bool) -> list[Part
 
 
 def kv_tokens(parts: Iterable[Part], per_token: int) -> int:
-    """Tokens that fit the KV cache of a server."""
+    """Return the tokens that fit into the KV cache of a server."""
     cache = next(part.size for part in parts if part.what == "KV cache")
     return int(cache // per_token) if per_token else 0
 
 
 def short_of_kv(model: Model, engine: Engine, gpu: Gpu) -> float:
-    """Bytes by which a KV cache is too small for one sequence of max_model_len, which vLLM refuses; negative if it is
-    not.
+    """Return the bytes by which a KV cache is too small for one sequence of max_model_len, which vLLM refuses.
+
+    The value is negative if the cache is large enough.
     """
     parts = server(model, engine, gpu, scores=False)
     left = engine.gpu_share * gpu.memory * GIB - sum(part.size for part in parts if part.what != "KV cache")
@@ -317,8 +335,9 @@ def short_of_kv(model: Model, engine: Engine, gpu: Gpu) -> float:
 
 
 def ranks_by_node(ranks: int, gpus: int, nodes: int) -> list[int]:
-    """Ranks of each node: the others are filled first, since the servers are on the first one, which has rank 0 at
-    least.
+    """Return the number of ranks on each node.
+
+    The servers run on the first node, which always has rank 0; the other nodes are filled first.
     """
     others = min(ranks - 1, gpus * (nodes - 1))
     rest = [min(gpus, max(0, others - gpus * node)) for node in range(nodes - 1)]
@@ -328,14 +347,14 @@ def ranks_by_node(ranks: int, gpus: int, nodes: int) -> list[int]:
 def _state_how(name: str, train: Train, ranks: int) -> str:
     width = WIDTH[train.dtype]
     each = {
-        "weights": f"{width} B a number / {ranks}",
-        "small weights": "norms and biases stay whole",
-        "gradients": f"{width} B a trained number / {ranks}",
+        "weights": f"{width} B per parameter / {ranks}",
+        "small weights": "norms and biases stay gathered",
+        "gradients": f"{width} B per trained parameter / {ranks}",
         "optimiser": f"float32 weights and two moments, 12 B / {ranks}",
     }
     return each[name]
 
 
 def ceil_gib(size: float) -> float:
-    """GiB, rounded up to a tenth: a shortage that is shown is never 0."""
+    """Return GiB, rounded up to a tenth, so that a shortage is never shown as 0."""
     return math.ceil(10 * size / GIB) / 10

@@ -1,5 +1,7 @@
-"""How large a model is, from its config.json alone: by arithmetic for the architectures of `shapes`, for others by
-building it on torch's meta device, where weights have shapes and no memory.
+"""Size of a model, from its config.json alone.
+
+Known architectures (`shapes`) are computed by arithmetic. Others are built on torch's meta device, where weights have
+shapes but no memory.
 """
 
 import json
@@ -13,12 +15,12 @@ from mmopd.config import Train
 from mmopd.errors import CheckpointError, UserError
 from mmopd.train.families import adapted_layers, part_of, unit
 
-MAX_BYTES = 1 << 20  # of a config.json
+MAX_BYTES = 1 << 20  # largest accepted config.json
 
 
 @dataclass(frozen=True, slots=True)
 class Weight:
-    """A weight of a model, by its full name; a tied head is the embedding, and counted once."""
+    """A weight of a model, by its full name; a tied head is the embedding and counts once."""
 
     name: str
     numbers: int
@@ -27,7 +29,7 @@ class Weight:
 
 @dataclass(frozen=True, slots=True)
 class Text:
-    """What the estimates need to know of a language model."""
+    """Facts about a language model for the estimates."""
 
     hidden: int
     layers: int
@@ -35,7 +37,7 @@ class Text:
     heads: int
     kv_heads: int
     head_size: int
-    intermediate: int  # of what a token passes through: all chosen experts together
+    intermediate: int  # width that a token passes through: all its experts together
     vocabulary: int
 
     @property
@@ -51,67 +53,68 @@ class Text:
 
 @dataclass(frozen=True, slots=True)
 class Vision:
-    """What the estimates need to know of a vision tower."""
+    """Facts about a vision tower for the estimates."""
 
     hidden: int
     depth: int
     intermediate: int
-    merge: int  # patches of a visual token: the square of the side
-    levels: int  # sets of visual tokens that it hands over: the last one, and those of deepstack
+    merge: int  # patches of a visual token: the square of the merge size
+    levels: int  # sets of visual tokens that it produces: the last one, and those of deepstack
 
 
 @dataclass(frozen=True, slots=True)
 class Model:
-    """A model without its numbers."""
+    """Shapes of a model, without its values."""
 
     folder: Path
     weights: tuple[Weight, ...]
     text: Text
     vision: Vision | None
-    active_experts: float  # share of the experts' weights that a token passes through; 1 without experts
+    active_experts: float  # share of the experts' weights that a token uses; 1 without experts
 
     @property
     def numbers(self) -> int:
-        """Of all weights."""
+        """Parameters of all weights."""
         return sum(weight.numbers for weight in self.weights)
 
     @property
     def sent(self) -> int:
-        """Numbers that the engine gets after an update: as `Trainer.named_weights` chooses them, adapters merged."""
+        """Parameters that the engine gets after an update, as `Trainer.named_weights` chooses them, with adapters
+        merged.
+        """
         own = {weight.name: weight.numbers for weight in self.weights if ".lora_" not in weight.name}
         units = {unit(_without_adapter(weight.name)) for weight in self.weights if weight.trained}
         return sum(numbers for name, numbers in own.items() if unit(_without_adapter(name)) in units)
 
     @property
     def tower(self) -> int:
-        """Numbers of the vision tower and its projector."""
+        """Parameters of the vision tower and its projector."""
         return sum(weight.numbers for weight in self.weights if ".visual." in f".{weight.name}")
 
     @property
     def embedding(self) -> int:
-        """Numbers of the input embedding where it is not the head too: they are looked up, and multiplied with
-        nothing.
-        """
+        """Parameters of the input embedding if it is not the head too: they are looked up, not multiplied."""
         tied = not any(weight.name == "lm_head.weight" for weight in self.weights)
         return 0 if tied else self.text.vocabulary * self.text.hidden
 
     @property
     def read(self) -> int:
-        """Numbers of the language model that a decoding step reads, if its sequences use all experts."""
+        """Parameters of the language model that a decoding step reads, if its sequences use all experts."""
         return self.numbers - self.tower - self.embedding
 
     @property
     def active(self) -> float:
-        """Numbers of the language model that a token is multiplied with."""
+        """Parameters of the language model that a token is multiplied with."""
         experts = sum(weight.numbers for weight in self.weights if ".experts." in weight.name)
         return self.read - experts * (1 - self.active_experts)
 
 
 def read_model(folder: Path, train: Train | None = None) -> Model:
-    """A model by the config.json in its folder.
+    """Return a model from the config.json in its folder.
 
     Args:
-        train: of the recipe, for a student: what is frozen, and its adapters.
+        folder: the folder.
+        train: `train` of the recipe, for a student: its frozen parts and adapters.
 
     Raises:
         UserError: there is no config.json, or no model can be built from it.
@@ -123,7 +126,7 @@ def read_model(folder: Path, train: Train | None = None) -> Model:
             f"hf download OWNER/{folder.name} config.json --local-dir {folder}"
         )
     if path.stat().st_size > MAX_BYTES:
-        raise CheckpointError(f"{path}: {path.stat().st_size:,} bytes are no configuration of a model")
+        raise CheckpointError(f"{path}: {path.stat().st_size:,} bytes are too many for the configuration of a model")
     try:
         config = json.loads(path.read_text())
         if not isinstance(config, dict):
@@ -137,13 +140,13 @@ def read_model(folder: Path, train: Train | None = None) -> Model:
 
 
 def _compute(folder: Path, config: dict[str, Any], train: Train | None) -> Model:
-    """A model of a known architecture."""
+    """Return a model of a known architecture."""
     found, text, vision = shapes.read(config)
     return Model(folder, tuple(_marked(found, train)), _text(text), _vision(vision), _share(text))
 
 
 def _marked(found: dict[str, shapes.Shape], train: Train | None) -> Iterator[Weight]:
-    """The weights, frozen as the trainer freezes them, with the adapters that it adds and the names that peft gives."""
+    """Yield the weights, frozen as in the trainer, with the trainer's adapters and the names that peft gives."""
     lora = train.lora if train else None
     linear = [name.removesuffix(".weight") for name, shape in found.items() if shape.linear]
     adapted = set(adapted_layers(linear, lora)) if lora else set()
@@ -162,7 +165,7 @@ def _marked(found: dict[str, shapes.Shape], train: Train | None) -> Iterator[Wei
 
 
 def build(folder: Path, train: Train | None = None) -> Model:
-    """Build a model of any architecture that transformers knows on torch's meta device; imports both."""
+    """Build a model of any architecture that transformers knows on torch's meta device; imports both packages."""
     import torch
     import transformers
 
@@ -177,7 +180,7 @@ def build(folder: Path, train: Train | None = None) -> Model:
 
 
 def _mark(built: Any, train: Train | None) -> None:
-    """Freeze what the trainer freezes, and add the adapters that it adds."""
+    """Freeze the parts that the trainer freezes, and add its adapters."""
     if train is None:
         return
     from mmopd.train.students import freeze
@@ -190,13 +193,13 @@ def _mark(built: Any, train: Train | None) -> None:
 
 
 def _share(text: Any) -> float:
-    """The share of the experts that a token passes through; 1 without experts."""
+    """Return the share of the experts that a token uses; 1 without experts."""
     experts = getattr(text, "num_experts", None)
     return float(text.num_experts_per_tok / experts) if experts else 1.0
 
 
 def _without_adapter(name: str) -> str:
-    """`q_proj.weight` for peft's `q_proj.base_layer.weight` and `q_proj.lora_A.default.weight`."""
+    """Return `q_proj.weight` for peft's `q_proj.base_layer.weight` and `q_proj.lora_A.default.weight`."""
     layer, adapter, _ = name.partition(".lora_")
     return f"{layer}.weight" if adapter else name.replace(".base_layer.", ".")
 

@@ -91,14 +91,14 @@ QWEN2_5_VISION = VISION | {"depth": 32, "hidden_size": 3584, "intermediate_size"
 
 
 class Shape(NamedTuple):
-    """The shape of a parameter."""
+    """Shape of a parameter."""
 
     size: tuple[int, ...]
-    linear: bool = False  # the weight of a linear layer [out, in], which may get an adapter
+    linear: bool = False  # true for the weight of a linear layer [out, in], which may get an adapter
 
     @property
     def numbers(self) -> int:
-        """How many numbers the parameter has."""
+        """Number of values of the parameter."""
         return math.prod(self.size)
 
 
@@ -106,8 +106,8 @@ class Architecture(NamedTuple):
     """Defaults of an architecture, from transformers' configuration classes."""
 
     text: Mapping[str, Any]
-    vision: Mapping[str, Any] | None = None  # None: a language model alone
-    qwen2: bool = False  # attention and vision tower as Qwen2.5-VL has them; else as Qwen3
+    vision: Mapping[str, Any] | None = None  # None: only a language model
+    qwen2: bool = False  # attention and vision tower of Qwen2.5-VL; otherwise of Qwen3
 
 
 ARCHITECTURES = {  # `architectures` of a config.json
@@ -136,7 +136,7 @@ def read(config: Mapping[str, Any]) -> tuple[dict[str, Shape], SimpleNamespace, 
     """
     known = ARCHITECTURES[config["architectures"][0]]
     inner = config.get("text_config") if known.vision is not None else None
-    text = SimpleNamespace(**{**known.text, **(config if inner is None else inner)})  # flat in older configurations
+    text = SimpleNamespace(**{**known.text, **(config if inner is None else inner)})  # older configurations are flat
     _complete(text, known.qwen2)
     vision, prefix = None, "model"
     found: dict[str, Shape] = {}
@@ -155,7 +155,7 @@ def read(config: Mapping[str, Any]) -> tuple[dict[str, Shape], SimpleNamespace, 
 
 def _complete(text: SimpleNamespace, qwen2: bool) -> None:
     """Fill in what transformers derives from other settings."""
-    if hasattr(text, "num_local_experts"):  # as transformers writes it
+    if hasattr(text, "num_local_experts"):  # name that transformers writes
         text.num_experts = text.num_local_experts
     if text.num_key_value_heads is None:
         text.num_key_value_heads = text.num_attention_heads
@@ -218,7 +218,7 @@ def _attention(
     norms: bool = False,
     gate: bool = False,
 ) -> Shapes:
-    """Attention; with `gate` the query projection yields a gate of its own width, too."""
+    """Yield the parameters of attention; with `gate` the query projection also yields a gate of the same width."""
     hidden, query = text.hidden_size, text.num_attention_heads * text.head_dim
     key = text.num_key_value_heads * text.head_dim
     yield from _linear(f"{name}.q_proj", query * (1 + gate), hidden, bias=bias)
@@ -231,7 +231,7 @@ def _attention(
 
 
 def _delta_net(name: str, text: SimpleNamespace) -> Shapes:
-    """A gated delta net."""
+    """Yield the parameters of a gated delta net."""
     hidden, heads = text.hidden_size, text.linear_num_value_heads
     key, value = text.linear_num_key_heads * text.linear_key_head_dim, heads * text.linear_value_head_dim
     mixed = 2 * key + value
@@ -247,7 +247,7 @@ def _delta_net(name: str, text: SimpleNamespace) -> Shapes:
 
 
 def _experts(name: str, text: SimpleNamespace) -> Shapes:
-    """A mixture of experts, whose weights are fused; the router is no linear layer."""
+    """Yield the parameters of a mixture of experts, whose weights are fused; the router is not a linear layer."""
     hidden, inner, number = text.hidden_size, text.moe_intermediate_size, text.num_experts
     yield f"{name}.gate.weight", Shape((number, hidden))
     yield f"{name}.experts.gate_up_proj", Shape((number, 2 * inner, hidden))
@@ -258,13 +258,13 @@ def _experts(name: str, text: SimpleNamespace) -> Shapes:
 
 
 def _patches(vision: SimpleNamespace) -> Shape:
-    """The convolution that embeds patches."""
+    """Yield the parameters of the convolution that embeds patches."""
     patch = vision.patch_size
     return Shape((vision.hidden_size, vision.in_channels, vision.temporal_patch_size, patch, patch))
 
 
 def _tower(vision: SimpleNamespace) -> Shapes:
-    """The vision tower and the projectors of Qwen3-VL and Qwen3.5."""
+    """Yield the parameters of the vision tower and the projectors of Qwen3-VL and Qwen3.5."""
     hidden = vision.hidden_size
     yield "model.visual.patch_embed.proj.weight", _patches(vision)
     yield "model.visual.patch_embed.proj.bias", Shape((hidden,))
@@ -287,7 +287,7 @@ def _tower(vision: SimpleNamespace) -> Shapes:
 
 
 def _old_tower(vision: SimpleNamespace) -> Shapes:
-    """The vision tower and the projector of Qwen2.5-VL."""
+    """Yield the parameters of the vision tower and the projector of Qwen2.5-VL."""
     hidden = vision.hidden_size
     yield "model.visual.patch_embed.proj.weight", _patches(vision)
     for i in range(vision.depth):

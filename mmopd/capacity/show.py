@@ -1,4 +1,4 @@
-"""`mmopd plan`: one table for each role, one for the GPUs, one for a step, and a verdict."""
+"""`mmopd plan`: print a table for each role, one for the GPUs, one for a step, and a verdict."""
 
 from itertools import groupby
 
@@ -10,11 +10,11 @@ from mmopd.capacity.budget import Budget, Role
 from mmopd.capacity.memory import GIB
 from mmopd.capacity.step_time import ALL_REDUCE, DECODE, HOST, PEER, PREFILL, UPDATE
 
-WIDTH = 96  # of a table, so that it reads in a terminal of 100 columns
+WIDTH = 96  # width of a table, which fits a terminal of 100 columns
 
 
 def show_budget(budget: Budget, console: Console) -> None:
-    """Print the estimate; what does not fit comes last."""
+    """Print the estimate; what does not fit is printed last."""
     gpu = budget.machines.gpu
     for role in budget.roles:
         console.print(_role(role))
@@ -22,12 +22,10 @@ def show_budget(budget: Budget, console: Console) -> None:
     console.print(_step(budget))
     assumed = (
         f"Assumed: decoding reaches {DECODE:.0%} of {gpu.bandwidth:,g} GB/s, scoring {PREFILL:.0%} and the update "
-        f"{UPDATE:.0%} of "
-        f"{gpu.tflops:,g} TFLOP/s; weights travel at {HOST / 1e9:g} GB/s to and from the machine's memory, at "
-        f"{PEER / 1e9:g} from GPU to "
-        f"GPU, and an all-reduce takes {1e6 * ALL_REDUCE:g} us; prompts are half of the longest, and flash-attn is "
-        "installed "
-        "(without it a row's mask of attention comes on top)."
+        f"{UPDATE:.0%} of {gpu.tflops:,g} TFLOP/s; weights move at {HOST / 1e9:g} GB/s to and from the machine's "
+        f"memory, and at {PEER / 1e9:g} from GPU to GPU; an all-reduce takes {1e6 * ALL_REDUCE:g} us; prompts have "
+        "half the tokens of the longest; flash-attn is installed (without it the attention mask of a row needs more "
+        "memory)."
     )
     console.print(f"[dim]Estimates by arithmetic: nothing here has been measured on a GPU. {assumed}[/]", width=WIDTH)
     if budget.refusals:
@@ -36,8 +34,7 @@ def show_budget(budget: Budget, console: Console) -> None:
             console.print(f"- {escape(refusal)}", width=WIDTH)
     else:
         console.print(
-            f"[bold green]Fits[/] {budget.machines.nodes} x {budget.machines.gpus} {gpu.name}, as far as arithmetic "
-            "can tell."
+            f"[bold green]Fits[/] {budget.machines.nodes} x {budget.machines.gpus} {gpu.name}, by this estimate."
         )
 
 
@@ -59,12 +56,12 @@ def _role(role: Role) -> Table:
     for part in role.parts:
         table.add_row(part.what, f"{part.size / GIB:.2f}", part.how)
     table.add_section()
-    table.add_row("at its peak", f"{role.peak / GIB:.2f}", "")
+    table.add_row("peak", f"{role.peak / GIB:.2f}", "")
     return table
 
 
 def _gpus(budget: Budget) -> Table:
-    """Neighbours with the same on them share a row."""
+    """Return the table of GPUs; neighbours with the same processes share a row."""
     machines = budget.machines
     table = _table(f"GPUs, {machines.gpu.memory:g} GiB each", "GPU", "GiB", "what runs there")
     names = [role.title.partition(",")[0] for role in budget.roles]

@@ -1,7 +1,6 @@
-"""How long a step takes, from published rates of a GPU and assumed shares of them. Nothing in here has been measured on
-a GPU.
+"""Time of a step, computed from published rates of a GPU and assumed shares of them. Not measured on a GPU.
 
-Decoding is bound by memory bandwidth, scoring and the update by FLOP/s. Teachers score while the student samples.
+Decoding is limited by memory bandwidth, scoring and the update by FLOP/s. Teachers score while the student samples.
 """
 
 from collections import defaultdict
@@ -13,56 +12,56 @@ from mmopd.capacity.memory import GIB, Gpu, Load
 from mmopd.capacity.model_size import Model
 from mmopd.config import Engine, Recipe
 
-# Assumed: shares of the published rates that are reached.
-DECODE = 0.6  # of the memory bandwidth, by an engine that samples
-PREFILL = 0.4  # of the FLOP/s, by a teacher that scores
-UPDATE = 0.35  # of the FLOP/s, by the trainer under ZeRO-3
-HOST = 5e9  # B/s, of weights between a GPU and the memory of the machine
-PEER = 20e9  # B/s, of weights from GPU to GPU; that of PCIe, NVLink has more
-ALL_REDUCE = 20e-6  # s, of which an engine on several GPUs needs two in each layer and pass
+# Assumptions: shares of the published rates that are reached.
+DECODE = 0.6  # of the memory bandwidth, for an engine that samples
+PREFILL = 0.4  # of the FLOP/s, for a teacher that scores
+UPDATE = 0.35  # of the FLOP/s, for the trainer with ZeRO-3
+HOST = 5e9  # B/s for weights between a GPU and the memory of the machine
+PEER = 20e9  # B/s for weights from GPU to GPU; the rate of PCIe, NVLink is faster
+ALL_REDUCE = 20e-6  # s for an all-reduce; an engine on several GPUs needs two in each layer and pass
 
 
 class Served(NamedTuple):
-    """A vLLM server, or the student's several."""
+    """A vLLM server of teachers, or all engines of the student."""
 
     name: str
-    teachers: tuple[str, ...]  # several with adapters may share one; none: it is the student's
-    key: str  # of its engine's settings
+    teachers: tuple[str, ...]  # several teachers with adapters may share a server; empty for the student
+    key: str  # key of its engine settings
     model: Model
     engine: Engine
-    gpus: list[int]  # of the first node; none: it runs elsewhere, on GPUs of its own
-    replicas: int = 1  # of the student's
+    gpus: list[int]  # GPUs of the first node; empty if it runs elsewhere, on other GPUs
+    replicas: int = 1  # number of the student's engines
 
     @property
     def scores(self) -> bool:
-        """Whether it is a teacher's."""
+        """True for a teacher's server."""
         return bool(self.teachers)
 
 
 class Share(NamedTuple):
-    """Of the responses of a step, those that a teacher scores."""
+    """Shares of the responses of a step that a teacher scores."""
 
     all: float
-    seen: float  # those to prompts with images
+    seen: float  # share of responses to prompts with images
 
 
 class Work(NamedTuple):
-    """The tokens of a step."""
+    """Tokens of a step."""
 
     prompts: int
-    group: int  # responses of a prompt
+    group: int  # responses to a prompt
     prompt: int  # mean tokens of a prompt
     response: int  # mean tokens of a response
-    load: Load  # the longest
+    load: Load  # the longest sample
 
     @property
     def responses(self) -> int:
-        """Of all prompts."""
+        """Responses to all prompts."""
         return self.prompts * self.group
 
     @property
     def tokens(self) -> int:
-        """Of all samples, prompts included."""
+        """Tokens of all samples, prompts included."""
         return self.responses * self.context
 
     @property
@@ -82,10 +81,13 @@ class Time(NamedTuple):
 def step_times(
     recipe: Recipe, gpu: Gpu, servers: Sequence[Served], work: Work, shares: Mapping[str, Share]
 ) -> list[Time]:
-    """Rollout, scoring, update and weight sync.
+    """Return the times of rollout, scoring, update and weight sync.
 
     Args:
+        recipe: the recipe.
+        gpu: kind of GPU.
         servers: the student's engines first.
+        work: tokens of a step.
         shares: of each teacher.
     """
     student = servers[0].model
@@ -98,19 +100,23 @@ def step_times(
 
 
 def flops(model: Model, tokens: float, context: float, passes: int) -> float:
-    """Of tokens that see half of `context` on average. A forward pass is 1, a backward pass 2, recomputing 1."""
+    """Return the FLOP of the language model for tokens that see half of `context` on average.
+
+    A forward pass counts as 1, a backward pass as 2, a recomputed forward pass as 1.
+    """
     text = model.text
     return passes * tokens * (2 * model.active + 2 * text.caching * text.query * context)
 
 
 def tower(model: Model, tokens: float, passes: int) -> float:
-    """FLOP of the vision tower, if there is one, for so many visual tokens: each is made of some patches."""
+    """Return the FLOP of the vision tower, if there is one, for visual tokens; each is made of some patches."""
     return 2 * passes * model.tower * tokens * model.vision.merge if model.vision else 0.0
 
 
 def _rollout(recipe: Recipe, gpu: Gpu, student: Model, work: Work) -> Time:
-    """Each token reads the weights and the cache of an engine's sequences; the longest response alone is a bound of its
-    own.
+    """Return the time of the rollouts.
+
+    Each token reads the weights and the cache of an engine's sequences. The longest response alone is a lower bound.
     """
     if not recipe.algorithm.objective.samples_rollouts:
         return Time("rollout", 0.0, "none: the teachers' answers are sampled before training")
@@ -135,9 +141,9 @@ def _rollout(recipe: Recipe, gpu: Gpu, student: Model, work: Work) -> Time:
 
 
 def _scoring(gpu: Gpu, servers: Sequence[Served], work: Work, shares: Mapping[str, Share]) -> Time:
-    """Prefill by the busiest teacher; teachers that share a server count as if each had it alone.
+    """Return the time of prefill for the busiest teacher; teachers that share a server count as if each had it alone.
 
-    Images pass through its vision tower once for each response: that vLLM may still have them is not counted on.
+    Images pass through the vision tower once for each response: that vLLM may have them in its cache is ignored.
     """
     rates: dict[str, float] = defaultdict(float)
     models: dict[str, Model] = {}
@@ -158,10 +164,11 @@ def _scoring(gpu: Gpu, servers: Sequence[Served], work: Work, shares: Mapping[st
 
 
 def _update(recipe: Recipe, gpu: Gpu, student: Model, work: Work) -> Time:
-    """Forward, backward and, with checkpointing, forward again, over all responses; and once more before it for
-    recomputed log-probs.
+    """Return the time of the update.
 
-    A prompt is computed once for its group, unless layers have a state along the row (linear attention).
+    It consists of forward and backward pass over all responses, another forward pass with checkpointing, and another
+    one for recomputed log-probs. A prompt is computed once for its group, unless layers have a state along the row
+    (linear attention).
     """
     passes = 3 + recipe.train.gradient_checkpointing + recipe.recomputes
     prompts = work.prompts if student.text.caching == student.text.layers else work.responses
@@ -174,14 +181,14 @@ def _update(recipe: Recipe, gpu: Gpu, student: Model, work: Work) -> Time:
         total += tower(student, asked, passes)
     seconds = total / (recipe.train.ranks * gpu.tflops * 1e12 * UPDATE)
     return Time(
-        "update", seconds, f"{2 * passes} FLOP for each number and token, {(asked + answered) / 1e6:.1f} M tokens"
+        "update", seconds, f"{2 * passes} FLOP per parameter and token, {(asked + answered) / 1e6:.1f} M tokens"
     )
 
 
 def _sync(recipe: Recipe, gpu: Gpu, student: Model) -> Time:
-    """What an update has changed, gathered by rank 0 and handed to the engines.
+    """Return the time in which rank 0 gathers the changed weights and sends them to the engines.
 
-    One that sleeps takes all its weights to the host and back.
+    An engine that sleeps moves all its weights to the host and back.
     """
     moved = student.sent * memory.WIDTH[recipe.train.dtype]
     gathered = moved / PEER
