@@ -111,7 +111,7 @@ def test_sigterm_ends_the_run_behind_its_step_with_a_checkpoint_and_status_0(
     done = len(steps(run))
     assert 3 <= done < 10
     assert seconds < TIMEOUT
-    assert f"stopped after {done} steps, as asked; `mmopd train --resume runs/stopped` goes on from there" in output
+    assert f"stopped after {done} steps as requested; continue with `mmopd train --resume runs/stopped`" in output
     assert (run.checkpoints / f"step-{done:08d}" / "manifest.json").is_file()
     assert not run.export.exists()
 
@@ -190,7 +190,7 @@ def test_the_student_of_a_checkpoint_can_be_had_as_a_folder_also_by_another_numb
     assert "10 of 10 steps" in (workspace / "tenth" / "README.md").read_text()
     status, output = Command(workspace, "export", "runs/straight", "--step", "2").finish()
     assert status == 6  # CheckpointError
-    assert "no checkpoint of step 2; there is 8, 10" in output
+    assert "no checkpoint of step 2; checkpoints: 8, 10" in output
 
 
 def test_a_launchers_ranks_learn_the_same_and_end_behind_their_step_though_it_would_end_them_at_once(
@@ -206,7 +206,7 @@ def test_a_launchers_ranks_learn_the_same_and_end_behind_their_step_though_it_wo
     output = whole(command)
     done = len(steps(run))
     assert steps(run)[:10] == steps(straight)[:done]
-    assert f"stopped after {done} steps, as asked" in output
+    assert f"stopped after {done} steps as requested" in output
     assert (run.checkpoints / f"step-{done:08d}" / "manifest.json").is_file()
 
 

@@ -1,1 +1,1 @@
-"""The commands, one file each, and what several of them share (`job`)."""
+"""Commands, one file each, and the parts that several of them share (`job`)."""

@@ -1,9 +1,8 @@
-"""`mmopd compare`: a grid of variants and seeds, one run after the other, and tables with intervals and paired
-differences.
+"""`mmopd compare`: run a grid of variants and seeds, and write tables with intervals and paired differences.
 
-A run is named by what it is made of (variant, settings, seed), so that tables share runs, a stopped comparison goes on
-where it was, and a changed setting is another run. Every run is what `mmopd train` makes, its folder is there to be
-looked at; but the servers stay up from one to the next, and runs that need the same ones follow each other.
+The name of a run contains a hash of its variant, settings and seed, so that tables share runs, a stopped comparison
+continues with the next run, and a changed setting is another run. Each run is a run of `mmopd train` with its own
+folder. The servers stay up from one run to the next, and runs that need the same servers follow each other.
 """
 
 import csv
@@ -36,12 +35,12 @@ from mmopd.teacher.fleet import Standing
 
 CONFIDENCE = 0.95
 AVERAGE = "average"
-WIDTH = 140  # of the lines in the log of a run
+WIDTH = 140  # width of the lines in the log of a run
 
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """One variant with one seed."""
+    """A variant with a seed."""
 
     variant: str
     seed: int
@@ -50,7 +49,7 @@ class Run:
 
     @property
     def finished(self) -> bool:
-        """Whether it has its scores."""
+        """True if it has its scores."""
         return (self.folder / "results.json").is_file()
 
 
@@ -64,13 +63,13 @@ class Interval:
 
     @classmethod
     def of(cls, values: Sequence[float]) -> "Interval":
-        """Of independent values, at least one."""
+        """Return the interval of independent values, at least one."""
         n = len(values)
         half = float(student_t.ppf((1 + CONFIDENCE) / 2, n - 1)) * stdev(values) / math.sqrt(n) if n > 1 else None
         return cls(fmean(values), half, n)
 
     def text(self, *, sign: bool = False) -> str:
-        """`81.5 ± 1.2`."""
+        """Return the text `81.5 ± 1.2`."""
         return f"{self.mean:{'+' if sign else ''}.1f}" + (f" ± {self.half:.1f}" if self.half is not None else "")
 
 
@@ -81,11 +80,11 @@ class Line:
     label: str
     kind: str  # base | teacher | variant
     score: Mapping[str, Interval]
-    difference: Mapping[str, Interval]  # paired by seed; empty for the baseline, base and teachers
+    difference: Mapping[str, Interval]  # paired by seed; empty for the baseline, the base and the teachers
 
 
 def plan_runs(comparison: Comparison, out: Path) -> dict[tuple[str, int], Run]:
-    """Every run that the tables need, by (variant, seed), in the order of the tables."""
+    """Return every run that the tables need, by (variant, seed), in the order of the tables."""
     runs: dict[tuple[str, int], Run] = {}
     for table in comparison.tables.values():
         for seed in range(table.seeds):
@@ -101,11 +100,14 @@ def run_all(comparison: Comparison, runs: Sequence[Run], servers: Path, stages: 
     """Make the runs that are not finished, one after the other.
 
     Args:
+        comparison: the comparison.
+        runs: all its runs.
         servers: folder for the logs of the servers.
+        stages: where the progress is shown.
 
     Raises:
-        UserError: a run cannot be made of its settings, before any is begun; or one failed, with its log. Those before
-            it are kept.
+        UserError: the settings of a run are wrong (checked before any run begins), or a run failed; the message names
+            its log. Earlier runs are kept.
     """
     todo = [(run, resolve(comparison, run)) for run in runs if not run.finished]
     todo.sort(key=lambda one: json.dumps(what_is_served(one[1]), sort_keys=True))
@@ -114,14 +116,14 @@ def run_all(comparison: Comparison, runs: Sequence[Run], servers: Path, stages: 
         for run, recipe in todo:
             _run(run, recipe, standing, stage)
             stage.advance()
-        stage.outcome = f"{len(todo)} made, {len(runs) - len(todo)} were there"
+        stage.outcome = f"{len(todo)} made, {len(runs) - len(todo)} already finished"
 
 
 def resolve(comparison: Comparison, run: Run) -> Recipe:
-    """The recipe of a run.
+    """Return the recipe of a run.
 
     Raises:
-        UserError: there is none with its settings; names the variant.
+        UserError: its settings give no valid recipe; the message names the variant.
     """
     overrides = [f"{key}={json.dumps(value)}" for key, value in run.settings.items()]  # JSON is YAML
     try:
@@ -131,7 +133,7 @@ def resolve(comparison: Comparison, run: Run) -> Recipe:
 
 
 def what_is_served(recipe: Recipe) -> list[Any]:
-    """What decides which servers a run needs: the student, its engine, the fleet, and which of its teachers are
+    """Return what determines the servers of a run: the student, its engine, the fleet, and the teachers that are
     references.
     """
     references = recipe.algorithm.objective.references()
@@ -149,13 +151,13 @@ def _run(run: Run, recipe: Recipe, standing: Standing, stage: Stage) -> None:
         with log.open("a") as file, _followed(run, folder, stage):
             launch(folder, recipe, Console(file=file, width=WIDTH), standing=standing)
     except UserError as error:
-        way_out = f"Its log is {log}; the same command goes on from there, or makes it anew without its folder"
+        way_out = f"Its log is {log}; run the same command again to continue it, or remove its folder to start it again"
         raise kind_of(error.exit_status)(f"{run.folder.name}: {error}\n{way_out}") from error
 
 
 @contextmanager
 def _followed(run: Run, folder: RunFolder, stage: Stage) -> Iterator[None]:
-    """While the block lasts, its last step is shown."""
+    """Show the last step of the run while the block lasts."""
     over = threading.Event()
 
     def follow() -> None:
@@ -176,7 +178,7 @@ def _followed(run: Run, folder: RunFolder, stage: Stage) -> Iterator[None]:
 def lines(
     comparison: Comparison, table: ComparisonTable, runs: Mapping[tuple[str, int], Run]
 ) -> tuple[list[str], list[Line]]:
-    """(columns, rows) of a table: base and teachers as they were measured, then a line for each variant.
+    """Return (columns, rows) of a table: base and teachers, then a line for each variant.
 
     Raises:
         UserError: a run has no score in a column.
@@ -209,14 +211,14 @@ def _scores(results: Results, columns: Sequence[str], run: Run) -> dict[str, flo
     scores = {c: score for c in columns if (score := distilled.score(c)) is not None}
     if missing := [c for c in columns if c not in scores]:
         raise UserError(
-            f"{run.folder}: no score in {', '.join(missing)}; see its results.md, remove the folder to make the run "
-            "again"
+            f"{run.folder}: no score in {', '.join(missing)}; see its results.md, and remove the folder to make the "
+            "run again"
         )
     return scores | ({AVERAGE: fmean(scores.values())} if len(columns) > 1 else {})
 
 
 def markdown(table: ComparisonTable, columns: Sequence[str], rows: Sequence[Line]) -> str:
-    """The table for a page: scores, then differences to the baseline."""
+    """Return the table in Markdown: scores, then differences to the baseline."""
 
     def cells() -> Iterator[list[str]]:
         for row in rows:
@@ -235,7 +237,7 @@ def markdown(table: ComparisonTable, columns: Sequence[str], rows: Sequence[Line
 
 
 def long_csv(name: str, columns: Sequence[str], rows: Sequence[Line]) -> str:
-    """One line for each table, row and column."""
+    """Return CSV with one line for each table, row and column."""
     file = io.StringIO()
     writer = csv.writer(file, lineterminator="\n")
     writer.writerow(["table", "row", "kind", "column", "mean", "half", "n", "difference", "difference_half"])
@@ -249,7 +251,7 @@ def long_csv(name: str, columns: Sequence[str], rows: Sequence[Line]) -> str:
 
 
 def draw(path: Path, table: ComparisonTable, columns: Sequence[str], rows: Sequence[Line]) -> None:
-    """A panel for each column: the variants with their intervals, base and best teacher as lines."""
+    """Draw a panel for each column: the variants with their intervals; base and best teacher as lines."""
     shown = [row for row in rows if row.kind == "variant"]
     figure = Figure(figsize=(1.2 + 3.2 * len(columns), 1.3 + 0.32 * len(shown)), layout="constrained")
     for axes, column in zip(figure.subplots(1, len(columns), sharey=True, squeeze=False)[0], columns, strict=True):
@@ -275,10 +277,10 @@ def draw(path: Path, table: ComparisonTable, columns: Sequence[str], rows: Seque
 
 
 def compare(name: str, comparison: Comparison, out: Path, stages: Stages) -> Path:
-    """Make the runs and write `NAME.md`, `NAME.csv` and a PNG for each table into `out`; the path of the page.
+    """Make the runs; write `NAME.md`, `NAME.csv` and a PNG for each table into `out`; return the path of the page.
 
     Raises:
-        UserError: a run failed, a score is missing, or another comparison is at work in `out`.
+        UserError: a run failed, a score is missing, or another comparison is using `out`.
     """
     runs = plan_runs(comparison, out)
     with alone_in(out):

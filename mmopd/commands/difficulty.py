@@ -1,4 +1,4 @@
-"""`mmopd difficulty`: how often the untrained student is right on each prompt."""
+"""`mmopd difficulty`: measure how often the untrained student is right on each prompt."""
 
 import dataclasses
 from pathlib import Path
@@ -17,10 +17,10 @@ from mmopd.serving.specs import student_specs
 
 
 def measure(recipe: Recipe, out: Path, console: Console) -> None:
-    """`mmopd difficulty`: prepare, serve the student, measure, and print what was found; nothing is trained.
+    """Run `mmopd difficulty`: prepare, serve the student, measure, and print the result; nothing is trained.
 
     Raises:
-        UserError: as `prepare`, `check` and `run_pass`, or the engine ended.
+        UserError: same cases as `prepare`, `check` and `run_pass`, or the engine ended.
     """
     logs = out / "logs"
     logs.mkdir(parents=True, exist_ok=True)
@@ -44,4 +44,6 @@ def measure(recipe: Recipe, out: Path, console: Console) -> None:
                 timeout=recipe.train.timeout,
             )
     console.print(difficulty_counts.table(measured))
-    console.print(f"Before and after: {out / difficulty_counts.PICTURE}", highlight=False, markup=False)
+    console.print(
+        f"Histogram before and after balancing: {out / difficulty_counts.PICTURE}", highlight=False, markup=False
+    )

@@ -1,4 +1,4 @@
-"""The stage of `mmopd train` that makes the distilled student: ranks that train, or teachers that are merged."""
+"""Stage of `mmopd train` that makes the distilled student: ranks train it, or teachers are merged."""
 
 import logging
 import math
@@ -16,16 +16,17 @@ from mmopd.serving.servers import Servers
 
 logger = logging.getLogger(__name__)
 
-MERGED = "merged"  # version of weights that were merged
+MERGED = "merged"  # version of merged weights
 
 
 def distil(job: Job, run: RunFolder, children: Children, servers: Servers, stages: Stages) -> None:
-    """Start the ranks and follow them to their end; SIGTERM lets them end their step and save it.
+    """Start the ranks and follow them until they end; on SIGTERM let them finish the current step and save a
+    checkpoint.
 
     Raises:
-        UserError: a rank or a server ended early, with the last lines of its log; or a step that was to be the last
-            takes too long.
-        SystemExit: the ranks have stopped before their last step, as they were asked to; status 0.
+        UserError: a rank or a server ended early; the message has the last lines of its log. Or the last step after
+            SIGTERM takes too long.
+        SystemExit: the ranks have stopped on request before their last step; status 0.
     """
     ranks = job.recipe.train.ranks
     timeout = job.recipe.train.timeout
@@ -41,48 +42,49 @@ def distil(job: Job, run: RunFolder, children: Children, servers: Servers, stage
         pulses = Pulses(running, timeout)
         while alive:
             time.sleep(0.5)
-            alive = any(rank.alive for rank in running)  # first, so that what they leave behind is seen
+            # Read first, so that nothing that the ranks write at their end is missed.
+            alive = any(rank.alive for rank in running)
             check_ranks(running, timeout, stopping=asked.is_set() and not job.launcher)
             pulses.check()
             servers.check()
             if asked.is_set() and until == math.inf:
                 until = time.monotonic() + timeout
                 logger.info("stop requested: the ranks finish their step and save a checkpoint")
-                stages.console.print("asked to stop: behind this step, with a checkpoint", highlight=False)
+                stages.console.print("stop requested: finishing this step, then saving a checkpoint", highlight=False)
                 if job.launcher:
-                    run.stop.touch()  # a launcher that is told to end may end its ranks at once (deepspeed's does)
+                    run.stop.touch()  # a launcher that gets SIGTERM may end its ranks immediately (deepspeed's does)
                 else:
                     for rank in running:
                         rank.terminate()
             if time.monotonic() > until:
                 raise UserError(
-                    f"the ranks have not ended their step within train.timeout = {timeout} s; the last checkpoint is "
-                    "as it was"
+                    f"the ranks have not finished their step within train.timeout = {timeout} s; the last checkpoint "
+                    "is unchanged"
                 )
             if (latest := last_metrics(run.metrics)) is not None:
                 done = int(latest["step"]) + 1
                 stage.total(job.recipe.train.steps, done=done)
                 stage.note(one_line(latest))
         if asked.is_set() or done < job.recipe.train.steps:
-            how = f"stopped after {done} steps, as asked; `mmopd train --resume {run.root}` goes on from there"
+            how = f"stopped after {done} steps as requested; continue with `mmopd train --resume {run.root}`"
             stages.console.print(how, highlight=False, markup=False, soft_wrap=True)
             raise SystemExit(0)
-        again = "".join(f", {name} started again {times} x" for name, times in servers.restarts.items())
+        again = "".join(f", {name} restarted {times} x" for name, times in servers.restarts.items())
         stage.outcome = f"{job.recipe.train.steps} steps on {ranks} rank{'s' * (ranks > 1)}{again}"
 
 
 def extrapolate(job: Job, run: RunFolder, children: Children, servers: Servers, stages: Stages) -> None:
-    """ExPO, in the place of `distil`: merge the teachers into the export folder, and give the engine its weights.
+    """Run ExPO in place of `distil`: merge the teachers into the export folder, and send the weights to the engine.
 
     Raises:
-        UserError: a teacher's weights are not on this machine, or not of the student's architecture.
+        UserError: a teacher's weights are not on this machine, or do not have the student's architecture.
     """
     if elsewhere := [
         name for name, teacher in job.fleet.teachers.items() if teacher.model is None or teacher.adapter is not None
     ]:
         raise ConfigError(
-            f"teacher {elsewhere[0]!r}: expo merges whole weights, so that every teacher needs a `model` here and no "
-            "adapter"
+            f"teacher {elsewhere[0]!r}: expo merges whole weights; every teacher needs a `model` on this machine and "
+            "no adapter"
         )
     alpha = job.recipe.algorithm.objective.extrapolation()
     assert alpha is not None

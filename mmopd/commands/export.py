@@ -1,5 +1,6 @@
-"""`mmopd export RUN`: the student of a checkpoint as a HF folder. Ranks load it as a resumed run does, and write it as
-its end does.
+"""`mmopd export RUN`: write the student of a checkpoint as an HF folder.
+
+Ranks load the checkpoint as in a resumed run, and write the folder as at the end of a run.
 """
 
 import time
@@ -16,15 +17,18 @@ from mmopd.train.checkpoint import Checkpoints
 def export_checkpoint(
     run: RunFolder, step: int | None, out: Path | None, stages: Stages, ranks: int | None = None
 ) -> Path:
-    """Write the student as it was after `step` steps; the folder.
+    """Write the student after `step` steps; return the folder.
 
     Args:
-        step: of a checkpoint that is there; the newest if not given.
-        out: must not exist; RUN/export-STEP if not given.
-        ranks: processes on this machine, each with a GPU where there are any; as many as have trained if not given.
+        run: the run folder.
+        step: step of an existing checkpoint; default: the newest.
+        out: folder to write; must not exist; default: RUN/export-STEP.
+        stages: where the progress is shown.
+        ranks: number of processes on this machine, each with a GPU if there are any; default: the number of ranks of
+            the training.
 
     Raises:
-        UserError: no such checkpoint, or a file of it is not as it was saved; or the folder exists.
+        UserError: there is no such checkpoint, a file of it has changed since it was saved, or the folder exists.
     """
     recipe = run.recipe()
     there = {step_of(path.name): path for path in Checkpoints(run.checkpoints, 1).whole()}
@@ -32,11 +36,11 @@ def export_checkpoint(
     if chosen is None:
         which = f"of step {step}" if step is not None else "yet"
         raise CheckpointError(
-            f"{run.checkpoints}: no checkpoint {which}; there is {', '.join(map(str, sorted(there))) or 'none'}"
+            f"{run.checkpoints}: no checkpoint {which}; checkpoints: {', '.join(map(str, sorted(there))) or 'none'}"
         )
     out = out or run.root / f"export-{step_of(chosen.name)}"
     if out.exists():
-        raise UserError(f"{out}: it exists; name another folder with --out")
+        raise UserError(f"{out}: this folder exists already; choose another with --out")
     run.logs.mkdir(exist_ok=True)
     with stages.stage("export") as stage, Children() as children:
         what = ["mmopd.train.export_rank", str(run.root), str(chosen), str(out)]

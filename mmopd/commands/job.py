@@ -1,6 +1,4 @@
-"""What `train`, `doctor` and `difficulty` share: a recipe with all that it names, its servers, and the proof of its
-teachers.
-"""
+"""Parts shared by `train`, `doctor` and `difficulty`: open a recipe, start its servers, examine its teachers."""
 
 import asyncio
 from collections.abc import Iterator, Mapping, Sequence
@@ -33,26 +31,26 @@ from mmopd.task.load import load_tasks
 from mmopd.teacher.fleet import Standing, from_files, serve_fleet
 from mmopd.teacher.router import check_routes, check_tokenizers, load_teachers, references, routed
 
-UNTRAINED = "untrained"  # version of the weights that the student starts with
+UNTRAINED = "untrained"  # version of the student's weights before training
 
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """Everything that a recipe refers to, found and checked."""
+    """A recipe with all files that it refers to, found and checked."""
 
     recipe: Recipe
-    fleet: Fleet  # the teachers that routes lead to; empty where the objective needs none
-    references: Fleet | None  # theirs, where the objective has them
+    fleet: Fleet  # the teachers that routes lead to; empty if the objective needs none
+    references: Fleet | None  # references of the teachers, if the objective has them
     sources: Mapping[str, Shards]
     suite: Suite | None
-    elsewhere: Sequence[Endpoint] = ()  # of teachers that another `mmopd serve` serves
+    elsewhere: Sequence[Endpoint] = ()  # endpoints of teachers that another `mmopd serve` serves
     changed: Sequence[str] = ()  # sources that were added or removed on purpose before a resume
-    launcher: Sequence[str] = ()  # a command that starts the ranks; none: they are started here
-    host: str = HOST  # the address that servers listen on
+    launcher: Sequence[str] = ()  # a command that starts the ranks; empty: they are started on this machine
+    host: str = HOST  # address that servers listen on
 
 
 def prepare(recipe: Recipe, stages: Stages) -> None:
-    """Run the recipe's own preparation, if it has one."""
+    """Run the recipe's preparation, if it has one."""
     if recipe.prepare is not None:
         path = catalog.find(recipe.prepare)
         with stages.stage("prepare") as stage:
@@ -60,11 +58,12 @@ def prepare(recipe: Recipe, stages: Stages) -> None:
 
 
 def check(recipe: Recipe, endpoints: Sequence[Path] = ()) -> Job:
-    """Open all that the recipe names, before anything is started; the models of teachers in `endpoints` need not be on
-    this machine.
+    """Open and check all that the recipe names, before any process is started.
+
+    The models of teachers in `endpoints` need not be on this machine.
 
     Raises:
-        UserError: a file, a model, a shard, a task, a route or a tokenizer is missing or wrong; names it.
+        UserError: a file, a model, a shard, a task, a route or a tokenizer is missing or wrong; the message names it.
     """
     whole = load_teachers(recipe.fleet, recipe.algorithm.objective)
     fleet = routed(whole)
@@ -94,8 +93,9 @@ def check(recipe: Recipe, endpoints: Sequence[Path] = ()) -> Job:
 def serving(
     job: Job, run: RunFolder, children: Children, stages: Stages, standing: Standing | None = None
 ) -> Iterator[Servers]:
-    """The student's engines and the replicas of every teacher, by name (student, student-2, TEACHER.NUMBER), while the
-    block lasts.
+    """Yield the student's engines and the replicas of every teacher, by name (student, student-2, TEACHER.NUMBER).
+
+    They run until the block ends.
     """
     settings = job.recipe.student
     students = student_specs(settings)
@@ -113,7 +113,7 @@ def serving(
 
 
 def prove(job: Job, servers: Servers, run: RunFolder, stages: Stages) -> list[Check]:
-    """Preflight: what each replica of each teacher shows of itself; it is kept in the run folder.
+    """Run the preflight of each replica of each teacher, and save the checks in the run folder.
 
     Raises:
         UserError: the student's engine ended, with the last lines of its log; or no row of a source can be read.
@@ -159,11 +159,11 @@ def give(run: RunFolder, model: Path, version: str) -> None:
     """Send the weights of a folder to the student's engines.
 
     Raises:
-        UserError: they do not take them.
+        UserError: an engine does not accept them.
     """
     students, _ = endpoint.load_by_role(run.endpoints)
     try:
         with Checkpoint(model) as checkpoint, FileSync(students) as link:
             link.send(((name, checkpoint.tensor(name)) for name in sorted(checkpoint.names)), version)
     except SyncError as error:
-        raise ServerError(f"the student's engine does not take the weights of {model}: {error}") from error
+        raise ServerError(f"the student's engine does not accept the weights of {model}: {error}") from error

@@ -1,8 +1,8 @@
 """`mmopd merge`: ExPO, weight extrapolation over several teachers (the baseline of Tables 1 and 2).
 
-`theta = base + alpha * (sum_k w_k theta_k - base)`, the w_k summing to 1: alpha = 1 is the mean of the teachers, more
-goes past it. One tensor after the other, in float32, rounded to the base's own dtype; what is in memory at any time is
-one output file and the tensor at hand, never a model.
+`theta = base + alpha * (sum_k w_k theta_k - base)`, where the w_k sum to 1: alpha = 1 is the mean of the teachers,
+larger values go past it. Tensors are computed one after the other in float32 and rounded to the dtype of the base.
+Memory holds one output file and the current tensor, never a whole model.
 """
 
 import shutil
@@ -22,7 +22,7 @@ WEIGHTS = "*.safetensors"
 
 
 class Checkpoint:
-    """The tensors of a HF folder by name, read one at a time. A context manager that holds the files open (mapped, not
+    """Tensors of an HF folder by name, read one at a time. A context manager that holds the files open (mapped, not
     read).
     """
 
@@ -53,25 +53,25 @@ class Checkpoint:
 
     @property
     def names(self) -> set[str]:
-        """Of all tensors."""
+        """Names of all tensors."""
         return set(self._open)
 
     def shape(self, name: str) -> list[int]:
-        """Of one tensor, without reading it."""
+        """Return the shape of a tensor without reading it."""
         shape: list[int] = self._open[name].get_slice(name).get_shape()
         return shape
 
     def tensor(self, name: str) -> torch.Tensor:
-        """One tensor."""
+        """Return a tensor."""
         found: torch.Tensor = self._open[name].get_tensor(name)
         return found
 
 
 def parse_teacher(text: str) -> tuple[Path, float]:
-    """(folder, weight) of `FOLDER=WEIGHT`; without a weight it is 1.
+    """Return (folder, weight) of `FOLDER=WEIGHT`; the default weight is 1.
 
     Raises:
-        UserError: the weight is no number.
+        UserError: the weight is not a number.
     """
     folder, equals, weight = text.rpartition("=")
     try:
@@ -81,19 +81,22 @@ def parse_teacher(text: str) -> tuple[Path, float]:
 
 
 def merge(base: Path, teachers: Mapping[Path, float], alpha: float, out: Path, stage: Stage) -> None:
-    """Write the extrapolated model as a HF folder, with the base's configuration, tokenizer and processor.
+    """Write the extrapolated model as an HF folder, with the base's configuration, tokenizer and processor.
 
     Args:
+        base: folder of the base model.
         teachers: folder -> weight, relative to each other.
-        out: must not exist; it appears when it is complete.
+        alpha: 1 is the mean of the teachers.
+        out: folder to write; must not exist; it appears when it is complete.
+        stage: where the progress is shown.
 
     Raises:
-        UserError: a folder without a model, another architecture, a weight that is no positive number, or `out` exists.
+        UserError: a folder has no model or another architecture, a weight is not a positive number, or `out` exists.
     """
     if not teachers or any(not weight > 0 for weight in teachers.values()):
         raise UserError("merge needs teachers, each with a weight above 0: /models/math=1 /models/code=2")
     if out.exists():
-        raise UserError(f"{out}: already there; name another folder with --out, or remove it")
+        raise UserError(f"{out}: this folder exists already; choose another with --out, or remove it")
     shares = {folder: weight / sum(teachers.values()) for folder, weight in teachers.items()}
     partial = out.with_name(f".{out.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
@@ -105,7 +108,7 @@ def merge(base: Path, teachers: Mapping[Path, float], alpha: float, out: Path, s
             for other in others:
                 _check_same(start, other)
             stage.total(len(start.names))
-            for name, tensors in start.layout.items():  # the base's files, so that its index stays right
+            for name, tensors in start.layout.items():  # same files as the base, so that its index stays valid
                 merged = dict(_merged(start, others, tensors, alpha, stage))
                 save_file(merged, partial / name, metadata={"format": "pt"})
         for file in base.iterdir():
@@ -129,19 +132,21 @@ def _merged(
         elif all(torch.equal(start, teacher.tensor(name)) for teacher in teachers):
             yield name, start
         else:
-            raise CheckpointError(f"{name}: whole numbers that differ between base and teachers cannot be extrapolated")
+            raise CheckpointError(
+                f"{name}: an integer tensor that differs between base and teachers cannot be extrapolated"
+            )
         stage.advance()
 
 
 def _check_same(base: Checkpoint, teacher: Checkpoint) -> None:
-    """Both have the same tensors, of the same shapes."""
+    """Check that both have the same tensors with the same shapes."""
     if differ := sorted(base.names ^ teacher.names):
         where = base.folder if differ[0] in base.names else teacher.folder
         raise CheckpointError(
-            f"{teacher.folder}: another architecture than {base.folder}: the tensor {differ[0]!r} is only in {where}"
+            f"{teacher.folder}: different architecture from {base.folder}: the tensor {differ[0]!r} is only in {where}"
         )
     for name in sorted(base.names):
         if (a := base.shape(name)) != (b := teacher.shape(name)):
             raise CheckpointError(
-                f"{teacher.folder}: another architecture than {base.folder}: {name!r} is {b} and not {a}"
+                f"{teacher.folder}: different architecture from {base.folder}: {name!r} has shape {b}, not {a}"
             )

@@ -1,7 +1,7 @@
-"""The reference of all settings: `mmopd show --explain KEY`, and docs/reference/, written by `python -m
-mmopd.commands.reference`.
+"""Reference of all settings: `mmopd show --explain KEY`, and docs/reference/.
 
-Everything is read from the models of `mmopd.config`, so that the pages say what the code does. Loads no torch.
+`python -m mmopd.commands.reference` writes docs/reference/. All texts come from the models of `mmopd.config`, so that
+the pages match the code. Loads no torch.
 """
 
 import difflib
@@ -36,20 +36,20 @@ HEADER = "<!-- Written by `python -m mmopd.commands.reference`; a test compares 
 
 @dataclass(frozen=True, slots=True)
 class Section:
-    """A model at a place of a file."""
+    """A settings model at a place of a file."""
 
     path: tuple[str, ...]  # () for the file itself
     model: type[BaseModel]
-    kind: str = ""  # where several models can stand there: the value of `kind` that chooses this one
+    kind: str = ""  # if several models are allowed there: the value of `kind` that selects this one
 
     @property
     def title(self) -> str:
-        """Return its path, and its kind."""
+        """Path, and kind if there is one."""
         return ".".join(self.path) + (f" (kind: {self.kind})" if self.kind else "")
 
     @property
     def about(self) -> str:
-        """Return the docstring as one paragraph."""
+        """Docstring of the model as one paragraph."""
         return " ".join((inspect.getdoc(self.model) or "").split())
 
 
@@ -64,24 +64,24 @@ class Key:
 
     @property
     def path(self) -> tuple[str, ...]:
-        """Return the names from the top of the file."""
+        """Names from the top of the file down to this key."""
         return (*self.section.path, self.name)
 
     @property
     def type(self) -> str:
-        """Return the type and the range in words."""
+        """Type and range in words."""
         return _words(self.field.annotation, self.field.metadata)
 
     @property
     def default(self) -> str:
-        """Return the default as it is written in YAML; `required` without one."""
+        """Default in YAML notation; `required` if there is none."""
         if self.field.is_required():
             return "required"
         return _yaml(self.field.get_default(call_default_factory=True))
 
 
 def sections(model: type[BaseModel], path: tuple[str, ...] = ()) -> Iterator[Section]:
-    """The model, and all models under it, in the order of their fields."""
+    """Yield the model and all models below it, in the order of their fields."""
     kinds = _kinds(model)
     for one in kinds:
         yield Section(path, one, _kind_of(one) if len(kinds) > 1 else "")
@@ -91,7 +91,7 @@ def sections(model: type[BaseModel], path: tuple[str, ...] = ()) -> Iterator[Sec
 
 
 def keys(page: str) -> list[Key]:
-    """Every setting of a kind of file that holds a value, not settings."""
+    """Return every setting of a kind of file that holds a value, not a group of settings."""
     return [
         Key(page, section, name, field)
         for section in sections(PAGES[page][0])
@@ -101,10 +101,10 @@ def keys(page: str) -> list[Key]:
 
 
 def explain(key: str, console: Console) -> None:
-    """Print what a key means: by its whole path, or by its last names where that is enough.
+    """Print the meaning of a key, given by its whole path, or by its last names if they are enough.
 
     Raises:
-        UserError: there is no such key; names the nearest.
+        UserError: there is no such key; the message names the nearest.
     """
     known = [one for page in PAGES for one in keys(page)]
     wanted = key.split(".")
@@ -125,7 +125,7 @@ def explain(key: str, console: Console) -> None:
 
 
 def pages() -> dict[str, str]:
-    """The pages of docs/reference/ by file name."""
+    """Return the pages of docs/reference/ by file name."""
     return {f"{page}.md": _page(page) for page in PAGES}
 
 
@@ -158,7 +158,10 @@ def _has_default(key: Key) -> bool:
 
 
 def _match(wanted: Sequence[str], path: Sequence[str]) -> int | None:
-    """How well names fit a path: 0 all of it, 1 its end, 2 a section of it; None: not. A file's own names fit NAME."""
+    """Return how well names fit a path: 0 the whole path, 1 its end, 2 a section of it; None if they do not fit.
+
+    A name that the file chooses fits NAME.
+    """
     n = len(wanted)
     for begin in reversed(range(len(path) - n + 1)):
         part = path[begin : begin + n]
@@ -168,7 +171,7 @@ def _match(wanted: Sequence[str], path: Sequence[str]) -> int | None:
 
 
 def _kinds(model: type[BaseModel]) -> list[type[BaseModel]]:
-    """The models that can stand where this one is asked for: all objectives for their base."""
+    """Return the models that can be used in place of this one: all objectives for their base."""
     from mmopd.algorithm.base import Objective
     from mmopd.algorithm.objectives import OBJECTIVES
 
@@ -180,12 +183,12 @@ def _kind_of(model: type[BaseModel]) -> str:
 
 
 def _is_section(field: FieldInfo) -> bool:
-    """Whether the value is one group of settings; lists and mappings of them are keys with a value of their own."""
+    """Return true if the value is one group of settings; lists and mappings of groups are keys with a value."""
     return any(not below for below, _ in _models(field.annotation))
 
 
 def _models(annotation: Any) -> Iterator[tuple[tuple[str, ...], type[BaseModel]]]:
-    """Models in an annotation, each with the part of its path between the key and the model's own keys."""
+    """Yield the models in an annotation, each with the part of its path between the key and the model's own keys."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         yield (), annotation
         return
@@ -203,7 +206,7 @@ def _is_mapping(origin: Any) -> bool:
 
 
 def _words(annotation: Any, metadata: Sequence[Any] = ()) -> str:
-    """A type and its range in words."""
+    """Return a type and its range in words."""
     origin, inner = get_origin(annotation), get_args(annotation)
     if origin is Annotated:
         return _words(inner[0], [*_flat(inner[1:]), *metadata])
@@ -238,7 +241,7 @@ def _bounds(metadata: Sequence[Any]) -> Iterator[tuple[Any, str, str]]:
 
 
 def _yaml(value: Any) -> str:
-    """A default as YAML has it, on one line."""
+    """Return a default in YAML notation, on one line."""
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
     if isinstance(value, tuple | list):

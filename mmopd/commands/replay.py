@@ -1,8 +1,7 @@
-"""`mmopd replay RUN STEP`: an update that was skipped, once more, response by response.
+"""`mmopd replay RUN STEP`: compute a skipped update again, response by response.
 
-`mmopd.train.skipped` has kept the batch, and the student as it was then.
-Here every response is computed by itself, forwards and backwards: packed into one row with others, one that is not
-finite spoils them all.
+`mmopd.train.skipped` has saved the batch and the student of that step. Here each response is computed alone, forward
+and backward: if responses are packed into one row, one that is not finite makes the others not finite too.
 """
 
 import math
@@ -28,27 +27,27 @@ from mmopd.train.skipped_batch import read_batch
 from mmopd.train.students import load_student
 from mmopd.train.trainer import collator, loss_of
 
-MODEL = "model"  # folder of the student as it was, beside the batch
-SHOWN = 20  # responses in the table
+MODEL = "model"  # folder of the student of that step, next to the batch
+SHOWN = 20  # maximum number of responses in the table
 
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """What a response of T tokens is to the update."""
+    """Contribution of a response of T tokens to the update."""
 
     item: Item
-    logprob: Tensor  # [T] by the student as it was
-    loss: float  # its share
-    gradient: float  # norm of its share
+    logprob: Tensor  # [T] by the student of that step
+    loss: float  # its part of the loss
+    gradient: float  # norm of its part of the gradient
 
     @property
     def ratio(self) -> Tensor:
-        """[T] log-prob by the student minus the one that it was sampled with."""
+        """[T] log-prob by the student minus the log-prob at sampling."""
         return self.logprob - self.item.old
 
     @property
     def wrong(self) -> dict[str, list[int]]:
-        """Positions of tokens whose numbers are not finite, by the number."""
+        """Positions of tokens with values that are not finite, by the name of the value."""
         item = self.item
         numbers = {
             "log-prob": self.logprob,
@@ -62,23 +61,21 @@ class Found:
 
     @property
     def finite(self) -> bool:
-        """Whether the update could be made with it."""
+        """True if the update is finite with this response."""
         return math.isfinite(self.loss) and math.isfinite(self.gradient)
 
 
 def replay(run: RunFolder, step: int, console: Console) -> list[Found]:
-    """Compute the batch of a skipped update again and print what came of each response, the worst ones first.
+    """Compute the batch of a skipped update again and print the result of each response, the worst ones first.
 
     Raises:
-        UserError: no batch of this step was kept (says of which there are), or the student does not load.
+        UserError: no batch of this step is saved (the message lists those that are), or the student does not load.
     """
     folder = run.replay_of(step)
     recipe = run.recipe()
     if not folder.is_dir():
         there = ", ".join(str(step_of(path.name)) for path in sorted(run.replay.glob("step-*")))
-        raise UserError(
-            f"{run.root}: no update of step {step} was skipped, or it is not kept any more; there is {there or 'none'}"
-        )
+        raise UserError(f"{run.root}: no skipped update of step {step} is saved; saved steps: {there or 'none'}")
     items, about = read_batch(folder)
     console.print(f"step {step}: {about['reason']}. {len(items)} responses, with the weights of {folder / MODEL}")
     encoder = Encoder(folder / MODEL)
@@ -96,10 +93,11 @@ def replay(run: RunFolder, step: int, console: Console) -> list[Found]:
 
 
 def table(found: Sequence[Found], text: Callable[[int], str]) -> Table:
-    """A line for each response.
+    """Return a table with a line for each response.
 
     Args:
-        text: of a token.
+        found: the responses.
+        text: gives the text of a token.
     """
     head = Table(title="Responses of the skipped update; ratio is pi / pi that sampled", title_justify="left")
     for column in ("prompt", "tokens", "loss", "gradient norm", "largest ratio", "not finite"):
@@ -134,7 +132,7 @@ def _load(folder: Path, recipe: Recipe) -> Any:
 
 
 def _computer(student: Any, collate: Collator, algorithm: Algorithm) -> Callable[[Item], Found]:
-    """Computes one response with no others beside it."""
+    """Return a function that computes one response alone."""
 
     def compute(item: Item) -> Found:
         micro = collate([item], [0]).to(student.device)
@@ -148,7 +146,7 @@ def _computer(student: Any, collate: Collator, algorithm: Algorithm) -> Callable
 
 
 def _largest(ratio: Tensor) -> tuple[float, int | None]:
-    """The log ratio that is farthest from 0, and where it is, of those that are finite; (0, None) if none is."""
+    """Return the finite log ratio that is farthest from 0, and its position; (0, None) if none is finite."""
     size = ratio.abs().masked_fill(~ratio.isfinite(), -1.0)
     at = int(size.argmax())
     return (float(ratio[at]), at) if size[at] >= 0 else (0.0, None)

@@ -1,4 +1,4 @@
-"""`mmopd serve`: the teachers of a fleet on their own, for runs of other jobs or machines."""
+"""`mmopd serve`: serve the teachers of a fleet without a run, for runs of other jobs or machines."""
 
 import dataclasses
 import time
@@ -23,18 +23,15 @@ WATCH_EVERY = 0.5  # seconds
 
 
 def serve(fleet: Fleet, *, host: str, out: Path, key_variable: str | None, console: Console) -> None:
-    """`mmopd serve`: serve every teacher that has a `model`, write their endpoints to `out`, and stay until
-    interrupted.
+    """Serve every teacher that has a `model`, write their endpoints to `out`, and run until interrupted.
 
     Raises:
-        UserError: there is nothing to serve, a server did not start, or one died too often.
+        UserError: there is nothing to serve, a server did not start, or a server died too often.
     """
     key = key_in(key_variable, "mmopd serve", "--api-key-env") if key_variable else None
     specs = to_specs(fleet)
     if not specs:
-        raise UserError(
-            "no teacher of this fleet has a `model`: all of them run elsewhere, and there is nothing to serve"
-        )
+        raise UserError("no teacher of this fleet has a `model`: all run elsewhere, and there is nothing to serve")
     warn_of(host, console)
     logs = out.with_name(f"{out.stem}-logs")
     logs.mkdir(parents=True, exist_ok=True)
@@ -46,7 +43,7 @@ def serve(fleet: Fleet, *, host: str, out: Path, key_variable: str | None, conso
         endpoint.save(out, shown)
         console.print(_table(fleet, shown, servers))
         console.print(
-            f"The endpoints and their key: {out}\nUse them: mmopd train RECIPE --endpoints {out}\nLogs: "
+            f"Endpoints and their key: {out}\nUse them: mmopd train RECIPE --endpoints {out}\nLogs: "
             f"{logs}\nCtrl-C stops.",
             markup=False,
         )

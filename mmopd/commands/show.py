@@ -1,4 +1,4 @@
-"""`mmopd show`: the recipe with every default, and what it would start."""
+"""`mmopd show`: print the recipe with all defaults, and the processes that it would start."""
 
 from rich.console import Console
 from rich.markup import escape
@@ -13,7 +13,7 @@ from mmopd.teacher.router import RoutedTeacher, find_teachers, load_teachers, re
 
 
 def show(recipe: Recipe, console: Console) -> None:
-    """Print the resolved recipe, then its processes and sources, then who scores what.
+    """Print the resolved recipe, then its processes and sources, then the teachers of each task.
 
     Raises:
         UserError: a file that the recipe names is missing or wrong, or a prompt has no teacher or no view.
@@ -51,7 +51,7 @@ def show(recipe: Recipe, console: Console) -> None:
 
 
 def teachers_table(fleet: Fleet, mixture: Mixture) -> Table:
-    """The teachers of each task of the mixture, with their shares and what they are shown.
+    """Return a table of the teachers of each task of the mixture, with their shares and views.
 
     Raises:
         UserError: an unknown task, or one whose prompts have no teacher or no view.
@@ -70,7 +70,7 @@ def teachers_table(fleet: Fleet, mixture: Mixture) -> Table:
 
 
 def _shown(teacher: RoutedTeacher) -> str:
-    """The keys of its view that are set."""
+    """Return the keys of the teacher's view that are set."""
     keys = teacher.view.model_dump(exclude_defaults=True)
     return (
         ", ".join(f"{key}: {value if key == 'images' else repr(value)}" for key, value in keys.items()) or "all of it"

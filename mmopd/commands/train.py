@@ -1,6 +1,4 @@
-"""`mmopd train`: the stages of a run in order, on this machine. `launch` is the summary; each stage is a function below
-it.
-"""
+"""`mmopd train`: run the stages of a run in order, on this machine. `launch` calls one function for each stage."""
 
 import dataclasses
 import os
@@ -46,23 +44,24 @@ def launch(
     host: str = HOST,
     standing: Standing | None = None,
 ) -> None:
-    """Prepare, serve, prove the teachers, measure difficulty, evaluate, distil, evaluate, report.
+    """Prepare, serve, examine the teachers, measure difficulty, evaluate, distil, evaluate, report.
 
     Args:
+        run: the run folder.
+        recipe: the recipe.
+        console: where the progress is shown.
         endpoints: files of `mmopd serve`; the teachers in them are used from there.
         changed: sources that were added to the mixture or removed from it on purpose, before a resume.
         launcher: a command that starts the ranks on several machines, such as `deepspeed --hostfile hosts --module`.
-        host: the address that the servers listen on, for ranks on other machines.
-        standing: servers of the run before, used if they are those that this one needs; else they are started for this
-            run alone.
+        host: address that the servers listen on, for ranks on other machines.
+        standing: servers of the previous run; used if this run needs the same ones, otherwise started again.
 
     Raises:
-        UserError: anything that a user can put right; whatever was started is stopped, what was measured is kept.
+        UserError: a problem that the user can fix; all processes are stopped, all measurements are kept.
     """
     if not torch.cuda.is_available():
-        os.environ.setdefault(
-            "DS_ACCELERATOR", "cpu"
-        )  # DeepSpeed, which transformers imports, would warn that it found nothing else
+        # Otherwise DeepSpeed, which transformers imports, warns that it found no other accelerator.
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
     warn_of(host, console)
     with (
         alone_in(run.root),
@@ -86,7 +85,7 @@ def launch(
 
 
 def say_left_out(job: Job, console: Console) -> None:
-    """Name the sources of which rows are left out, and how many."""
+    """Print the sources with rows that are left out, and the number of rows."""
     for name, shards in job.sources.items():
         if shards.left_out:
             console.print(
@@ -96,11 +95,12 @@ def say_left_out(job: Job, console: Console) -> None:
 
 
 def measure_difficulty(job: Job, servers: Servers, run: RunFolder, stages: Stages) -> None:
-    """Offline balancing: the untrained student answers every prompt; counts, weights and the picture go to the run
-    folder.
+    """Measure the difficulty for offline balancing: the untrained student answers every prompt.
+
+    Counts, weights and the heat map go to the run folder.
 
     Raises:
-        UserError: the engine ended; with the last lines of its log.
+        UserError: the engine ended; the message has the last lines of its log.
     """
     if job.recipe.algorithm.difficulty is None:
         return
@@ -122,7 +122,7 @@ def measure_difficulty(job: Job, servers: Servers, run: RunFolder, stages: Stage
 
 
 def sample_answers(job: Job, servers: Servers, run: RunFolder, stages: Stages) -> None:
-    """For SFT: the teachers answer every prompt, and what is right is kept beside the shards.
+    """Sample the teachers' answers to every prompt for SFT, and save the right ones next to the shards.
 
     Raises:
         UserError: a teacher's server ended, with the last lines of its log; or no answer is right.
@@ -135,7 +135,7 @@ def sample_answers(job: Job, servers: Servers, run: RunFolder, stages: Stages) -
 
 
 def starting_points(job: Job, servers: Mapping[str, Endpoint]) -> list[Candidate]:
-    """The student before training, and the first replica of each teacher."""
+    """Return the student before training, and the first replica of each teacher."""
     unknown = {endpoint.teacher for endpoint in job.elsewhere} | {
         name for name, t in job.fleet.teachers.items() if t.adapter
     }
@@ -147,8 +147,9 @@ def starting_points(job: Job, servers: Mapping[str, Endpoint]) -> list[Candidate
 
 
 def distilled(servers: Servers, run: RunFolder) -> Candidate:
-    """What the student's engine holds after training; an engine that was started again on the way holds something
-    else.
+    """Return the student's engine with the trained weights as a candidate.
+
+    An engine that was restarted has other weights, which its objection reports.
     """
     student = servers["student"]
 
@@ -165,10 +166,10 @@ def distilled(servers: Servers, run: RunFolder) -> Candidate:
 
 
 def finish(run: RunFolder, rows: Sequence[Row], stages: Stages) -> None:
-    """Results table, report, and the model's card.
+    """Write the results table, the report and the model card.
 
     Raises:
-        UserError: a benchmark has no score; everything is written all the same.
+        UserError: a benchmark has no score; all files are written nevertheless.
     """
     results = Results.of(rows)
     results.write(run.root)
@@ -177,5 +178,5 @@ def finish(run: RunFolder, rows: Sequence[Row], stages: Stages) -> None:
         (run.export / CARD).write_text(model_card(run, run.recipe()))
         stage.outcome = str(run.report)
     print_results(results, stages.console)
-    stages.console.print(f"The model: {run.export}\nThe report: {run.report}", highlight=False, markup=False)
+    stages.console.print(f"Model: {run.export}\nReport: {run.report}", highlight=False, markup=False)
     check_results(results)
