@@ -1,7 +1,7 @@
-"""The catalogue: modalities/, teachers/, data/, eval/ and recipes/, of the workspace first and then as shipped.
+"""The catalogue: modalities/, teachers/, data/, eval/ and recipes/, first of the workspace, then as shipped.
 
-A name such as `recipes/demo.yaml` is looked for in the workspace (the current folder, or another that is given), then
-among the files that came with the package, so that a workspace holds only what a person added or changed.
+A name such as `recipes/demo.yaml` is searched first in the workspace (the current folder, or a given one), then among
+the files of the package, so that a workspace holds only added or changed files.
 """
 
 import shutil
@@ -37,17 +37,19 @@ C = TypeVar("C", bound=Config)
 
 
 def load_fleet(name: str | Path, workspace: Path | None = None) -> Fleet:
-    """A file of teachers/."""
+    """Load a fleet from a file of teachers/."""
     return _load(Fleet, name, workspace)
 
 
 def load_mixture(name: str | Path, workspace: Path | None = None) -> Mixture:
-    """A file of data/."""
+    """Load a mixture from a file of data/."""
     return _load(Mixture, name, workspace)
 
 
 def is_mixture(path: Path) -> bool:
-    """True for the file of a mixture; False for a recipe, and for what is no YAML (whoever loads it says so)."""
+    """Return true for the file of a mixture; false for a recipe, and for a file that is not YAML (its loader reports
+    that).
+    """
     try:
         data = yaml.safe_load(path.read_text())
     except yaml.YAMLError:
@@ -56,28 +58,28 @@ def is_mixture(path: Path) -> bool:
 
 
 def load_suite(name: str | Path, workspace: Path | None = None) -> Suite:
-    """A file of eval/."""
+    """Load a suite from a file of eval/."""
     return _load(Suite, name, workspace)
 
 
 def load_comparison(name: str | Path, workspace: Path | None = None) -> Comparison:
-    """A file recipes/compare_*.yaml."""
+    """Load a comparison from a file recipes/compare_*.yaml."""
     return _load(Comparison, name, workspace)
 
 
 def load_recipe(name: str | Path, workspace: Path | None = None, overrides: Iterable[str] = ()) -> Recipe:
-    """A file of recipes/, with `key.path=value` overrides on top."""
+    """Load a recipe from a file of recipes/, with `key.path=value` overrides."""
     return _load(Recipe, name, workspace, overrides)
 
 
 def init(folder: Path) -> list[Path]:
-    """Copy the shipped catalogue into a folder, files that are there already excepted; returns what was written.
+    """Copy the shipped catalogue into a folder, without existing files; return the written files.
 
     Raises:
         UserError: `folder` is a file.
     """
     if folder.exists() and not folder.is_dir():
-        raise UserError(f"{folder}: a file; name a folder for the workspace")
+        raise UserError(f"{folder}: this is a file; choose a folder for the workspace")
     written = []
     for kind in KINDS:
         root = shipped() / kind

@@ -25,8 +25,10 @@ app = typer.Typer(
 
 
 def main() -> None:
-    """Entry point: a UserError is one message on stderr and the exit status of its kind; SIGTERM ends like an
-    exception, so that children are stopped.
+    """Run the command line.
+
+    A UserError is printed as one message on stderr, with the exit status of its kind. SIGTERM ends the process like an
+    exception, so that its children are stopped.
     """
     signal.signal(signal.SIGTERM, _terminate)
     try:
@@ -59,7 +61,7 @@ def init(
 
 @app.command()
 def demo(overrides: Overrides = None, run: RunOption = None) -> None:
-    """Run the whole job on this machine, in minutes: `mmopd train recipes/demo.yaml`, with a tiny student and real parts."""
+    """Run the whole job in minutes on this machine: `mmopd train recipes/demo.yaml`, a tiny student with real parts."""
     train(Path("recipes/demo.yaml"), overrides, run)
 
 
@@ -194,7 +196,7 @@ def compare(
 ) -> None:
     """Run a grid of variants and seeds, one after the other, and write tables with intervals.
 
-    Finished runs are not repeated. Servers stay up as long as the next run needs the same models with the same settings.
+    Finished runs are not repeated. Servers stay up while the next run needs the same models with the same settings.
     """
     from mmopd import catalog
     from mmopd.commands.compare import compare as run_grid

@@ -1,13 +1,14 @@
-"""Errors that a person is meant to read, by kind. Each kind has an exit status, by which a script tells them apart."""
+"""Errors for the user, by kind. Each kind has its own exit status, so that scripts can tell them apart."""
 
 from typing import ClassVar
 
 
 class UserError(Exception):
-    """Something that a user gave cannot work: one message that names it and the way out.
+    """Something that a user gave cannot work: one message that names the problem and its fix.
 
-    The command line prints the message alone and exits with `exit_status`; any other exception is a mistake of this
-    package, and ends in a traceback and status 1. A kind says where to look; this class is for what has no kind.
+    The command line prints only the message and exits with `exit_status`. Any other exception is a bug of this package,
+    and ends in a traceback and status 1. The subclasses name the area of the problem; this class is for problems
+    without an area.
     """
 
     exit_status: ClassVar[int] = 2

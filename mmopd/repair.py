@@ -1,9 +1,10 @@
-"""Make a CPU environment importable: `python -m mmopd.repair` (does nothing where nothing is broken).
+"""Make a CPU environment importable: `python -m mmopd.repair` (does nothing if nothing is broken).
 
-On the package index, torchvision, torchaudio and torchcodec are CUDA builds. Beside the CPU build of torch none of
-them loads. The last two are not needed and are uninstalled, since vLLM fails on their presence. Of torchvision only
-the Python code is needed, so an import hook defines the two operators whose absence stops it. The hook is a `.pth`
-file, because vLLM's spawned workers must see it too; it stands aside where torchvision's own operators load.
+On the package index, torchvision, torchaudio and torchcodec are CUDA builds, which do not load with the CPU build of
+torch. torchaudio and torchcodec are not needed and are uninstalled, because vLLM fails if they are present. Of
+torchvision only the Python code is needed: an import hook defines the two operators whose absence stops the import. The
+hook is a `.pth` file, because vLLM's spawned workers must load it too; it does nothing if torchvision's own operators
+load.
 """
 
 import importlib.metadata
@@ -18,7 +19,10 @@ from rich.console import Console
 from mmopd.errors import UserError
 
 HOOK = "mmopd_torchvision_hook"
-HOOK_SOURCE = '''"""Written by `python -m mmopd.repair`: defines two operators that a CUDA torchvision cannot load beside a CPU torch."""
+HOOK_SOURCE = '''"""Defines two operators that a CUDA torchvision cannot load with a CPU torch.
+
+Written by `python -m mmopd.repair`.
+"""
 
 import sys
 
@@ -48,7 +52,8 @@ def _define(init):
         pass
     for operator in ("nms", "qnms"):
         try:
-            torch.library.define(f"torchvision::{operator}", "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+            schema = "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
+            torch.library.define(f"torchvision::{operator}", schema)
         except RuntimeError:  # there already
             pass
 
@@ -58,20 +63,19 @@ sys.meta_path.insert(0, _Finder())
 
 
 def is_cpu_torch() -> bool:
-    """Whether the installed torch is a CPU build (its version says so)."""
+    """Return true if the installed torch is a CPU build, according to its version."""
     return installed("torch") and importlib.metadata.version("torch").endswith("+cpu")
 
 
 def imports(module: str) -> bool:
-    """Whether `module` imports in a fresh interpreter."""
+    """Return true if `module` imports in a fresh interpreter."""
     return subprocess.run([sys.executable, "-c", f"import {module}"], check=False, capture_output=True).returncode == 0
 
 
 def torchvision_loads() -> bool:
-    """Whether torchvision imports, as far as its files say; a real import takes seconds.
+    """Return true if torchvision imports, judging by its files; a real import takes seconds.
 
-    Its operators do not load where they were built for CUDA and torch was not, and then it does not import without the
-    hook.
+    Its operators do not load if they were built for CUDA and torch was not; then it does not import without the hook.
     """
     site = importlib.metadata.distribution("torchvision").locate_file("")
     libraries = list(Path(str(site), "torchvision").glob("_C*.so"))
@@ -80,7 +84,7 @@ def torchvision_loads() -> bool:
 
 
 def installed(package: str) -> bool:
-    """Whether `package` is installed as a distribution."""
+    """Return true if `package` is installed as a distribution."""
     try:
         importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
@@ -89,10 +93,10 @@ def installed(package: str) -> bool:
 
 
 def repair() -> list[str]:
-    """Repair what is broken and say what was done; [] where nothing was.
+    """Repair what is broken; return a description of each repair, [] if nothing was broken.
 
     Raises:
-        UserError: it is broken beyond these repairs.
+        UserError: these repairs are not enough.
     """
     if not is_cpu_torch():
         return []
@@ -105,10 +109,10 @@ def _remove_sound_and_video() -> list[str]:
         return []
     if importlib.util.find_spec("pip") is None:
         raise UserError(
-            f"{sys.prefix}: {' and '.join(broken)} do not load, and there is no pip here to uninstall them: do it by hand"
+            f"{sys.prefix}: {' and '.join(broken)} do not load, and this environment has no pip: uninstall them by hand"
         )
     subprocess.run([sys.executable, "-m", "pip", "uninstall", "--quiet", "--yes", *broken], check=True)
-    return [f"uninstalled {' and '.join(broken)} (CUDA builds beside a CPU torch)"]
+    return [f"uninstalled {' and '.join(broken)} (CUDA builds with a CPU torch)"]
 
 
 def _hook_torchvision() -> list[str]:
@@ -123,7 +127,7 @@ def _hook_torchvision() -> list[str]:
         raise UserError(
             f"torchvision does not import, even with the hook in {hook}: see `{sys.executable} -c 'import torchvision'`"
         )
-    return [f"{'renewed' if outdated else 'added'} the import hook for torchvision (a CUDA build beside a CPU torch)"]
+    return [f"{'renewed' if outdated else 'added'} the import hook for torchvision (a CUDA build with a CPU torch)"]
 
 
 if __name__ == "__main__":

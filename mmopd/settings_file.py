@@ -1,6 +1,4 @@
-"""The base of all settings, and a YAML file as such a model, and back: errors name the file and the key, and guess what
-was meant.
-"""
+"""Base class of all settings, and YAML files as settings; errors name file and key, and suggest a known name."""
 
 import difflib
 from collections.abc import Iterable
@@ -18,23 +16,23 @@ Positive = Annotated[int, Field(ge=1)]
 
 
 class Config(BaseModel):
-    """Base of all settings: immutable, and closed to unknown keys."""
+    """Base of all settings: immutable; unknown keys are errors."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
 def suggest(word: str, known: Iterable[str]) -> str:
-    """`; did you mean 'x'?`, or the list of what there is."""
+    """Return `; did you mean 'x'?`, or the list of known names."""
     known = list(known)
     near = difflib.get_close_matches(word, known, n=1)
     return f"; did you mean {near[0]!r}?" if near else f"; there is {', '.join(sorted(known)) or 'none'}"
 
 
 def read(cls: type[C], path: Path, overrides: Iterable[str] = ()) -> C:
-    """Load a YAML file as `cls`, with `key.path=value` overrides on top.
+    """Load a YAML file as `cls`, with `key.path=value` overrides.
 
     Raises:
-        UserError: the file is missing or no YAML, a key is unknown, or a value does not fit; names the file and the
+        UserError: the file is missing or not YAML, a key is unknown, or a value does not fit; names the file and the
             key.
     """
     try:
@@ -49,13 +47,16 @@ def read(cls: type[C], path: Path, overrides: Iterable[str] = ()) -> C:
 
 
 def build(cls: type[C], data: dict[str, Any], where: str, overrides: Iterable[str] = ()) -> C:
-    """`data` as `cls`, with `key.path=value` overrides on top.
+    """Return `data` as `cls`, with `key.path=value` overrides.
 
     Args:
-        where: what messages begin with.
+        cls: the settings model.
+        data: keys and values; the overrides are set in it.
+        where: beginning of error messages.
+        overrides: settings to change.
 
     Raises:
-        UserError: a key is unknown, or a value does not fit; names the key.
+        UserError: a key is unknown, or a value does not fit; the message names the key.
     """
     for override in overrides:
         _set(data, override)
@@ -67,7 +68,7 @@ def build(cls: type[C], data: dict[str, Any], where: str, overrides: Iterable[st
 
 
 def dump(settings: BaseModel) -> str:
-    """The settings as YAML, every default written out."""
+    """Return the settings as YAML with all defaults."""
     return yaml.safe_dump(settings.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
 
@@ -93,7 +94,7 @@ def _explain(cls: type[BaseModel], loc: tuple[int | str, ...], message: str, kin
 
 
 def _keys_at(cls: type[BaseModel], loc: tuple[int | str, ...]) -> list[str]:
-    """The keys that the model at `loc` under `cls` knows."""
+    """Return the keys of the model at `loc` below `cls`."""
     model: type[BaseModel] | None = cls
     for part in loc:
         if model is not None and isinstance(part, str) and part in model.model_fields:
@@ -102,7 +103,7 @@ def _keys_at(cls: type[BaseModel], loc: tuple[int | str, ...]) -> list[str]:
 
 
 def _model_in(annotation: Any) -> type[BaseModel] | None:
-    """The pydantic model inside `Model | None`, `tuple[Model, ...]` or `Mapping[str, Model]`."""
+    """Return the pydantic model inside `Model | None`, `tuple[Model, ...]` or `Mapping[str, Model]`."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return annotation
     return next((m for m in map(_model_in, get_args(annotation)) if m), None)

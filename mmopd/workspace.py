@@ -1,4 +1,4 @@
-"""Files of the workspace (the current folder, or another that is given), and those that came with the package."""
+"""Files of the workspace (the current folder, or a given one), and the files shipped with the package."""
 
 import importlib.util
 import sys
@@ -11,21 +11,21 @@ from mmopd.errors import ConfigError
 
 
 def shipped() -> Path:
-    """The folder with the shipped catalogue: inside the package if it was installed, above it in a source checkout."""
+    """Return the folder of the shipped catalogue: inside the installed package, or above it in a source checkout."""
     package = Path(mmopd.__file__).parent
     installed = package / "_catalog"
     return installed if installed.is_dir() else package.parent
 
 
 def find(name: str | Path, workspace: Path | None = None) -> Path:
-    """The file that `KIND/NAME` stands for, or any other path if it exists.
+    """Return the file for `KIND/NAME`, or for any other path that exists.
 
     Raises:
-        UserError: there is no such file; names what there is.
+        UserError: there is no such file; the message suggests a known name.
     """
     roots = (workspace or Path.cwd(), shipped())
     for root in roots:
-        if (path := root / name).is_file():  # an absolute name is itself
+        if (path := root / name).is_file():  # an absolute name replaces the root
             return path
     kind = Path(name).parent
     suffix = Path(name).suffix
@@ -34,17 +34,17 @@ def find(name: str | Path, workspace: Path | None = None) -> Path:
 
 
 def load_module(path: Path) -> ModuleType:
-    """Run a `.py` of the catalogue, which is no package.
+    """Run a `.py` file of the catalogue, which is not a package.
 
     Raises:
-        UserError: it raises; names the file and the line.
+        UserError: the file raises an exception; the message names the file and the line.
     """
     name = f"mmopd_catalog_{path.parent.name}_{path.stem}"
     spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module  # dataclasses look their module up
+    sys.modules[name] = module  # dataclasses look up their module
     try:
         spec.loader.exec_module(module)
     except Exception as error:

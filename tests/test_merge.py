@@ -98,7 +98,7 @@ def test_what_cannot_be_merged_is_refused_by_name_and_nothing_is_left(tmp_path):
         assert not out.exists()
         assert not list(tmp_path.glob(".*"))
     out.mkdir()
-    with pytest.raises(UserError, match="already there"):
+    with pytest.raises(UserError, match="exists already"):
         run(base, {base: 1.0}, 1.25, out)
 
 

@@ -93,7 +93,7 @@ def refused(spec: ServerSpec, logs: Path) -> str:
 
 
 def test_a_folder_without_a_model_is_refused(tmp_path: Path) -> None:
-    assert "there is no config.json" in refused(ServerSpec("x", tmp_path, ENGINE, updatable=False), tmp_path)
+    assert "the folder has no config.json" in refused(ServerSpec("x", tmp_path, ENGINE, updatable=False), tmp_path)
 
 
 def test_a_port_that_is_taken_is_named_with_its_key(models: tuple[Path, Path], tmp_path: Path) -> None:

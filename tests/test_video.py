@@ -440,7 +440,8 @@ def test_the_preflight_examines_a_teacher_of_clips(real: Endpoint, encoder: Enco
     assert checks["image tokens"].numbers["sizes"] == 2
     assert checks.keys() >= {"context", "same score twice", "image canary"}
     with pytest.raises(
-        UserError, match=r"teachers\.films\.engine\.videos: 0, and prompts with 1 are routed to it: set it to 1"
+        UserError,
+        match=r"teachers\.films\.engine\.videos is 0, but prompts with 1 are routed to the teacher: set it to 1",
     ):
         examine(real, encoder, films, student=False, clips=0)
 

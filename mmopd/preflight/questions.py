@@ -1,7 +1,7 @@
-"""Questions of the preflight: the longest prompts of a mixture, images and other media in awkward sizes, and prompts
-with blank or shuffled ones.
+"""Questions of the preflight, each shown through the teacher's view.
 
-Each is asked as the teacher is shown it, through its view.
+They are the longest prompts of a mixture, prompts with images and other media in awkward sizes, and prompts with blank
+or shuffled media.
 """
 
 import heapq
@@ -21,39 +21,40 @@ from mmopd.task.base import Task
 from mmopd.teacher.router import find_teachers
 from mmopd.teacher.view import blinded, encode_view, sees_image
 
-LOOKED_AT = 1000  # rows of a source that are read, evenly spaced, to find the longest, where its index counts no tokens
-LONGEST = 32  # of them, the largest of each (task, modality), that are encoded
+# Rows of a source, evenly spaced, that are read to find the longest, if the source's index has no token counts.
+LOOKED_AT = 1000
+LONGEST = 32  # largest rows of each (task, modality) that are encoded
 SHOWN = 4  # prompts of each source that are scored with a response
-CHARACTERS = 3  # of a token, about; only ranks prompts before they are encoded
-# (what log-probs that ought to be equal may differ by, mean over a response; what another image must change one by, at
-# least)
+CHARACTERS = 3  # approximate characters of a token; used only to rank prompts before they are encoded
+# (Tolerance of log-probs that should be equal, as the mean over a response; least change of a log-prob by another
+# image). PRECISE is for a server that computes in float32, COARSE for 16 bits or an unknown dtype.
 PRECISE, COARSE = (
     (1e-4, 1e-2),
     (5e-2, 0.25),
-)  # of a server that computes in float32; in 16 bits, or nobody knows in what
+)
 BAD_ROW = (UserError, ValueError, OSError)  # a row that cannot be read or shown; OSError: pixels that do not decode
 
 
 @dataclass(slots=True)
 class Kind:
-    """The prompts of one task and modality that a preflight works with."""
+    """Prompts of one task and modality for the preflight."""
 
     task: str
     modality: str
-    rows: int = 0  # looked at, in shards or in their index
-    unreadable: int = 0  # rows of its sources
+    rows: int = 0  # rows examined, in shards or in their index
+    unreadable: int = 0  # unreadable rows of its sources
     longest: list[Prompt] = field(default_factory=list)
     shown: list[Prompt] = field(default_factory=list)
 
 
 def look(sources: Mapping[str, Sequence[Prompt]], encoder: Encoder) -> list[Kind]:
-    """The kinds of prompts that there are: of each the largest, by the size of their text and images, and some typical
+    """Return the kinds of prompts, each with its largest prompts, by the size of text and images, and some typical
     ones.
 
-    A row that cannot be read is counted; what becomes of it in a run is decided where rows are read in earnest.
+    A row that cannot be read is only counted; the training run decides what to do with it.
 
     Raises:
-        UserError: no row of a source can be read; names the source.
+        UserError: no row of a source can be read; the message names the source.
     """
     kinds: dict[tuple[str, str], Kind] = {}
     for name, shards in sources.items():
@@ -61,7 +62,7 @@ def look(sources: Mapping[str, Sequence[Prompt]], encoder: Encoder) -> list[Kind
         counted = _counted(shards)
         largest = counted if counted else range(0, len(shards), ceil(len(shards) / LOOKED_AT))
         rows, unreadable = sorted({*typical, *largest}), 0
-        here: dict[tuple[str, str], list[tuple[int, int, Prompt]]] = {}  # the largest so far, of this source
+        here: dict[tuple[str, str], list[tuple[int, int, Prompt]]] = {}  # the largest rows of this source so far
         for row in rows:
             try:
                 prompt = shards[row]
@@ -89,8 +90,9 @@ def look(sources: Mapping[str, Sequence[Prompt]], encoder: Encoder) -> list[Kind
 
 
 def _counted(shards: Sequence[Prompt]) -> list[int]:
-    """The longest rows by the tokens that the index counts, so that few shards are read; none if it does not tell the
-    rows' kinds too.
+    """Return the longest rows by the token counts of the index, so that few shards are read.
+
+    The list is empty if the index does not give the kinds of the rows too.
     """
     if not isinstance(shards, Shards) or shards.processor is None or len(shards.kinds) > 1:
         return []
@@ -109,11 +111,11 @@ def _size(prompt: Prompt, encoder: Encoder) -> int:
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """A response to be scored after a prompt, as the teacher is shown it."""
+    """A response to score after a prompt, in the teacher's view."""
 
     encoded: Encoded
     tokens: tuple[int, ...]
-    # The prompt with blank and with shuffled items, where items of media are shown.
+    # The prompt with blank and with shuffled items, if items of media are shown.
     others: Mapping[str, Encoded] = field(default_factory=dict)
 
 
@@ -124,22 +126,22 @@ class Sized:
     name: str
     size: str  # width x height, pixels
     encoded: Encoded
-    tokens: int  # visual ones
-    token: int  # the id that they are
+    tokens: int  # number of visual tokens
+    token: int  # id of a visual token
     medium: Medium
 
 
 @dataclass(slots=True)
 class Questions:
-    """All that the replicas of one teacher are asked."""
+    """All questions for the replicas of one teacher."""
 
-    plain: Question  # text alone, short
-    tolerance: float  # of log-probs that ought to be equal, mean over a response
-    alive: float  # a log-prob must change by more than this when the image is another
+    plain: Question  # short, only text
+    tolerance: float  # for log-probs that should be equal, mean over a response
+    alive: float  # a log-prob must change by more than this with another image
     to_score: list[Question] = field(default_factory=list)
     sizes: list[Sized] = field(default_factory=list)
     longest: Encoded | None = None  # None if no prompt is routed to the teacher
-    looked: str = ""  # among how many it is the longest
+    looked: str = ""  # number of prompts among which it is the longest, in words
     unusable: dict[str, str] = field(default_factory=dict)  # key of a prompt -> why it cannot be shown
 
 
@@ -152,11 +154,10 @@ def questions(
     *,
     responses: Mapping[str, Sequence[tuple[int, ...]]],
 ) -> Questions:
-    """What to ask the teacher `name`: about the prompts that are routed to it, or a plain question where there are
-    none.
+    """Return the questions for teacher `name` about the prompts routed to it, or one plain question if there are none.
 
     Raises:
-        UserError: it is to see more items of a medium in a prompt than it is served for.
+        UserError: a prompt has more items of a medium than the teacher's server accepts.
     """
     routed = [
         (kind, teacher.view)
@@ -182,10 +183,10 @@ def questions(
 
 
 def in_float32(teacher: Teacher) -> bool:
-    """Whether its scores are computed in float32; what nobody knows is taken not to be."""
+    """Return true if the teacher's scores are computed in float32; an unknown dtype counts as false."""
     if teacher.model is None or teacher.engine.dtype != "auto":
         return teacher.model is not None and teacher.engine.dtype == "float32"
-    path = teacher.model / "config.json"  # it need not be on this machine
+    path = teacher.model / "config.json"  # may be missing on this machine
     config = json.loads(path.read_text()) if path.is_file() else {}
     return str(config.get("dtype") or config.get("torch_dtype")) == "float32"
 
@@ -199,8 +200,8 @@ def _check_limits(name: str, teacher: Teacher, routed: Sequence[tuple[Kind, View
         needed = max((len(prompt.items(medium.name)) for prompt in prompts), default=0)
         if needed > allowed:
             raise ConfigError(
-                f"teachers.{name}.engine.{medium.limit}: {allowed}, and prompts with {needed} are routed to it: "
-                f"set it to {needed}"
+                f"teachers.{name}.engine.{medium.limit} is {allowed}, but prompts with {needed} are routed to the "
+                f"teacher: set it to {needed}"
             )
 
 
@@ -211,8 +212,9 @@ def _show(
     responses: Mapping[str, Sequence[tuple[int, ...]]],
     end: int,
 ) -> None:
-    """Some prompts of each sort, the first of every kind before the second of any: `SHOWN` with images to see, as many
-    without.
+    """Add `SHOWN` prompts with images to see, and as many without.
+
+    The first prompt of every kind comes before the second of any.
     """
     left = {True: SHOWN, False: SHOWN}
     ranked = sorted(
@@ -246,7 +248,7 @@ def _shuffled(prompt: Prompt, seed: int) -> Prompt:
 
 
 def _measure_media(asked: Questions, encoder: Encoder, kinds: Sequence[Kind], view: View) -> None:
-    """For each medium a short prompt with it, whose items are replaced by some of each awkward size."""
+    """Add for each medium a short prompt whose items are replaced by items of each awkward size."""
     for name, medium in MEDIA.items():
         prompts = [prompt for kind in kinds for prompt in kind.shown if prompt.items(name)]
         if not prompts:
@@ -261,7 +263,7 @@ def _measure_media(asked: Questions, encoder: Encoder, kinds: Sequence[Kind], vi
             except BAD_ROW as error:
                 asked.unusable[prompt.key] = str(error)
                 continue
-            if not encoded.prompt.is_visual:  # nothing is asked of a view that shows none
+            if not encoded.prompt.is_visual:  # a view that hides the medium needs no question
                 continue
             token = encoder.tokens[medium.slot]
             shape = f"{width}x{height}" if files == 1 else f"{files} of {width}x{height}"

@@ -1,8 +1,8 @@
-"""The JSON of vLLM's `POST /inference/v1/generate`: the one route that takes token ids and images together.
+"""JSON of vLLM's `POST /inference/v1/generate`, the only route that takes token ids and images together.
 
-Prompt ids go out unexpanded (one placeholder per item of a medium) with the files as they are in the row; the server
-expands them, and what it answers is believed only if the ids that come back are the ones that were expected.
-A reply is decoded with typed msgspec structs, so that only the rows of the response are ever turned into objects.
+Prompt ids are sent unexpanded (one placeholder per item of a medium), with the files of the row. The server expands
+them. A reply is accepted only if the ids that it returns are the expected ones. Replies are decoded with typed msgspec
+structs, so that only the rows of the response become Python objects.
 """
 
 from collections.abc import Collection, Mapping, Sequence
@@ -19,20 +19,20 @@ from mmopd.records import Encoded, Files
 
 PATH = "/inference/v1/generate"
 REQUEST_ID = "X-Request-Id"  # header; comes back in the reply's `request_id`
-FLOOR = -9999.0  # vLLM writes it for -inf, and for NaN of a sampled token
-CEILING = 1e-3  # 0, and what rounding may add
-PARTS_BYTES = 1 << 27  # of items of media that are kept encoded
-BAN = -100.0  # logit bias; the largest that OpenAI-style servers take
+FLOOR = -9999.0  # vLLM's value for -inf, and for NaN of a sampled token
+CEILING = 1e-3  # 0 plus rounding
+PARTS_BYTES = 1 << 27  # size of the cache of encoded items
+BAN = -100.0  # logit bias; the strongest that OpenAI-style servers accept
 
 
 class ReplyError(Exception):
-    """A reply, or the lack of one, that must not be used.
+    """A reply that must not be used, or a missing reply.
 
     Attributes:
         cause: connection, timeout, status, malformed, ids or non_finite.
-        detail: for a person; holds no key.
-        transient: whether the same replica may do better a little later.
-        pause: seconds that the server asks to be left alone for.
+        detail: message for a person; contains no key.
+        transient: true if the same replica may succeed a little later.
+        pause: seconds for which the server asks to get no requests.
     """
 
     def __init__(self, cause: str, detail: str, *, transient: bool = False, pause: float = 0.0) -> None:
@@ -42,7 +42,7 @@ class ReplyError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Sampling:
-    """How n responses are drawn; `banned` ids are never sampled."""
+    """Settings for sampling n responses; `banned` ids are never sampled."""
 
     n: int
     seed: int
@@ -55,33 +55,33 @@ class Sampling:
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """One sampled response as the server tells it."""
+    """A sampled response as the server returns it."""
 
     tokens: tuple[int, ...]
-    logprobs: tuple[float, ...]  # of the unscaled, unbiased distribution
+    logprobs: tuple[float, ...]  # under the unscaled, unbiased distribution
     finish: str  # stop | length
-    versions: tuple[
-        tuple[str, int], ...
-    ]  # weight versions, each with the number of tokens that it sampled, in order; () if unknown
+    # Weight versions in order, each with the number of tokens that it sampled; () if unknown.
+    versions: tuple[tuple[str, int], ...]
 
 
 @dataclass(frozen=True, slots=True)
 class Scored:
-    """What a server says of the T tokens of a response."""
+    """Log-probs of the T tokens of a response from a server."""
 
     logprobs: tuple[float, ...]  # [T]
-    top: tuple[Mapping[int, float], ...] | None = (
-        None  # [T] id -> log-prob of the K likeliest ids, if they were asked for
-    )
+    # [T] id -> log-prob of the K likeliest ids, if they were requested.
+    top: tuple[Mapping[int, float], ...] | None = None
 
 
 def scoring_body(model: str, encoded: Encoded, tokens: Sequence[int], top_k: int = 0) -> bytes:
-    """The request for the log-probs of `tokens` after a prompt, and of the `top_k` likeliest ids in their places."""
+    """Return the request for the log-probs of `tokens` after a prompt, and of the `top_k` likeliest ids at each of
+    them.
+    """
     return _body(model, encoded, tokens, {"max_tokens": 1, "prompt_logprobs": top_k, "detokenize": False})
 
 
 def sampling_body(model: str, encoded: Encoded, sampling: Sampling) -> bytes:
-    """The request for `n` responses to a prompt; response i is drawn with seed `seed + i` (vLLM's rule)."""
+    """Return the request for `n` responses to a prompt; vLLM draws response i with seed `seed + i`."""
     settings: dict[str, object] = {
         "n": sampling.n,
         "seed": sampling.seed,
@@ -97,14 +97,15 @@ def sampling_body(model: str, encoded: Encoded, sampling: Sampling) -> bytes:
 
 
 def parse_scores(reply: bytes, request_id: str, expanded: Sequence[int], tokens: Sequence[int]) -> tuple[float, ...]:
-    """`parse_scored`, and of it the log-probs."""
+    """Return only the log-probs of `parse_scored`."""
     return parse_scored(reply, request_id, expanded, tokens).logprobs
 
 
 def parse_scored(
     reply: bytes, request_id: str, expanded: Sequence[int], tokens: Sequence[int], top_k: int = 0
 ) -> Scored:
-    """Log-prob of each of `tokens` after the prompt `expanded`, and of the likeliest ids if `top_k` were asked for.
+    """Return the log-prob of each of `tokens` after the prompt `expanded`, and of the `top_k` likeliest ids if
+    requested.
 
     Raises:
         ReplyError: malformed, ids (the server saw another prompt, or answers another request) or non_finite.
@@ -123,7 +124,7 @@ def parse_scored(
 
 
 def parse_samples(reply: bytes, request_id: str, expanded: Sequence[int], sampling: Sampling, end: int) -> list[Choice]:
-    """The `n` responses, in order; one that stopped by itself ends with the token `end`.
+    """Return the `n` responses, in order; one that stopped by itself ends with the token `end`.
 
     Raises:
         ReplyError: malformed (also a response that was aborted), ids (also a banned token) or non_finite.
@@ -191,7 +192,7 @@ def _body(model: str, encoded: Encoded, tokens: Sequence[int], settings: dict[st
 
 @cached(LRUCache(PARTS_BYTES, getsizeof=lambda part: len(bytes(part))), lock=Lock())
 def _part(medium: Medium, files: Files) -> msgspec.Raw:
-    """JSON of an item with its own bytes, made once for a group."""
+    """Return the JSON of an item with its own bytes; cached, so that a group makes it once."""
     return msgspec.Raw(b'{"type":"%b_url","url":"%b"}' % (medium.slot.encode(), medium.url(files)))
 
 

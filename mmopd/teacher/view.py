@@ -1,7 +1,7 @@
-"""What a teacher is shown of a prompt: all of it, or a rewriting of its images and words.
+"""Views: a teacher is shown all of a prompt, or a version with other images and words.
 
-Only the prompt is rewritten. The ids of the response are the student's own under every view, so that a score has one
-number for each of the student's tokens, whatever stands before them.
+Only the prompt is rewritten. Under every view the ids of the response are the student's own, so that a score has one
+log-prob for each of the student's tokens, whatever stands before them.
 """
 
 from collections.abc import Mapping, Sequence
@@ -28,11 +28,11 @@ BUILT_IN: Mapping[str, View] = {
 
 
 class ViewError(ValueError):
-    """A view that is not well formed, or a row that lacks what its view shows."""
+    """A view that is not well formed, or a row without a text that its view shows."""
 
 
 def check_view(view: View) -> None:
-    """What can be known of a view without a row.
+    """Check a view without a row.
 
     Raises:
         ViewError: keys that do not go together, or a template with more than `{name}` in it.
@@ -51,20 +51,20 @@ def check_view(view: View) -> None:
 
 
 def sees_image(view: View) -> bool:
-    """True if a teacher with this view is shown the items of media themselves."""
+    """Return true if a teacher with this view is shown the items of media themselves."""
     return view.images == "keep"
 
 
 def blinded(view: View) -> View:
-    """The same words, and grey files in place of each item of a medium, of as many visual tokens."""
+    """Return the view with grey files in place of each item of a medium; the number of visual tokens stays the same."""
     return view.model_copy(update={"images": "blank"})
 
 
 def encode_view(encoder: "Encoder", encoded: Encoded, view: View) -> Encoded:
-    """The prompt as a teacher with this view reads it; `encoded` itself if that is all of it as it stands.
+    """Return the prompt as a teacher with this view reads it; `encoded` itself if the view changes nothing.
 
-    Under a pixel budget the images are sent in the size that the budget gives them, as PNG, and are expected to become
-    that many visual tokens: a server whose own budget is smaller answers with other ids, which is an error there.
+    Under a pixel budget the images are sent as PNG in the size that the budget gives them, and each is expected to
+    become as many visual tokens. A server with a smaller budget of its own answers with other ids, which is an error.
 
     Raises:
         ViewError: the row lacks a text that the view shows (names the row and the text), or has an image or other item
@@ -87,7 +87,7 @@ def encode_view(encoder: "Encoder", encoded: Encoded, view: View) -> Encoded:
                 shown = shown.with_items(name, redrawn) if redrawn else shown
         if view.hint:
             shown = replace(shown, messages=_with_hint(shown.messages, _fill(view.hint, prompt)))
-        # Images in the size of a budget are cut into patches as they are.
+        # Images that have the size of a budget are cut into patches without another resize.
         pixels = replace(encoder.pixels, min_pixels=1, max_pixels=MAX_PIXELS) if redraws and budget else encoder.pixels
         return encoder.encode(shown, pixels)
     except (ValueError, OSError) as error:  # OSError: pixels that do not decode
@@ -95,7 +95,9 @@ def encode_view(encoder: "Encoder", encoded: Encoded, view: View) -> Encoded:
 
 
 def _budget(own: PixelPolicy, view: View) -> PixelPolicy | None:
-    """The student's budget with the view's in its place; a bound that is not given yields to the one that is."""
+    """Return the student's budget with the bounds of the view; a missing bound is moved if it conflicts with the given
+    one.
+    """
     low, high = view.min_pixels, view.max_pixels
     if low is None and high is None:
         return None
@@ -107,7 +109,7 @@ def _budget(own: PixelPolicy, view: View) -> PixelPolicy | None:
 
 
 def _without_media(messages: Sequence[Message], instead: str) -> tuple[Message, ...]:
-    """The messages with `instead` where the first item of a medium was, and nothing where the others were."""
+    """Return the messages with `instead` in place of the first item of a medium, and without the other items."""
     text = [{"type": "text", "text": instead}] if instead else []
     shown: list[Message] = []
     for message in messages:
@@ -126,7 +128,7 @@ def _without_media(messages: Sequence[Message], instead: str) -> tuple[Message, 
 
 
 def _with_hint(messages: Sequence[Message], hint: str) -> tuple[Message, ...]:
-    """The messages with the hint at the end of the user's last one."""
+    """Return the messages with the hint at the end of the user's last message."""
     last = max((i for i, message in enumerate(messages) if message["role"] == "user"), default=None)
     if last is None:
         raise ViewError("no message of a user to put the hint into")
@@ -136,7 +138,7 @@ def _with_hint(messages: Sequence[Message], hint: str) -> tuple[Message, ...]:
 
 
 def _fill(template: str, prompt: Prompt) -> str:
-    """The template with the row's texts in its fields."""
+    """Return the template with the row's texts in its fields."""
     texts = {**prompt.extra, "answer": prompt.answer}
     filled = ""
     for literal, name in _parse(template):
@@ -150,7 +152,10 @@ def _fill(template: str, prompt: Prompt) -> str:
 
 
 def _parse(template: str) -> list[tuple[str, str | None]]:
-    """(text, name of the field after it) of each piece. No attributes, indices or formats: rows and views are data."""
+    """Return (text, name of the field after it) of each piece of a template.
+
+    Attributes, indices and formats are refused, because rows and views are data.
+    """
     try:
         pieces = list(Formatter().parse(template))
     except ValueError as error:
