@@ -100,9 +100,7 @@ def train(
     from mmopd.runtime.run_folder import RunFolder
 
     if recipe is not None and resume is not None:
-        raise UserError(
-            f"--resume takes no recipe and no key=value: its settings are in {resume}/recipe.yaml, to be changed there"
-        )
+        raise UserError(f"--resume takes no recipe and no key=value: change its settings in {resume}/recipe.yaml")
     if recipe is None and resume is None:
         raise UserError("give a recipe (mmopd train recipes/demo.yaml), or --resume with a run folder")
     command = shlex.split(launcher or "")

@@ -170,7 +170,7 @@ def test_a_mixture_of_experts_is_counted_whole_and_by_what_a_token_passes(worksp
 
 
 def test_a_folder_without_a_config_says_that_one_is_enough(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"there is no config\.json; it is all that an estimate needs"):
+    with pytest.raises(UserError, match=r"there is no config\.json, the only file that an estimate needs"):
         read_model(tmp_path / "models/Qwen3-VL-4B-Instruct")
     (tmp_path / "config.json").write_text('{"model_type": "qwen3_vl", "architectures": ["Sys"]}')
     with pytest.raises(UserError, match="no model can be built from it"):

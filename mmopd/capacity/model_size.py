@@ -122,7 +122,7 @@ def read_model(folder: Path, train: Train | None = None) -> Model:
     path = folder / "config.json"
     if not path.is_file():
         raise CheckpointError(
-            f"{folder}: there is no config.json; it is all that an estimate needs of a model: "
+            f"{folder}: there is no config.json, the only file that an estimate needs; download it: "
             f"hf download OWNER/{folder.name} config.json --local-dir {folder}"
         )
     if path.stat().st_size > MAX_BYTES:

@@ -136,7 +136,7 @@ def _rollout(recipe: Recipe, gpu: Gpu, student: Model, work: Work) -> Time:
     each = max((weights + at_once * context * per_token) / rate, multiplied) + reduced
     everywhere = replicas * at_once
     seconds = max(work.responses * work.response / everywhere * each, work.load.response * (weights / rate + reduced))
-    how = f"{work.responses:,} x {work.response:,} tokens, {everywhere} at once: {everywhere / each:,.0f} tokens/s"
+    how = f"{work.responses:,} x {work.response:,} tokens, {everywhere} in parallel: {everywhere / each:,.0f} tokens/s"
     return Time("rollout", seconds, how)
 
 
@@ -159,7 +159,9 @@ def _scoring(gpu: Gpu, servers: Sequence[Served], work: Work, shares: Mapping[st
         return Time("scoring", 0.0, "no teacher is served by mmopd")
     slowest = max(seconds, key=lambda name: seconds[name])
     return Time(
-        "scoring", seconds[slowest], f"{slowest}: prefill of {shares[slowest].all:.0%} of the responses, meanwhile"
+        "scoring",
+        seconds[slowest],
+        f"{slowest}: prefill of {shares[slowest].all:.0%} of the responses, during the rollout",
     )
 
 

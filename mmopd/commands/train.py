@@ -160,7 +160,7 @@ def distilled(servers: Servers, run: RunFolder) -> Candidate:
             except SyncError:
                 lost = True
         again = f"`mmopd train --resume {run.root}` measures again"
-        return f"the student's engine died meanwhile ({servers.log('student')}); {again}" if lost else ""
+        return f"the student's engine has died ({servers.log('student')}); {again}" if lost else ""
 
     return Candidate("distilled", "distilled", student, run.export, objection)
 

@@ -219,7 +219,7 @@ def _descendants(root: int) -> list[int]:
     below: dict[int, list[int]] = {}
     for entry in os.scandir("/proc"):
         if entry.name.isdigit():
-            with contextlib.suppress(OSError):  # it has ended meanwhile
+            with contextlib.suppress(OSError):  # the process has just ended
                 stat = Path(entry.path, "stat").read_text()
                 below.setdefault(int(stat.rpartition(")")[2].split()[1]), []).append(int(entry.name))
     found = list(below.get(root, []))

@@ -133,7 +133,7 @@ def parse_samples(reply: bytes, request_id: str, expanded: Sequence[int], sampli
     _check_ids(sampled, request_id, list(expanded))
     choices = sorted(sampled.choices, key=lambda choice: choice.index)
     if [choice.index for choice in choices] != list(range(sampling.n)):
-        raise ReplyError("malformed", f"{len(choices)} responses where {sampling.n} were asked for")
+        raise ReplyError("malformed", f"{len(choices)} responses, but {sampling.n} were requested")
     banned = frozenset(sampling.banned)
     return [_choice(choice, banned, end) for choice in choices]
 
@@ -199,7 +199,7 @@ def _part(medium: Medium, files: Files) -> msgspec.Raw:
 def _decode(decoder: "msgspec.json.Decoder[T]", data: bytes | msgspec.Raw) -> T:
     try:
         return decoder.decode(data)
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:  # NaN is no JSON, but a lenient server may write it
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:  # NaN is not JSON, but a lenient server may write it
         cause = "non_finite" if b"NaN" in bytes(data) or b"Infinity" in bytes(data) else "malformed"
         raise ReplyError(
             cause, f"{error}; the reply begins {bytes(data)[:80]!r}", transient=cause == "malformed"
@@ -253,6 +253,6 @@ def _finite(logprobs: Sequence[float | None]) -> tuple[float, ...]:
     if len(finite) != len(logprobs):
         raise ReplyError(
             "non_finite",
-            f"{len(logprobs) - len(finite)} of {len(logprobs)} are no log-probs (NaN, infinite or above 0)",
+            f"{len(logprobs) - len(finite)} of {len(logprobs)} are not log-probs (NaN, infinite or above 0)",
         )
     return finite

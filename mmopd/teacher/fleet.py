@@ -216,8 +216,8 @@ def key_in(variable: str, owner: str, setting: str) -> str:
         raise ConfigError(f"{owner}: the environment variable {variable} ({setting}) is not set")
     if not re.fullmatch(r"[!-~]+", key):  # other characters cannot go into an HTTP header
         raise ConfigError(
-            f"{owner}: the environment variable {variable} ({setting}) holds blanks, line ends or other signs that no "
-            "key has"
+            f"{owner}: the environment variable {variable} ({setting}) contains blanks, line ends or other "
+            "characters that a key cannot have"
         )
     return key
 

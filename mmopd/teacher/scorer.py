@@ -113,7 +113,7 @@ class Scorer:
         await self._http.close()
 
     def sees_image(self, encoded: Encoded) -> bool:
-        """True if the prompt has anything to see, and every teacher of it is shown that."""
+        """Return true if the prompt has items of media and all its teachers are shown them."""
         return encoded.prompt.is_visual and all(sees_image(teacher.view) for teacher in self._teachers_of(encoded))
 
     async def score(self, encoded: Encoded, tokens: tuple[int, ...], *, blind: bool = False) -> Score | Absent:

@@ -41,7 +41,7 @@ def check_view(view: View) -> None:
     if view.instead and view.images != "drop":
         raise ViewError("`instead` is text in place of the images: it needs `images: drop`")
     if budget and view.images == "drop":
-        raise ViewError("a pixel budget is of no use with `images: drop`")
+        raise ViewError("a pixel budget has no effect with `images: drop`; remove one of them")
     if view.min_pixels and view.max_pixels and view.min_pixels > view.max_pixels:
         raise ViewError(f"min_pixels {view.min_pixels} is more than max_pixels {view.max_pixels}")
     if max(view.min_pixels or 0, view.max_pixels or 0) > MAX_PIXELS:
@@ -131,7 +131,7 @@ def _with_hint(messages: Sequence[Message], hint: str) -> tuple[Message, ...]:
     """Return the messages with the hint at the end of the user's last message."""
     last = max((i for i, message in enumerate(messages) if message["role"] == "user"), default=None)
     if last is None:
-        raise ViewError("no message of a user to put the hint into")
+        raise ViewError("the prompt has no user message for the hint")
     content = messages[last]["content"]
     hinted = content + hint if isinstance(content, str) else [*content, {"type": "text", "text": hint}]
     return (*messages[:last], {**messages[last], "content": hinted}, *messages[last + 1 :])
@@ -159,10 +159,8 @@ def _parse(template: str) -> list[tuple[str, str | None]]:
     try:
         pieces = list(Formatter().parse(template))
     except ValueError as error:
-        raise ViewError(f"{template!r}: {error}; a brace that is meant is written twice") from None
+        raise ViewError(f"{template!r}: {error}; write a literal brace twice") from None
     for _, name, form, conversion in pieces:
         if name is not None and (not name.isidentifier() or form or conversion):
-            raise ViewError(
-                f"{template!r}: a field is a plain name such as {{caption}}; a brace that is meant is written twice"
-            )
+            raise ViewError(f"{template!r}: a field is a plain name such as {{caption}}; write a literal brace twice")
     return [(literal, name) for literal, name, _, _ in pieces]
