@@ -1,6 +1,6 @@
-"""Checks shapes and types in `algorithm/` and packing at run time: in every test, and in the ranks that tests start.
+"""Check shapes and types in `algorithm/` and packing at run time: in every test, and in the ranks that tests start.
 
-Imported before anything of mmopd: jaxtyping's hook changes modules as they are imported.
+Import this before any module of mmopd: jaxtyping's hook changes modules as they are imported.
 """
 
 import inspect
@@ -11,7 +11,7 @@ from typing import ParamSpec, TypeVar
 from jaxtyping import install_import_hook
 
 ALGORITHM = Path(__file__).parents[1] / "mmopd" / "algorithm"
-PYDANTIC = {"__init__", "base", "settings"}  # models, whose values pydantic checks
+PYDANTIC = {"__init__", "base", "settings"}  # models; pydantic checks their values
 TENSORS = [f"mmopd.algorithm.{path.stem}" for path in sorted(ALGORITHM.glob("*.py")) if path.stem not in PYDANTIC]
 
 P = ParamSpec("P")
@@ -21,5 +21,5 @@ install_import_hook([*TENSORS, "mmopd.train.pack", "mmopd.train.prefix_tree"], "
 
 
 def unchecked(function: Callable[P, R]) -> Callable[P, R]:
-    """The function without the check of its annotations: for tests of the errors that it raises itself."""
+    """Return the function without the check of its annotations, for tests of the errors that it raises itself."""
     return inspect.unwrap(function)

@@ -1,4 +1,4 @@
-"""Mistakes in the input of a run: each gives one clear message before the start, and leaves nothing behind."""
+"""Mistakes in the input of a run: each gives one clear message before the start, and no process or file is left."""
 
 import json
 import shutil

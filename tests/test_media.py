@@ -1,4 +1,4 @@
-"""A medium is one file and one line: a toy one goes from a row to a micro-batch, and nothing else is changed for it."""
+"""A new medium is one file and one line: a toy medium goes from a row to a micro-batch without any other change."""
 
 import json
 import tarfile
@@ -31,7 +31,7 @@ SKETCHES = (frame(70, 50, 3), frame(64, 32, 9))
 
 
 class SketchMedium(ImageMedium):
-    """Drawings: stored under names of their own, and sent to the model as images."""
+    """Drawings: stored under their own names, and sent to the model as images."""
 
     name: ClassVar[str] = "sketch"
     item: ClassVar[str] = "sketch"
@@ -46,11 +46,11 @@ class SketchMedium(ImageMedium):
 
 @pytest.fixture(autouse=True)
 def sketch(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(MEDIA, "sketch", SketchMedium())  # the line
+    monkeypatch.setitem(MEDIA, "sketch", SketchMedium())  # the line in the registry
 
 
 def ask(name: str, files: tuple[bytes, ...]) -> Prompt:
-    """A question on files, each of them an item of the medium `name`."""
+    """Return a question about files, each an item of the medium `name`."""
     parts = [{"type": name}] * len(files)
     messages = ({"role": "user", "content": [*parts, {"type": "text", "text": "What is it?"}]},)
     images = files if name == "image" else ()
@@ -65,7 +65,7 @@ def drawn(encoder: Encoder) -> Encoded:
 
 @pytest.fixture
 def pictured(encoder: Encoder) -> Encoded:
-    """The same files as images."""
+    """Return the prompt with the same files as images."""
     return encoder.encode(ask("image", SKETCHES))
 
 

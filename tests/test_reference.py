@@ -23,7 +23,7 @@ def explained(key: str) -> str:
 
 def test_the_pages_are_those_of_the_models() -> None:
     for name, text in reference.pages().items():
-        assert (PAGES / name).read_text() == text, f"{name}: write it anew by `python -m mmopd.commands.reference`"
+        assert (PAGES / name).read_text() == text, f"{name}: rewrite it by `python -m mmopd.commands.reference`"
 
 
 @pytest.mark.parametrize("key", KEYS, ids=lambda key: f"{key.page}:{key.section.title}.{key.name}")

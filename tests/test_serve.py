@@ -344,7 +344,7 @@ def make_adapters(model: Path, folder: Path) -> dict[str, Path]:
 
 
 def processes_of(endpoint: Endpoint, children: Children) -> list[int]:
-    """Return the process ids of the API server behind an endpoint, and of its engine."""
+    """Return the process ids of an endpoint's API server, and of its engine."""
     port = int(endpoint.url.rpartition(":")[2])
     return [
         p.pid

@@ -29,15 +29,15 @@ class Difference:
     loss: float
     grad_norm: float
     weights: bool  # a checksum differs
-    first: int | None  # the update with the first difference, from 0; None where all bits are equal
+    first: int | None  # the update with the first difference, from 0; None if all bits are equal
 
     @property
     def identical(self) -> bool:
-        """True where losses, gradient norms and weights are equal to the bit."""
+        """True if losses, gradient norms and weights are equal to the bit."""
         return self.first is None and not self.weights
 
     def within(self, tolerance: float) -> bool:
-        """True where losses and gradient norms are that near; checksums of weights cannot be near."""
+        """Return True if losses and gradient norms are that near; checksums of weights cannot be near."""
         return max(self.loss, self.grad_norm) <= tolerance
 
 

@@ -19,7 +19,7 @@ def main() -> None:
 
 
 def lists(values: dict[str, list[object]]) -> str:
-    """The lists of a case, one a line; floats are written so that they read back to the bit."""
+    """Return the lists of a case, one a line; floats are written so that they read back to the bit."""
     return ",\n".join(f'    "{name}": {json.dumps(value)}' for name, value in values.items())
 
 
