@@ -1,7 +1,7 @@
-"""Objectives, and the recipe as pure functions: tensors in, tensors out; no process group, no HTTP, no model.
+"""Objectives, and the recipe as pure functions of tensors, without process group, HTTP or model.
 
-The functions take a few values per response or token, on the CPU; losses and divergences also run where the model is.
-Names are imported when they are first used, so that settings can be read without torch.
+The functions take a few values per response or token, on the CPU; losses and divergences also run on the model's
+device. Names are imported when first used, so that settings can be read without torch.
 """
 
 from importlib import import_module

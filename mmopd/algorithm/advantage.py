@@ -1,4 +1,4 @@
-"""GRPO: outcomes instead of teachers (recipe of Table B.1). It is how teachers are made.
+"""GRPO: outcomes instead of teachers (recipe of Table B.1); the way to train teachers.
 
 N responses, M tokens of all of them, S groups.
 """
@@ -10,24 +10,23 @@ from torch import Tensor
 from mmopd.algorithm.groups import rows, same_length, sides
 from mmopd.algorithm.step import Targets, mean_weights
 
-EPSILON = 1e-6  # on the standard deviation
+EPSILON = 1e-6  # added to the standard deviation
 
 
 def grpo(
     response: Int[Tensor, " M"], *, outcome: Float[Tensor, " N"], group: Int[Tensor, " N"], threshold: float
 ) -> Targets:
-    """`A_i = (o_i - mean o) / (std o + 1e-6)` over the responses of a prompt, the same for each token; no KL and no
-    entropy bonus.
+    """Return `A_i = (o_i - mean o) / (std o + 1e-6)` over the responses of a prompt, the same for each token.
 
-    Soft outcomes are used as they are. A response with an unknown outcome takes part in nothing, like one without a
-    token. In a group of one response, or of equal outcomes, nobody has an advantage; they count in the mean over the
-    responses all the same.
+    There is no KL and no entropy bonus. Soft outcomes are used without a cut. A response with an unknown outcome takes
+    part in nothing, like one without a token. In a group of one response, or of equal outcomes, all advantages are 0;
+    these responses still count in the mean over the responses.
 
     Args:
         response: which response the token belongs to, 0..N-1.
         outcome: 0 to 1, NaN unknown.
         group: number of the response's prompt, over all ranks.
-        threshold: from which an outcome is right, for the diagnostics.
+        threshold: an outcome at or above it is right, for the diagnostics.
 
     Raises:
         ValueError: an outcome outside 0..1, or lengths that differ.
@@ -38,10 +37,11 @@ def grpo(
     T = torch.bincount(response, minlength=N)
     keep = (right | wrong) & (T > 0)
     row, S = rows(group)
-    o, row_kept = outcome[keep].double(), row[keep]
+    o = outcome[keep].double()
+    row_kept = row[keep]
     count = torch.bincount(row_kept, minlength=S).clamp(min=1)
     mean = torch.bincount(row_kept, weights=o, minlength=S) / count
-    # The sample's standard deviation, as GRPO has it; a single response has none, and differs from its mean by nothing.
+    # The sample standard deviation, as in GRPO; a single response has none, and equals its mean.
     std = (torch.bincount(row_kept, weights=(o - mean[row_kept]) ** 2, minlength=S) / (count - 1).clamp(min=1)).sqrt()
     advantage = torch.zeros(N, dtype=torch.float64)
     advantage[keep] = (o - mean[row_kept]) / (std[row_kept] + EPSILON)

@@ -1,7 +1,7 @@
 """Online balancing of right and wrong responses (paper 3.3, A.2): which responses of a step to keep.
 
 A draw is a hash of (seed, group number, number of the response in its group), not a stream of random numbers: it
-depends neither on the order of the groups nor on the rank that asks. N responses, S groups.
+depends neither on the order of the groups nor on the rank that computes it. N responses, S groups.
 """
 
 import math
@@ -27,18 +27,15 @@ def balance_online(
     key: Int[Tensor, " N"] | None = None,
     threshold: float = 0.5,
 ) -> Bool[Tensor, " N"]:
-    """Drop responses of the over-represented side, drawn at random. True = keep. Unknown outcomes are kept, and counted
-    nowhere.
+    """Drop random responses of the over-represented side. True = keep. Unknown outcomes are kept, and not counted.
 
-    Scope `group` cuts each group that has both outcomes to right : wrong = `ratio`, to the nearest whole number and
-        never to none, so that
-    the group keeps its margin. Two ratios ask for one side alone, and there the other one goes: 0 keeps the wrong,
-    infinity the right responses of such a group. Groups with one outcome stay whole, at any ratio.
+    Scope `group` cuts each group that has both outcomes to right : wrong = `ratio`, rounded to the nearest whole number
+    and never to none, so that the group keeps its margin. Two ratios select one side: in such a group, 0 keeps only the
+    wrong and infinity only the right responses. Groups with one outcome stay whole, at any ratio.
 
-    Scope `batch` looks at the share of right ones among all: outside `ratio / (1 + ratio)` +- `tolerance` it drops,
-        from each group in
-    proportion to what the group has of that side (to one response), the fewest that bring the share inside, or, where
-    no number of drops does, to the nearest point. A batch with one outcome stays whole.
+    Scope `batch` balances the share of right ones among all. If it is outside `ratio / (1 + ratio)` +- `tolerance`, the
+    fewest responses are dropped that bring it inside, or, if no number of drops does, to the nearest point. Each group
+    loses in proportion to what it has of that side (to one response). A batch with one outcome stays whole.
 
     How many of a group's right and wrong responses stay depends on (outcomes, seed) alone; which ones depends also on
     `key`.
@@ -49,10 +46,9 @@ def balance_online(
         scope: what is balanced, each prompt's responses or the batch.
         ratio: right : wrong to reach, 0 to infinity.
         tolerance: allowed distance of the share (scope `batch`), 0..1.
-        seed: of the run and the step, so that a resumed run drops the same.
-        key: number of the response inside its group. Without it the position among the group's responses counts: then
-            the result follows the responses wherever a group is moved, but not when a group's own responses change
-            places.
+        seed: of the run and the step, so that a resumed run drops the same responses.
+        key: number of the response inside its group. Without it, the position among the group's responses is used: the
+            result then does not change when whole groups move, but it does when a group's own responses change places.
         threshold: a soft outcome at or above it is right.
 
     Raises:
@@ -80,15 +76,14 @@ def balance_online(
             keep[index] = place < _quota(have, other, aim)[row[index]]
         else:
             drops = int(have.sum()) - _nearest(int(have.sum()), int(other.sum()), aim, tolerance)
-            spread = (place + offset[index]) / have[
-                row[index]
-            ]  # evenly over 0..1 in every group: a prefix takes from each its share
+            # Evenly over 0..1 in every group, so that a prefix takes each group's share.
+            spread = (place + offset[index]) / have[row[index]]
             keep[index[spread.argsort(stable=True)[:drops]]] = False
     return keep
 
 
 def _quota(have: Tensor, other: Tensor, aim: float) -> Tensor:
-    """How many of a side a group keeps, to reach have : other = aim; [S]."""
+    """Return how many responses of a side each group keeps, to reach have : other = aim; [S]."""
     if aim == 0:
         return torch.where(other > 0, 0, have)
     wanted = (other * aim + 0.5).floor().clamp(min=1) if math.isfinite(aim) else have
@@ -96,18 +91,18 @@ def _quota(have: Tensor, other: Tensor, aim: float) -> Tensor:
 
 
 def _nearest(have: int, other: int, aim: float, tolerance: float) -> int:
-    """The largest number to keep of a side whose share of all is then nearest to aim / (1 + aim) +- tolerance."""
+    """Return the largest number of a side to keep whose share of all is nearest to aim / (1 + aim) +- tolerance."""
     if other == 0:
         return have
     share = 1.0 if math.isinf(aim) else aim / (1 + aim)
     kept = np.arange(have, -1, -1)
     distance = np.maximum(np.abs(kept / (kept + other) - share) - tolerance, 0)
-    distance[distance < 1e-12] = 0  # 0.55 - 0.5 is more than 0.05 to a computer
+    distance[distance < 1e-12] = 0  # in floating point 0.55 - 0.5 is more than 0.05
     return int(kept[distance.argmin()])
 
 
 def _position(row: Tensor, groups: int) -> Tensor:
-    """Position of each response among those of its group, in the order given."""
+    """Return the position of each response among those of its group, in the order given."""
     order = row.argsort(stable=True)
     return torch.empty_like(row).scatter_(0, order, places(row[order], groups)[1])
 
@@ -122,7 +117,7 @@ def _unique_in_group(key: Tensor, group: Tensor) -> Tensor:
 
 
 def _draws(seed: int, group: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
-    """Two numbers in [0, 1) per response, float64 [N]: one that its group has in common, and its own."""
+    """Return two numbers in [0, 1) per response, float64 [N]: one that its group shares, and its own."""
     start = np.full(len(group), seed % 2**64, dtype=np.uint64)
     of_group = _mix(_mix(start) ^ group.numpy().astype(np.uint64))
     own = _mix(of_group ^ key.numpy().astype(np.uint64))
@@ -130,13 +125,14 @@ def _draws(seed: int, group: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _unit(bits: NDArray[np.uint64]) -> Tensor:
-    """The upper 53 bits as a number in [0, 1)."""
+    """Return the upper 53 bits as a number in [0, 1)."""
     return torch.from_numpy((bits >> np.uint64(11)) * 2.0**-53)
 
 
 def _mix(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """One step of SplitMix64 (Steele, Lea, Flood 2014): a bijection of 64 bits in which every bit of x reaches every
-    bit out.
+    """Return one step of SplitMix64 (Steele, Lea, Flood 2014).
+
+    It is a bijection of 64 bits in which every input bit affects every output bit.
     """
     x = x + np.uint64(0x9E3779B97F4A7C15)
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)

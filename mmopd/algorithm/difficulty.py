@@ -1,7 +1,7 @@
 """Offline balancing by difficulty (paper 3.3, A.1): sampling weights that flatten the histogram of right answers.
 
-Before training, the student answers every prompt K times, c of them right. P prompts; the histogram has K + 1 bins.
-Beside the paper's rule stand two others of the field, `drop_easy_weights` and `frontier_weights`.
+Before training, the student answers every prompt K times, c of them right. P prompts; the histogram has K + 1 bins. Two
+other rules of the field are here for comparison, `drop_easy_weights` and `frontier_weights`.
 """
 
 from typing import Literal
@@ -23,23 +23,23 @@ def difficulty_weights(
     cap: float,
     heavy: float = 1.5,
 ) -> Float[Tensor, " P"]:
-    """Sampling weights of the prompts, 1..cap: none is ever dropped, some are drawn more often.
+    """Return sampling weights of the prompts, 1..cap: none is ever dropped, some are drawn more often.
 
     `u` raises the middle, 1 <= c <= K - 1; `mirrored_j` all with c <= K - 1; `flat` nothing. A raised bin goes up to
-    the fullest bin that is not raised (of `u`: to the lower of its two ends), by at most `cap`; a bin that is fuller
-    already stays. So the emptier a bin the larger its weight, never past a fuller one: the histogram gets flatter by
-    any measure.
+    the fullest bin that is not raised (for `u`: to the lower of its two ends), by at most `cap`; a bin that is already
+    fuller keeps its weight. So emptier bins get larger weights, but never overtake a fuller bin: the histogram gets
+    flatter by any measure.
 
     Args:
-        correct: right answers of each prompt.
-        attempts: answers of each prompt that could be judged; K is the largest. A prompt with fewer is put in the bin
+        correct: right answers to each prompt.
+        attempts: answers to each prompt that could be judged; K is the largest. A prompt with fewer is put in the bin
             nearest to its share of right answers, and one with none keeps weight 1.
-        shape: what the histogram looks like, or `auto` to detect it with `difficulty_shape`.
+        shape: shape of the histogram, or `auto` to detect it with `difficulty_shape`.
         cap: largest weight, >= 1.
         heavy: as in `difficulty_shape`.
 
     Raises:
-        ValueError: counts that cannot be (with the prompt's index), an unknown shape, `cap` < 1.
+        ValueError: impossible counts (with the prompt's index), an unknown shape, `cap` < 1.
     """
     one_of("shape", shape, ("auto", "u", "mirrored_j", "flat"))
     if not cap >= 1:
@@ -57,25 +57,25 @@ def difficulty_weights(
 
 
 def drop_easy_weights(correct: Int[Tensor, " P"], attempts: int | Int[Tensor, " P"]) -> Float[Tensor, " P"]:
-    """0 for the prompts that were always answered right, 1 for all others, those that could not be judged included.
+    """Return 0 for prompts that were always answered right, and 1 for all others, including those without a verdict.
 
-    The filter of POLARIS (An et al., 2025), which the paper argues against (A.1); here to be compared with.
+    This is the filter of POLARIS (An et al., 2025), which the paper argues against (A.1); it is here for comparison.
 
     Raises:
-        ValueError: counts that cannot be (with the prompt's index).
+        ValueError: impossible counts (with the prompt's index).
     """
     c, judged, histogram = _bins(correct, attempts)
     return torch.where(judged & (c == len(histogram) - 1), 0.0, 1.0)
 
 
 def frontier_weights(correct: Int[Tensor, " P"], attempts: int | Int[Tensor, " P"]) -> Float[Tensor, " P"]:
-    """4 p (1 - p), p the share of right answers: 1 where the student is right half of the time, 0 at both ends.
+    """Return 4 p (1 - p), p the share of right answers: 1 where the student is right half of the time, 0 at both ends.
 
-    The weighting of PACED (arXiv 2603.11178) with its exponents at 1; here to be compared with. A prompt that could not
-    be judged has the mean weight of the others (1 if there are none).
+    This is the weighting of PACED (arXiv 2603.11178) with exponents of 1, for comparison. A prompt that could not be
+    judged has the mean weight of the others (1 if there are none).
 
     Raises:
-        ValueError: counts that cannot be (with the prompt's index).
+        ValueError: impossible counts (with the prompt's index).
     """
     _, judged, _ = _bins(correct, attempts)
     k = torch.as_tensor(attempts).clamp(min=1)
@@ -86,14 +86,14 @@ def frontier_weights(correct: Int[Tensor, " P"], attempts: int | Int[Tensor, " P
 
 
 def difficulty_shape(correct: Int[Tensor, " P"], attempts: int | Int[Tensor, " P"], *, heavy: float = 1.5) -> Shape:
-    """`u`, `mirrored_j` or `flat`: where the prompts lie between never right (c = 0) and always right (c = K).
+    """Return `u`, `mirrored_j` or `flat`: the shape of the histogram from never right (c = 0) to always right (c = K).
 
     An end is heavy if it holds more than one bin's equal share of the prompts, and at least `heavy` times the mean of
-    the middle bins. Both ends: `u`. The easy one alone: `mirrored_j`. Everything else, K = 1 included, is `flat`. The
-    paper names the shapes and gives no rule; this one is ours.
+    the middle bins. If both ends are heavy, the shape is `u`; if only the easy end is, `mirrored_j`. Everything else,
+    including K = 1, is `flat`. The paper names the shapes but gives no rule; this one is ours.
 
     Raises:
-        ValueError: counts that cannot be (with the prompt's index).
+        ValueError: impossible counts (with the prompt's index).
     """
     return _shape(_bins(correct, attempts)[2], heavy)
 
@@ -109,7 +109,7 @@ def _shape(histogram: Tensor, heavy: float) -> Shape:
 
 
 def _bins(correct: Tensor, attempts: int | Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """(bin of each prompt [P], could it be judged at all [P], histogram over the bins [K + 1])."""
+    """Return (bin of each prompt [P], true if it could be judged at all [P], histogram over the bins [K + 1])."""
     if isinstance(attempts, int):
         attempts = torch.full_like(correct, attempts)
     same_length(correct=correct, attempts=attempts)
@@ -121,5 +121,5 @@ def _bins(correct: Tensor, attempts: int | Tensor) -> tuple[Tensor, Tensor, Tens
     judged = attempts > 0
     nearest = (correct * K / attempts.clamp(min=1)).round().long()
     some_of_both = (correct > 0) & (correct < attempts)
-    c = torch.where(some_of_both, nearest.clamp(1, max(1, K - 1)), nearest)  # the two ends are for "never" and "always"
+    c = torch.where(some_of_both, nearest.clamp(1, max(1, K - 1)), nearest)  # the ends mean "never" and "always"
     return c, judged, torch.bincount(c[judged], minlength=K + 1)

@@ -1,4 +1,4 @@
-"""What margins and balancing share: the side of a response, and its group as a row number.
+"""Common parts of margins and balancing: the side of a response, and its group as a row number.
 
 N responses, S groups.
 """
@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 def sides(outcome: Float[Tensor, " N"], threshold: float) -> tuple[Bool[Tensor, " N"], Bool[Tensor, " N"]]:
-    """(right, wrong): soft outcomes are cut at `threshold` (paper A.3), and an unknown one, NaN, is on neither side.
+    """Return (right, wrong); soft outcomes are cut at `threshold` (paper A.3), an unknown one (NaN) is on neither side.
 
     Raises:
         ValueError: an outcome outside 0..1, with its index, or such a threshold.
@@ -25,24 +25,24 @@ def sides(outcome: Float[Tensor, " N"], threshold: float) -> tuple[Bool[Tensor, 
 
 
 def rows(group: Int[Tensor, " N"]) -> tuple[Int[Tensor, " N"], int]:
-    """The groups numbered 0..S-1 in order of their ids, and S."""
+    """Return the groups numbered 0..S-1 in order of their ids, and S."""
     ids, row = torch.unique(group, return_inverse=True)
     return row, len(ids)
 
 
 def places(row: Int[Tensor, " N"], groups: int) -> tuple[Int[Tensor, " S"], Int[Tensor, " N"]]:
-    """(responses in each row [S], place of each among those of its row, from 0 [N]); `row` is sorted."""
+    """Return (responses in each row [S], place of each among those of its row, from 0 [N]); `row` is sorted."""
     count = torch.bincount(row, minlength=groups)
     return count, torch.arange(len(row)) - (count.cumsum(0) - count)[row]
 
 
 def first(where: Bool[Tensor, " N"]) -> int:
-    """Index of the first true entry."""
+    """Return the index of the first true entry."""
     return int(where.nonzero()[0])
 
 
 def same_length(**arrays: Tensor) -> None:
-    """Raise ValueError unless all are one-dimensional and of one length."""
+    """Raise ValueError unless all arrays are one-dimensional and have the same length."""
     shapes = {name: tuple(array.shape) for name, array in arrays.items()}
     if len(set(shapes.values())) != 1 or any(len(shape) != 1 for shape in shapes.values()):
         raise ValueError(f"expected arrays of one dimension and one length, got {shapes}")

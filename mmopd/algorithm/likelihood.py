@@ -1,4 +1,4 @@
-"""SFT on the teachers' answers: the baseline that learns off-policy.
+"""SFT on the teachers' answers: the off-policy baseline.
 
 N responses, M tokens of all of them.
 """
@@ -11,7 +11,7 @@ from mmopd.algorithm.step import Targets, mean_weights
 
 
 def sft(response: Int[Tensor, " M"], *, weight: Float[Tensor, " N"]) -> Targets:
-    """Every token counts alike inside its response, and every response by the weight of its teacher.
+    """Weigh tokens equally within a response, and responses by the weight of their teacher.
 
     Args:
         response: which response the token belongs to, 0..N-1.
@@ -30,5 +30,5 @@ def sft(response: Int[Tensor, " M"], *, weight: Float[Tensor, " N"]) -> Targets:
 
 
 def likelihood_loss(logprob: Float[Tensor, " M"], weight: Float[Tensor, " M"]) -> Float[Tensor, ""]:
-    """`-sum weight * log pi_theta`; a token of weight 0 has no part in it, whatever its log-prob is."""
+    """Return `-sum weight * log pi_theta`; a token of weight 0 has no effect, whatever its log-prob is."""
     return -(weight * torch.where(weight != 0, logprob, 0.0)).sum()

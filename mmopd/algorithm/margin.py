@@ -1,13 +1,13 @@
-"""Outcome-guided margin calibration (paper 3.4, A.4): does the teacher's return put right above wrong, and what if not?
+"""Outcome-guided margin calibration (paper 3.4, A.4): the margin by which a teacher ranks right above wrong.
 
 The margin of a group is `mean R(Y+) - mean R(Y-)`, or `min R(Y+) - max R(Y-)` (Eq. 9); the criterion is `margin >=
 delta` (Eq. 10). Scope `group` takes each prompt's responses, scope `global` the whole batch as one group. A group
-without both outcomes has no margin and passes unchanged. An unknown outcome (NaN) is on neither side: it counts
-nowhere, is never moved and never masked.
+without both outcomes has no margin and passes unchanged. An unknown outcome (NaN) is on neither side: it is not
+counted, and its response is neither shifted nor masked.
 
-All of it is a function of the values alone: sums run over sorted returns, so neither the order of the responses nor the
-    rank they lie on
-changes a bit (but which of two responses with the same return the mask drops).
+All results are functions of the values alone: sums run over sorted returns, so neither the order of the responses nor
+their rank changes a bit (except which of two responses with the same return the mask drops).
+
 N responses, S groups, W responses of the largest side, D drops.
 """
 
@@ -25,11 +25,8 @@ Scope = Literal["group", "global"]
 Mode = Literal["mean", "minmax"]
 Direction = Literal["lift", "suppress", "spread"]
 
-MOVES = {
-    "lift": (1.0, 0.0),
-    "suppress": (0.0, 1.0),
-    "spread": (0.5, 0.5),
-}  # of s: onto the right ones, off the wrong ones
+# Shares of s that right responses gain and wrong ones lose.
+MOVES = {"lift": (1.0, 0.0), "suppress": (0.0, 1.0), "spread": (0.5, 0.5)}
 
 
 def margin_shift(
@@ -43,11 +40,11 @@ def margin_shift(
     delta: float,
     threshold: float = 0.5,
 ) -> Float[Tensor, " N"]:
-    """What to add to every token of each response, so that its group's margin is at least `delta` (Eq. 11, 12).
+    """Return what to add to every token of each response, so that its group's margin is at least `delta` (Eq. 11, 12).
 
-    `s = max(0, delta - margin)`: `lift` adds s to every right response, `suppress` takes s from every wrong one,
+    `s = max(0, delta - margin)`: `lift` adds s to every right response, `suppress` subtracts s from every wrong one,
     `spread` does half of each. A return is a mean over tokens, so the same number moves the return by as much; the
-    order inside a side stays.
+    order within a side stays.
 
     Args:
         returns: mean token reward of each response, in nats (Eq. 5).
@@ -84,14 +81,14 @@ def margin_mask(
     retain: float,
     threshold: float = 0.5,
 ) -> Bool[Tensor, " N"]:
-    """Which responses to keep, so that the margin of their group rises to `delta` (Algorithm 1, greedy). True = keep.
+    """Return which responses to keep, True = keep, so that their group's margin rises to `delta` (Algorithm 1, greedy).
 
-    Dropped are the worst right and the best wrong responses, one at a time, each time the one that raises the margin
-    more (a tie drops the right one), until the margin holds or no drop raises it. A side at its floor, `max(1, floor(n
-    * retain))` of its n, gives up no more. Numbers that differ by the rounding of the returns' dtype count as equal. Of
-    responses with the same return, the later goes first.
+    The worst right and the best wrong responses are dropped one at a time, each time the one that raises the margin
+    more (a tie drops the right one), until the margin holds or no drop raises it. A side stops at its floor, `max(1,
+    floor(n * retain))` of its n responses. Values that differ only by the rounding of the returns' dtype count as
+    equal. Of responses with the same return, the later one is dropped first.
 
-    Args and errors as in `margin_shift`; `retain` is a share, 0..1.
+    Args and errors are those of `margin_shift`; `retain` is a share, 0..1.
     """
     if not 0 <= retain <= 1:
         raise ValueError(f"retain is {retain}: expected a share, 0 to 1")
@@ -99,11 +96,11 @@ def margin_mask(
     margin = (pos.whole + neg.whole)[:, None]
     rounding = 4 * torch.finfo(returns.dtype).eps * torch.maximum(pos.scale, neg.scale)[:, None]
 
-    gain_pos, gain_neg = pos.gains(retain), neg.gains(retain)
-    # Always taking the better of the two next drops merges two lists. An entry that beats the one before it in its own
-    # list is taken right
-    # after it, so the merged order is that of the running minima; the sort is stable, so that a tie takes the right
-    # response.
+    gain_pos = pos.gains(retain)
+    gain_neg = neg.gains(retain)
+    # Taking the better of the two next drops each time merges two lists. An entry that beats the one before it in its
+    # own list is taken right after it, so the merged order is that of the running minima. The sort is stable, so a tie
+    # takes the right response.
     running = torch.cat([gain_pos.cummin(1).values + rounding, gain_neg.cummin(1).values], 1)
     order = running.argsort(stable=True, dim=1, descending=True)
     gain = torch.cat([gain_pos, gain_neg], 1).gather(1, order)
@@ -127,8 +124,9 @@ def margins(
     mode: Mode,
     threshold: float = 0.5,
 ) -> Float[Tensor, " S"]:
-    """The margins of the groups that have both outcomes, by group number, in nats; float64. Args and errors as in
-    `margin_shift`.
+    """Return the margins of the groups that have both outcomes, by group number, in nats; float64.
+
+    Args and errors are those of `margin_shift`.
     """
     pos, neg = _both_sides(returns, outcome, group, scope=scope, mode=mode, delta=0.0, threshold=threshold)
     margin = pos.whole + neg.whole
@@ -139,24 +137,24 @@ def margins(
 class _Side:
     """One side of every group, each group's responses sorted best first: highest return if right, lowest if wrong.
 
-    Returns of the wrong side are negated here, so that for both sides more is better and a margin is a sum.
+    Returns of the wrong side are negated, so that on both sides more is better and a margin is a sum.
     """
 
     index: Int[Tensor, " n"]  # the responses of this side
     row: Int[Tensor, " n"]
     place: Int[Tensor, " n"]  # 0 = best of its group
     count: Int[Tensor, " S"]
-    best: Float[Tensor, "S W"]  # statistic (mean or minimum) of the best 1, 2, ... W; past `count` meaningless
+    best: Float[Tensor, "S W"]  # statistic (mean or minimum) of the best 1, 2, ... W; meaningless past `count`
     scale: Float[Tensor, " S"]  # largest |return|
 
     @property
     def whole(self) -> Float[Tensor, " S"]:
-        """The statistic of all; NaN where the side is empty."""
+        """The statistic of all responses; NaN where the side is empty."""
         value = self.best.gather(1, (self.count - 1).clamp(min=0)[:, None])[:, 0]
         return value.masked_fill(self.count == 0, math.nan)
 
     def gains(self, retain: float) -> Float[Tensor, "S D"]:
-        """How much the 1st, 2nd, ... drop raises the statistic; -inf from where the floor forbids it."""
+        """Return how much the 1st, 2nd, ... drop raises the statistic; -inf where the floor forbids it."""
         floor = (self.count.double() * retain + 1e-9).floor().long().clamp(min=1)  # 1e-9: 0.29 * 100 is 28.999...
         drop = torch.arange(self.best.shape[1])
         left = (self.count[:, None] - drop - 2).clamp(min=0)
@@ -167,7 +165,7 @@ class _Side:
 def _both_sides(
     returns: Tensor, outcome: Tensor, group: Tensor, *, scope: str, mode: str, delta: float, threshold: float
 ) -> tuple[_Side, _Side]:
-    """(right, wrong), of arguments that make sense; the margins are the sum of the two `whole`."""
+    """Check the arguments, and return (right, wrong); the margins are the sum of the two `whole`."""
     same_length(returns=returns, outcome=outcome, group=group)
     one_of("scope", scope, ("group", "global"))
     one_of("mode", mode, ("mean", "minmax"))

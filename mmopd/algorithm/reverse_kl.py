@@ -1,9 +1,8 @@
-"""On-policy distillation as the trainer sees it: an advantage and a weight per token (paper 3.2, Algorithm 3). OPD,
-ExOPD, Uni-OPD.
+"""On-policy distillation as an advantage and a weight per token (paper 3.2, Algorithm 3): OPD, ExOPD, Uni-OPD.
 
-The order is the paper's: online balance, returns of what was kept, margins, shift or mask. Every rank calls `opd` on
-the responses of all ranks and gets the same arrays; the trainer takes its share and knows no more of the algorithm than
-the loss. N responses with a score, M tokens of all of them.
+The order is the paper's: online balance, returns of the kept responses, margins, shift or mask. Every rank calls `opd`
+on the responses of all ranks and gets the same arrays; the trainer takes its share, and knows nothing of the algorithm
+but the loss. N responses with a score, M tokens of all of them.
 """
 
 import torch
@@ -30,13 +29,13 @@ def opd(
     reference: Float[Tensor, " M"] | None = None,
     scale: float = 1.0,
 ) -> Targets:
-    """Reverse KL on the student's own tokens (Eq. 2, 3), balanced and calibrated as `settings` say.
+    """Return reverse KL targets on the student's own tokens (Eq. 2, 3), balanced and calibrated as `settings` say.
 
-    The reward of a token is `log pi_T - log pi_theta`; with a reference, `scale (log pi_T - log pi_ref) - (log pi_theta
-    - log pi_ref)` (ExOPD), which goes on past the teacher in the direction in which it has left the reference. A token
-    where teacher and student are `log_ratio_clip` or more apart leaves the loss and its response's return. A response
-    with no other token (or none at all) is treated like one without a score: it takes part in nothing. If no outcome is
-    known, balance and margins have nothing to do, and this is plain OPD.
+    The reward of a token is `log pi_T - log pi_theta`. With a reference it is `scale (log pi_T - log pi_ref) - (log
+    pi_theta - log pi_ref)` (ExOPD), which goes past the teacher in the direction from the reference to the teacher. A
+    token where teacher and student are `log_ratio_clip` or more apart leaves the loss and its response's return. A
+    response with no other token (or none at all) is treated like one without a score: it takes part in nothing. If no
+    outcome is known, balance and margins have nothing to do, and this is plain OPD.
 
     Args:
         teacher: log-prob of each sampled token, in nats, by the teacher of its prompt.
@@ -44,11 +43,11 @@ def opd(
         response: which response the token belongs to, 0..N-1.
         outcome: 1 right, 0 wrong, between cut at `outcome_threshold`, NaN unknown.
         group: number of the response's prompt, over all ranks.
-        weight: w_k of the teacher that scored the response (Eq. 4); of several, the mean by their shares.
-        settings: the parts that are on, and their numbers.
+        weight: w_k of the teacher that scored the response (Eq. 4); for several teachers, the mean by their shares.
+        settings: the parts that are on, and their values.
         seed: of the run and the step.
         reference: log-prob of each sampled token by the reference.
-        scale: lambda; at 1 the reference has no part in the reward.
+        scale: lambda; at 1 the reference has no effect on the reward.
 
     Raises:
         ValueError: a log-prob that is NaN or infinite, with the token and its response; an outcome outside 0..1; a
@@ -59,7 +58,8 @@ def opd(
     _check_tokens(response, len(outcome), teacher=teacher, student=student)
     if (bad := ~(weight.isfinite() & (weight >= 0))).any():
         raise ValueError(f"weight[{first(bad)}] is {weight[bad][0]:g}: expected a number >= 0")
-    N, cut = len(outcome), settings.outcome_threshold
+    N = len(outcome)
+    cut = settings.outcome_threshold
     reward = log_ratio = teacher - student
     left_out = log_ratio.abs() >= settings.log_ratio_clip
     if reference is not None:
@@ -110,10 +110,13 @@ def targets_of(step: Step, scale: float = 1.0) -> Targets:
 def _calibrated(
     returns: Tensor, scored: Tensor, outcome: Tensor, group: Tensor, *, settings: Algorithm, seed: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return (balanced, keep, shift), each [N]: what balancing keeps, what the mask keeps of it, and what each token
-    of a response is to gain.
+    """Return (balanced, keep, shift), each [N].
+
+    These are what balancing keeps, what the mask keeps of it, and what each token of a response gains.
     """
-    cut, balanced, shift = settings.outcome_threshold, scored.clone(), torch.zeros_like(returns)
+    cut = settings.outcome_threshold
+    balanced = scored.clone()
+    shift = torch.zeros_like(returns)
     if b := settings.balance:
         balanced[scored] = balance_online(
             outcome[scored],
@@ -126,7 +129,9 @@ def _calibrated(
         )
     keep = balanced.clone()
     if m := settings.margin:
-        R, o, g = returns[balanced], outcome[balanced], group[balanced]
+        R = returns[balanced]
+        o = outcome[balanced]
+        g = group[balanced]
         if m.kind == "shift":
             shift[balanced] = margin_shift(
                 R, o, g, scope=m.scope, mode=m.mode, direction=m.direction, delta=m.delta, threshold=cut
@@ -140,7 +145,7 @@ def _calibrated(
 
 def _check_tokens(response: Tensor, responses: int, **logprobs: Tensor) -> None:
     for name, logprob in logprobs.items():
-        # The sum first: it is ten times as fast as asking each of millions.
+        # The sum first: it is ten times as fast as a check of each of millions.
         if not logprob.sum().isfinite() and not (finite := logprob.isfinite()).all():
             i = first(~finite)
             raise ValueError(
@@ -153,14 +158,17 @@ def _check_tokens(response: Tensor, responses: int, **logprobs: Tensor) -> None:
 
 
 def _sums(value: Tensor, left_out: Tensor, response: Tensor, responses: int) -> Tensor:
-    """Return the sum over the tokens of each response that count; float64 [N]."""
+    """Return the sum over the counted tokens of each response; float64 [N]."""
     counting = value.masked_fill(left_out, 0.0).double()
-    return torch.bincount(response, weights=counting, minlength=responses).double()  # int64 where there are no tokens
+    return torch.bincount(
+        response, weights=counting, minlength=responses
+    ).double()  # without tokens bincount returns int64
 
 
 def _tokens_seen(log_ratios: Tensor, counting: Tensor, tokens: int) -> dict[str, float]:
-    """Reverse KL is the mean of -r over the tokens that count, of all responses: what balancing keeps is no sample of
-    the student.
+    """Return the share of clipped tokens, and reverse KL: the mean of -r over the counted tokens.
+
+    All responses count: those that balancing keeps are not a sample of the student.
     """
     counted = int(counting.sum())
     seen = {"token_clipped_share": 1 - counted / tokens} if tokens else {}
@@ -190,10 +198,10 @@ def _responses_seen(
 def _order_seen(
     when: str, returns: Tensor, outcome: Tensor, group: Tensor, *, margin: Margin | None, threshold: float
 ) -> dict[str, float]:
-    """Order consistency (Fig. 5) of the prompts with both outcomes: share with margin >= 0 and >= delta, and the
-    margins themselves.
+    """Return the order consistency (Fig. 5) of prompts with both outcomes, and statistics of their margins.
 
-    By prompt, whatever the scope of the calibration; the mode is the calibration's, or mean.
+    Order consistency is the share with margin >= 0 and >= delta. Margins are by prompt, whatever the scope of the
+    calibration; their mode is that of the calibration, or mean.
     """
     margin_S = margins(
         returns, outcome, group, scope="group", mode=margin.mode if margin else "mean", threshold=threshold
@@ -201,14 +209,13 @@ def _order_seen(
     seen = {f"two_sided_groups_{when}": float(len(margin_S))}
     seen |= _means(**{f"margin_{when}": margin_S, f"order_{when}": margin_S >= 0})
     if margin:
-        seen |= _means(
-            **{f"order_delta_{when}": margin_S >= margin.delta - 1e-9}
-        )  # a shift reaches delta up to rounding
+        # A shift reaches delta up to rounding.
+        seen |= _means(**{f"order_delta_{when}": margin_S >= margin.delta - 1e-9})
     if len(margin_S):
         seen |= {f"margin_p{q}_{when}": float(margin_S.quantile(q / 100)) for q in (10, 50, 90)}
     return seen
 
 
 def _means(**values: Tensor) -> dict[str, float]:
-    """The mean of each; what is empty has none and is left out."""
+    """Return the mean of each; empty values are left out."""
     return {name: float(value.double().mean()) for name, value in values.items() if len(value)}

@@ -1,4 +1,4 @@
-"""Settings of the algorithm: the objective, and the parts that work on a step before it. Loads no torch."""
+"""Settings of the algorithm: the objective, and the parts that process a step before it. This module loads no torch."""
 
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
@@ -111,7 +111,9 @@ class Margin(Config):
     @classmethod
     def _one_kind(cls, data: Any) -> Any:
         if isinstance(data, list) or (isinstance(data, dict) and {"shift", "mask"} & data.keys()):
-            raise ValueError("one calibration at a time: `kind: shift` or `kind: mask`, with its settings beside it")
+            raise ValueError(
+                "one calibration at a time: `kind: shift` or `kind: mask`, with its settings next to `kind`"
+            )
         if not isinstance(data, dict) or (kind := data.get("kind", "shift")) not in ("shift", "mask"):
             return data
         others = [key for key, owner in OF_ONE_KIND.items() if owner != kind]
@@ -124,14 +126,12 @@ class Margin(Config):
 
     @model_serializer(mode="wrap")
     def _what_its_kind_has(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """So that what is written reads back."""
+        """Write only the settings of this kind, so that the result can be read again."""
         return {key: value for key, value in write(self).items() if OF_ONE_KIND.get(key, self.kind) == self.kind}
 
 
 class Visual(Config):
-    """Visual advantage: how much more likely a response is to a teacher that sees the image than to one that is shown a
-    blank.
-    """
+    """Visual advantage: how much likelier a response is to a teacher that sees the image than with a blank."""
 
     share: Fraction = Field(
         0.05,
@@ -163,7 +163,7 @@ def _build_objective(data: object) -> object:
 
 
 class Algorithm(Config):
-    """What the student learns from its responses; a part that is `null` is switched off."""
+    """The algorithm: an objective, and the parts that work on a step before it; a part that is `null` is off."""
 
     objective: Annotated[SerializeAsAny[Objective], BeforeValidator(_build_objective)] = OPD()
     difficulty: Difficulty | None = Difficulty()

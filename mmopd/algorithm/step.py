@@ -1,4 +1,4 @@
-"""What an objective is given and what it returns: a step, its targets, and the tokens of a micro-batch.
+"""Input and output of an objective: a step, its targets, and the tokens of a micro-batch.
 
 N responses of a step, M tokens of all of them, one response after the other.
 """
@@ -29,39 +29,39 @@ class Step:
 
 @dataclass(frozen=True, slots=True)
 class Targets:
-    """What the update needs of a step, and what a person wants to see of it."""
+    """The result of an objective for one step, with diagnostics."""
 
-    advantage: Float[Tensor, " M"]  # of OPD the calibrated token reward, in nats
-    token_weight: Float[Tensor, " M"]  # holds every mean, as `mean_weights` has it; 0 = leaves the loss
+    advantage: Float[Tensor, " M"]  # for OPD the calibrated token reward, in nats
+    token_weight: Float[Tensor, " M"]  # includes every mean, as in `mean_weights`; 0 = not in the loss
     keep: Bool[Tensor, " N"]
-    # A value that this step does not have (no group with both outcomes, say) has no key.
+    # A value that this step does not have (for example, without a group with both outcomes) has no key.
     diagnostics: dict[str, float] = field(default_factory=dict)
-    # log pi_T - log pi_theta, summed over the tokens that count, where there is a teacher
+    # log pi_T - log pi_theta, summed over the counted tokens, if there is a teacher
     log_ratio: Float[Tensor, " N"] | None = None
-    counted: Int[Tensor, " N"] | None = None  # how many tokens that is
+    counted: Int[Tensor, " N"] | None = None  # number of these tokens
 
 
 @dataclass(frozen=True, slots=True)
 class Tokens:
-    """The M response tokens of a micro-batch; the weights of micro-batches and ranks together are those of a step."""
+    """The M response tokens of a micro-batch; over all micro-batches and ranks, the weights are those of the step."""
 
-    logprob: Float[Tensor, " M"]  # by the student as it is now; has a gradient
+    logprob: Float[Tensor, " M"]  # by the current student; has a gradient
     old: Float[Tensor, " M"]  # by the policy that sampled them
     advantage: Float[Tensor, " M"]
     weight: Float[Tensor, " M"]
-    # log-probs by (teacher, student) of the teacher's K likeliest tokens, where the objective asks for them
+    # log-probs by (teacher, student) of the teacher's K likeliest tokens, if the objective needs them
     likeliest: tuple[Float[Tensor, "M K"], Float[Tensor, "M K"]] | None
 
 
 def mean_weights(
     counted: Int[Tensor, " N"], keep: Bool[Tensor, " N"], weight: Float[Tensor, " N"] | float
 ) -> Float[Tensor, " N"]:
-    """Return the weight of each token of a response: `weight / (counted * kept responses)`, and 0 where not kept.
+    """Return the weight of each token of a response: `weight / (counted * kept responses)`, and 0 if not kept.
 
-    With it a sum over tokens is a mean over the tokens of a response, then over the responses of the step.
+    With it, a sum over tokens is a mean over the tokens of a response, then over the responses of the step.
 
     Args:
-        counted: tokens of each response that count.
+        counted: counted tokens of each response.
         keep: responses that take part.
         weight: of each response.
     """

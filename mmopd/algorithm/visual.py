@@ -1,7 +1,7 @@
-"""Visual advantage: what the image does for each token of a response.
+"""Visual advantage: the effect of the image on each token of a response.
 
-`v_t = log pi_T(y_t | with the image) - log pi_T(y_t | without)`, in nats, of the same teacher on the same words;
-without: every image is an even grey of its size. N responses, M tokens of all of them.
+`v_t = log pi_T(y_t | with the image) - log pi_T(y_t | without)`, in nats, by the same teacher on the same text. Without
+means that every image is an even grey of its size. N responses, M tokens of all of them.
 """
 
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from mmopd.algorithm.groups import at_least_zero, same_length
 
-CAP = 3.0  # nats: e^3 = 20 times likelier with the image counts in full
+CAP = 3.0  # nats; e^3: 20 times likelier with the image has the full effect
 
 
 def visual_weights(
@@ -21,15 +21,15 @@ def visual_weights(
     strength: float,
     cap: float = CAP,
 ) -> Float[Tensor, " M"]:
-    """Token weights that favour the tokens that need the image; a response as a whole weighs what it weighed.
+    """Return token weights that favour tokens that need the image; the total weight of a response does not change.
 
     `w'_t = w_t g_t sum_s(w_s) / sum_s(w_s g_s)` with `g_t = 1 + strength * clip(v_t, 0, cap)`, the sums over the tokens
-    of the response. A token that is likelier without the image (v_t < 0) is not punished: it is only not favoured.
+    of the response. A token that is likelier without the image (v_t < 0) is not punished, only not favoured.
 
     Args:
         weight: of each token in the loss, >= 0.
-        advantage: v_t; NaN for every token of a response that was not scored without the image: it keeps its weights,
-            bit by bit.
+        advantage: v_t; NaN for every token of a response that was not scored without the image: its weights stay the
+            same bit by bit.
         response: which response the token belongs to.
         strength: 0 returns the weights themselves.
 
@@ -45,5 +45,5 @@ def visual_weights(
     N = int(response.max()) + 1 if len(response) else 0
     before = torch.bincount(response, weights=weight.double(), minlength=N)
     after = torch.bincount(response, weights=weight * gain, minlength=N)
-    scale = torch.where(after > 0, before / after, 1.0)  # no token counts: nothing to share out
+    scale = torch.where(after > 0, before / after, 1.0)  # if no token counts, there is nothing to scale
     return (weight * gain * scale[response]).to(weight.dtype)

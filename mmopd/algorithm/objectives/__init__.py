@@ -1,4 +1,4 @@
-"""The objectives that a recipe can name: those of this folder, and those of a workspace, `algorithm/NAME.py`."""
+"""The objectives that a recipe can name: those in this folder, and those of a workspace, `algorithm/NAME.py`."""
 
 from functools import cache
 from pathlib import Path
@@ -26,10 +26,10 @@ FOLDER = "algorithm"  # of a workspace
 
 
 def find_objective(kind: str) -> type[Objective]:
-    """Return the class of a kind: a built-in one, or that of the workspace's file `algorithm/KIND.py`.
+    """Return the class of a kind: a built-in one, or the one in the workspace's file `algorithm/KIND.py`.
 
     Raises:
-        ValueError: there is none of this name; names the nearest one.
+        ValueError: no objective has this name; the message names the nearest one.
         UserError: the workspace's file does not load, holds no objective, or has the name of a built-in one.
     """
     path = Path.cwd() / FOLDER / f"{kind}.py"
@@ -48,7 +48,7 @@ def _load(path: Path, changed: int) -> type[Objective]:
     """Return the one objective that a file defines.
 
     Args:
-        changed: time of the last change, in ns; a file that was changed is loaded again.
+        changed: time of the last change, in ns; a changed file is loaded again.
     """
     module = workspace.load_module(path)
     own = [

@@ -15,8 +15,9 @@ if TYPE_CHECKING:
 
 
 class Dense(Objective):
-    """A divergence over the teacher's likeliest tokens at each position, and all others as one, instead of the sampled
-    token alone.
+    """A divergence over several tokens at each position, instead of the sampled token alone.
+
+    The tokens are the teacher's likeliest, with all others as one.
     """
 
     unused: ClassVar[tuple[str, ...]] = ("margin",)
@@ -47,9 +48,9 @@ class Dense(Objective):
     def _has_a_tail(cls, divergence: object) -> object:
         if divergence == "reverse_kl":
             raise ValueError(
-                "reverse KL over the teacher's likeliest tokens is not offered: what it must punish is what the "
-                "student does outside of them, where this teacher's log-probs are not known. kind `opd` is reverse KL, on the "
-                "tokens that were sampled"
+                "reverse KL over the teacher's likeliest tokens is not offered: it would have to punish what the "
+                "student does outside of them, where this teacher's log-probs are not known. Use kind `opd`, which is "
+                "reverse KL on the tokens that were sampled"
             )
         return divergence
 
@@ -58,7 +59,7 @@ class Dense(Objective):
         return self.top_k
 
     def targets(self, step: "Step") -> "Targets":
-        """Return the weights that OPD has; its advantages have no part in the divergence."""
+        """Return the weights of OPD; its advantages have no effect on the divergence."""
         from mmopd.algorithm.reverse_kl import targets_of
 
         return targets_of(step)

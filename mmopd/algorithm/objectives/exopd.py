@@ -1,4 +1,4 @@
-"""ExOPD: OPD with a reference, away from which the student goes past its teacher."""
+"""ExOPD: OPD with a reference, which lets the student go past its teacher."""
 
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, ClassVar, Literal
@@ -32,7 +32,7 @@ class ExOPD(Objective):
         return self.reference
 
     def targets(self, step: "Step") -> "Targets":
-        """Return the calibrated reward of each token, by `scale` past the teacher."""
+        """Return the calibrated reward of each token, which goes past the teacher by `scale`."""
         from mmopd.algorithm.reverse_kl import targets_of
 
         return targets_of(step, scale=self.scale)

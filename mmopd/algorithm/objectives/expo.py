@@ -8,7 +8,7 @@ from mmopd.algorithm.base import Objective
 
 
 class ExPO(Objective):
-    """No training: the weights of the teachers, merged and extrapolated from the student's (`mmopd merge`)."""
+    """No training: the weights of the teachers are merged, and extrapolated from the student's (`mmopd merge`)."""
 
     unused: ClassVar[tuple[str, ...]] = ("difficulty", "balance", "margin", "visual")
 

@@ -11,8 +11,9 @@ if TYPE_CHECKING:
 
 
 class GRPO(Objective):
-    """Outcomes alone, no teacher (Table B.1): `(o - mean) / std` of a prompt's responses, on each of their tokens. It
-    makes teachers.
+    """Outcomes alone, no teacher (Table B.1): `(o - mean) / std` over a prompt's responses, on each of their tokens.
+
+    It can train teachers.
     """
 
     needs_teachers: ClassVar[bool] = False

@@ -11,8 +11,9 @@ if TYPE_CHECKING:
 
 
 class OPD(Objective):
-    """Reverse KL on the student's own tokens (paper 3.2); with the three parts of `Algorithm` it is Uni-OPD, without
-    them OPD.
+    """Reverse KL on the student's own tokens (paper 3.2).
+
+    With the three parts of `Algorithm` it is Uni-OPD, without them OPD.
     """
 
     unused: ClassVar[tuple[str, ...]] = ()

@@ -15,8 +15,9 @@ if TYPE_CHECKING:
 
 
 class SFT(Objective):
-    """Likelihood of the teachers' own right answers, which are sampled once, before training, and kept beside the
-    shards.
+    """Likelihood of the teachers' own right answers.
+
+    They are sampled once, before training, and stored next to the shards.
     """
 
     unused: ClassVar[tuple[str, ...]] = ("balance", "margin", "visual")
