@@ -1,10 +1,8 @@
-"""How long the commands take that load no model, compared with `mmopd --help`.
-
-    python benchmarks/cli.py
+"""Compare commands that load no model with `mmopd --help`: `python benchmarks/cli.py`.
 
 The commands take turns, so that a busy machine slows all of them alike; five rounds count, after one that fills the
-caches. What is compared is CPU time, in which other programs do not count; wall time is shown, too. Byte code is cached
-in a folder of the benchmark's own, as an installation has it, whatever PYTHONDONTWRITEBYTECODE says.
+caches. The ratio is of CPU time, in which other programs do not count; wall time is also shown. Byte code is cached in
+the benchmark's own folder, as in an installation, whatever PYTHONDONTWRITEBYTECODE says.
 """
 
 import json
@@ -64,14 +62,16 @@ def main() -> None:
 
 
 def measure(arguments: list[str], folder: Path) -> tuple[float, float]:
-    """Run a command; returns its wall time and its CPU time with that of its children, in seconds."""
+    """Run a command; return its wall time and its CPU time with that of its children, in seconds."""
     env = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
     env |= {"PYTHONPYCACHEPREFIX": str(folder / "pyc"), "PYTHONPATH": str(Path(mmopd.__file__).parents[1])}
-    before, start = resource.getrusage(resource.RUSAGE_CHILDREN), time.monotonic()
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    start = time.monotonic()
     done = subprocess.run(
         [sys.executable, "-m", "mmopd", *arguments], cwd=folder, env=env, capture_output=True, text=True, check=False
     )
-    wall, after = time.monotonic() - start, resource.getrusage(resource.RUSAGE_CHILDREN)
+    wall = time.monotonic() - start
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
     if done.returncode not in (0, 1):  # 1: something does not fit, or is missing on this machine
         raise SystemExit(f"mmopd {' '.join(arguments)}: {done.stderr}")
     return wall, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime

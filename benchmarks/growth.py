@@ -1,10 +1,11 @@
-"""How time and memory grow: `python benchmarks/growth.py`, about three minutes. One thread; the exponents are fitted to
-the logarithms.
+"""Measure how time and memory grow: `python benchmarks/growth.py`, about three minutes, with one thread.
 
-- an update of the demo's student on 1,024 to 16,384 tokens in responses of 128: what a larger step costs;
-- the same on one response of 512 to 4,096 tokens: what longer responses cost, attention included;
-- peak memory of the log-prob head, forwards and backwards, beyond inputs and gradients, on 1,024 tokens with
-  vocabularies of 9,496 to 151,936; beside it the plain way, logits and all. Each in a process of its own.
+The exponents are fitted to the logarithms.
+
+- an update of the demo's student on 1,024 to 16,384 tokens in responses of 128: the cost of a larger step;
+- the same on one response of 512 to 4,096 tokens: the cost of longer responses, including attention;
+- peak memory of the log-prob head, forward and backward, beyond inputs and gradients, on 1,024 tokens with vocabularies
+  of 9,496 to 151,936, compared with full logits. Each case has its own process.
 """
 
 import argparse
@@ -36,17 +37,19 @@ from mmopd.train.trainer import Trainer
 TOKENS = [1024, 2048, 4096, 8192, 16384]
 LENGTHS = [512, 1024, 2048, 4096]
 VOCABULARIES = [9_496, 18_992, 37_984, 75_968, 151_936]
-SHORT, TIMES = 128, 3
+SHORT = 128  # tokens of a response
+TIMES = 3
 
 
 def exponent(x: list[int], y: list[float]) -> float:
-    """b of y = a x^b."""
+    """Return b of y = a x^b."""
     return float(np.polyfit(np.log(x), np.log(y), 1)[0])
 
 
 def items(encoder: Encoder, n: int, length: int) -> list[Item]:
-    """n responses to prompts of their own; prompt and response together have `length` tokens."""
-    row, random = additions("train", 1, 0)[0], np.random.default_rng(0)
+    """Return n responses, each to its own prompt; prompt and response together have `length` tokens."""
+    row = additions("train", 1, 0)[0]
+    random = np.random.default_rng(0)
     found = []
     for i in range(n):
         encoded = encoder.encode(Prompt(f"s/{i}", "t", "text", tuple(row["messages"]), (), ""))
@@ -57,14 +60,15 @@ def items(encoder: Encoder, n: int, length: int) -> list[Item]:
 
 
 def seconds(trainer: Trainer, some: list[Item]) -> float:
-    """Of an update, median."""
+    """Return the median seconds of an update."""
     return median(trainer.update(some)["seconds"] for _ in range(TIMES))
 
 
 def peak_of(vocabulary: int, plain: bool) -> float:
-    """MiB, of this process."""
+    """Return the peak memory of this process in MiB."""
     head = LogprobHead(256, vocabulary, bias=False)
-    hidden, targets = torch.randn(1024, 256, requires_grad=True), torch.randint(vocabulary, (1024,))
+    hidden = torch.randn(1024, 256, requires_grad=True)
+    targets = torch.randint(vocabulary, (1024,))
     head(hidden[:8], targets[:8]).sum().backward()  # gradients exist from here on
     mib: list[float] = []
     with peak_mib(mib):
@@ -74,7 +78,7 @@ def peak_of(vocabulary: int, plain: bool) -> float:
 
 
 def apart(vocabulary: int, way: str) -> float:
-    """`peak_of` in another process."""
+    """Run `peak_of` in another process."""
     command = [sys.executable, __file__, "--peak", str(vocabulary), way]
     return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])
 
@@ -97,7 +101,8 @@ def main() -> None:
 
     with tempfile.TemporaryDirectory() as name:
         build_student(name)
-        ranks, encoder = distributed.start(600), Encoder(Path(name))
+        ranks = distributed.start(600)
+        encoder = Encoder(Path(name))
         settings = Train(steps=99, dtype="float32", micro_tokens=4096, gradient_checkpointing=False)
         trainer = Trainer(Path(name), encoder, settings, Algorithm(), ranks)
         trainer.update(items(encoder, 8, SHORT))
@@ -114,7 +119,7 @@ def main() -> None:
             ".2f",
         )
         distributed.stop()
-    for way, label in (("mmopd", "head, MiB by vocabulary"), ("plain", "logits and all, MiB by vocabulary")):
+    for way, label in (("mmopd", "head, MiB by vocabulary"), ("plain", "full logits, MiB by vocabulary")):
         add(label, VOCABULARIES, [apart(vocabulary, way) for vocabulary in VOCABULARIES], ",.0f")
     Console(width=120).print(table)
 

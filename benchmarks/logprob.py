@@ -1,10 +1,10 @@
-"""Log-probs of the sampled tokens, forwards and backwards: `python benchmarks/logprob.py`, about two minutes.
+"""Compare ways to compute log-probs of sampled tokens: `python benchmarks/logprob.py`, about two minutes.
 
-The head of a Qwen (V = 151,936) on 4,096 tokens of hidden size 256, one thread: the trainer's head beside the plain way
-(logits, log-softmax, gather), the plain way in chunks under torch's checkpoint, and torch's own `linear_cross_entropy`.
-Each in a process of its own; memory is the peak above what the inputs and their gradients take. The last column is the
-largest difference to float64 on 64 tokens. With `--dtype bfloat16` head and hidden states are what they are in training
-on GPUs; log-probs are to be float32 all the same.
+The head of a Qwen (V = 151,936) runs forward and backward on 4,096 tokens of hidden size 256, with one thread. The
+trainer's head is compared with plain logits, log-softmax and gather, with the same in chunks under torch's checkpoint,
+and with torch's own `linear_cross_entropy`. Each has its own process; memory is the peak above inputs and their
+gradients. The last column is the largest difference from float64 on 64 tokens. With `--dtype bfloat16` head and hidden
+states are as in training on GPUs; log-probs must still be float32.
 """
 
 import argparse
@@ -27,7 +27,9 @@ from torch.utils.checkpoint import checkpoint
 
 from mmopd.train.logprob import LogprobHead
 
-V, TOKENS, HIDDEN = 151_936, 4096, 256
+V = 151_936
+TOKENS = 4096
+HIDDEN = 256
 WAYS = {
     "mmopd": "mmopd",
     "naive": "logits, log-softmax, gather",
@@ -37,18 +39,18 @@ WAYS = {
 
 
 def naive(hidden: Tensor, head: LogprobHead, targets: Tensor) -> Tensor:
-    """All logits at once."""
+    """Compute all logits in one piece."""
     return head(hidden).float().log_softmax(-1).gather(1, targets[:, None])[:, 0]
 
 
 def chunks(hidden: Tensor, head: LogprobHead, targets: Tensor) -> Tensor:
-    """Logits of 512 tokens at once, and again in the backward pass."""
+    """Compute the logits of 512 tokens at a time, and again in the backward pass."""
     some = zip(hidden.split(512), targets.split(512), strict=True)
     return torch.cat([checkpoint(naive, rows, head, ids, use_reentrant=False) for rows, ids in some])
 
 
 def of_torch(hidden: Tensor, head: LogprobHead, targets: Tensor) -> Tensor:
-    """torch 2.13's; with its own choice of a chunk it takes seven times as long."""
+    """Call torch 2.13's function; with its own choice of chunk size it takes seven times as long."""
     options = torch.nn.LinearCrossEntropyOptions(batch_chunk_size=512)
     return -linear_cross_entropy(hidden, head.weight, targets, reduction="none", options=options)
 
@@ -62,7 +64,7 @@ FUNCTIONS: dict[str, Callable[[Tensor, LogprobHead, Tensor], Tensor]] = {
 
 
 def one(way: str, dtype: torch.dtype) -> dict[str, float]:
-    """Seconds, MiB and largest error of a way, in this process."""
+    """Return seconds, MiB and largest error of one way, in this process."""
     torch.manual_seed(0)
     head = LogprobHead(HIDDEN, V, bias=False, dtype=dtype)
     hidden = torch.randn(TOKENS, HIDDEN, dtype=dtype, requires_grad=True)

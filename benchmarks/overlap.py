@@ -1,11 +1,10 @@
-"""Rollouts that run ahead, beside rollouts in turn: `python benchmarks/overlap.py`, about fifteen minutes, where the
-demo's data is.
+"""Compare rollouts that run ahead with rollouts in turn: `python benchmarks/overlap.py`, about fifteen minutes.
 
-The demo's student and teachers, with `rollout.async_steps` 0 and 1: once as they are, where both kinds of work share
-two cores, and once with teachers that answer 1.5 seconds later (a proxy waits, and forwards), which is what teachers on
-other machines are to the trainer: time in which nothing is computed here. Of the steps behind the first three: seconds
-of a step, of its longest part (rollouts with scoring, or update with sync), and of both in turn; the age of what is
-learnt from; and what has been learnt, over the last five steps.
+It needs the demo's data, and runs the demo's student and teachers with `rollout.async_steps` 0 and 1. First everything
+shares two cores. Then teachers answer 1.5 seconds later (a proxy waits, and forwards), like teachers on other machines:
+in that time nothing is computed here. Reported after the first three steps: seconds of a step, of its longest part
+(rollouts with scoring, or update with sync), and of both in turn; the age of the training tokens; and the results over
+the last five steps.
 """
 
 import argparse
@@ -29,13 +28,15 @@ from rich.table import Table
 from mmopd.report.metrics import read_lines
 from mmopd.serving import endpoint
 
-LATE, WARM, LAST = 1.5, 3, 5
+LATE = 1.5  # seconds
+WARM = 3  # first steps, not counted
+LAST = 5  # steps whose results are reported
 FORWARDED = {"content-type", "authorization", "x-request-id"}
 
 
 @contextmanager
 def teachers(folder: Path) -> Iterator[Path]:
-    """The demo's teachers, served; the file of their endpoints."""
+    """Serve the demo's teachers, and yield the file of their endpoints."""
     out = folder / "endpoints.json"
     with (folder / "serve.log").open("w") as log:
         process = subprocess.Popen(
@@ -55,11 +56,12 @@ def teachers(folder: Path) -> Iterator[Path]:
 
 
 async def proxy(target: str, seconds: float) -> str:
-    """Answers like `target`, so many seconds later; its URL."""
+    """Start a proxy that answers like `target`, but `seconds` later; return its URL."""
     session = aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0))
 
     async def forward(request: web.Request) -> web.Response:
-        body, headers = await request.read(), {k: v for k, v in request.headers.items() if k.lower() in FORWARDED}
+        body = await request.read()
+        headers = {k: v for k, v in request.headers.items() if k.lower() in FORWARDED}
         if request.method == "POST":
             await asyncio.sleep(seconds)
         async with session.request(request.method, target + request.path_qs, data=body, headers=headers) as reply:
@@ -75,7 +77,7 @@ async def proxy(target: str, seconds: float) -> str:
 
 
 def delayed(file: Path, seconds: float) -> Path:
-    """A file of the same endpoints behind proxies, which run as long as this program."""
+    """Write a file of the same endpoints through proxies, which run as long as this program."""
     loop = asyncio.new_event_loop()
     threading.Thread(target=loop.run_forever, daemon=True).start()
     there = [
@@ -88,7 +90,7 @@ def delayed(file: Path, seconds: float) -> Path:
 
 
 def train(file: Path, folder: Path, steps: int, ahead: int) -> dict[str, float]:
-    """What a run comes to."""
+    """Return the results of a run."""
     run = folder / f"{file.stem}-{ahead}"
     what = [
         "recipes/demo.yaml",
@@ -100,7 +102,8 @@ def train(file: Path, folder: Path, steps: int, ahead: int) -> dict[str, float]:
     command = [sys.executable, "-m", "mmopd", "train", *what, "--endpoints", str(file), "--run", str(run)]
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
     rows = read_lines(run / "metrics.jsonl")
-    later, end = rows[WARM:], rows[-LAST:]
+    later = rows[WARM:]
+    end = rows[-LAST:]
     trained = [row["seconds/update"] + row["seconds/sync"] for row in later]
     rolled = [row["rollout_seconds"] for row in later]
     return {

@@ -1,18 +1,18 @@
-"""Packing of long-tailed responses: `python benchmarks/packing.py`, about five minutes; with `--no-update`, half of
-one.
+"""Measure packing of long-tailed responses: `python benchmarks/packing.py`, about five minutes.
 
-- budget: 1,024 responses to 64 prompts (log-normal, median 900 tokens, at most 16,384), a third with an image, dealt to
-  2 and 8 ranks with the recipes' budget of 16,384 tokens and with twice as many; their tokens, of what the
-  micro-batches have room for. All ranks make the same number of micro-steps, so that the last one may be half empty:
-  the second column is what whole micro-steps allow at best. Beside it: batches of four responses, in the order in which
-  they come, each padded to its longest; tokens, of what is computed.
-- balance: the dearest rank, of the mean, by the estimated cost: of a micro-step, since the ranks wait for each other
-  there, and of the whole step. Beside it what Karmarkar-Karp makes of the same pieces for the whole step, which knows
-  neither budgets nor micro-steps.
-- sharing: tokens of all prompts and responses, by those that are computed, for answers of that length and for short
-  ones.
+With `--no-update` it takes half a minute.
+
+- budget: 1,024 responses to 64 prompts (log-normal, median 900 tokens, at most 16,384), a third with an image, are
+  dealt to 2 and 8 ranks with the recipes' budget of 16,384 tokens and with twice as many. Reported is the share of the
+  budget that tokens fill. All ranks make the same number of micro-steps, so the last one may be half empty: the second
+  column is the best possible with whole micro-steps. For comparison: batches of four responses, in order of arrival,
+  each padded to its longest, with the share of computed tokens that are not padding.
+- balance: cost of the most expensive rank compared with the mean, by the estimate: for a micro-step, where ranks wait
+  for each other, and for the whole step. For comparison: Karmarkar-Karp on the same pieces for the whole step, without
+  budgets and micro-steps.
+- sharing: tokens of all prompts and responses / computed tokens, for answers of that length and for short ones.
 - time: an update of the demo's student on 128 responses of uneven length, to 8 prompts and to 128, packed, and with one
-  padded row for each response, in turns.
+  padded row per response, in turns.
 """
 
 import argparse
@@ -42,9 +42,14 @@ from mmopd.train.pack import Cost, Layout, deal
 from mmopd.train.prefix_tree import Item, grow
 from mmopd.train.trainer import Trainer
 
-BUDGETS, LIMIT, RESPONSES, GROUP = (16_384, 32_768), 16_384, 1_024, 16  # a budget is of tokens, and of patches
-PROMPT, IMAGE = 200, 1_200  # tokens, patches
-ANSWER, SHORT = 900, 100  # tokens
+BUDGETS = (16_384, 32_768)  # tokens, and as many patches
+LIMIT = 16_384  # tokens of a response
+RESPONSES = 1_024
+GROUP = 16
+PROMPT = 200  # tokens
+IMAGE = 1_200  # patches
+ANSWER = 900  # tokens, median
+SHORT = 100
 COST = Cost(hidden=4096, patch=0.3)
 FOUR = 4  # responses of a padded batch
 GOAL = 0.95
@@ -52,7 +57,7 @@ TIMES = 5
 
 
 def step(seed: int, answer: float) -> list[Item]:
-    """The responses of a step, of `answer` tokens each in the middle; made of lengths alone."""
+    """Return the responses of a step with a median of `answer` tokens each, made from lengths alone."""
     random = np.random.default_rng(seed)
     found = []
     for i in range(RESPONSES // GROUP):
@@ -65,36 +70,40 @@ def step(seed: int, answer: float) -> list[Item]:
 
 
 class Found(NamedTuple):
-    """Of one step."""
+    """Results of one step."""
 
-    room: float  # tokens, of what the micro-batches have room for
-    best: float  # the same at best
-    padded: float  # tokens, of what is computed when padded in order
-    dearest: float  # rank of a micro-step, of the mean
-    whole: float  # the same of the step
+    room: float  # share of the budget that tokens fill
+    best: float  # its maximum
+    padded: float  # share of computed tokens that are not padding, in padded batches
+    dearest: float  # most expensive rank of a micro-step / mean
+    whole: float  # the same for the step
     differencing: float  # the same by Karmarkar-Karp
-    sharing: float  # tokens of all samples, by those computed
+    sharing: float  # tokens of all samples / computed tokens
     seconds: float  # to deal
 
 
 def karmarkar_karp(costs: list[float], ranks: int) -> list[float]:
-    """Sums of the ranks: of the two partial assignments that are least even, the dear ranks of one take the cheap ones
-    of the other.
+    """Return the sums of the ranks by the differencing method.
+
+    It joins the two least even partial assignments: expensive ranks of one get the cheap ones of the other.
     """
     heap = [(-cost, i, (*[0.0] * (ranks - 1), cost)) for i, cost in enumerate(costs)]
     heapq.heapify(heap)
     while len(heap) > 1:
-        (_, i, a), (_, _, b) = heapq.heappop(heap), heapq.heappop(heap)
+        _, i, a = heapq.heappop(heap)
+        _, _, b = heapq.heappop(heap)
         sums = tuple(sorted(x + y for x, y in zip(a, reversed(b), strict=True)))
         heapq.heappush(heap, (sums[0] - sums[-1], i, sums))
     return list(heap[0][2])
 
 
 def dealt(some: list[Item], ranks: int, budget: int) -> Found:
-    """What `deal` makes of it."""
+    """Return what `deal` achieves."""
     begin = time.perf_counter()
     plan = deal(some, ranks, budget, budget, COST)
-    took, room, whole = time.perf_counter() - begin, ranks * budget, sum(item.length for item in some)
+    took = time.perf_counter() - begin
+    room = ranks * budget
+    whole = sum(item.length for item in some)
     sizes = [
         [[COST.of([some[i] for i in tree]) for tree in grow(some, micro, budget)] for micro in steps] for steps in plan
     ]
@@ -117,7 +126,7 @@ def dealt(some: list[Item], ranks: int, budget: int) -> Found:
 
 
 def items(encoder: Encoder, prompts: int, n: int) -> list[Item]:
-    """n responses of uneven length to texts and images of the demo, as many to each."""
+    """Return n responses of uneven length to texts and images of the demo, equally many for each prompt."""
     random = np.random.default_rng(0)
     found = []
     for i in (k * prompts // n for k in range(n)):
@@ -131,7 +140,7 @@ def items(encoder: Encoder, prompts: int, n: int) -> list[Item]:
 
 
 def seconds(trainer: Trainer, some: list[Item]) -> tuple[float, float]:
-    """(packed, one padded row each) of an update, medians in turns."""
+    """Return median seconds of an update (packed, one padded row each), measured in turns."""
     times: dict[Layout, list[float]] = {"masked": [], "alone": []}
     for layout in list(times) * (TIMES + 1):
         trainer._collate.layout = layout
@@ -141,7 +150,7 @@ def seconds(trainer: Trainer, some: list[Item]) -> tuple[float, float]:
 
 
 def updates(table: Table) -> None:
-    """Measure updates of the demo's student, and add them."""
+    """Measure updates of the demo's student, and add them to the table."""
     with tempfile.TemporaryDirectory() as name:
         build_student(name)
         settings = Train(steps=99, dtype="float32", micro_tokens=4096, gradient_checkpointing=False)
@@ -156,7 +165,7 @@ def updates(table: Table) -> None:
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--no-update", action="store_true", help="deal, and train nothing")
+    parser.add_argument("--no-update", action="store_true", help="only deal, without training")
     given = parser.parse_args()
     table = Table(title="Packing: python benchmarks/packing.py", title_justify="left")
     for column in ("", "packed", "at best", "padded", "goal"):
@@ -171,9 +180,13 @@ def main() -> None:
         short = mean(dealt(step(seed, SHORT), ranks, budget).sharing for seed in range(5))
         label = f"{ranks} ranks: tokens of the budget of {budget:,}"
         table.add_row(label, f"{found.room:.3f}", f"{found.best:.3f}", f"{found.padded:.3f}", f">= {GOAL}")
-        table.add_row("  dearest rank of a micro-step, of the mean", f"{found.dearest:.3f}", "1", "", "")
+        table.add_row("  most expensive rank of a micro-step / mean", f"{found.dearest:.3f}", "1", "", "")
         table.add_row(
-            "  dearest rank of the step; by Karmarkar-Karp", f"{found.whole:.5f}; {found.differencing:.5f}", "1", "", ""
+            "  most expensive rank of the step / mean; by Karmarkar-Karp",
+            f"{found.whole:.5f}; {found.differencing:.5f}",
+            "1",
+            "",
+            "",
         )
         table.add_row(
             f"  sharing, answers of {ANSWER} and of {SHORT} tokens", f"{found.sharing:.2f}, {short:.2f}", "", "1", ""

@@ -1,4 +1,4 @@
-"""Peak memory of a part of a program, from Linux's own high-water mark."""
+"""Measure the peak memory of a part of a program, from Linux's own high-water mark."""
 
 import re
 from collections.abc import Iterator
@@ -10,8 +10,8 @@ STATUS = Path("/proc/self/status")
 
 @contextmanager
 def peak_mib(found: list[float]) -> Iterator[None]:
-    """Append by how many MiB the process has grown at most while the block ran."""
-    Path("/proc/self/clear_refs").write_text("5")  # the mark is what is held now
+    """Append the maximum growth of the process in MiB while the block ran."""
+    Path("/proc/self/clear_refs").write_text("5")  # resets the mark to current memory
     before = _mib("VmRSS")
     yield
     found.append(_mib("VmHWM") - before)

@@ -1,14 +1,15 @@
-"""Reading prompts, beside the webdataset library and plain Pillow on the same files: `python benchmarks/prompts.py`,
-about a minute.
+"""Compare reading prompts with the webdataset library and plain Pillow: `python benchmarks/prompts.py`, about a minute.
+
+All read the same files.
 
 - rows: in random order by number; webdataset reads the same tars in sequence, whole rows of bytes, nothing decoded.
 - seek: open 101 shards of 10,000 small rows and read row 1,000,000. The shards are hard links to one tar, and so are
-  their indices, which makes no difference to either reader. webdataset has to read what is before it: timed over the
-  first 30,000 rows, and scaled.
+  their indices, which makes no difference to either reader. webdataset must read everything before the row: timed over
+  the first 30,000 rows, and scaled.
 - plan: 512 draws over 35 sources of 100,000 rows.
-- memory: 1,000 such shards, 10 million rows; what the process holds after opening them, and after 200,000 draws and
-  looks into the index.
-- decode: JPEG to RGB from shards, against the same bytes in memory and Pillow alone.
+- memory: 1,000 such shards, 10 million rows; memory of the process after opening them, and after 200,000 draws and
+  index look-ups.
+- decode: JPEG to RGB from shards, compared with the same bytes in memory and Pillow alone.
 """
 
 import argparse
@@ -37,7 +38,7 @@ SHARD = 10_000  # rows of a shard of small rows
 
 
 def jpegs(n: int, size: tuple[int, int]) -> list[bytes]:
-    """Pictures with some detail, about 50 kB at 512 x 384."""
+    """Return pictures with some detail, about 50 kB at 512 x 384."""
     files = []
     for seed in range(n):
         rough = np.random.default_rng(seed).integers(0, 256, (size[1] // 8, size[0] // 8, 3), dtype=np.uint8)
@@ -48,7 +49,7 @@ def jpegs(n: int, size: tuple[int, int]) -> list[bytes]:
 
 
 def image_rows(n: int, files: list[bytes]) -> Iterator[Prompt]:
-    """Rows with one picture each."""
+    """Yield rows with one picture each."""
     for i in range(n):
         yield Prompt(
             str(i), "t", "image", tuple(user_turn(f"What is number {i}?", 1)), (files[i % len(files)],), str(i)
@@ -56,7 +57,7 @@ def image_rows(n: int, files: list[bytes]) -> Iterator[Prompt]:
 
 
 def linked(one: Path, folder: Path, shards: int) -> Path:
-    """A folder whose shards are all the same one."""
+    """Make a folder whose shards are all hard links to one."""
     folder.mkdir()
     for number in range(shards):
         tar = folder / f"shard-{number:05d}-of-{shards:05d}.tar"
@@ -66,12 +67,12 @@ def linked(one: Path, folder: Path, shards: int) -> Path:
 
 
 def sequence(folder: Path) -> Iterator[dict[str, object]]:
-    """The rows as the webdataset library reads them."""
+    """Return the rows as the webdataset library reads them."""
     return iter(webdataset.WebDataset([str(tar) for tar in sorted(folder.glob("*.tar"))], shardshuffle=False))
 
 
 def seconds_to_read(folder: Path, rows: int) -> float:
-    """Of the webdataset library, from the start."""
+    """Return the seconds of the webdataset library, from the start."""
     begin = time.perf_counter()
     read = sum(1 for _ in islice(sequence(folder), rows))
     assert read == rows
@@ -79,10 +80,11 @@ def seconds_to_read(folder: Path, rows: int) -> float:
 
 
 def rows_per_second(folder: Path) -> tuple[float, float]:
-    """(ours in random order, webdataset's in sequence); the best of three passes each, in turns."""
+    """Return (ours in random order, webdataset's in sequence); the best of three passes each, in turns."""
     shards = Shards(folder)
     order = np.random.default_rng(0).permutation(len(shards)).tolist()
-    ours, theirs = [], []
+    ours = []
+    theirs = []
     for _ in range(3):
         begin = time.perf_counter()
         for row in order:
@@ -93,8 +95,13 @@ def rows_per_second(folder: Path) -> tuple[float, float]:
 
 
 def seek(folder: Path, row: int) -> tuple[float, float, float]:
-    """Seconds to (open and read a row, read a row of what is open; medians of 5), and to get there with webdataset."""
-    cold, warm, some = [], [], 3 * SHARD
+    """Return seconds (to open and read a row, to read a row of open shards, to reach it with webdataset).
+
+    The first two are medians of 5.
+    """
+    cold = []
+    warm = []
+    some = 3 * SHARD
     for _ in range(5):
         begin = time.perf_counter()
         shards = Shards(folder)
@@ -107,7 +114,7 @@ def seek(folder: Path, row: int) -> tuple[float, float, float]:
 
 
 def plan_cost() -> float:
-    """Seconds for 512 draws over 35 sources; the median of 20."""
+    """Return the seconds for 512 draws over 35 sources; the median of 20."""
     names = [f"s{i}" for i in range(35)]
     plan = PromptPlan({name: Rows(100_000, "") for name in names}, {name: 1.0 + i for i, name in enumerate(names)}, 0)
     times = []
@@ -119,11 +126,13 @@ def plan_cost() -> float:
 
 
 def memory(folder: Path) -> tuple[float, float, float]:
-    """(seconds to open, MiB held then, MiB more after draws and looks)."""
+    """Return (seconds to open, MiB held then, MiB more after draws and look-ups)."""
     process = psutil.Process()
-    before, begin = process.memory_info().rss, time.perf_counter()
+    before = process.memory_info().rss
+    begin = time.perf_counter()
     shards = Shards(folder)
-    seconds, held = time.perf_counter() - begin, process.memory_info().rss
+    seconds = time.perf_counter() - begin
+    held = process.memory_info().rss
     plan = PromptPlan({"s": Rows(len(shards), shards.fingerprint)}, {"s": 1}, 0)
     plan.draw(10_000)
     start = process.memory_info().rss
@@ -134,9 +143,10 @@ def memory(folder: Path) -> tuple[float, float, float]:
 
 
 def decode(folder: Path, files: list[bytes]) -> tuple[float, float]:
-    """Images per second (from shards, Pillow alone); the best of five passes each, in turns."""
+    """Return images per second (from shards, Pillow alone); the best of five passes each, in turns."""
     shards = Shards(folder)
-    ours, theirs = [], []
+    ours = []
+    theirs = []
     for _ in range(5):
         begin = time.perf_counter()
         for row in range(len(shards)):
@@ -156,11 +166,12 @@ def main() -> None:
         "--folder", type=Path, help="where the files are written (600 MB); a temporary folder if not given"
     )
     table = Table(title="Reading prompts: python benchmarks/prompts.py", title_justify="left")
-    for column in ("", "mmopd", "beside", "ratio", "goal"):
+    for column in ("", "mmopd", "compared with", "ratio", "goal"):
         table.add_column(column, justify="left" if not column else "right")
     with tempfile.TemporaryDirectory(dir=parser.parse_args().folder) as name:
         root = Path(name)
-        small, large = jpegs(16, (512, 384)), jpegs(8, (1600, 1200))
+        small = jpegs(16, (512, 384))
+        large = jpegs(8, (1600, 1200))
         write_shards(image_rows(5_000, small), root / "rows", max_rows=1_000)
         write_shards(image_rows(24, large), root / "large")
         write_shards(
@@ -168,7 +179,8 @@ def main() -> None:
             root / "small",
         )
         one = next((root / "small").glob("*.tar"))
-        million, many = linked(one, root / "million", 101), linked(one, root / "many", 1_000)
+        million = linked(one, root / "million", 101)
+        many = linked(one, root / "many", 1_000)
         ours, theirs = rows_per_second(root / "rows")
         label = f"rows of {np.mean([len(f) for f in small]) / 1000:.0f} kB, per second"
         table.add_row(label, f"{ours:,.0f}", f"webdataset {theirs:,.0f}", f"{ours / theirs:.1f} x", ">= 4 x")

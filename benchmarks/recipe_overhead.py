@@ -1,20 +1,19 @@
-"""What Uni-OPD adds to a step of plain OPD: `python benchmarks/recipe_overhead.py --run runs/FOLDER`, under a minute.
+"""Measure what Uni-OPD adds to a step of plain OPD: `python benchmarks/recipe_overhead.py --run runs/FOLDER`.
 
-Everything that it adds is scalar work on the CPU: weights by difficulty, the online balance, the margins with their
-    shift or mask, and the
-numbers that tell of them. Each part is timed, in CPU time, on arrays of the shape of a step, with one thread, at two
-sizes:
+It takes less than a minute. Everything that Uni-OPD adds is scalar work on the CPU: weights by difficulty, the online
+balance, the margins with their shift or mask, and their metrics. Each part is timed, in CPU time, on arrays of the
+shape of a step, with one thread, at two sizes:
 
-- the paper's: 64 prompts x 16 responses of 8,192 tokens on average (8.4 M tokens), 57,000 prompts to weigh. A step of
-  it is not measured but computed, and low: the update of 4 B parameters alone, 8 FLOP a parameter and token (forward,
-  backward, recomputed forward), on 8 GPUs that do 40 % of 989 TFLOP/s (H100, bfloat16). Rollouts and scoring count as
-  if they took no time. `--step` sets another number.
-- the demo's: the sizes and the median step of a run of `mmopd demo`, out of its recipe.yaml and metrics.jsonl. Without
+- the paper's: 64 prompts x 16 responses of 8,192 tokens on average (8.4 M tokens), 57,000 prompts to weigh. Its step is
+  not measured but computed, as a lower bound: the update of 4 B parameters alone, 8 FLOP per parameter and token
+  (forward, backward, recomputed forward), on 8 GPUs that reach 40 % of 989 TFLOP/s (H100, bfloat16). Rollouts and
+  scoring count as zero time. `--step` sets another value.
+- the demo's: the sizes and the median step of a run of `mmopd demo`, from its recipe.yaml and metrics.jsonl. Without
   `--run`, eight steps are run first, in this folder's workspace (a few minutes).
 
-The last rows time the same function, `opd`, as plain OPD and as Uni-OPD, in turn; the difference is what the parts cost
-in their place, less the diagnostics, which plain OPD has too. Not in here: the rollouts that measure difficulty, once
-for a model and its data.
+The last rows time the same function, `opd`, as plain OPD and as Uni-OPD, in turns; the difference is the cost of the
+parts in place, without the diagnostics, which plain OPD has too. The rollouts that measure difficulty are not included;
+they run once for a model and its data.
 """
 
 import argparse
@@ -46,13 +45,14 @@ from mmopd.train.batch import build_batch
 from mmopd.train.recorder import divergence, entropy
 
 GOAL = 0.005
-PLAIN, FULL = Algorithm(difficulty=None, balance=None, margin=None, visual=None), Algorithm(visual=None)
+PLAIN = Algorithm(difficulty=None, balance=None, margin=None, visual=None)
+FULL = Algorithm(visual=None)
 MASK = "margin mask (instead of the two)"
 
 
 @dataclass(frozen=True)
 class Size:
-    """A step, and the run that it is a part of."""
+    """A step, and the run that it belongs to."""
 
     name: str
     prompts: int
@@ -64,14 +64,15 @@ class Size:
 
 
 def paper(seconds: float | None) -> Size:
-    """The setting of the paper, and a low estimate of its step."""
+    """Return the setting of the paper, with a lower bound of its step."""
     update = 8 * 4e9 * 64 * 16 * 8192 / (8 * 0.4 * 989e12)
     return Size("paper", 64, 16, 8192, 57_000, 100, seconds or update)
 
 
 def demo(run: Path) -> Size:
-    """What a run had; its first step is left out of the median, since servers warm up in it."""
-    recipe, rows = settings_file.read(Recipe, run / "recipe.yaml"), read_lines(run / "metrics.jsonl")
+    """Return the sizes of a run; the median leaves out the first step, in which servers warm up."""
+    recipe = settings_file.read(Recipe, run / "recipe.yaml")
+    rows = read_lines(run / "metrics.jsonl")
     length = round(sum(row["response_length"] for row in rows) / len(rows))
     return Size(
         "demo",
@@ -85,14 +86,17 @@ def demo(run: Path) -> Size:
 
 
 def run_demo(folder: Path) -> Path:
-    """Eight steps of the demo."""
+    """Run eight steps of the demo."""
     settings = ["train.steps=8", "train.checkpoint_every=8", "suite=null"]
     subprocess.run([sys.executable, "-m", "mmopd", "demo", *settings, "--run", str(folder)], check=True)
     return folder
 
 
 def make_samples(size: Size) -> list[Sample]:
-    """Groups of all shares of right answers, a few outcomes unknown, lengths from half to one and a half of the mean."""
+    """Return groups with all shares of right answers.
+
+    A few outcomes are unknown, and lengths range from half to one and a half of the mean.
+    """
     random = torch.Generator().manual_seed(0)
     N = size.prompts * size.group
     lengths = torch.randint(size.length // 2, size.length * 3 // 2 + 1, (N,), generator=random).tolist()
@@ -114,32 +118,37 @@ def make_samples(size: Size) -> list[Sample]:
 
 
 def timed(work: Callable[[], object], times: int = 11) -> float:
-    """Milliseconds: the median, after one that is not counted."""
+    """Return milliseconds: the median, after one run that is not counted."""
     spend(work)
     return median(spend(work) for _ in range(times))
 
 
 def spend(work: Callable[[], object]) -> float:
-    """Milliseconds of CPU: with one thread that is the time it takes, and other work on the machine does not count."""
+    """Return milliseconds of CPU: with one thread that is the time it takes, without other work on the machine."""
     begin = time.process_time()
     work()
     return 1000 * (time.process_time() - begin)
 
 
 def parts(size: Size, samples: list[Sample]) -> dict[str, float]:
-    """Milliseconds a step of each."""
+    """Return the milliseconds per step of each part."""
     batch = build_batch(samples, FULL, 0)
-    outcome, group = torch.tensor([s.outcome.value for s in samples]), torch.tensor([s.group for s in samples])
-    targets, keep = batch.targets, batch.targets.keep
+    outcome = torch.tensor([s.outcome.value for s in samples])
+    group = torch.tensor([s.group for s in samples])
+    targets = batch.targets
+    keep = targets.keep
     assert targets.log_ratio is not None
     assert targets.counted is not None
     returns = targets.log_ratio / targets.counted
     right = torch.randint(0, 9, (size.weighed,), generator=torch.Generator().manual_seed(0))
     encoded = [Encoded(Prompt("s/0", f"task{i % 2}", "text", (), (), ""), (), (), ()) for i in range(size.prompts)]
     response = torch.repeat_interleave(torch.arange(len(samples)), targets.counted)
-    R, o, g = returns[keep], outcome[keep], group[keep]
+    R = returns[keep]
+    o = outcome[keep]
+    g = group[keep]
     shift = margin_shift(R, o, g, scope="group", mode="mean", direction="spread", delta=0.4)
-    moved, all_shifts = targets.advantage, torch.zeros_like(returns).masked_scatter(keep, shift)
+    moved = targets.advantage
+    all_shifts = torch.zeros_like(returns).masked_scatter(keep, shift)
 
     def responses_seen() -> None:
         _responses_seen(outcome, 0.5, returns, scored=keep, balanced=keep, keep=keep, shift=all_shifts)
@@ -161,8 +170,9 @@ def parts(size: Size, samples: list[Sample]) -> dict[str, float]:
 
 
 def whole(samples: list[Sample], times: int) -> tuple[float, float]:
-    """(plain OPD, what Uni-OPD takes beyond it) in ms of `opd`: medians, and of pairs, first the one and then the other
-    in front.
+    """Return (plain OPD, what Uni-OPD takes beyond it) in ms of `opd`.
+
+    Both are medians; the second is over pairs, whose order alternates.
     """
     lengths = torch.tensor([len(s.response.tokens) for s in samples])
     call = partial(
@@ -175,7 +185,8 @@ def whole(samples: list[Sample], times: int) -> tuple[float, float]:
         weight=torch.ones(len(samples)),
         seed=1,
     )
-    plain, more = [], []
+    plain = []
+    more = []
     for i in range(times):
         spells = {k: spend(partial(call, settings=(PLAIN, FULL)[k])) for k in ((0, 1) if i % 2 else (1, 0))}
         plain.append(spells[0])
@@ -192,7 +203,8 @@ def main() -> None:
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
         sizes = [paper(args.step), demo(args.run or run_demo(Path(folder) / "run"))]
-    found, pairs = [], []
+    found = []
+    pairs = []
     for size in sizes:
         samples = make_samples(size)
         found.append(parts(size, samples))
@@ -218,10 +230,9 @@ def main() -> None:
     add("plain OPD's own: `opd` without the parts", [plain for plain, _ in pairs])
     add("`opd` with the parts takes longer by", [more for _, more in pairs], f"<= {GOAL:.1%}")
     Console(width=170).print(table)
-    beside = sums[0] / 1000 / sizes[1].seconds
-    print(
-        f"The first column beside the demo's step, which has {sizes[1].prompts * sizes[1].group * sizes[1].length:,} tokens: {beside:.2%}"
-    )
+    compared = sums[0] / 1000 / sizes[1].seconds
+    tokens = sizes[1].prompts * sizes[1].group * sizes[1].length
+    print(f"The first column compared with the demo's step, which has {tokens:,} tokens: {compared:.2%}")
     print(f"python {' '.join(sys.argv)}; {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}")
 
 

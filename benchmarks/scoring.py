@@ -1,18 +1,16 @@
-"""Scoring by a real vLLM server, beside a naive client and the server's own engine: `python benchmarks/scoring.py`,
-about six minutes.
+"""Compare scoring by a real vLLM server with two rivals: `python benchmarks/scoring.py`, about six minutes.
 
-- naive: one request after the other, a connection for each, the json module; the same prompts and responses.
-- engine: vLLM's offline `LLM.generate(prompt_logprobs=0, max_tokens=1)` on the same tokens and images, no HTTP at all.
-- CPU: what one response costs the client, and the server; on as few cores as here the server's part is the limit of
-  both rates.
-- memory: what the client process holds before and after it has scored everything several times over (nothing is taken
-  from its cache).
-- overlap: a step of `collect` (rollouts by a second server, scored as they finish) against its longer part, and against
-  both in turn.
+- naive: one request after the other, each with its own connection, the json module; the same prompts and responses.
+- engine: vLLM's offline `LLM.generate(prompt_logprobs=0, max_tokens=1)` on the same tokens and images, without HTTP.
+- CPU: cost of one response for the client, and for the server; on few cores the server's part limits both rates.
+- memory: memory of the client process before and after it has scored everything several times (nothing is taken from
+  its cache).
+- overlap: a step of `collect` (rollouts by a second server, scored as they finish) compared with its longer part, and
+  with both in turn.
 
-Every process computes with one thread. Two models: the demo's (1.4 M parameters, on which the server's own Python is
-most of the work) and a larger one (27 M), whose prefill is most of the work, as it is on a GPU with real models. 16
-responses are scored to each prompt, half of the prompts with an image. All are different, which is the worst case for
+Every process computes with one thread. There are two models: the demo's (1.4 M parameters, where the server's own
+Python is most of the work) and a larger one (27 M), where prefill is most of the work, as on a GPU with real models. 16
+responses are scored for each prompt, half of the prompts with an image. All are different, which is the worst case for
 the client's cache; in the rows "repeated" 3 of the 16 are different, as in a run of `mmopd demo` (43 requests for 265
 scores, `scoring/reused`).
 """
@@ -22,7 +20,7 @@ import asyncio
 import gc
 import json
 import os
-import pickle  # from and to this benchmark's own folder
+import pickle  # only in this benchmark's own folder
 import random
 import subprocess
 import sys
@@ -63,7 +61,7 @@ FLEET = Fleet.model_validate(
 
 @dataclass(frozen=True)
 class Work:
-    """What is scored: each prompt with its responses."""
+    """The workload: each prompt with its responses."""
 
     encoded: list[Encoded]
     responses: list[list[tuple[int, ...]]]
@@ -78,15 +76,21 @@ def enlarge(folder: Path) -> None:
     """Put a larger random model into the folder of the demo's."""
     config = AutoConfig.from_pretrained(folder)
     text = config.text_config
-    text.hidden_size, text.intermediate_size, text.num_hidden_layers = 512, 1536, 8
-    text.num_attention_heads, text.num_key_value_heads = 16, 8
+    text.hidden_size = 512
+    text.intermediate_size = 1536
+    text.num_hidden_layers = 8
+    text.num_attention_heads = 16
+    text.num_key_value_heads = 8
     config.vision_config.out_hidden_size = 512
     torch.manual_seed(0)
     Qwen3VLForConditionalGeneration(config).save_pretrained(folder)
 
 
 def workload(encoder: Encoder, prompts: int, length: int, seed: int, different: int = GROUP) -> Work:
-    """Half text, half image; responses of random ids around `length` tokens, so many of a group different."""
+    """Return half text, half image prompts, with responses of random ids.
+
+    Responses have around `length` tokens, and `different` of each group are distinct.
+    """
     rng = random.Random(seed)
     rows = [("image", row) for row in digit_sums("few", prompts // 2, seed)]
     rows += [("text", row) for row in additions("few", prompts // 2, seed)]
@@ -105,7 +109,7 @@ def workload(encoder: Encoder, prompts: int, length: int, seed: int, different: 
 
 
 async def score_all(work: Work, endpoint: Endpoint, encoder: Encoder) -> float:
-    """Seconds for all of it by mmopd's client."""
+    """Return the seconds that mmopd's client takes for all of it."""
     async with Scorer(FLEET, {}, {"t": [endpoint]}, encoder) as scorer:
         began = time.perf_counter()
         scores = await asyncio.gather(*(scorer.score(e, tokens) for e, tokens in work.pairs))
@@ -115,9 +119,13 @@ async def score_all(work: Work, endpoint: Endpoint, encoder: Encoder) -> float:
 
 
 def naive(work: Work, endpoint: Endpoint, limit: float) -> float:
-    """Responses per second of a client that waits for each answer, for about `limit` seconds, prompts in random order."""
+    """Return the responses per second of a client that waits for each answer.
+
+    It runs for about `limit` seconds, with the prompts in random order.
+    """
     pairs = random.Random(0).sample(work.pairs, len(work.pairs))
-    began, done = time.perf_counter(), 0
+    began = time.perf_counter()
+    done = 0
     for encoded, tokens in pairs:
         body = json.loads(wire.scoring_body(endpoint.model, encoded, tokens))
         headers = {
@@ -155,7 +163,7 @@ print("seconds", time.perf_counter() - began)
 
 
 def offline(work: Work, model: Path) -> float:
-    """Seconds for all of it by vLLM's engine in a process of its own."""
+    """Return the seconds that vLLM's engine takes for all of it, in a separate process."""
     settings = {
         "dtype": "float32",
         "max_model_len": ENGINE.max_model_len,
@@ -176,15 +184,15 @@ def offline(work: Work, model: Path) -> float:
 
 
 class Quick:
-    """Stands for the verifiers, which are no part of what is measured."""
+    """Replaces the verifiers, which are not part of the measurement."""
 
     async def verify(self, task: str, response: str, answer: str) -> Outcome:
-        """Wrong."""
+        """Return a wrong outcome."""
         return Outcome(0.0)
 
 
 async def overlap(work: Work, student: Endpoint, teacher: Endpoint, encoder: Encoder) -> dict[str, float]:
-    """Seconds of rollouts alone, of scoring alone, and of a step that does both."""
+    """Return the seconds of rollouts alone, of scoring alone, and of a step that does both."""
     settings = {"prompts": len(work.encoded), "group": GROUP, "max_tokens": 300}
     engine_of = {"model": "x", "engine": ENGINE.model_dump()}
     recipe = Recipe.model_validate(
@@ -223,20 +231,24 @@ async def overlap(work: Work, student: Endpoint, teacher: Endpoint, encoder: Enc
 
 
 def cpu(process: psutil.Process) -> list[float]:
-    """Seconds of CPU that this process has used, and all that it has started."""
+    """Return the CPU seconds of this process, and of all that it has started."""
     return [sum(sum(p.cpu_times()[:2]) for p in group) for group in ([process], process.children(recursive=True))]
 
 
 def measure(model: Path, work: Work, length: int, encoder: Encoder, *, rounds: int) -> dict[str, float]:
-    """Responses per second of mmopd (also where they repeat), naive and engine; ms of CPU for one; MiB before and after
-    `rounds` more.
+    """Return the rates, CPU costs and memory of one model.
+
+    These are responses per second of mmopd (also with repeated responses), naive and engine; ms of CPU for one
+    response; MiB before and after `rounds` more.
     """
-    n, process, warm = len(work.pairs), psutil.Process(), workload(encoder, 2, 32, 1)
+    n = len(work.pairs)
+    process = psutil.Process()
+    warm = workload(encoder, 2, 32, 1)
     found: dict[str, float] = {}
     spec = ServerSpec("t", model, ENGINE, updatable=False)
     with Children() as children, serve([spec], children, model.parent, lambda name, what: None) as servers:
         asyncio.run(score_all(warm, servers["t"], encoder))
-        gc.collect()  # what building the models has left behind
+        gc.collect()  # frees what building the models left
         used = cpu(process)
         found["ours"] = n / asyncio.run(score_all(work, servers["t"], encoder))
         found["client"], found["server"] = (
@@ -254,7 +266,7 @@ def measure(model: Path, work: Work, length: int, encoder: Encoder, *, rounds: i
 
 
 def step_of(student: Path, teacher: Path, work: Work, encoder: Encoder) -> dict[str, float]:
-    """`overlap` with both served."""
+    """Serve both models, and run `overlap`."""
     specs = [
         ServerSpec("student", student, ENGINE, updatable=False),
         ServerSpec("teacher", teacher, ENGINE, updatable=False),
@@ -274,7 +286,7 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)
     table = Table(title="Scoring on CPU, one thread a process", title_justify="left")
-    for column in ("model", "measured", "mmopd", "beside", "ratio", "goal"):
+    for column in ("model", "measured", "mmopd", "compared with", "ratio", "goal"):
         table.add_column(column, justify="left" if column in {"model", "measured"} else "right")
     with tempfile.TemporaryDirectory() as name:
         models = {size: Path(name) / size / "model" for size in ("small", "large")}
@@ -286,13 +298,14 @@ def main() -> None:
         for size, prompts in (("small", args.prompts), ("large", args.prompts // 2)):
             work = workload(encoder, prompts, args.length, 0)
             found = measure(models[size], work, args.length, encoder, rounds=args.rounds if size == "small" else 0)
-            for mine, beside, goal in (("ours", "naive", 5.0), ("repeated", "naive", 5.0), ("ours", "engine", 0.9)):
-                ours, theirs = found[mine], found[beside]
-                named = f"responses/s{', repeated' * (mine == 'repeated')}, beside {beside}"
+            for mine, rival, goal in (("ours", "naive", 5.0), ("repeated", "naive", 5.0), ("ours", "engine", 0.9)):
+                ours = found[mine]
+                theirs = found[rival]
+                named = f"responses/s{', repeated' * (mine == 'repeated')}, compared with {rival}"
                 table.add_row(size, named, f"{ours:.1f}", f"{theirs:.1f}", f"{ours / theirs:.2f} x", f">= {goal} x")
             table.add_row(
                 size,
-                "ms of CPU a response: client, beside server",
+                "ms of CPU per response: client, server",
                 f"{found['client']:.1f}",
                 f"{found['server']:.1f}",
                 "",
@@ -302,9 +315,10 @@ def main() -> None:
                 grown = f"{found['before']:.0f} to {found['after']:.0f} MiB"
                 table.add_row(size, f"memory over {args.rounds * len(work.pairs):,} scores", grown, "", "", "flat")
         step = step_of(models["small"], models["large"], workload(encoder, 8, args.length, 2), encoder)
-    parts, ours = [step["rollouts"], step["scoring"]], step["step"]
+    parts = [step["rollouts"], step["scoring"]]
+    ours = step["step"]
     for what, theirs, goal in (("the longer part", max(parts), "<= 1.15 x"), ("one after the other", sum(parts), "")):
-        named = f"a step: rollouts {parts[0]:.1f} s, scoring {parts[1]:.1f} s; beside {what}"
+        named = f"a step: rollouts {parts[0]:.1f} s, scoring {parts[1]:.1f} s; compared with {what}"
         table.add_row("both", named, f"{ours:.1f} s", f"{theirs:.1f} s", f"{ours / theirs:.2f} x", goal)
     Console(width=140).print(table)
     Console().print(

@@ -1,10 +1,9 @@
-"""Whether a long run takes more and more: `python benchmarks/soak.py`, about half an hour for 2,000 steps of the demo.
+"""Check that a long run does not use more and more resources: `python benchmarks/soak.py`, about half an hour.
 
-While a run of small steps goes on, everything that it has started is looked at every ten seconds: resident memory (what
-    processes share is
-counted once), open files, processes, threads and listening ports. Behind the first tenth of the run each should stay
-what it is: what is printed is the mean of the second tenth and that of the last, and the growth between them. Also
-drawn, as soak.png in the run's folder.
+It makes 2,000 steps of the demo. During a run of small steps, all processes that it started are inspected every ten
+seconds: resident memory (shared memory counts once), open files, processes, threads and listening ports. After the
+first tenth of the run each should stay constant. The means of the second and the last tenth are printed, with the
+growth between them, and plotted as soak.png in the run's folder.
 """
 
 import argparse
@@ -32,7 +31,7 @@ SMALL = [
 
 
 def look(root: psutil.Process) -> dict[str, float]:
-    """Of a process and all below it."""
+    """Return the resources of a process and all its descendants."""
     seen = {"memory, MiB": 0.0, "files": 0.0, "processes": 0.0, "threads": 0.0, "ports": 0.0}
     for process in [root, *root.children(recursive=True)]:
         try:
@@ -47,14 +46,15 @@ def look(root: psutil.Process) -> dict[str, float]:
 
 
 def main() -> None:
-    """Run, look, print, draw."""
+    """Run, inspect, print, plot."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=2000)
     parser.add_argument("--run", type=Path, default=Path("runs/soak"))
     given = parser.parse_args()
     what = ["recipes/demo.yaml", *SMALL, f"train.steps={given.steps}", "--run", str(given.run)]
-    given.run.parent.mkdir(parents=True, exist_ok=True)  # for the log: a run that is new makes its own
-    begin, found = time.monotonic(), []
+    given.run.parent.mkdir(parents=True, exist_ok=True)  # for the log; a new run makes its own folder
+    begin = time.monotonic()
+    found = []
     with (given.run.parent / f"{given.run.name}.log").open("w") as log:
         process = subprocess.Popen(
             [sys.executable, "-m", "mmopd", "train", *what], stdout=log, stderr=subprocess.STDOUT
@@ -62,7 +62,7 @@ def main() -> None:
         root = psutil.Process(process.pid)
         while process.poll() is None:
             steps = read_lines(given.run / "metrics.jsonl")
-            if steps and steps[-1]["step"] + 1 < given.steps:  # behind the last step everything ends
+            if steps and steps[-1]["step"] + 1 < given.steps:  # after the last step everything ends
                 found.append({"step": steps[-1]["step"], **look(root)})
             time.sleep(EVERY)
     if process.returncode:

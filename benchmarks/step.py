@@ -1,15 +1,14 @@
-"""A step of the demo, beside TRL's distillation trainer on the same models: `python benchmarks/step.py`, about a
-quarter of an hour.
+"""Compare a step of the demo with TRL's distillation trainer: `python benchmarks/step.py`, about a quarter of an hour.
 
-The same student and teacher, 16 prompts with an image each x 16 responses a step of at most 24 tokens, float32,
-learning rate with its warm-up, and AdamW's betas, weight decay and gradient clipping. (Prompts with and without images
-in one batch, as the demo has them, are not for TRL 1.16: it hands its processor `None` for the image of those without.)
-TRL generates with transformers and holds student and teacher in one process with two threads; mmopd has its ranks and
-vLLM servers, one thread each, on the same two cores. TRL's loss is over the whole vocabulary, mmopd's on the sampled
-token. Tokens that were trained on, per second, over the steps behind the first two.
+Both use the same student and teacher, 16 prompts with an image each x 16 responses per step of at most 24 tokens,
+float32, the same learning rate with warm-up, and the same AdamW betas, weight decay and gradient clipping. (TRL 1.16
+cannot mix prompts with and without images in one batch, as the demo does: it passes its processor `None` for the
+missing image.) TRL generates with transformers and holds student and teacher in one process with two threads; mmopd has
+its ranks and vLLM servers, one thread each, on the same two cores. TRL's loss is over the whole vocabulary, mmopd's on
+the sampled token. The result is trained tokens per second, after the first two steps.
 
-TRL is no dependency: `pip install --no-deps --target .mmopd/trl trl==1.16.0` in the workspace, which has the data of
-    `mmopd demo`.
+TRL is not a dependency: `pip install --no-deps --target .mmopd/trl trl==1.16.0` in the workspace, which holds the data
+of `mmopd demo`.
 """
 
 import argparse
@@ -27,8 +26,11 @@ from rich.table import Table
 
 from mmopd.report.metrics import read_lines
 
-DEMO, TRL = Path(".mmopd/demo"), Path(".mmopd/trl")
-TEACHER, WARM, GOAL = "image_teacher", 2, 2.0
+DEMO = Path(".mmopd/demo")
+TRL = Path(".mmopd/trl")
+TEACHER = "image_teacher"
+WARM = 2  # first steps, not counted
+GOAL = 2.0
 SHARDS = [DEMO / "shards" / "digit_sum"]
 WAYS = {
     "mmopd, two ranks and an engine, as the demo is": [],
@@ -48,7 +50,7 @@ PLAIN = [
 
 
 def ours(steps: int, *more: str) -> tuple[float, float]:
-    """(tokens a second, seconds a step)."""
+    """Return (tokens per second, seconds per step) of mmopd."""
     with tempfile.TemporaryDirectory(dir=".mmopd") as name:
         fleet = Path(name) / "fleet.yaml"
         engine = {
@@ -69,7 +71,7 @@ def ours(steps: int, *more: str) -> tuple[float, float]:
 
 
 def theirs(steps: int, micro: int) -> tuple[float, float, str]:
-    """The same of TRL, and its version."""
+    """Return the same for TRL, and its version."""
     script = Path(__file__).with_name("step_trl.py")
     command = [sys.executable, str(script), str(DEMO / "base"), str(DEMO / TEACHER), *map(str, SHARDS)]
     env = os.environ | {
@@ -84,7 +86,8 @@ def theirs(steps: int, micro: int) -> tuple[float, float, str]:
     if done.returncode:
         raise SystemExit(f"TRL ended with status {done.returncode}:\n{done.stderr[-3000:]}")
     found = json.loads(done.stdout.splitlines()[-1])
-    seconds, lengths = found["seconds"][WARM:], found["lengths"][WARM:]
+    seconds = found["seconds"][WARM:]
+    lengths = found["lengths"][WARM:]
     return 256 * mean(lengths) / mean(seconds), mean(seconds), found["trl"]
 
 

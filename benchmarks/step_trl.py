@@ -1,5 +1,6 @@
-"""TRL's side of `step.py`, in a process of its own: `python step_trl.py STUDENT TEACHER SHARDS... --steps N`; prints
-times as JSON.
+"""TRL's side of `step.py`, in a separate process: `python step_trl.py STUDENT TEACHER SHARDS... --steps N`.
+
+It prints times as JSON.
 """
 
 import argparse
@@ -18,22 +19,24 @@ from trl import DistillationConfig, DistillationTrainer
 
 from mmopd.prompts import Shards
 
-PROMPTS, GROUP, MAX_TOKENS = 16, 16, 24
+PROMPTS = 16
+GROUP = 16
+MAX_TOKENS = 24
 
 
 class Times(TrainerCallback):
-    """When each optimiser step has ended."""
+    """Records the end of each optimiser step."""
 
     def __init__(self) -> None:
         self.ends: list[float] = [time.perf_counter()]
 
     def on_step_end(self, *arguments: Any, **named: Any) -> None:
-        """Note it."""
+        """Record the time."""
         self.ends.append(time.perf_counter())
 
 
 def rows(folders: list[Path], steps: int) -> list[dict[str, Any]]:
-    """Of a data set: each prompt GROUP times, one source after the other."""
+    """Return the rows of a data set: each prompt GROUP times, one source after the other."""
     sources = [Shards(folder) for folder in folders]
     found = []
     for n in range(steps * PROMPTS):
@@ -70,7 +73,7 @@ def main() -> None:
         max_steps=given.steps,
         max_completion_length=MAX_TOKENS,
         learning_rate=1e-4,
-        # As recipes/demo.yaml has it by default; neither decays biases and norms. (TRL's warm-up begins with a step at
+        # The defaults of recipes/demo.yaml; neither side decays biases and norms. (TRL's warm-up begins with a step at
         # 0, ours at 1/6.)
         adam_beta1=0.9,
         adam_beta2=0.98,

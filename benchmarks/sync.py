@@ -1,10 +1,10 @@
-"""Weights on their way to the engine, beside copying them once: `python benchmarks/sync.py`, about a minute.
+"""Compare a weight sync with a single copy of the weights: `python benchmarks/sync.py`, about a minute.
 
-A student of 176 MiB in bfloat16 under ZeRO-3 on two ranks, one thread each. Timed on rank 0, the best of five:
+A student of 176 MiB in bfloat16 is under ZeRO-3 on two ranks, one thread each. Timed on rank 0, the best of five:
 gathering all weights by buckets, as every sync does; the same with the buckets written to files in memory, as the
-engine on this machine is given them; and one copy of as many bytes, into memory that is new, as that of the files is,
-and into memory that has been used. And what rank 0 has at most during the hand-overs beside what it had before the
-first: by its high-water mark, and the file in memory, which is not in there.
+engine on this machine gets them; and one copy of as many bytes, into new memory, as for the files, and into used
+memory. Also reported: the peak memory of rank 0 during the transfers above its memory before the first, by the
+high-water mark, and the file in memory, which that mark does not include.
 """
 
 import argparse
@@ -34,12 +34,14 @@ from mmopd.runtime.network import free_port
 from mmopd.train import distributed
 from mmopd.train.trainer import Trainer
 
-SCALE, TIMES, RANKS = 9, 5, 2
+SCALE = 9
+TIMES = 5
+RANKS = 2
 TRAIN = Train(steps=1, ranks=RANKS, dtype="bfloat16", gradient_checkpointing=False)
 
 
 def best(work: Callable[[], object]) -> float:
-    """Seconds."""
+    """Return the seconds of the fastest of TIMES runs."""
     times = []
     for _ in range(TIMES):
         begin = time.perf_counter()
@@ -49,7 +51,7 @@ def best(work: Callable[[], object]) -> float:
 
 
 def rank(model: Path) -> None:
-    """One rank; number 0 prints what it has found."""
+    """Run one rank; rank 0 prints its results."""
     torch.set_num_threads(1)
     ranks = distributed.start(120)
     trainer = Trainer(model, Encoder(model), TRAIN, Algorithm(), ranks)
@@ -74,7 +76,8 @@ def rank(model: Path) -> None:
         "files": files,
         "gather": best(gather),
     }
-    source, target = torch.ones(size, dtype=torch.uint8), torch.ones(size, dtype=torch.uint8)
+    source = torch.ones(size, dtype=torch.uint8)
+    target = torch.ones(size, dtype=torch.uint8)
     found |= {
         "new": best(lambda: torch.empty(size, dtype=torch.uint8).copy_(source)),
         "used": best(lambda: target.copy_(source)),
@@ -127,7 +130,7 @@ def main() -> None:
         )
     Console(width=120).print(table)
     print(
-        f"Memory of rank 0 during a hand-over, at its peak: {found['peak']:.0f} MiB more, and {found['file']:.0f} MiB in the file."
+        f"Peak memory of rank 0 in a transfer: {found['peak']:.0f} MiB more, and {found['file']:.0f} MiB in the file."
     )
     print("Goal: 3 x one copy.")
 

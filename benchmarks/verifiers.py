@@ -1,9 +1,9 @@
-"""Answers judged per second on one core, by each verifier: `python benchmarks/verifiers.py`, under a minute.
+"""Measure answers judged per second on one core, by verifier: `python benchmarks/verifiers.py`, under a minute.
 
-Programs are run in the sandbox, beside the plain way of doing it, which is to start an interpreter for each (`python -I
--S`, and no protection at all), and beside `python -I`, as other harnesses start it. Everything is pinned to one core.
-The other verifiers judge their cases of tests/verifier_cases.yaml again and again, in this process; the pool's line is
-what a question costs between processes.
+Programs run in the sandbox. They are compared with the plain way, which starts an interpreter for each (`python -I -S`,
+without any protection), and with `python -I`, as other harnesses start it. Everything is pinned to one core. The other
+verifiers judge their cases of tests/verifier_cases.yaml repeatedly, in this process; the pool's line is the cost of a
+question between processes.
 """
 
 import json
@@ -29,7 +29,7 @@ ANSWER = f"```python\n{PROGRAM}\n```"
 
 
 def tests(n: int) -> str:
-    """An answer key with so many tests."""
+    """Return an answer key with n tests."""
     inputs = [100 + i for i in range(n)]
     return json.dumps(
         {"inputs": [f"{i}\n" for i in inputs], "outputs": [f"{sum(k * k for k in range(i))}\n" for i in inputs]}
@@ -37,11 +37,12 @@ def tests(n: int) -> str:
 
 
 def rate(work: Callable[[], object]) -> float:
-    """Calls per second: the median of five spells, after one call that is not counted."""
+    """Return calls per second: the median of five periods, after one call that is not counted."""
     work()
     spells = []
     for _ in range(5):
-        begin, calls = time.perf_counter(), 0
+        begin = time.perf_counter()
+        calls = 0
         while time.perf_counter() - begin < SECONDS / 5:
             work()
             calls += 1
@@ -50,7 +51,7 @@ def rate(work: Callable[[], object]) -> float:
 
 
 def interpreter(*flags: str) -> Callable[[], object]:
-    """The program in an interpreter of its own."""
+    """Return a function that runs the program in a new interpreter."""
     command = [sys.executable, *flags, "-c", PROGRAM]
     return lambda: subprocess.run(command, input=b"100\n", capture_output=True, check=True)
 
@@ -58,8 +59,10 @@ def interpreter(*flags: str) -> Callable[[], object]:
 def main() -> None:
     """Print the two tables."""
     os.sched_setaffinity(0, {sorted(os.sched_getaffinity(0))[0]})
-    console, cases = Console(), yaml.safe_load(CASES.read_text())
-    judge, ten = code.verifier(), tests(10)
+    console = Console()
+    cases = yaml.safe_load(CASES.read_text())
+    judge = code.verifier()
+    ten = tests(10)
     assert judge(ANSWER, ten).value == 1
     table = Table(
         "programs", "a second, on one core", "against an interpreter each", title="One run of a short program"
