@@ -293,6 +293,11 @@ def compare(name: str, comparison: Comparison, out: Path, stages: Stages) -> Pat
         draw(picture, table, columns, rows)
         page.append(markdown(table, columns, rows) + f"\n![{table.title}]({picture.name})\n")
         rows_of_all.append(long_csv(key, columns, rows))
+    engines = {RunFolder(run.folder).kernels() or "unknown" for run in runs.values()}
+    if len(engines) > 1:
+        page.append(
+            f"The runs' engines compute differently ({' | '.join(sorted(engines))}): last bits differ also where nothing else does.\n"
+        )
     (out / f"{name}.md").write_text("\n".join(page))
     head, *_ = rows_of_all[0].splitlines(keepends=True)
     (out / f"{name}.csv").write_text(

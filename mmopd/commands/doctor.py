@@ -47,6 +47,7 @@ def machine_report(folder: Path | None = None) -> list[Check]:
         lambda: package("deepspeed", "fail", "install mmopd again: it is one of its own dependencies"),
         lambda: package("lmms-eval", "warn", "no evaluation without it: pip install 'mmopd[eval]'"),
         gpus,
+        repeatable,
         cores,
         memory,
         shared_memory,
@@ -131,6 +132,21 @@ def gpus() -> Check:
             "GPUs", "warn", "a GPU driver, but a CPU build of torch", "install a CUDA build of torch to use the GPU"
         )
     return Check("GPUs", "ok", "none: tiny models only, on the CPU")
+
+
+def repeatable() -> Check:
+    """An engine with default settings answers alike, to the last bit, whatever else is asked of it."""
+    from mmopd.config import Engine
+    from mmopd.serving.repeatable import MKL, holds, kernels
+
+    engine, gpu = Engine(), bool(gpu_names())
+    found = kernels(engine, gpu=gpu)
+    if holds(engine, gpu=gpu):
+        return Check("repeatable", "ok", found)
+    way_out = (
+        "set engine.repeatable: true if two runs have to agree to the last bit (slower)" if gpu else f"unset {MKL}"
+    )
+    return Check("repeatable", "ok" if gpu else "warn", f"{found}: last bits depend on what is asked together", way_out)
 
 
 def cores() -> Check:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from mmopd import catalog
 from mmopd.commands.merge import Checkpoint
-from mmopd.config import Fleet, Recipe, Suite
+from mmopd.config import Engine, Fleet, Recipe, Suite
 from mmopd.errors import CheckpointError, ServerError
 from mmopd.evaluate.lmms import read_suite
 from mmopd.modality import Encoder
@@ -47,6 +47,16 @@ class Job:
     changed: Sequence[str] = ()  # sources that were added or removed on purpose before a resume
     launcher: Sequence[str] = ()  # a command that starts the ranks; empty: they are started on this machine
     host: str = HOST  # address that servers listen on
+
+    @property
+    def engines(self) -> list[Engine]:
+        """Settings of the student's engine and of the teachers that are served here."""
+        teachers = {**self.fleet.teachers, **(self.references.teachers if self.references else {})}
+        there = {endpoint.teacher for endpoint in self.elsewhere}
+        served = [
+            teacher.engine for name, teacher in teachers.items() if teacher.model is not None and name not in there
+        ]
+        return [self.recipe.student.engine, *served]
 
 
 def prepare(recipe: Recipe, stages: Stages) -> None:

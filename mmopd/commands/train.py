@@ -10,7 +10,7 @@ from rich.console import Console
 
 from mmopd.commands.distil import distil, extrapolate
 from mmopd.commands.job import Job, check, prepare, prove, serving
-from mmopd.config import Recipe
+from mmopd.config import Engine, Recipe
 from mmopd.evaluate.calls import warm_up
 from mmopd.evaluate.candidates import Candidate, check_results, evaluate_all, print_results
 from mmopd.evaluate.table import Results, Row
@@ -20,6 +20,7 @@ from mmopd.passes.each_row import answering
 from mmopd.preflight.run import insist
 from mmopd.prompts import difficulty_counts
 from mmopd.report.html import write_report
+from mmopd.report.metrics import read_lines
 from mmopd.report.model_card import CARD, model_card
 from mmopd.rollout.sync import FRESH, FileSync, SyncError
 from mmopd.runtime import logs
@@ -27,7 +28,7 @@ from mmopd.runtime.network import HOST
 from mmopd.runtime.processes import Children
 from mmopd.runtime.progress import Stages
 from mmopd.runtime.run_folder import RunFolder, alone_in
-from mmopd.serving import endpoint
+from mmopd.serving import endpoint, repeatable
 from mmopd.serving.endpoint import Endpoint
 from mmopd.serving.servers import Servers
 from mmopd.teacher.fleet import Standing, warn_of
@@ -71,6 +72,7 @@ def launch(
         prepare(recipe, stages)
         job = dataclasses.replace(check(recipe, endpoints), changed=changed, launcher=launcher, host=host)
         say_left_out(job, console)
+        say_kernels(job.engines, run, console)
         if job.suite is not None:
             warm_up()
         with Children() as children, serving(job, run, children, stages, standing) as servers:
@@ -92,6 +94,28 @@ def say_left_out(job: Job, console: Console) -> None:
                 f"source {name}: {shards.left_out:,} rows are left out by max_prompt_tokens, {len(shards):,} are used",
                 highlight=False,
             )
+
+
+def say_kernels(engines: Sequence[Engine], run: RunFolder, console: Console) -> None:
+    """Record what decides the last bits of the engines' answers; say so if a resumed run cannot repeat those of an
+    uninterrupted one.
+    """
+    gpu = torch.cuda.is_available()
+    now = " and ".join(sorted({repeatable.kernels(engine, gpu=gpu) for engine in engines}))
+    resumed, before = bool(read_lines(run.metrics)), run.note_kernels(now)
+    if resumed and before:
+        said = (
+            f"engines compute with {now}, and before the resume with {before}: "
+            "the run does not repeat an uninterrupted one bit for bit"
+        )
+    elif resumed and not all(repeatable.holds(engine, gpu=gpu) for engine in engines):
+        said = (
+            f"engines compute with {now}: "
+            "a resumed run does not repeat an uninterrupted one bit for bit (engine.repeatable)"
+        )
+    else:
+        return
+    console.print(said, highlight=False, markup=False, soft_wrap=True)
 
 
 def measure_difficulty(job: Job, servers: Servers, run: RunFolder, stages: Stages) -> None:

@@ -50,6 +50,11 @@ class Engine(Config):
         description="Clips that one prompt may have. 0 by default, since a server keeps memory for the longest clip "
         "of each",
     )
+    repeatable: bool | None = Field(
+        None,
+        description="True gives answers whose last bits do not depend on what else is asked. `null` is true on CPU and "
+        "false on GPU, where it is vLLM's batch invariance and costs speed",
+    )
     port: int | None = Field(
         None,
         ge=1024,

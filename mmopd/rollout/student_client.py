@@ -78,7 +78,10 @@ class StudentClient:
         top_p: float = 1.0,
         top_k: int = 0,
     ) -> list[Response]:
-        """Return n responses to a prompt, from one request; the same (weights, prompt, seed) gives the same responses.
+        """Return n responses to a prompt, from one request.
+
+        The same (weights, prompt, seed) gives the same responses where engines repeat (docs/repetition.md); elsewhere
+        the last bits depend on what else the engine computes in the same pass.
 
         Args:
             seed: response i is drawn with `seed + i`, so seeds of different prompts should be far apart.

@@ -28,6 +28,8 @@ PACKAGES = [
     "numpy",
 ]
 
+ENGINES, THEN = "engines", "; then "  # in the versions: kernels of the servers, and those after a resume
+
 
 class RunFolder:
     """Files of a run by name."""
@@ -70,6 +72,27 @@ class RunFolder:
             folder.mkdir()
         self.recipe_file.write_text(settings_file.dump(recipe))
         self.versions.write_text(json.dumps(versions(), indent=1))
+
+    def kernels(self) -> str:
+        """Return what decided the last bits of the engines' answers, as `note_kernels` recorded it; empty if nothing
+        is.
+        """
+        known: dict[str, str] = json.loads(self.versions.read_text()) if self.versions.is_file() else {}
+        return known.get(ENGINES, "")
+
+    def note_kernels(self, kernels: str) -> str:
+        """Add what decides the last bits of the engines' answers to the versions; return what it was before, if that
+        differs.
+        """
+        so_far = self.kernels()
+        before = so_far.rpartition(THEN)[2]
+        if before == kernels:
+            return ""
+        known = json.loads(self.versions.read_text())
+        self.versions.write_text(
+            json.dumps({**known, ENGINES: f"{so_far}{THEN}{kernels}" if so_far else kernels}, indent=1)
+        )
+        return before
 
     def replay_of(self, step: int) -> Path:
         """Return the folder for a skipped update of a step."""

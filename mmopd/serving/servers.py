@@ -151,7 +151,8 @@ class _Supervisor:
         log = log_of(logs, name)
         self._heard = log.stat().st_size if log.is_file() else 0  # bytes; skips the messages of an earlier run
         self._pid: int | None = None
-        self.child = children.start(name, command, log, {**ENV, **(CPU_ENV if preload else {}), KEY_VARIABLE: key})
+        env = {**ENV, **(CPU_ENV if preload else {}), **shared_env(group), KEY_VARIABLE: key}
+        self.child = children.start(name, command, log, env)
 
     def hear(self) -> list[re.Match[str]]:
         """Return the messages about its servers since the last call."""
@@ -168,6 +169,14 @@ class _Supervisor:
         if self._pid is None:
             raise RuntimeError(f"{self.child.log}: no line with the supervisor's process id")
         os.kill(self._pid, READY)
+
+
+def shared_env(group: Sequence[Server]) -> dict[str, str]:
+    """Return the variables that all servers of a supervisor have alike.
+
+    The supervisor has them from its own start, so that they hold for what it imports before it forks the servers.
+    """
+    return dict(set.intersection(*(set(server["env"].items()) for server in group)))
 
 
 def log_of(logs: Path, name: str) -> Path:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from mmopd.config import Engine, Student, Sync
 from mmopd.modality.registry import MEDIA
+from mmopd.serving import repeatable
 from mmopd.serving.lora import Adapter, lora_flags
 from mmopd.serving.supervisor import RequireKey, Server
 
@@ -117,4 +118,5 @@ def to_server(spec: ServerSpec, address: tuple[str, int], log: Path, gpus: str) 
         argv += ["--enable-sleep-mode"] * (spec.sync == "ipc")
     argv += lora_flags(spec.adapters) if spec.adapters else []
     env = {"VLLM_SERVER_DEV_MODE": "1" if spec.updatable else "0"} | ({"CUDA_VISIBLE_DEVICES": gpus} if gpus else {})
+    env |= repeatable.environment(engine, gpu=bool(gpus))
     return Server(name=spec.name, model=str(spec.model), argv=[*argv, *engine.extra_args], log=str(log), env=env)

@@ -1,7 +1,7 @@
 """Cache of scores on disk, so that a run that is killed and resumed does not request them again.
 
-A resumed run rolls out the same responses again from its last checkpoint on. Each rank appends to its own file. At the
-start all files are read, whatever the number of ranks was. A checkpoint makes earlier scores useless, and empties the
+Where engines repeat (docs/repetition.md), a resumed run rolls out the same responses again from its last checkpoint on; a
+response that differs is scored anew. Each rank appends to its own file. At the start all files are read, whatever the number of ranks was. A checkpoint makes earlier scores useless, and empties the
 files.
 """
 

@@ -1,0 +1,77 @@
+"""Servers whose answers do not depend, to the last bit, on what else is asked of them.
+
+Intel's MKL chooses a kernel by the number of rows of a product: on CPUs with AVX-512 an image that is encoded together
+with others gets other last bits than alone. `MKL_CBWR=BRANCH,STRICT` asks for one kernel. On CPUs that are not Intel's,
+MKL takes its own choice for every branch but COMPATIBLE, and that one does not hold there: nothing is set.
+docs/repetition.md has what was measured. On GPUs it is vLLM's batch invariance. [not run on a GPU]
+"""
+
+import os
+from collections.abc import Collection
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+from mmopd.config import Engine
+
+MKL, BATCH_INVARIANT = "MKL_CBWR", "VLLM_BATCH_INVARIANT"
+INTEL = "GenuineIntel"
+AVX512 = {"avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"}  # what MKL's AVX-512 branch needs
+WIDEST = ("amx_tile", "avx512_bf16", "avx512f", "avx2")  # by which vLLM, oneDNN and torch choose among their kernels
+
+
+@dataclass(frozen=True, slots=True)
+class Cpu:
+    """What decides which kernels are taken."""
+
+    vendor: str  # as /proc/cpuinfo names it
+    model: str
+    flags: frozenset[str]
+
+
+@cache
+def this_cpu(cpuinfo: Path = Path("/proc/cpuinfo")) -> Cpu:
+    """The CPU of this machine, as Linux describes it; empty names where it does not."""
+    lines = [line.partition(":") for line in cpuinfo.read_text().splitlines()] if cpuinfo.is_file() else []
+    found = {key.strip(): value.strip() for key, _, value in reversed(lines)}  # the first core's, which come last here
+    return Cpu(found.get("vendor_id", ""), found.get("model name", ""), frozenset(found.get("flags", "").split()))
+
+
+def mkl_branch(vendor: str, flags: Collection[str]) -> str:
+    """The cheapest value of MKL_CBWR that fixes the kernels of a CPU; empty where MKL has none for it."""
+    if vendor != INTEL:
+        return ""
+    return "AVX512,STRICT" if set(flags) >= AVX512 else "AVX2,STRICT"
+
+
+def environment(engine: Engine, *, gpu: bool) -> dict[str, str]:
+    """Variables of a server; what the user has set is left as it is."""
+    return {name: value for name, value in _wanted(engine, gpu=gpu).items() if value and name not in os.environ}
+
+
+def holds(engine: Engine, *, gpu: bool) -> bool:
+    """Return whether a server of this machine answers alike, whatever else is asked of it."""
+    asked = engine.repeatable if gpu else engine.repeatable is not False
+    return bool(asked) and all(os.environ.get(name, value) == value for name, value in _wanted(engine, gpu=gpu).items())
+
+
+def kernels(engine: Engine, *, gpu: bool) -> str:
+    """Describe in one line what decides the last bits of a server's answers; servers with the same line answer alike if
+    it `holds`.
+    """
+    name = BATCH_INVARIANT if gpu else MKL
+    value = {**environment(engine, gpu=gpu), **os.environ}.get(name, "")
+    setting = f"{name}={value}" if value else f"no {name}"
+    if gpu:
+        return setting
+    cpu = this_cpu()
+    widest = next((flag for flag in WIDEST if flag in cpu.flags), "no AVX2")
+    return f"{setting} on {cpu.model or 'an unknown CPU'} ({widest})"
+
+
+def _wanted(engine: Engine, *, gpu: bool) -> dict[str, str]:
+    """Variables that make an engine's answers repeatable, if that is asked for; empty values leave MKL its own choice."""
+    if gpu:
+        return {BATCH_INVARIANT: "1"} if engine.repeatable else {}
+    cpu = this_cpu()
+    return {} if engine.repeatable is False else {MKL: mkl_branch(cpu.vendor, cpu.flags)}
