@@ -75,9 +75,7 @@ def emptied(server: Endpoint) -> Endpoint:
 
 
 def ask(server: Endpoint, encoder: Encoder, items: list[Encoded], *, together: bool) -> list[Answer]:
-    """Return for each item two sampled responses with their log-probs, and the log-probs of TOKENS; one item at a time, or all
-    at once.
-    """
+    """Return for each item two sampled responses with their log-probs, and the log-probs of TOKENS."""
 
     async def one(engine: StudentEngine, item: Encoded) -> Answer:
         seed = 1000 * int(item.prompt.key.removeprefix("p/"))

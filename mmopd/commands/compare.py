@@ -296,7 +296,8 @@ def compare(name: str, comparison: Comparison, out: Path, stages: Stages) -> Pat
     engines = {RunFolder(run.folder).kernels() or "unknown" for run in runs.values()}
     if len(engines) > 1:
         page.append(
-            f"The runs' engines compute differently ({' | '.join(sorted(engines))}): last bits differ also where nothing else does.\n"
+            f"The runs' engines compute differently ({' | '.join(sorted(engines))}): "
+            "last bits differ also where nothing else does.\n"
         )
     (out / f"{name}.md").write_text("\n".join(page))
     head, *_ = rows_of_all[0].splitlines(keepends=True)

@@ -31,21 +31,21 @@ class Cpu:
 
 @cache
 def this_cpu(cpuinfo: Path = Path("/proc/cpuinfo")) -> Cpu:
-    """The CPU of this machine, as Linux describes it; empty names where it does not."""
+    """Return the CPU of this machine as Linux describes it; the names are empty where it does not."""
     lines = [line.partition(":") for line in cpuinfo.read_text().splitlines()] if cpuinfo.is_file() else []
     found = {key.strip(): value.strip() for key, _, value in reversed(lines)}  # the first core's, which come last here
     return Cpu(found.get("vendor_id", ""), found.get("model name", ""), frozenset(found.get("flags", "").split()))
 
 
 def mkl_branch(vendor: str, flags: Collection[str]) -> str:
-    """The cheapest value of MKL_CBWR that fixes the kernels of a CPU; empty where MKL has none for it."""
+    """Return the cheapest value of MKL_CBWR that fixes the kernels of a CPU; it is empty where MKL has none for it."""
     if vendor != INTEL:
         return ""
     return "AVX512,STRICT" if set(flags) >= AVX512 else "AVX2,STRICT"
 
 
 def environment(engine: Engine, *, gpu: bool) -> dict[str, str]:
-    """Variables of a server; what the user has set is left as it is."""
+    """Return the variables of a server; what the user has set is left as it is."""
     return {name: value for name, value in _wanted(engine, gpu=gpu).items() if value and name not in os.environ}
 
 
@@ -70,7 +70,10 @@ def kernels(engine: Engine, *, gpu: bool) -> str:
 
 
 def _wanted(engine: Engine, *, gpu: bool) -> dict[str, str]:
-    """Variables that make an engine's answers repeatable, if that is asked for; empty values leave MKL its own choice."""
+    """Return the variables that make an engine's answers repeatable, if that is asked for.
+
+    An empty value leaves MKL its own choice.
+    """
     if gpu:
         return {BATCH_INVARIANT: "1"} if engine.repeatable else {}
     cpu = this_cpu()
