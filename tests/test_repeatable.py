@@ -19,7 +19,7 @@ from mmopd.config import Engine
 from mmopd.demo.world import Row, additions, digit_sums
 from mmopd.modality import Encoder
 from mmopd.records import Encoded, Prompt
-from mmopd.rollout.student_client import StudentEngine
+from mmopd.rollout.student_client import StudentClient
 from mmopd.runtime.processes import Children
 from mmopd.runtime.run_folder import RunFolder
 from mmopd.serving import repeatable
@@ -77,16 +77,16 @@ def emptied(server: Endpoint) -> Endpoint:
 def ask(server: Endpoint, encoder: Encoder, items: list[Encoded], *, together: bool) -> list[Answer]:
     """Return for each item two sampled responses with their log-probs, and the log-probs of TOKENS."""
 
-    async def one(engine: StudentEngine, item: Encoded) -> Answer:
+    async def one(student: StudentClient, item: Encoded) -> Answer:
         seed = 1000 * int(item.prompt.key.removeprefix("p/"))
-        sampled = await engine.sample(item, 2, seed, max_tokens=8)
-        return [*((r.tokens, r.logprobs) for r in sampled), (TOKENS, tuple(await engine.logprobs(item, TOKENS)))]
+        sampled = await student.sample(item, 2, seed, max_tokens=8)
+        return [*((r.tokens, r.logprobs) for r in sampled), (TOKENS, tuple(await student.logprobs(item, TOKENS)))]
 
     async def main() -> list[Answer]:
-        async with StudentEngine(server, encoder) as engine:
+        async with StudentClient(server, encoder) as student:
             if together:
-                return await asyncio.gather(*(one(engine, item) for item in items))
-            return [await one(engine, item) for item in items]
+                return await asyncio.gather(*(one(student, item) for item in items))
+            return [await one(student, item) for item in items]
 
     return asyncio.run(main())
 
