@@ -1,8 +1,8 @@
 """Cache of scores on disk, so that a run that is killed and resumed does not request them again.
 
-Where engines repeat (docs/repetition.md), a resumed run rolls out the same responses again from its last checkpoint on; a
-response that differs is scored anew. Each rank appends to its own file. At the start all files are read, whatever the number of ranks was. A checkpoint makes earlier scores useless, and empties the
-files.
+Where engines repeat (docs/repetition.md), a resumed run rolls out the same responses again from its last checkpoint on;
+a response that differs is scored anew. Each rank appends to its own file. At the start all files are read, whatever the
+number of ranks was. A checkpoint makes earlier scores useless, and empties the files.
 """
 
 import os
