@@ -52,7 +52,7 @@ LONG = (
 )
 
 # Parts of command lines that only a test with the mark `server` may start: vLLM's supervisor, and training ranks.
-HEAVY = (supervisor.__name__, "train.rank", "_worker.py", "golden/worker.py")
+HEAVY = (f"'-m', '{supervisor.__name__}'", "'-m', 'mmopd.train.rank'", "_worker.py", "golden/worker.py")
 
 
 @pytest.hookimpl(tryfirst=True)  # before `-m` selects tests

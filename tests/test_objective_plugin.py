@@ -223,7 +223,8 @@ def test_no_other_file_asks_for_a_kind():
         for n, line in enumerate(path.read_text().splitlines(), 1)
         if asks.search(line)
     ]
-    assert not found
+    # The reference of settings lists every objective; it asks for none by name.
+    assert [line for line in found if "commands/reference.py" not in line or "import OBJECTIVES" not in line] == []
 
 
 if __name__ == "__main__":
