@@ -1,4 +1,4 @@
-"""From prompts to token ids and pixels, counted in one place for student, teachers and trainer."""
+"""Turn prompts into token ids and pixels, counted in one place for student, teachers and trainer."""
 
 from typing import TYPE_CHECKING
 

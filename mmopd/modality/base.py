@@ -1,4 +1,4 @@
-"""What a medium is: something to look at in a prompt, such as an image or a clip.
+"""Definition of a medium: visual content of a prompt, such as an image or a clip.
 
 An item of a medium is a tuple of files, each an encoded image (PNG, JPEG, ...): one file for an image, the frames for a
 clip. A medium is one file of this package and one line in `registry.py`.
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from mmopd.modality.pixels import PixelPolicy
 from mmopd.records import Files, Grid
 
-if TYPE_CHECKING:  # importing torch takes seconds, and limits and names need none of it
+if TYPE_CHECKING:  # importing torch takes seconds, and limits and names do not need it
     from torch import Tensor
 
 
@@ -26,7 +26,7 @@ class Reader(ABC):
 
     @abstractmethod
     def grid(self, files: Files, budget: PixelPolicy | None = None) -> Grid:
-        """Patches of an item, from the headers of its files.
+        """Return the patches of an item, from the headers of its files.
 
         Args:
             budget: what images are resized to instead of the processor's own budget.
@@ -37,15 +37,15 @@ class Reader(ABC):
 
     @abstractmethod
     def tokens(self, grid: Grid) -> int:
-        """Visual tokens of a grid."""
+        """Return the visual tokens of a grid."""
 
     @abstractmethod
     def expand(self, files: Files, grid: Grid) -> Sequence[int]:
-        """The ids that replace the item's placeholder."""
+        """Return the ids that replace the item's placeholder."""
 
     @abstractmethod
     def pixel_values(self, items: Sequence[Files], grids: Sequence[Grid]) -> "list[Tensor]":
-        """The patches of the items in order, as one or more tensors [patches, channels * time * patch * patch].
+        """Return the patches of the items in order, as one or more tensors [patches, channels * time * patch * patch].
 
         Raises:
             ValueError: the processor cuts an item into another grid.
@@ -54,7 +54,7 @@ class Reader(ABC):
 
 
 class Medium(ABC):
-    """How items of one kind are stored, bounded, counted, decoded, sent and packed.
+    """One kind of visual content: how its items are stored, bounded, counted, decoded, sent and packed.
 
     Attributes:
         name: the type of its parts in messages.
@@ -63,13 +63,13 @@ class Medium(ABC):
             vLLM (`SLOT_url`), and the key of transformers' `SLOT_grid_thw` and `mm_encoder_outputs`.
         placeholder: the token of the slot.
         token_type: the slot in transformers' `mm_token_type_ids`.
-        pattern: members of a tar that are its files, without their key; the groups `item` and `file` are numbers.
+        pattern: regular expression of its files in a tar, without their key; the groups `item` and `file` are numbers.
         member_form: the same for people.
         counts: the field of a row's json with the number of files of each item; None for images, which are the files
             that belong to no other medium. A row with a counted medium has that medium's name as its modality.
-        limit: the field of `Engine` that says how many items a prompt may have; None if servers take them unasked.
-        io_settings: what vLLM's `--media-io-kwargs` says of the slot.
-        differs: what else is different where a server counts as many visual tokens in another way.
+        limit: the field of `Engine` that says how many items a prompt may have; None if servers need no limit.
+        io_settings: the slot's entry of vLLM's `--media-io-kwargs`.
+        differs: what else differs if a server counts as many visual tokens in another way.
     """
 
     name: ClassVar[str]
@@ -88,22 +88,22 @@ class Medium(ABC):
 
     @abstractmethod
     def member(self, item: int, file: int) -> str:
-        """Name of a file in a tar, without key and format."""
+        """Return the name of a file in a tar, without key and format."""
 
     @abstractmethod
     def check(self, files: Files, *, decode: bool = False) -> list[tuple[str, tuple[int, int]]]:
-        """(format, (width, height)) of each file of an item; bounded before anything is decoded.
+        """Return (format, (width, height)) of each file of an item; bounds are checked before anything is decoded.
 
         Args:
-            decode: read the pixels, too.
+            decode: read the pixels too.
 
         Raises:
-            ValueError: an item that student, teachers and trainer cannot use alike.
+            ValueError: student, teachers and trainer cannot all use the item.
         """
 
     @abstractmethod
     def reader(self, processor: Any) -> Reader:
-        """Its reader for a model's processor.
+        """Return its reader for a model's processor.
 
         Raises:
             ValueError: the processor does not take this medium.
@@ -111,11 +111,13 @@ class Medium(ABC):
 
     @abstractmethod
     def url(self, files: Files) -> bytes:
-        """An item as the data URL that vLLM reads."""
+        """Return an item as the data URL that vLLM reads."""
 
     @abstractmethod
     def redraw(self, files: Files, budget: PixelPolicy | None, *, blank: bool) -> Files:
-        """An item in the size of a pixel budget, or in its own; an even grey if `blank`. Becomes as many visual tokens.
+        """Return an item in the size of a pixel budget, or in its own; an even grey if `blank`.
+
+        The number of visual tokens does not change.
 
         Raises:
             ValueError: the medium has no pixel budget, or the item cannot be opened.
@@ -124,11 +126,11 @@ class Medium(ABC):
 
     @abstractmethod
     def shuffled(self, files: Files, seed: int) -> Files:
-        """The same content in another order, for the canary of the preflight."""
+        """Return the same content in another order, for the canary of the preflight."""
 
     @abstractmethod
     def awkward(self, pixels: PixelPolicy) -> dict[str, tuple[int, int, int]]:
-        """(files, width, height) by name, which servers with other settings read in other ways.
+        """Return (files, width, height) by name, which servers with other settings read differently.
 
         Args:
             pixels: the student's own budget for images.

@@ -1,4 +1,4 @@
-"""Prompts as token ids: the chat template, and how many visual tokens each item of a medium becomes.
+"""Encode prompts as token ids: the chat template, and the number of visual tokens of each item of a medium.
 
 The arithmetic is that of the processor which trainer and servers run (transformers; qwen-vl-utils rounds thin images to
 other sizes), on image headers alone; pixels are decoded only where a trainer needs them. Servers expand placeholders
@@ -52,7 +52,7 @@ class Encoder:
         self._readers: dict[str, Reader] = {}
 
     def reader(self, medium: Medium) -> Reader:
-        """The reader of a medium for this processor.
+        """Return the reader of a medium for this processor.
 
         Raises:
             ValueError: the processor does not take this medium.
@@ -62,7 +62,7 @@ class Encoder:
         return self._readers[medium.name]
 
     def encode(self, prompt: Prompt, pixels: PixelPolicy | None = None) -> Encoded:
-        """Ids of the prompt up to and with the assistant's header.
+        """Return the ids of the prompt, up to and including the assistant's header.
 
         Args:
             pixels: the budget that images are resized to, if it is not the student's.
@@ -83,25 +83,27 @@ class Encoder:
         return Encoded(prompt, tuple(ids), expand(ids, becomes), grids)
 
     def _check_placeholders(self, prompt: Prompt, ids: Sequence[int]) -> None:
-        """As many placeholders of each input of the model as the prompt has items for it, which are of one medium."""
+        """Check that each input of the model has as many placeholders as items, all of one medium."""
         for slot, media in slots().items():
             there = [medium for medium in media if prompt.items(medium.name)]
             if len(there) > 1:
                 names = " and ".join(medium.items for medium in there)
                 raise ValueError(f"{prompt.key}: {names} in one prompt share a placeholder; use one of them")
             medium = there[0] if there else media[0]
-            placeholders, n = ids.count(self.tokens[slot]), len(prompt.items(medium.name))
+            placeholders = ids.count(self.tokens[slot])
+            n = len(prompt.items(medium.name))
             if placeholders != n:
                 raise ValueError(f"{prompt.key}: {placeholders} {slot} placeholders for {n} {medium.items}")
 
     def decode(self, tokens: tuple[int, ...]) -> str:
-        """Text of response tokens, control tokens left out."""
+        """Return the text of response tokens, without control tokens."""
         text: str = self.tokenizer.decode(list(tokens), skip_special_tokens=True)
         return text
 
     def pixel_values(self, encoded: Encoded) -> tuple[torch.Tensor, torch.Tensor]:
-        """(pixels [patches, channels * time * patch * patch], grids [I, 3]) of all items of a prompt, in the order of
-        `shown_items`.
+        """Return (pixels, grids [I, 3]) of all items of a prompt, in the order of `shown_items`.
+
+        Pixels are [patches, channels * time * patch * patch].
 
         Raises:
             ValueError: the processor cuts an item into another grid than `encode` counted.
@@ -120,7 +122,7 @@ class Encoder:
 
 
 def expand(ids: Sequence[int], becomes: Mapping[int, Iterable[Sequence[int]]]) -> tuple[int, ...]:
-    """The ids with their placeholders replaced.
+    """Return the ids with their placeholders replaced.
 
     Args:
         becomes: placeholder -> what each of its occurrences becomes, in order.
@@ -136,7 +138,7 @@ def expand(ids: Sequence[int], becomes: Mapping[int, Iterable[Sequence[int]]]) -
 
 
 def _with_slots(messages: Sequence[Message]) -> list[Message]:
-    """The messages as chat templates know them: the part of a medium has the type of the input that it goes into."""
+    """Return the messages as chat templates know them: each medium's part has the type of its model input."""
     return [
         {**message, "content": [_with_slot(part) for part in content]}
         if isinstance(content := message.get("content"), list | tuple)

@@ -1,4 +1,4 @@
-"""Images: a file each, as the rows, servers and processors of every Qwen-VL take them."""
+"""Images: one file each, as the rows, servers and processors of every Qwen-VL take them."""
 
 import base64
 import math
@@ -31,19 +31,19 @@ class ImageReader(Reader):
         self.token = token
 
     def grid(self, files: Files, budget: PixelPolicy | None = None) -> Grid:
-        """As `Reader`."""
+        """See `Reader`."""
         return (budget or self.policy).grid(*size_of(open_image(files[0])))
 
     def tokens(self, grid: Grid) -> int:
-        """As `Reader`."""
+        """See `Reader`."""
         return self.policy.tokens(grid)
 
     def expand(self, files: Files, grid: Grid) -> Sequence[int]:
-        """The placeholder once for each visual token."""
+        """Return the placeholder once for each visual token."""
         return [self.token] * self.policy.tokens(grid)
 
     def pixel_values(self, items: Sequence[Files], grids: Sequence[Grid]) -> "list[Tensor]":
-        """As `Reader`; one tensor, since the processor takes all images at once."""
+        """See `Reader`; returns one tensor, since the processor takes all images in one call."""
         images = [to_rgb(open_image(files[0])) for files in items]
         batch = self._processor(images=images, return_tensors="pt")
         if (found := batch["image_grid_thw"].tolist()) != [list(grid) for grid in grids]:
@@ -65,23 +65,23 @@ class ImageMedium(Medium):
     member_form: ClassVar[str] = "NUMBER.FORMAT"
 
     def member(self, item: int, file: int) -> str:
-        """As `Medium`."""
+        """See `Medium`."""
         return str(item)
 
     def check(self, files: Files, *, decode: bool = False) -> list[tuple[str, tuple[int, int]]]:
-        """As `Medium`."""
+        """See `Medium`."""
         return [check_image(files[0], decode=decode)]
 
     def reader(self, processor: Any) -> Reader:
-        """As `Medium`."""
+        """See `Medium`."""
         return ImageReader(processor, processor.tokenizer.convert_tokens_to_ids(self.placeholder))
 
     def url(self, files: Files) -> bytes:
-        """As `Medium`; vLLM reads the format from the bytes, not from the media type."""
+        """See `Medium`; vLLM reads the format from the bytes, not from the media type."""
         return b"data:image/*;base64," + base64.b64encode(files[0])
 
     def redraw(self, files: Files, budget: PixelPolicy | None, *, blank: bool) -> Files:
-        """As `Medium`; an image that would not change stays as it is, byte for byte."""
+        """See `Medium`; an image that would not change stays the same, byte for byte."""
         image = files[0]
         size = own = size_of(open_image(image))
         if budget is not None:
@@ -93,14 +93,16 @@ class ImageMedium(Medium):
         return (image if size == own else draw(image, size),)
 
     def shuffled(self, files: Files, seed: int) -> Files:
-        """The same pixels at other places: square blocks of the image, permuted; what does not fill a block stays where
-        it is.
+        """Return the same pixels at other places: square blocks of the image, permuted.
+
+        Pixels outside of whole blocks stay in place.
         """
         import numpy as np
 
         pixels = np.array(to_rgb(open_image(files[0])))  # [height, width, 3]
         side = max(1, min(pixels.shape[:2]) // BLOCKS)
-        rows, columns = pixels.shape[0] // side, pixels.shape[1] // side
+        rows = pixels.shape[0] // side
+        columns = pixels.shape[1] // side
         inner = pixels[: rows * side, : columns * side]
         blocks = inner.reshape(rows, side, columns, side, 3).swapaxes(1, 2).reshape(-1, side, side, 3)
         blocks = blocks[np.random.default_rng(seed).permutation(len(blocks))]
@@ -110,7 +112,7 @@ class ImageMedium(Medium):
         return (write_png(Image.fromarray(pixels)),)
 
     def awkward(self, pixels: PixelPolicy) -> dict[str, tuple[int, int, int]]:
-        """Sizes that image processors with other settings resize in other ways."""
+        """Return sizes that image processors with other settings resize differently."""
         unit = pixels.patch * pixels.merge
         side = math.isqrt(pixels.max_pixels) + unit
         return {

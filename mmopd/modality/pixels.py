@@ -1,5 +1,7 @@
-"""Encoded images, which are the files of every medium: opened by their headers within bounds, sized as a person sees
-them, decoded and drawn as servers do it, cut into patches as the processor does it.
+"""Encoded images, which are the files of every medium.
+
+They are opened by their headers within bounds, sized as a person sees them, decoded and drawn as servers do it, and cut
+into patches as the processor does it.
 """
 
 import io
@@ -10,6 +12,7 @@ from threading import Lock
 from cachetools import LRUCache, cached
 from PIL import Image, ImageFile, ImageOps
 
+# Decoders of other formats may run programs.
 FORMATS = {
     "PNG": "png",
     "JPEG": "jpg",
@@ -18,22 +21,22 @@ FORMATS = {
     "GIF": "gif",
     "BMP": "bmp",
     "TIFF": "tiff",
-}  # others may run programs
-DEEP = frozenset(
-    {"I", "F", "I;16", "I;16B", "I;16L", "I;16N"}
-)  # modes whose values above 255 all become white when an image is made RGB
-MAX_RATIO = 200  # of an image's sides: longer ones the processors of Qwen-VL refuse
+}
+# Modes whose values above 255 all become white when an image is made RGB.
+DEEP = frozenset({"I", "F", "I;16", "I;16B", "I;16L", "I;16N"})
+MAX_RATIO = 200  # of an image's sides; the processors of Qwen-VL refuse more
 MAX_SIDE = 20_000  # pixels; a larger header is refused before anything is decoded
 MAX_PIXELS = 100_000_000
-ORIENTATION, SIDEWAYS = 0x0112, frozenset({5, 6, 7, 8})  # EXIF: stored lying on its side
-PNG_NOTES = frozenset({b"eXIf", b"tEXt", b"zTXt", b"iTXt"})  # chunks that an orientation may stand in
+ORIENTATION = 0x0112  # EXIF
+SIDEWAYS = frozenset({5, 6, 7, 8})  # orientations stored on their side
+PNG_NOTES = frozenset({b"eXIf", b"tEXt", b"zTXt", b"iTXt"})  # chunks that may contain an orientation
 GREY = 128  # of 255
-CACHE_BYTES = 1 << 26  # of redrawn images: the responses of a group share theirs
+CACHE_BYTES = 1 << 26  # of redrawn images, which the responses of a group share
 
 
 @dataclass(frozen=True, slots=True)
 class PixelPolicy:
-    """How an image is resized and cut into patches."""
+    """The rule by which an image is resized and cut into patches."""
 
     patch: int
     merge: int
@@ -41,7 +44,7 @@ class PixelPolicy:
     max_pixels: int
 
     def grid(self, width: int, height: int) -> tuple[int, int, int]:
-        """Patches (1, rows, columns) of an image of this size, in pixels.
+        """Return the patches (1, rows, columns) of an image of this size, in pixels.
 
         Raises:
             ValueError: one side is more than 200 times the other.
@@ -52,19 +55,18 @@ class PixelPolicy:
         return 1, rows // self.patch, columns // self.patch
 
     def tokens(self, grid: tuple[int, int, int]) -> int:
-        """Visual tokens of a grid."""
+        """Return the visual tokens of a grid."""
         return grid[0] * grid[1] * grid[2] // self.merge**2
 
 
 def open_image(data: bytes) -> Image.Image:
-    """The image, header read and bounded, pixels not decoded.
+    """Open an image: its header is read and checked against the bounds, its pixels are not decoded.
 
     Raises:
         ValueError: no image, or larger than MAX_SIDE or MAX_PIXELS.
     """
-    ImageFile.LOAD_TRUNCATED_IMAGES = (
-        False  # importing lmms-eval switches it on for the process: half an image would be whole
-    )
+    # Importing lmms-eval switches it on for the process: half an image would pass as a whole one.
+    ImageFile.LOAD_TRUNCATED_IMAGES = False
     try:
         image = Image.open(io.BytesIO(data))
     except Exception as error:
@@ -74,10 +76,10 @@ def open_image(data: bytes) -> Image.Image:
 
 
 def check_image(data: bytes, *, decode: bool = False) -> tuple[str, tuple[int, int]]:
-    """(format, (width, height)) of an encoded image that student, teachers and trainer can use alike; turned upright.
+    """Return (format, (width, height)) of an encoded image that student, teachers and trainer can all use, upright.
 
     Args:
-        decode: read the pixels, too.
+        decode: read the pixels too.
 
     Raises:
         ValueError: no image of a known format, too large, too long and thin, animated, deeper than 8 bits, or broken.
@@ -91,13 +93,12 @@ def check_image(data: bytes, *, decode: bool = False) -> tuple[str, tuple[int, i
     if max(image.size) > MAX_RATIO * min(image.size):
         raise ValueError(f"{image.size[0]} x {image.size[1]} pixels; at most {MAX_RATIO} times as long as wide")
     try:
-        frames = (
-            1 if form == "MPO" else getattr(image, "n_frames", 1)
-        )  # a phone's photo has its depth in a second frame
+        # A phone's photo has its depth map in a second frame.
+        frames = 1 if form == "MPO" else getattr(image, "n_frames", 1)
         size = size_of(image)
         if decode:
             image.load()
-    except Exception as error:  # whatever a decoder does with broken data
+    except Exception as error:  # a decoder may raise anything on broken data
         raise ValueError(f"its pixels cannot be read: {type(error).__name__}: {error}") from None
     if frames > 1:
         raise ValueError(f"{frames} frames; take one of them")
@@ -111,7 +112,7 @@ def check_size(width: int, height: int) -> None:
 
 
 def size_of(image: Image.Image) -> tuple[int, int]:
-    """(width, height) as a person sees it and a server reads it, from the header alone: turned upright by EXIF."""
+    """Return (width, height) as a person sees it and a server reads it, from the header: turned upright by EXIF."""
     width, height = image.size
     if image.format == "PNG" and not _has_notes(image):
         return width, height
@@ -119,12 +120,14 @@ def size_of(image: Image.Image) -> tuple[int, int]:
 
 
 def _has_notes(image: Image.Image) -> bool:
-    """Whether a PNG may say an orientation: to find out, Pillow would decode all of its pixels, since notes may follow
-    them.
+    """Return true if a PNG may contain an orientation.
+
+    Pillow would decode all of its pixels to find out, because these chunks may follow them.
     """
     assert isinstance(image, ImageFile.ImageFile)
     assert isinstance(image.fp, io.BytesIO)
-    data, at = image.fp.getbuffer(), 8
+    data = image.fp.getbuffer()
+    at = 8
     while at < len(data):
         if bytes(data[at + 4 : at + 8]) in PNG_NOTES:
             return True
@@ -133,12 +136,12 @@ def _has_notes(image: Image.Image) -> bool:
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Pixels as vLLM makes them of a file: upright, transparency painted on white. `image` itself is turned upright.
+    """Return the pixels as vLLM makes them: upright, transparency painted on white. `image` itself is turned upright.
 
     Raises:
         OSError: the file ends before its pixels do, or they are damaged.
     """
-    ImageOps.exif_transpose(image, in_place=True)  # not in place it copies what needs no turning, too
+    ImageOps.exif_transpose(image, in_place=True)  # without in_place it copies upright images too
     if image.mode in {"RGBA", "LA", "PA"} or "transparency" in image.info:
         alpha = image.convert("RGBA")
         white = Image.new("RGBA", alpha.size, "white")
@@ -162,7 +165,7 @@ def draw(image: bytes | None, size: tuple[int, int]) -> bytes:
 
 
 def write_png(image: Image.Image) -> bytes:
-    """The image as the bytes of a PNG file."""
+    """Return the image as the bytes of a PNG file."""
     file = io.BytesIO()
     image.save(file, "PNG", compress_level=1)  # lossless at every level; the smallest files take ten times as long
     return file.getvalue()

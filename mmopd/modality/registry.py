@@ -1,4 +1,4 @@
-"""The media that a prompt may have. A new one is its own file in this package and one line in `MEDIA`."""
+"""The media that a prompt may have. A new medium is one file in this package and one line in `MEDIA`."""
 
 from mmopd.modality.base import Medium
 from mmopd.modality.image import ImageMedium
@@ -15,7 +15,7 @@ MEDIA: dict[str, Medium] = {
 
 
 def shown_items(prompt: Prompt) -> list[tuple[Medium, Files]]:
-    """List the items that a prompt shows, in the order of `MEDIA` and then of its messages.
+    """Return the items that a prompt shows, in the order of `MEDIA` and then of its messages.
 
     `Encoded.grids`, the patches and the content parts of requests have the same order.
     """

@@ -1,8 +1,8 @@
-"""Clips: what a sequence of frames becomes as ids, patches and JSON. All that is particular to video is here.
+"""Clips: a sequence of frames as ids, patches and JSON. Everything specific to video is in this file.
 
-A clip is a tuple of encoded images (PNG, JPEG, ...), `FPS` of them a second: no video is decoded anywhere, so that
+A clip is a tuple of encoded images (PNG, JPEG, ...), `FPS` of them per second: no video is decoded anywhere, so that
 student, teachers and trainer see the same pixels. The arithmetic is that of Qwen3-VL's processor, which vLLM runs too:
-frames are merged in twos; each two become the mean of their times, `<0.2 seconds>`, and one grid of visual tokens
+frames are merged in pairs; each pair becomes the mean of its times, `<0.2 seconds>`, and one grid of visual tokens
 between the tokens that begin and end vision.
 """
 
@@ -20,15 +20,16 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import Qwen3VLProcessor
 
-FPS = 2  # Qwen-VL's own rate; servers are told by `io_settings`, and no request can say otherwise
-MIN_FRAMES, MAX_FRAMES = 2, 768  # of a clip; what Qwen3-VL takes
-MIN_SIDE = 4  # pixels; transformers takes a height of 1 or 3 for the colours
+FPS = 2  # Qwen-VL's own rate; servers get it in `io_settings`, and no request can change it
+MIN_FRAMES = 2  # of a clip; Qwen3-VL's limits
+MAX_FRAMES = 768
+MIN_SIDE = 4  # pixels; transformers would mistake a height of 1 or 3 for the colour channels
 MAX_FRAME_PIXELS = 4096 * 2304
-MAX_CLIP_PIXELS = 1 << 28  # of all frames together: 0.8 GB when they are decoded
+MAX_CLIP_PIXELS = 1 << 28  # of all frames together: 0.8 GB when decoded
 
 
 def clip_size(frames: Sequence[bytes]) -> tuple[int, int]:
-    """(width, height) of each frame of a clip, in pixels, from headers alone.
+    """Return (width, height) of each frame of a clip, in pixels, from headers alone.
 
     Raises:
         ValueError: too few or too many frames, one that is no image, too small or too large, or frames of different
@@ -57,7 +58,7 @@ def _frame_size(frames: Sequence[bytes], i: int) -> tuple[int, int]:
 
 @dataclass(frozen=True, slots=True)
 class VideoPolicy:
-    """How frames are resized, and cut into patches of `temporal` frames."""
+    """The rule by which frames are resized, and cut into patches of `temporal` frames."""
 
     patch: int
     merge: int
@@ -67,26 +68,28 @@ class VideoPolicy:
     frame_tokens: int | None  # visual tokens of a frame, at most; None = no such limit
 
     def grid(self, frames: int, width: int, height: int) -> Grid:
-        """Patches of a clip of frames of this size, in pixels.
+        """Return the patches of a clip of frames of this size, in pixels.
 
         Raises:
             ValueError: one side is more than 200 times the other.
         """
         from transformers.models.qwen3_vl.video_processing_qwen3_vl import smart_resize
 
-        unit, most = self.patch * self.merge, self.max_pixels
+        unit = self.patch * self.merge
+        most = self.max_pixels
         if self.frame_tokens is not None:
             most = frames * max(min(self.frame_tokens * unit**2, most // frames), int(self.min_pixels * 1.05))
         rows, columns = smart_resize(frames, height, width, self.temporal, unit, self.min_pixels, most)
         return -(-frames // self.temporal), rows // self.patch, columns // self.patch
 
     def tokens(self, grid: Grid) -> int:
-        """Visual tokens of a grid, all times together."""
+        """Return the visual tokens of a grid, over all times."""
         return grid[0] * grid[1] * grid[2] // self.merge**2
 
     def seconds(self, frames: int) -> list[float]:
-        """The time of each row of the grid: the mean of its first and last frame. The last frame is repeated to fill
-        one.
+        """Return the time of each row of the grid: the mean of its first and last frame.
+
+        The last frame is repeated to fill a row.
         """
         starts = range(0, frames, self.temporal)
         return [(start + min(start + self.temporal, frames) - 1) / 2 / FPS for start in starts]
@@ -111,15 +114,15 @@ class ClipReader(Reader):
         self._end: int = processor.vision_end_token_id
 
     def grid(self, files: Files, budget: PixelPolicy | None = None) -> Grid:
-        """As `Reader`; the bounds are those of `clip_size`, and a budget for images has no part in it."""
+        """See `Reader`; the bounds are those of `clip_size`, and a budget for images has no effect."""
         return self.policy.grid(len(files), *clip_size(files))
 
     def tokens(self, grid: Grid) -> int:
-        """As `Reader`, all times together."""
+        """See `Reader`; the count is over all times."""
         return self.policy.tokens(grid)
 
     def expand(self, files: Files, grid: Grid) -> Sequence[int]:
-        """For each time of the grid its text, and its visual tokens."""
+        """Return the text and the visual tokens of each time of the grid."""
         pads = [self._begin, *[self.token] * (self.policy.tokens(grid) // grid[0]), self._end]
         expanded: list[int] = []
         for second in self.policy.seconds(len(files)):
@@ -127,7 +130,7 @@ class ClipReader(Reader):
         return expanded
 
     def pixel_values(self, items: Sequence[Files], grids: Sequence[Grid]) -> "list[Tensor]":
-        """As `Reader`; a tensor for each clip."""
+        """See `Reader`; returns one tensor per clip."""
         return [self._patches(frames, grid) for frames, grid in zip(items, grids, strict=True)]
 
     def _patches(self, frames: Files, grid: Grid) -> "Tensor":
@@ -164,11 +167,11 @@ class VideoMedium(Medium):
     differs: ClassVar[str] = "at other times"
 
     def member(self, item: int, file: int) -> str:
-        """As `Medium`."""
+        """See `Medium`."""
         return f"clip{item}.{file:03d}"
 
     def check(self, files: Files, *, decode: bool = False) -> list[tuple[str, tuple[int, int]]]:
-        """As `Medium`."""
+        """See `Medium`."""
         clip_size(files)
         found = []
         for i, frame in enumerate(files):
@@ -179,7 +182,7 @@ class VideoMedium(Medium):
         return found
 
     def reader(self, processor: Any) -> Reader:
-        """As `Medium`."""
+        """See `Medium`."""
         from transformers import Qwen3VLProcessor
 
         if not isinstance(processor, Qwen3VLProcessor):
@@ -189,13 +192,11 @@ class VideoMedium(Medium):
         return ClipReader(processor)
 
     def url(self, files: Files) -> bytes:
-        """As `Medium`, without a video decoder; vLLM reads the format of each frame from its bytes, not from the media
-        type.
-        """
+        """See `Medium`; no video decoder is needed, as vLLM reads each frame's format from its bytes."""
         return b"data:video/jpeg;base64," + b",".join(map(base64.b64encode, files))
 
     def redraw(self, files: Files, budget: PixelPolicy | None, *, blank: bool) -> Files:
-        """As `Medium`; it is only called to make a clip blank, since a clip has no pixel budget."""
+        """See `Medium`; a clip has no pixel budget, so this only makes it blank."""
         if budget is not None:
             raise ValueError(
                 "a pixel budget is for images, and the prompt has a clip; give clips a route with another view"
@@ -204,7 +205,7 @@ class VideoMedium(Medium):
         return (draw(None, clip_size(files)),) * len(files)
 
     def shuffled(self, files: Files, seed: int) -> Files:
-        """The same frames in another order; a clip in which nothing happens stays as it is."""
+        """Return the same frames in another order; a clip in which nothing changes stays the same."""
         rng = random.Random(seed)
         other = files
         while other == files and len(set(files)) > 1:
@@ -212,6 +213,6 @@ class VideoMedium(Medium):
         return other
 
     def awkward(self, pixels: PixelPolicy) -> dict[str, tuple[int, int, int]]:
-        """An odd number of frames, and more of them than the 32 that vLLM reads by default."""
+        """Return an odd number of frames, and more frames than the 32 that vLLM reads by default."""
         unit = pixels.patch * pixels.merge
         return {"odd clip": (5, 3 * unit + 5, 2 * unit + 3), "long clip": (35, unit, unit)}
