@@ -60,7 +60,8 @@ class Recipe(Config):
             raise ValueError(f"{key}: `{objective.kind}` learns from no rollouts; leave it out")
         if self.rollout.async_steps and self.train.old_logprobs == "engine":
             raise ValueError(
-                "train.old_logprobs: with rollout.async_steps the engine's log-probs are those of older weights; leave it out, or recompute"
+                "train.old_logprobs: with rollout.async_steps the engine's log-probs are those of older weights; "
+                "leave it out, or recompute"
             )
         return self
 
@@ -76,6 +77,7 @@ class Recipe(Config):
         for key, n in (("rollout.group", self.rollout.group), ("algorithm.difficulty.attempts", attempts)):
             if n > limit:
                 raise ValueError(
-                    f"{key} is {n}, and student.engine.max_num_seqs is {limit}: vLLM takes no request for more responses than that"
+                    f"{key} is {n}, and student.engine.max_num_seqs is {limit}: "
+                    "vLLM takes no request for more responses than that"
                 )
         return self

@@ -149,6 +149,7 @@ class Train(Config):
             raise ValueError("freeze: vision, projector and language are all that a student has: nothing would train")
         if self.freeze and self.lora is not None:
             raise ValueError(
-                "freeze: with `lora` all of the model's own weights are frozen already; say in lora.parts what gets adapters"
+                "freeze: with `lora` all of the model's own weights are frozen already; "
+                "say in lora.parts what gets adapters"
             )
         return self
