@@ -274,9 +274,9 @@ def real(server, tmp_path_factory):
         server["argv"].remove("--disable-log-stats")
         return server
 
-    command = serve_module._server
+    command = serve_module.to_server
     with pytest.MonkeyPatch.context() as patch, Children() as children, ExitStack() as stack:
-        patch.setattr(serve_module, "_server", counting)
+        patch.setattr(serve_module, "to_server", counting)
         servers = stack.enter_context(serve([spec], children, folder, lambda name, what: None))
         yield servers["tiny"], folder / "model"
 

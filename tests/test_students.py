@@ -130,7 +130,7 @@ def test_every_family_has_a_student_and_another_one_is_refused_by_name(tmp_path:
     assert STUDENTS.keys() == FAMILIES.keys()
     AutoConfig.for_model("llava").save_pretrained(tmp_path)
     with pytest.raises(
-        UserError, match=r"no student class for model_type 'llava'; there is qwen3_vl \(Qwen3-VL\), .*qwen3_5_moe"
+        UserError, match=r"no student class for model_type 'llava'; known: qwen3_vl \(Qwen3-VL\), .*qwen3_5_moe"
     ):
         load_student(tmp_path, torch.float32)
 

@@ -295,9 +295,9 @@ def test_a_row_whose_pixels_cannot_be_redrawn_is_named(encoder, monkeypatch):
 )
 def test_a_template_has_plain_names_only(encoder, template):
     for view in (View(hint=template), View(images="drop", instead=template)):
-        with pytest.raises(ViewError, match="brace that is meant"):
+        with pytest.raises(ViewError, match="write a literal brace twice"):
             check_view(view)
-        with pytest.raises(ViewError, match="brace that is meant"):
+        with pytest.raises(ViewError, match="write a literal brace twice"):
             encode_view(encoder, encoder.encode(prompt((write(64, 32),))), view)
 
 
