@@ -18,7 +18,8 @@ Positive = Annotated[int, Field(ge=1)]
 class Config(BaseModel):
     """Base of all settings: immutable; unknown keys are errors."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    # defer_build: a command pays for the validators of the files that it reads, not for those of all kinds.
+    model_config = ConfigDict(frozen=True, extra="forbid", defer_build=True)
 
 
 def suggest(word: str, known: Iterable[str]) -> str:

@@ -4,8 +4,9 @@ The functions take a few values per response or token, on the CPU; losses and di
 device. Names are imported when first used, so that settings can be read without torch.
 """
 
-from importlib import import_module
 from typing import TYPE_CHECKING
+
+from mmopd.lazy import importer
 
 if TYPE_CHECKING:
     from mmopd.algorithm.advantage import grpo
@@ -58,11 +59,4 @@ _MODULES = {
     "step": ("Step", "Targets", "Tokens", "mean_weights"),
     "visual": ("visual_weights",),
 }
-_HOME = {name: module for module, names in _MODULES.items() for name in names}
-
-
-def __getattr__(name: str) -> object:
-    """Import a public name from its module."""
-    if name not in _HOME:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
+__getattr__ = importer(__name__, {name: f"{__name__}.{module}" for module, names in _MODULES.items() for name in names})

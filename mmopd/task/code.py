@@ -17,12 +17,14 @@ import math
 import re
 import time
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mmopd.records import UNKNOWN, Outcome
 from mmopd.task.base import Verify
-from mmopd.task.sandbox import Limits, Run, Sandbox
 from mmopd.task.verify import RIGHT, without_thoughts
+
+if TYPE_CHECKING:  # tasks are also loaded by commands that run no program
+    from mmopd.task.sandbox import Limits, Run, Sandbox
 
 TOTAL = 45.0  # seconds for all tests of a program
 TIMEOUT = 60.0  # seconds, for a task's `timeout`: longer than TOTAL, so that the sandbox decides before the pool
@@ -42,11 +44,11 @@ class Tests:
     outputs: list[Any]
 
 
-def verifier(limits: Limits = Limits(), *, namespaces: bool = True) -> Verify:
+def verifier(limits: "Limits | None" = None, *, namespaces: bool = True) -> Verify:
     """Return a task's `verify`: the last Python block of the response must pass every test.
 
     Args:
-        limits: limits of each test.
+        limits: limits of each test; those of `Limits()` by default.
         namespaces: see `Sandbox`; False is the weaker mode, for a machine without namespaces.
     """
 
@@ -135,12 +137,14 @@ def same_value(said: Any, expected: Any) -> bool:
 
 
 @functools.cache
-def _sandbox(limits: Limits, namespaces: bool) -> Sandbox:
+def _sandbox(limits: "Limits | None", namespaces: bool) -> "Sandbox":
     """Return the sandbox of this process, which ends with the process."""
-    return Sandbox(limits, namespaces=namespaces)
+    from mmopd.task.sandbox import Limits, Sandbox
+
+    return Sandbox(limits or Limits(), namespaces=namespaces)
 
 
-def _judge(source: str, tests: Tests, sandbox: Sandbox) -> Outcome:
+def _judge(source: str, tests: Tests, sandbox: "Sandbox") -> Outcome:
     end = time.monotonic() + TOTAL
     for number, (given, expected) in enumerate(zip(tests.inputs, tests.outputs, strict=True), start=1):
         if tests.function is None:
@@ -159,7 +163,7 @@ def _judge(source: str, tests: Tests, sandbox: Sandbox) -> Outcome:
     return RIGHT
 
 
-def _returned(run: Run, expected: Any) -> bool:
+def _returned(run: "Run", expected: Any) -> bool:
     try:
         said = json.loads(run.result)
     except (ValueError, RecursionError):
