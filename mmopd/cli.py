@@ -1,5 +1,6 @@
 """The command line, one function for each command of `mmopd --help`. Heavy imports wait until a command needs them."""
 
+import os
 import signal
 import sys
 from datetime import datetime
@@ -31,6 +32,8 @@ def main() -> None:
     exception, so that its children are stopped.
     """
     signal.signal(signal.SIGTERM, _terminate)
+    # Plug-ins of pydantic watch validation; to look for them, it reads the metadata of every installed package.
+    os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")
     try:
         app()
     except UserError as error:

@@ -2,14 +2,16 @@
 
 from rich.console import Console
 from rich.markup import escape
-from rich.syntax import Syntax
 from rich.table import Table
+from rich.text import Text
 
 from mmopd import catalog, settings_file
 from mmopd.config import Fleet, Mixture, Recipe
 from mmopd.errors import ConfigError
 from mmopd.task.load import load_tasks
 from mmopd.teacher.router import RoutedTeacher, find_teachers, load_teachers, references
+
+KEY = r"(?m)^[ -]*[^\s:]+(?=:)"  # of a line of YAML
 
 
 def show(recipe: Recipe, console: Console) -> None:
@@ -18,7 +20,9 @@ def show(recipe: Recipe, console: Console) -> None:
     Raises:
         UserError: a file that the recipe names is missing or wrong, or a prompt has no teacher or no view.
     """
-    console.print(Syntax(settings_file.dump(recipe), "yaml", background_color="default"))
+    settings = Text(settings_file.dump(recipe).rstrip())
+    settings.highlight_regex(KEY, "bold cyan")
+    console.print(settings, soft_wrap=True)
     fleet = load_teachers(recipe.fleet, recipe.algorithm.objective)
     mixture = catalog.load_mixture(recipe.mixture)
     reference = references(fleet, recipe.algorithm.objective)

@@ -5,8 +5,6 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from PIL import Image
-
 from mmopd.modality.base import Medium, Reader
 from mmopd.modality.pixels import PixelPolicy, check_image, check_size, draw, open_image, size_of, to_rgb, write_png
 from mmopd.records import Files, Grid
@@ -98,6 +96,7 @@ class ImageMedium(Medium):
         Pixels outside of whole blocks stay in place.
         """
         import numpy as np
+        from PIL import Image
 
         pixels = np.array(to_rgb(open_image(files[0])))  # [height, width, 3]
         side = max(1, min(pixels.shape[:2]) // BLOCKS)

@@ -2,15 +2,20 @@
 
 They are opened by their headers within bounds, sized as a person sees them, decoded and drawn as servers do it, and cut
 into patches as the processor does it.
+
+Pillow is imported when the first image is opened: every command imports this module, and few open an image.
 """
 
 import io
 from dataclasses import dataclass
 from hashlib import blake2b
 from threading import Lock
+from typing import TYPE_CHECKING
 
 from cachetools import LRUCache, cached
-from PIL import Image, ImageFile, ImageOps
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 # Decoders of other formats may run programs.
 FORMATS = {
@@ -59,12 +64,14 @@ class PixelPolicy:
         return grid[0] * grid[1] * grid[2] // self.merge**2
 
 
-def open_image(data: bytes) -> Image.Image:
+def open_image(data: bytes) -> "Image.Image":
     """Open an image: its header is read and checked against the bounds, its pixels are not decoded.
 
     Raises:
         ValueError: no image, or larger than MAX_SIDE or MAX_PIXELS.
     """
+    from PIL import Image, ImageFile
+
     # Importing lmms-eval switches it on for the process: half an image would pass as a whole one.
     ImageFile.LOAD_TRUNCATED_IMAGES = False
     try:
@@ -111,7 +118,7 @@ def check_size(width: int, height: int) -> None:
         raise ValueError(f"image of {width} x {height} pixels; at most {MAX_SIDE} a side and {MAX_PIXELS} in all")
 
 
-def size_of(image: Image.Image) -> tuple[int, int]:
+def size_of(image: "Image.Image") -> tuple[int, int]:
     """Return (width, height) as a person sees it and a server reads it, from the header: turned upright by EXIF."""
     width, height = image.size
     if image.format == "PNG" and not _has_notes(image):
@@ -119,11 +126,13 @@ def size_of(image: Image.Image) -> tuple[int, int]:
     return (height, width) if image.getexif().get(ORIENTATION) in SIDEWAYS else (width, height)
 
 
-def _has_notes(image: Image.Image) -> bool:
+def _has_notes(image: "Image.Image") -> bool:
     """Return true if a PNG may contain an orientation.
 
     Pillow would decode all of its pixels to find out, because these chunks may follow them.
     """
+    from PIL import ImageFile
+
     assert isinstance(image, ImageFile.ImageFile)
     assert isinstance(image.fp, io.BytesIO)
     data = image.fp.getbuffer()
@@ -135,12 +144,14 @@ def _has_notes(image: Image.Image) -> bool:
     return False
 
 
-def to_rgb(image: Image.Image) -> Image.Image:
+def to_rgb(image: "Image.Image") -> "Image.Image":
     """Return the pixels as vLLM makes them: upright, transparency painted on white. `image` itself is turned upright.
 
     Raises:
         OSError: the file ends before its pixels do, or they are damaged.
     """
+    from PIL import Image, ImageOps
+
     ImageOps.exif_transpose(image, in_place=True)  # without in_place it copies upright images too
     if image.mode in {"RGBA", "LA", "PA"} or "transparency" in image.info:
         alpha = image.convert("RGBA")
@@ -156,6 +167,8 @@ def _key(image: bytes | None, size: tuple[int, int]) -> tuple[bytes | None, tupl
 @cached(LRUCache(CACHE_BYTES, getsizeof=len), key=_key, lock=Lock())
 def draw(image: bytes | None, size: tuple[int, int]) -> bytes:
     """Make a PNG of this (width, height): the image, upright and resized as Qwen's processor does; grey without one."""
+    from PIL import Image
+
     drawn = (
         Image.new("L", size, GREY)
         if image is None
@@ -164,7 +177,7 @@ def draw(image: bytes | None, size: tuple[int, int]) -> bytes:
     return write_png(drawn)
 
 
-def write_png(image: Image.Image) -> bytes:
+def write_png(image: "Image.Image") -> bytes:
     """Return the image as the bytes of a PNG file."""
     file = io.BytesIO()
     image.save(file, "PNG", compress_level=1)  # lossless at every level; the smallest files take ten times as long
