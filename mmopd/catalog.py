@@ -51,7 +51,7 @@ def is_mixture(path: Path) -> bool:
     that).
     """
     try:
-        data = yaml.safe_load(path.read_text())
+        data = settings_file.parse(path.read_text())
     except yaml.YAMLError:
         return False
     return isinstance(data, dict) and "sources" in data

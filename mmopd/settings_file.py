@@ -37,7 +37,7 @@ def read(cls: type[C], path: Path, overrides: Iterable[str] = ()) -> C:
             key.
     """
     try:
-        data = yaml.safe_load(path.read_text())
+        data = parse(path.read_text())
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such file") from None
     except yaml.YAMLError as error:
@@ -45,6 +45,15 @@ def read(cls: type[C], path: Path, overrides: Iterable[str] = ()) -> C:
     if not isinstance(data, dict):
         raise ConfigError(f"{path}: expected keys and values, found {type(data).__name__}")
     return build(cls, data, str(path), overrides)
+
+
+def parse(text: str) -> Any:
+    """Return the value of a YAML text; libyaml reads it where PyYAML was built with it.
+
+    Raises:
+        yaml.YAMLError: it is no YAML.
+    """
+    return yaml.load(text, getattr(yaml, "CSafeLoader", yaml.SafeLoader))
 
 
 def build(cls: type[C], data: dict[str, Any], where: str, overrides: Iterable[str] = ()) -> C:
@@ -84,7 +93,7 @@ def _set(data: dict[str, Any], override: str) -> None:
         data = data[parent]
         if not isinstance(data, dict):
             raise ConfigError(f"{override!r}: {parent!r} is a value and has no keys")
-    data[last] = yaml.safe_load(value)
+    data[last] = parse(value)
 
 
 def _explain(cls: type[BaseModel], loc: tuple[int | str, ...], message: str, kind: str) -> str:

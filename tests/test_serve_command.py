@@ -30,7 +30,8 @@ from mmopd.runtime.progress import Stages
 from mmopd.serving import endpoint
 from mmopd.serving.endpoint import Endpoint
 from mmopd.serving.lora import lora_flags, read_adapter
-from mmopd.teacher.fleet import from_files, running_elsewhere, serve_fleet, to_specs
+from mmopd.serving.specs import to_specs
+from mmopd.teacher.fleet import from_files, running_elsewhere, serve_fleet
 
 FLEET = """
 teachers:

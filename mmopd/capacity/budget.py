@@ -12,11 +12,10 @@ from mmopd.capacity.step_time import Served, Share, Time, Work, step_times
 from mmopd.config import Fleet, Mixture, Recipe
 from mmopd.errors import ConfigError
 from mmopd.serving.placement import place
-from mmopd.serving.specs import ServerSpec, student_specs
+from mmopd.serving.specs import ServerSpec, student_specs, to_specs
 from mmopd.settings_file import suggest
 from mmopd.task.base import Task
 from mmopd.task.load import load_tasks
-from mmopd.teacher.fleet import to_specs
 from mmopd.teacher.router import find_teachers, load_teachers, references, routed
 
 

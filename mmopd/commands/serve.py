@@ -17,7 +17,8 @@ from mmopd.runtime.progress import Stages
 from mmopd.serving import endpoint
 from mmopd.serving.endpoint import Endpoint
 from mmopd.serving.servers import Servers, serve_in_stage
-from mmopd.teacher.fleet import key_in, to_specs, warn_of
+from mmopd.serving.specs import to_specs
+from mmopd.teacher.fleet import key_in, warn_of
 
 WATCH_EVERY = 0.5  # seconds
 

@@ -5,8 +5,6 @@ import json
 import os
 from collections.abc import Collection, Sequence
 
-import psutil
-
 from mmopd.errors import ServerError
 from mmopd.serving.specs import KV_CACHE_MIB, ServerSpec
 
@@ -50,6 +48,8 @@ def check_memory(specs: Sequence[ServerSpec]) -> None:
     Raises:
         UserError: memory is short; the message shows how much is needed and how much is free.
     """
+    import psutil  # `mmopd plan` only calls `place`
+
     weights = sum(_weights_mib(spec) for spec in specs)
     cache = sum(spec.engine.kv_cache_mib or KV_CACHE_MIB for spec in specs)
     own = SHARED_MIB + SERVER_MIB * len(specs)

@@ -4,18 +4,20 @@ GPU flags are taken from the source of vLLM 0.32; not run on a GPU.
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from mmopd.config import Engine, Student, Sync
+from mmopd.config import Engine, Fleet, Student, Sync
 from mmopd.modality.registry import MEDIA
 from mmopd.serving import repeatable
-from mmopd.serving.lora import Adapter, lora_flags
+from mmopd.serving.lora import Adapter, lora_flags, read_adapter
 from mmopd.serving.supervisor import RequireKey, Server
 
 KV_CACHE_MIB = 256  # on CPU; default for engine.kv_cache_mib
 BATCHED_TOKENS = 4096  # on CPU, in one forward pass
+# Longest name of a server that several teachers share; the name is also that of its log.
+LONGEST_NAME = 80
 NO_DOMAIN = "no domain"  # no URL contains a blank, so that no URL in a prompt is ever fetched
 
 
@@ -56,6 +58,37 @@ def student_specs(student: Student) -> list[ServerSpec]:
         )
         for i in range(student.replicas)
     ]
+
+
+def to_specs(fleet: Fleet, elsewhere: Collection[str] = ()) -> list[ServerSpec]:
+    """Return the servers to start: those of the teachers that have a `model`.
+
+    Teachers with adapters of the same model share servers if their engine settings and number of replicas are equal.
+    Each teacher is an endpoint with its own name there. A teacher without an adapter has servers of its own.
+
+    Args:
+        fleet: the teachers.
+        elsewhere: teachers that are not served here.
+
+    Raises:
+        UserError: an adapter cannot be served.
+    """
+    shared: dict[tuple[Path, Engine, int, str], dict[str, Path | None]] = {}
+    for name, teacher in fleet.teachers.items():
+        if teacher.model is not None and name not in elsewhere:
+            alone = "" if teacher.adapter else name
+            shared.setdefault((teacher.model, teacher.engine, teacher.replicas, alone), {})[name] = teacher.adapter
+    specs: list[ServerSpec] = []
+    for (model, engine, replicas, _), group in shared.items():
+        adapters = {name: read_adapter(folder) for name, folder in group.items() if folder}
+        for i in range(replicas):
+            served = {f"{name}.{i}": adapter for name, adapter in adapters.items()}
+            specs.append(
+                ServerSpec(
+                    f"{_joined(list(group))}.{i}", model, replica_engine(engine, i), updatable=False, adapters=served
+                )
+            )
+    return specs
 
 
 def replica_engine(engine: Engine, i: int) -> Engine:
@@ -120,3 +153,9 @@ def to_server(spec: ServerSpec, address: tuple[str, int], log: Path, gpus: str) 
     env = {"VLLM_SERVER_DEV_MODE": "1" if spec.updatable else "0"} | ({"CUDA_VISIBLE_DEVICES": gpus} if gpus else {})
     env |= repeatable.environment(engine, gpu=bool(gpus))
     return Server(name=spec.name, model=str(spec.model), argv=[*argv, *engine.extra_args], log=str(log), env=env)
+
+
+def _joined(teachers: Sequence[str]) -> str:
+    """Return a name for servers that these teachers share."""
+    name = "+".join(teachers)
+    return name if len(name) <= LONGEST_NAME else f"{teachers[0]}+{len(teachers) - 1}"

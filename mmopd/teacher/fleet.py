@@ -6,7 +6,7 @@
 import dataclasses
 import os
 import re
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import TracebackType
@@ -14,19 +14,15 @@ from types import TracebackType
 import httpx
 from rich.console import Console
 
-from mmopd.config import Engine, Fleet
+from mmopd.config import Fleet
 from mmopd.errors import ConfigError, ServerError
 from mmopd.runtime.network import HOST, is_loopback, public_url
 from mmopd.runtime.processes import Children
 from mmopd.runtime.progress import Stages
 from mmopd.serving.endpoint import Endpoint, load
-from mmopd.serving.lora import read_adapter
 from mmopd.serving.servers import Servers, serve_in_stage
-from mmopd.serving.specs import ServerSpec, replica_engine
+from mmopd.serving.specs import ServerSpec, to_specs
 from mmopd.settings_file import suggest
-
-# Longest name of a server that several teachers share; the name is also that of its log.
-LONGEST_NAME = 80
 
 
 @contextmanager
@@ -133,37 +129,6 @@ class Standing:
             raise
 
 
-def to_specs(fleet: Fleet, elsewhere: Collection[str] = ()) -> list[ServerSpec]:
-    """Return the servers to start: those of the teachers that have a `model`.
-
-    Teachers with adapters of the same model share servers if their engine settings and number of replicas are equal.
-    Each teacher is an endpoint with its own name there. A teacher without an adapter has servers of its own.
-
-    Args:
-        fleet: the teachers.
-        elsewhere: teachers that are not served here.
-
-    Raises:
-        UserError: an adapter cannot be served.
-    """
-    shared: dict[tuple[Path, Engine, int, str], dict[str, Path | None]] = {}
-    for name, teacher in fleet.teachers.items():
-        if teacher.model is not None and name not in elsewhere:
-            alone = "" if teacher.adapter else name
-            shared.setdefault((teacher.model, teacher.engine, teacher.replicas, alone), {})[name] = teacher.adapter
-    specs: list[ServerSpec] = []
-    for (model, engine, replicas, _), group in shared.items():
-        adapters = {name: read_adapter(folder) for name, folder in group.items() if folder}
-        for i in range(replicas):
-            served = {f"{name}.{i}": adapter for name, adapter in adapters.items()}
-            specs.append(
-                ServerSpec(
-                    f"{_joined(list(group))}.{i}", model, replica_engine(engine, i), updatable=False, adapters=served
-                )
-            )
-    return specs
-
-
 def from_files(fleet: Fleet, files: Sequence[Path]) -> list[Endpoint]:
     """Return the endpoints of teachers in files that `mmopd serve` wrote, after asking each server for its models.
 
@@ -230,12 +195,6 @@ def warn_of(host: str, console: Console) -> None:
             f"[yellow]warning:[/] others reach --host {host} too; they need the key, and it travels in plain HTTP: "
             f"{advice}"
         )
-
-
-def _joined(teachers: Sequence[str]) -> str:
-    """Return a name for servers that these teachers share."""
-    name = "+".join(teachers)
-    return name if len(name) <= LONGEST_NAME else f"{teachers[0]}+{len(teachers) - 1}"
 
 
 def _models(endpoint: Endpoint, owner: str) -> list[str]:
