@@ -255,7 +255,7 @@ def test_a_hint_ends_the_users_last_message_and_the_images_stay(encoder):
     assert "user\nHello<|im_end|>" in asked(encoder, shown)
     words = encode_view(encoder, encoder.encode(prompt(messages=turns[:1])), VIEWS["privileged"])
     assert "user\nHello\nThe answer is 8.<|im_end|>" in asked(encoder, words)
-    with pytest.raises(ViewError, match="p/0: no message of a user"):
+    with pytest.raises(ViewError, match="p/0: the prompt has no user message"):
         encode_view(
             encoder, encoder.encode(prompt(messages=({"role": "system", "content": "Hi"},))), VIEWS["privileged"]
         )
