@@ -199,5 +199,5 @@ def test_init_copies_everything_out_and_overwrites_nothing(tmp_path: Path) -> No
     assert changed.read_text() == BODY.format(name="additions")
     assert isinstance(load_tasks(tmp_path / "work")["digit_sum"], Task)
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="file: a file"):
+    with pytest.raises(UserError, match="file: this is a file"):
         catalog.init(tmp_path / "file")

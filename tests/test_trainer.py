@@ -324,7 +324,7 @@ def test_a_folder_that_is_no_student_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="cannot read a model configuration"):
         load_student(tmp_path, torch.float32)
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"}))
-    with pytest.raises(UserError, match="no student class for model_type 'llama'; there is qwen3_vl"):
+    with pytest.raises(UserError, match="no student class for model_type 'llama'; known: qwen3_vl"):
         load_student(tmp_path, torch.float32)
 
 

@@ -306,7 +306,7 @@ def test_a_template_has_plain_names_only(encoder, template):
     [
         ({"instead": "x"}, "`instead`.*needs `images: drop`"),
         ({"images": "blank", "instead": "x"}, "`instead`.*needs `images: drop`"),
-        ({"images": "drop", "max_pixels": 9}, "no use"),
+        ({"images": "drop", "max_pixels": 9}, "has no effect"),
         ({"min_pixels": 10, "max_pixels": 9}, "min_pixels 10 is more than max_pixels 9"),
         ({"max_pixels": 10**9}, "budget of 1000000000; at most"),
     ],
