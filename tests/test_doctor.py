@@ -94,9 +94,9 @@ def test_the_table_of_several_servers_names_each_once():
         Check("context", "fail", "40 [of] 42", "raise it", of="t.0"),
         Check("reachable", "ok", "yes", of="t.1"),
     ]
-    render(checks, console, title="What the teachers show")
+    render(checks, console, title="Preflight of the teachers")
     text = console.export_text()
-    assert text.startswith("What the teachers show")
+    assert text.startswith("Preflight of the teachers")
     assert "40 [of] 42" in text
     assert (text.count("t.0"), text.count("t.1")) == (1, 1)
 
