@@ -24,7 +24,8 @@ from typing import Any
 import torch
 
 # All that is taken from mmopd: a change that moves a module adapts these lines, and `pad` below.
-from mmopd.config import Algorithm, Train
+from mmopd.algorithm.settings import Algorithm
+from mmopd.config import Train
 from mmopd.demo.world import build_student
 from mmopd.modality import Encoder
 from mmopd.records import Absent, Encoded, Outcome, Prompt, Response, Sample, Score
@@ -138,7 +139,7 @@ def updates(recorded: Mapping[str, Any], algorithm: Algorithm, n: int) -> Iterat
         rows = recorded["steps"][step % len(recorded["steps"])]
         numbers = list(dict.fromkeys(row["prompt"] for row in rows))
         samples = [
-            read_sample(row, numbers.index(row["prompt"]), dense=algorithm.objective.kind == "dense") for row in rows
+            read_sample(row, numbers.index(row["prompt"]), dense=algorithm.objective.likeliest() > 0) for row in rows
         ]
         yield from minibatches(build_batch(samples, algorithm, seed=step), [pool[number] for number in numbers], n)
 
