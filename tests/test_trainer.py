@@ -233,8 +233,8 @@ def test_a_checkpoint_that_does_not_fit_is_refused_removed_and_the_one_before_it
     assert 0.9 < found["size"] / needs < 1.1
     assert found["left"] == ["step-00000001"]
     assert 0 not in ended["codes"]
-    assert "UserError: the checkpoint of step 3 was not written" in ended["logs"][1]
-    assert "UserError" not in ended["logs"][0]
+    assert "CheckpointError: the checkpoint of step 3 was not written" in ended["logs"][1]
+    assert "CheckpointError" not in ended["logs"][0]
     assert Checkpoints(out / "full" / "checkpoints", keep=2).latest() == out / "full" / "checkpoints" / "step-00000001"
 
 

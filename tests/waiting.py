@@ -2,6 +2,7 @@
 a hang.
 """
 
+import os
 import subprocess
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -42,9 +43,12 @@ def wait_for_exit(
 
 
 def written_in(folders: Sequence[Path]) -> int:
-    """Return the number of bytes in all logs and metrics below folders."""
+    """Return the number of bytes in all logs and metrics below folders, while other processes add and remove files."""
     total = 0
-    for file in (file for folder in folders for kind in ("*.log", "*.jsonl") for file in folder.rglob(kind)):
-        with suppress(FileNotFoundError):  # removed after it was listed
-            total += file.stat().st_size
+    for folder in folders:
+        for parent, _, names in os.walk(folder):  # unlike `rglob`, it ignores a folder that is removed meanwhile
+            for name in names:
+                if name.endswith((".log", ".jsonl")):
+                    with suppress(FileNotFoundError):  # removed after it was listed
+                        total += Path(parent, name).stat().st_size
     return total
