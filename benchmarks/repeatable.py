@@ -141,7 +141,7 @@ def measure(family: str, folder: Path) -> dict[str, Any]:
 
 
 def differences(alone: Answers, others: Answers) -> str:
-    """How many are not the same to the last bit."""
+    """Return how many answers differ in a bit, of all."""
     return f"{sum(a != b for a, b in zip(alone, others, strict=True))}/{len(alone)}"
 
 

@@ -67,7 +67,7 @@ class Recipe(Config):
 
     @property
     def recomputes(self) -> bool:
-        """Whether the trainer computes the log-probs of what was sampled itself."""
+        """True if the trainer computes the log-probs of the sampled tokens itself."""
         return self.train.old_logprobs == "recompute" or self.rollout.async_steps > 0
 
     @model_validator(mode="after")
