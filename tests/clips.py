@@ -2,14 +2,18 @@
 
 import io
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from PIL import Image
 
 from mmopd.demo.world import additions, digit_sums
 from mmopd.modality import Encoder
+from mmopd.prompts import Shards
+from mmopd.prompts.prepare import prepare
 from mmopd.records import Encoded, Prompt
 
 QUESTION = "Which way does the square move? (A) left (B) right"
@@ -94,6 +98,16 @@ MIXED = {
     "image": still(digit_sums, "image"),
     "text": still(additions, "text"),
 }
+
+
+def write_films(folder: Path, processor: Path) -> Shards:
+    """Write four clips of a moving square with `mmopd prepare` and a converter."""
+    (folder / "films.py").write_text(CONVERTER)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        shards, count = prepare(folder / "films.py", folder / "shards", processor=processor, max_rows=3)
+    assert (count.rows, count.left_out) == (4, {})
+    return shards
 
 
 def of_transformers(model: Any, encoder: Encoder, encoded: Encoded, tokens: Sequence[int]) -> list[float]:

@@ -1,8 +1,8 @@
 """Scoring by several teachers, views and replicas under faults: a score is exact, absent, or refused, and all counts
 add up.
 
-`test_scoring.py` tests each fault separately. A single reply cannot show a server that is blind or answers at random:
-the scorer accepts it here, and the preflight catches it. `test_preflight.py` has more of these.
+`test_scoring_wire.py` tests each fault separately. A single reply cannot show a server that is blind or answers at
+random: the scorer accepts it here, and the preflight catches it. `test_examination.py` has more of these.
 """
 
 import asyncio
@@ -15,11 +15,11 @@ from itertools import pairwise
 
 import pytest
 from fake_vllm import FAULTS, SLOW, UNSEEN, FakeVLLM, logprob
+from scoring import balances, processor_encoder, prompt
 
 from mmopd.config import Fleet, View
-from mmopd.demo.world import additions, build_processor, digit_sums
+from mmopd.demo.world import additions, digit_sums
 from mmopd.errors import UserError
-from mmopd.modality import Encoder
 from mmopd.preflight.questions import look
 from mmopd.preflight.run import preflight
 from mmopd.records import Absent, Prompt, Score
@@ -33,13 +33,7 @@ TOKENS = (5, 6, 7, 8)
 
 @pytest.fixture(scope="module")
 def encoder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("processor")
-    build_processor().save_pretrained(folder)
-    return Encoder(folder)
-
-
-def prompt(row, modality, key, **extra):
-    return Prompt(key, modality, modality, tuple(row["messages"]), tuple(row["images"]), row["answer"], extra)
+    return processor_encoder(tmp_path_factory.mktemp("processor"))
 
 
 @pytest.fixture(scope="module")
@@ -70,13 +64,6 @@ def run(work, fleet, servers, encoder, tasks=None, **settings):
             return await work(scorer), scorer.counts
 
     return asyncio.run(asyncio.wait_for(main(), 120))
-
-
-def balances(counts, n):
-    absent = sum(v for k, v in counts.items() if k.startswith("absent/"))
-    failed = sum(v for k, v in counts.items() if k.startswith("failed/"))
-    sent = counts["requests"] - failed - counts["cancelled"]
-    return counts["asked"] == n == counts["scored"] + absent and sent == counts["answers"] - counts["reused"]
 
 
 def right(encoder, encoded, tokens, view="full"):
@@ -127,12 +114,12 @@ def test_a_row_without_the_text_of_its_view_is_absent_by_that_cause_and_costs_no
 
 
 def test_a_task_may_have_a_view_of_its_own(encoder, images):
-    tasks = {"image": Task("image", "image", views={"told": View(hint=" It is {answer}.")})}
+    tasks = {"image_task": Task("image_task", "image", views={"told": View(hint=" It is {answer}.")})}
     server = FakeVLLM(encoder)
     routed = fleet([{"teacher": "a", "view": "told"}], a={})
     result, _ = run(one(images[0]), routed, {"a": [server]}, encoder, tasks)
     assert f"It is {images[0].prompt.answer}." in encoder.tokenizer.decode(server.requests[0]["token_ids"])
-    assert result.logprobs == right(encoder, images[0], TOKENS, tasks["image"].views["told"])
+    assert result.logprobs == right(encoder, images[0], TOKENS, tasks["image_task"].views["told"])
 
 
 def test_a_blind_score_is_that_of_the_same_prompt_with_blank_images(encoder, images, text):
