@@ -20,12 +20,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from statistics import mean
 
-import aiohttp
 from aiohttp import web
 from rich.console import Console
 from rich.table import Table
 
 from mmopd.report.metrics import read_lines
+from mmopd.runtime.http import session
 from mmopd.serving import endpoint
 
 LATE = 1.5  # seconds
@@ -57,14 +57,14 @@ def teachers(folder: Path) -> Iterator[Path]:
 
 async def proxy(target: str, seconds: float) -> str:
     """Start a proxy that answers like `target`, but `seconds` later; return its URL."""
-    session = aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0))
+    http = session()
 
     async def forward(request: web.Request) -> web.Response:
         body = await request.read()
         headers = {k: v for k, v in request.headers.items() if k.lower() in FORWARDED}
         if request.method == "POST":
             await asyncio.sleep(seconds)
-        async with session.request(request.method, target + request.path_qs, data=body, headers=headers) as reply:
+        async with http.request(request.method, target + request.path_qs, data=body, headers=headers) as reply:
             return web.Response(status=reply.status, body=await reply.read(), content_type=reply.content_type)
 
     app = web.Application(client_max_size=1 << 28)

@@ -3,11 +3,28 @@
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Literal, Self
+from urllib.parse import urlsplit
 
 from pydantic import Field, model_validator
 
 from mmopd.config.engine import Engine
 from mmopd.settings_file import Config, Positive, suggest
+
+
+def check_proxy(url: str) -> None:
+    """Check the URL of a proxy; an empty one is fine: none.
+
+    Raises:
+        ValueError: it is not `http://HOST:PORT`. A password is refused: files of settings are shared.
+    """
+    try:
+        parts = urlsplit(url)
+        good = (parts.scheme, parts.username, parts.path.strip("/"), parts.query) == ("http", None, "", "")
+        if url and not (good and parts.hostname and parts.port):
+            raise ValueError
+    except ValueError:  # also of a port that is no number
+        where = url.rpartition("@")[2]
+        raise ValueError(f"`proxy` has the form http://HOST:PORT, without user and password; found {where!r}") from None
 
 
 class Teacher(Config):
@@ -29,6 +46,11 @@ class Teacher(Config):
         None,
         description="Environment variable that holds the key of these endpoints, so that no key stands in a file. "
         "`null`: they need none",
+    )
+    proxy: str = Field(
+        "",
+        description="Proxy through which these endpoints are reached, as `http://HOST:PORT`, for a teacher outside of "
+        "a company's network. Empty: they are reached directly; variables such as `http_proxy` are not used",
     )
     adapter: Path | None = Field(
         None,
@@ -59,6 +81,9 @@ class Teacher(Config):
     def _served_or_elsewhere(self) -> Self:
         if (self.model is None) == (not self.endpoints):
             raise ValueError("a teacher has either `model` (served by mmopd) or `endpoints` (running elsewhere)")
+        if self.proxy and self.model is not None:
+            raise ValueError("`proxy` is for `endpoints`; a server that mmopd starts is reached directly")
+        check_proxy(self.proxy)
         if self.adapter is not None and self.model is None:
             raise ValueError("`adapter` goes on top of `model`; a server that runs elsewhere has its adapters already")
         return self

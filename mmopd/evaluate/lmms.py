@@ -25,6 +25,7 @@ from mmopd.errors import ConfigError, UserError
 from mmopd.evaluate.calls import Calls
 from mmopd.evaluate.tasks import Task, prepare
 from mmopd.evaluate.validate import InvalidRunError, Measured, last_words, validate
+from mmopd.runtime import http
 from mmopd.serving.endpoint import Endpoint
 
 SIDE_BY_SIDE = 2  # calls in parallel: one waits for the server while the other judges
@@ -260,7 +261,7 @@ class _Job:
         return {
             "OPENAI_API_KEY": self.endpoint.api_key or "none",
             "OPENAI_API_BASE": url if url.endswith("/v1") else f"{url}/v1",
-            "NO_PROXY": ",".join(filter(None, (os.environ.get("NO_PROXY"), "127.0.0.1,localhost"))),
+            **http.environment(url, self.endpoint.proxy),
         }
 
     def _settings(self) -> dict[str, Any]:

@@ -379,7 +379,9 @@ class Examination:
         try:
             async with (
                 asyncio.timeout(self._timeout),
-                self._http.request(method, url, data=body, headers=headers, allow_redirects=False) as response,
+                self._http.request(
+                    method, url, data=body, headers=headers, allow_redirects=False, proxy=self.endpoint.proxy or None
+                ) as response,
             ):
                 return response.status, await response.read()
         except TimeoutError:

@@ -11,7 +11,6 @@ from dataclasses import asdict
 from itertools import combinations
 from pathlib import Path
 
-import aiohttp
 from rich.console import Console
 
 from mmopd.config import Fleet
@@ -23,6 +22,7 @@ from mmopd.preflight.questions import Kind, Questions, questions
 from mmopd.preflight.scores import apart, difference
 from mmopd.records import Prompt, Response
 from mmopd.rollout.student_client import StudentClient
+from mmopd.runtime.http import session
 from mmopd.serving.endpoint import Endpoint
 from mmopd.task.base import Task
 
@@ -69,8 +69,7 @@ async def preflight(
     vocabulary = Vocabulary(encoder)
     # Each request has its own connection: uvicorn closes one after an error without notice, and nothing is retried
     # here.
-    connector = aiohttp.TCPConnector(limit=0, force_close=True)
-    async with aiohttp.ClientSession(connector=connector, timeout=aiohttp.ClientTimeout(total=None)) as http:
+    async with session(force_close=True) as http:
         groups: dict[str, list[Examination]] = {}
         asked_of: dict[str, Questions] = {}
         for name, teacher in fleet.teachers.items():

@@ -26,6 +26,7 @@ import torch
 from mmopd.config import Student
 from mmopd.rollout.buckets import B, DeviceBucket, MemoryFile, Weights, filled
 from mmopd.rollout.transport import HOST, broadcast, handle_of, join
+from mmopd.runtime.http import client
 from mmopd.serving.endpoint import Endpoint
 
 BUCKET_BYTES = 256 << 20
@@ -174,10 +175,9 @@ class Server:
 
     def __init__(self, endpoint: Endpoint, timeout: float) -> None:
         self.name = endpoint.name
-        # Each step opens a connection: the server closes idle ones after some seconds, and no step may be sent twice.
-        limits = httpx.Limits(max_keepalive_connections=0)
         self._look = min(LOOK, timeout / 10)
-        self.client = httpx.Client(base_url=endpoint.url, headers=endpoint.headers, timeout=timeout, limits=limits)
+        # Each step opens a connection: the server closes idle ones after some seconds, and no step may be sent twice.
+        self.client = client(base_url=endpoint.url, headers=endpoint.headers, timeout=timeout, keep_alive=False)
         self.introduced = False
 
     def version(self) -> str | None:

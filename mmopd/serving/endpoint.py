@@ -9,6 +9,7 @@ from typing import Literal
 
 import msgspec
 
+from mmopd.config.fleet import check_proxy
 from mmopd.errors import ConfigError
 
 MAX_BYTES = 1 << 20  # largest accepted file of endpoints
@@ -23,6 +24,7 @@ class Endpoint:
     model: str  # name under which the server offers the model
     api_key: str = field(repr=False)  # empty if the server requires no key
     role: Literal["teacher", "student"]
+    proxy: str = ""  # URL of the proxy through which it is reached; proxies of the environment are not used
 
     @property
     def headers(self) -> dict[str, str]:
@@ -64,6 +66,11 @@ def load(path: Path) -> dict[str, Endpoint]:
         found = msgspec.json.decode(path.read_bytes(), type=list[Endpoint])
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: not a file of endpoints that `mmopd serve` wrote: {error}") from None
+    for endpoint in found:
+        try:
+            check_proxy(endpoint.proxy)
+        except ValueError as error:
+            raise ConfigError(f"{path}: {endpoint.name}: {error}") from None
     return {endpoint.name: endpoint for endpoint in found}
 
 

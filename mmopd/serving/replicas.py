@@ -30,6 +30,7 @@ from typing import TypeVar
 import aiohttp
 import tenacity
 
+from mmopd.runtime.http import session
 from mmopd.serving.endpoint import Endpoint
 from mmopd.serving.wire import PATH, REQUEST_ID, ReplyError
 
@@ -48,14 +49,8 @@ T = TypeVar("T")
 
 
 def connect() -> aiohttp.ClientSession:
-    """Return an HTTP client for the running event loop, without proxies, cookies or limits; its owner closes it.
-
-    `ReplicaPool` has limits of its own.
-    """
-    connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEP_ALIVE)
-    return aiohttp.ClientSession(
-        connector=connector, timeout=aiohttp.ClientTimeout(total=None), cookie_jar=aiohttp.DummyCookieJar()
-    )
+    """Return an HTTP client for the running event loop; its owner closes it. `ReplicaPool` has limits of its own."""
+    return session(keepalive_timeout=KEEP_ALIVE)
 
 
 class Replica:
@@ -235,7 +230,9 @@ class ReplicaPool:
         try:
             async with (
                 asyncio.timeout(self._attempt_timeout),
-                self._http.post(replica.url, data=body, headers=headers, allow_redirects=False) as response,
+                self._http.post(
+                    replica.url, data=body, headers=headers, allow_redirects=False, proxy=replica.endpoint.proxy or None
+                ) as response,
             ):
                 status = response.status
                 pause = response.headers.get("Retry-After", "")

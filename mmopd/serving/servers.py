@@ -19,15 +19,15 @@ from contextlib import ExitStack, contextmanager
 from datetime import datetime
 from pathlib import Path
 
-import httpx
-
 from mmopd.errors import CheckpointError, ConfigError, ServerError
+from mmopd.runtime.http import client
 from mmopd.runtime.logs import message_of
 from mmopd.runtime.network import HOST, local
 from mmopd.runtime.processes import Children, stop
 from mmopd.runtime.progress import Stages
 from mmopd.serving.endpoint import Endpoint
 from mmopd.serving.placement import assign_gpus, check_memory
+from mmopd.serving.readiness import Awaited
 from mmopd.serving.specs import ServerSpec, to_server
 from mmopd.serving.supervisor import KEY_VARIABLE, READY, Server
 
@@ -72,8 +72,8 @@ class Servers(dict[str, Endpoint]):
         self._logs = logs
         self._on_event = on_event
         self._supervisors: list[_Supervisor] = []
-        self._away: dict[str, float] = {}  # servers that do not answer yet: name -> time since when
-        self._http = httpx.Client(timeout=5.0)
+        self._away: dict[str, Awaited] = {}  # servers that do not answer yet, by name
+        self._http = client(timeout=5.0)
 
     def start(self, groups: Sequence[list[Server]], children: Children, key: str, preload: bool) -> None:
         """Start a supervisor for each group of servers."""
@@ -85,17 +85,18 @@ class Servers(dict[str, Endpoint]):
         Raises:
             UserError: a server has ended or does not answer in time; the message has the last lines of its log.
         """
-        self._away = dict.fromkeys(self._endpoints, time.monotonic())
-        for name in self._away:
+        for name in self._endpoints:
+            self._await(name)
             self._on_event(name, "starting")
         while True:
             self.check()
             if not self._away:
                 break
             if time.monotonic() > deadline:
-                name = next(iter(self._away))
+                name, away = next(iter(self._away.items()))
                 raise ServerError(
-                    f"server {name!r} was not ready in time; the last lines of its log:\n{_last_words(self.log(name))}"
+                    f"server {name!r} was not ready in time ({away.reason}); the last lines of its log:\n"
+                    f"{_last_words(self.log(name))}"
                 )
             time.sleep(0.1)
         for supervisor in self._supervisors:
@@ -105,7 +106,8 @@ class Servers(dict[str, Endpoint]):
         """Process the events since the last call; on return every server runs or is being restarted.
 
         Raises:
-            UserError: a server has ended permanently; the message has the last lines of its log.
+            UserError: a server has ended permanently, or says that it is ready and cannot be reached; the message has
+                the last lines of its log, or the reason.
         """
         for supervisor in self._supervisors:
             status = supervisor.child.returncode  # read first, so that the log is complete
@@ -113,10 +115,13 @@ class Servers(dict[str, Endpoint]):
                 self._heed(said["what"], said["name"], said["status"])
             if status is not None:
                 raise self._lost(supervisor.child.name, status, supervisor.child.log)
-        for name in [
-            name for name in self._away if all(_ready(self._http, endpoint) for endpoint in self._endpoints[name])
-        ]:
-            self._on_event(name, f"ready after {time.monotonic() - self._away.pop(name):.1f} s")
+        for name, away in list(self._away.items()):
+            if away.ready(self._http):
+                self._on_event(name, f"ready after {time.monotonic() - self._away.pop(name).since:.1f} s")
+            elif away.unreachable():
+                raise ServerError(
+                    f"server {name!r} says in {self.log(name)} that it is ready, but cannot be reached: {away.reason}"
+                )
 
     def stop(self) -> None:
         """End all servers in parallel; on return none of their processes is left."""
@@ -127,11 +132,14 @@ class Servers(dict[str, Endpoint]):
         """Return the log file of a server."""
         return log_of(self._logs, server)
 
+    def _await(self, name: str) -> None:
+        self._away[name] = Awaited(self._endpoints[name], self.log(name))
+
     def _heed(self, what: str, name: str, status: str) -> None:
         if what == "ended":
             raise self._lost(name, int(status), self.log(name))
         self.restarts[name] += 1
-        self._away[name] = time.monotonic()
+        self._await(name)
         logger.warning("server %s ended with status %s and is being restarted", name, status)
         self._on_event(name, f"ended with status {status}, started again")
 
@@ -299,16 +307,6 @@ def _reserve(spec: ServerSpec, host: str) -> Iterator[int]:
                 "set engine.port to another port, or remove it to use a free one"
             ) from None
         yield int(held.getsockname()[1])
-
-
-def _ready(client: httpx.Client, endpoint: Endpoint) -> bool:
-    try:
-        if client.get(f"{endpoint.url}/health", headers=endpoint.headers).status_code != 200:
-            return False
-        models = client.get(f"{endpoint.url}/v1/models", headers=endpoint.headers).json()
-        return endpoint.model in [model["id"] for model in models["data"]]
-    except (httpx.HTTPError, KeyError, ValueError):
-        return False
 
 
 def _last_words(log: Path) -> str:

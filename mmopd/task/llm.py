@@ -17,7 +17,9 @@ from collections.abc import Callable
 import httpx
 import tenacity
 
+from mmopd.config.fleet import check_proxy
 from mmopd.records import UNKNOWN, Outcome
+from mmopd.runtime.http import client
 from mmopd.task.base import Verify
 from mmopd.task.verify import final_answer, without_thoughts
 
@@ -40,6 +42,7 @@ def judge(
     after: Verify | None = None,
     timeout: float = 60.0,
     attempts: int = 3,
+    proxy: str = "",
 ) -> Verify:
     """Return a task's `verify` that asks an OpenAI-compatible endpoint.
 
@@ -50,7 +53,10 @@ def judge(
         after: a verifier that is asked first; the judge is asked only about answers that it does not find right.
         timeout: seconds for all attempts together; must be below the timeout of the task.
         attempts: number of attempts while the endpoint is overloaded or unreachable.
+        proxy: URL of the proxy through which the endpoint is reached (`http://HOST:PORT`); those of the environment are
+            not used.
     """
+    check_proxy(proxy)
 
     def verify(response: str, answer: str) -> Outcome:
         if after is not None and (first := after(response, answer)).value == 1:
@@ -63,9 +69,8 @@ def judge(
         messages = [{"role": "system", "content": RULES.format(number=number)}, {"role": "user", "content": text}]
         body = {"model": model, "messages": messages, "temperature": 0.0, "max_tokens": ANSWER_TOKENS}
         try:
-            return verdict(
-                _ask(f"{url.rstrip('/')}/chat/completions", body, _headers(api_key_env), timeout, attempts), number
-            )
+            with client(proxy=proxy, timeout=timeout / attempts, headers=_headers(api_key_env)) as http:
+                return verdict(_ask(http, f"{url.rstrip('/')}/chat/completions", body, timeout, attempts), number)
         except (httpx.HTTPError, ValueError, LookupError) as error:
             return Outcome(UNKNOWN, f"judge: {type(error).__name__}: {error}")
 
@@ -105,7 +110,7 @@ def _headers(api_key_env: str | None) -> dict[str, str]:
     return {"Authorization": f"Bearer {key}"}
 
 
-def _ask(url: str, body: dict[str, object], headers: dict[str, str], timeout: float, attempts: int) -> str:
+def _ask(http: httpx.Client, url: str, body: dict[str, object], timeout: float, attempts: int) -> str:
     """Return the judge's reply.
 
     Raises:
@@ -119,11 +124,10 @@ def _ask(url: str, body: dict[str, object], headers: dict[str, str], timeout: fl
         retry=tenacity.retry_if_exception(_passes),
         reraise=True,
     )
-    with httpx.Client(timeout=timeout / attempts, headers=headers) as client:
-        for attempt in again:
-            with attempt:
-                reply = client.post(url, json=body)
-                reply.raise_for_status()
+    for attempt in again:
+        with attempt:
+            reply = http.post(url, json=body)
+            reply.raise_for_status()
     choice = reply.json()["choices"][0]
     if choice.get("finish_reason") != "stop" or not isinstance(said := choice["message"]["content"], str):
         raise ValueError(f"the verdict was cut short ({choice.get('finish_reason')})")

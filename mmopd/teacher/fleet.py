@@ -16,6 +16,7 @@ from rich.console import Console
 
 from mmopd.config import Fleet
 from mmopd.errors import ConfigError, ServerError
+from mmopd.runtime.http import client, proxy_hint
 from mmopd.runtime.network import HOST, is_loopback, public_url
 from mmopd.runtime.processes import Children
 from mmopd.runtime.progress import Stages
@@ -56,7 +57,8 @@ def serve_fleet(
     for name, teacher in fleet.teachers.items():
         if name not in known:
             elsewhere += [
-                running_elsewhere(f"{name}.{i}", url, teacher.api_key_env) for i, url in enumerate(teacher.endpoints)
+                running_elsewhere(f"{name}.{i}", url, teacher.api_key_env, teacher.proxy)
+                for i, url in enumerate(teacher.endpoints)
             ]
     with serve_in_stage([*also, *to_specs(fleet, known)], children, logs, stages, host=host) as servers:
         servers.update(
@@ -159,14 +161,14 @@ def from_files(fleet: Fleet, files: Sequence[Path]) -> list[Endpoint]:
     ]
 
 
-def running_elsewhere(name: str, url: str, key_variable: str | None) -> Endpoint:
+def running_elsewhere(name: str, url: str, key_variable: str | None, proxy: str = "") -> Endpoint:
     """Return an endpoint of the fleet file, with the name of the model that the server reports.
 
     Raises:
         UserError: the variable with its key is not set, or the server does not answer.
     """
     key = key_in(key_variable, f"teacher {name}", "api_key_env") if key_variable else ""
-    found = Endpoint(name, url.rstrip("/").removesuffix("/v1"), "", key, "teacher")
+    found = Endpoint(name, url.rstrip("/").removesuffix("/v1"), "", key, "teacher", proxy)
     return dataclasses.replace(found, model=_models(found, f"teacher {name}")[0])
 
 
@@ -200,13 +202,15 @@ def warn_of(host: str, console: Console) -> None:
 def _models(endpoint: Endpoint, owner: str) -> list[str]:
     """Return the names of the models that a server reports."""
     try:
-        reply = httpx.get(f"{endpoint.url}/v1/models", headers=endpoint.headers, timeout=30)
+        with client(proxy=endpoint.proxy, headers=endpoint.headers, timeout=30) as http:
+            reply = http.get(f"{endpoint.url}/v1/models")
         if reply.status_code in {401, 403}:
             raise ServerError(f"{owner}: {endpoint.url} rejects the API key (status {reply.status_code})")
         models = [str(model["id"]) for model in reply.raise_for_status().json()["data"]]
     except (httpx.HTTPError, httpx.InvalidURL, ValueError, LookupError, TypeError) as error:
         raise ServerError(
             f"{owner}: {endpoint.url} does not answer as a vLLM server ({type(error).__name__}: {error})"
+            + (f"; asked through the proxy {endpoint.proxy}" if endpoint.proxy else proxy_hint())
         ) from error
     if not models:
         raise ServerError(f"{owner}: {endpoint.url} serves no model")
