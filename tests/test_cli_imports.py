@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
-from test_estimate import workspace  # noqa: F401
+from published import write_models
 
 import mmopd
 from mmopd import algorithm
@@ -58,7 +58,9 @@ def loaded_by(commands: list[list[str]], folder: Path) -> dict[str, list]:
     return json.loads(done.stdout)
 
 
-def test_commands_that_need_no_model_load_no_heavy_library(workspace: Path) -> None:  # noqa: F811
+def test_commands_that_need_no_model_load_no_heavy_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    workspace = write_models(tmp_path)
     Image.new("RGB", (32, 32)).save(workspace / "one.png")
     picture = (workspace / "one.png").read_bytes()
     turn = ({"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "How many?"}]},)

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 import transformers
+from published import PUBLISHED, STRONG, write_config
 from student_worker import FAMILIES
-from test_estimate import PUBLISHED, STRONG, write_config
 
 from mmopd.capacity import shapes
 from mmopd.capacity.model_size import build, read_model

@@ -1,30 +1,24 @@
-"""Metrics, token samples and the report page."""
+"""Token samples and the report page."""
 
 import base64
 import io
 import json
 import math
 import re
-from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
 from mmopd import settings_file
-from mmopd.algorithm.settings import Algorithm, Margin
+from mmopd.algorithm.settings import Algorithm
 from mmopd.config import Recipe, Student
 from mmopd.errors import UserError
 from mmopd.evaluate import BenchmarkScore, Results, Row
-from mmopd.modality import Encoder
-from mmopd.records import Absent, Encoded, Outcome, Prompt, Response, Sample, Score
+from mmopd.records import Absent, Outcome, Prompt, Response, Sample, Score
 from mmopd.report.heatmap import TokenRow, as_json, cells, choose, picture, read_rows, token_row
 from mmopd.report.html import curves, script_json, write_report
-from mmopd.report.metrics import JsonLines, MetricsWriter, documented, read_lines
-from mmopd.runtime.run_folder import RunFolder
-from mmopd.train.batch import build_batch
-from mmopd.train.recorder import Recorder
+from mmopd.report.metrics import JsonLines, MetricsWriter, documented
 
 
 def png(width: int, height: int) -> str:
@@ -49,168 +43,6 @@ def row(step: int = 0, task: str = "digit_sum", outcome: float | None = 1.0, **m
         "kept": True,
     }
     return TokenRow(**(values | more))  # type: ignore[arg-type]
-
-
-# Metrics.
-
-
-def test_a_step_is_one_line_and_the_same_numbers_are_in_tensorboard(tmp_path: Path) -> None:
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    with MetricsWriter(tmp_path) as writer:
-        writer.write(0, {"return": -0.5, "accuracy/digit_sum": 0.25, "grad_norm": math.nan})
-        writer.write(1, {"return": -0.25, "accuracy/digit_sum": 0.5})
-    assert read_lines(tmp_path / "metrics.jsonl") == [
-        {"step": 0, "return": -0.5, "accuracy/digit_sum": 0.25, "grad_norm": None},
-        {"step": 1, "return": -0.25, "accuracy/digit_sum": 0.5},
-    ]
-    board = EventAccumulator(str(tmp_path / "tensorboard"))
-    board.Reload()
-    assert [(e.step, e.value) for e in board.Scalars("return")] == [(0, -0.5), (1, -0.25)]
-    assert sorted(board.Tags()["scalars"]) == ["accuracy/digit_sum", "return"]
-
-
-def test_a_name_that_is_explained_nowhere_is_refused(tmp_path: Path) -> None:
-    with MetricsWriter(tmp_path) as writer, pytest.raises(ValueError, match="'retrun' is not explained"):
-        writer.write(0, {"retrun": 1.0})
-
-
-def test_a_resumed_run_removes_what_is_later_than_its_checkpoint_and_a_torn_line(tmp_path: Path) -> None:
-    with MetricsWriter(tmp_path) as writer:
-        for step in range(4):
-            writer.write(step, {"loss": float(step)})
-    path = tmp_path / "metrics.jsonl"
-    path.write_bytes(path.read_bytes()[:-4])
-    assert [r["step"] for r in read_lines(path)] == [0, 1, 2]
-    with MetricsWriter(tmp_path, done=2) as writer:
-        writer.write(2, {"loss": 20.0})
-    assert [(r["step"], r["loss"]) for r in read_lines(path)] == [(0, 0.0), (1, 1.0), (2, 20.0)]
-
-
-def test_a_run_that_starts_over_keeps_nothing(tmp_path: Path) -> None:
-    lines = JsonLines(tmp_path / "samples.jsonl", 0)
-    lines.append({"step": 0})
-    lines.close()
-    JsonLines(tmp_path / "samples.jsonl", 0).close()
-    assert (tmp_path / "samples.jsonl").read_bytes() == b""
-
-
-# The record of a step.
-
-PROMPTS = [
-    Encoded(Prompt(f"s/{i}", task, "text", (), (), ""), (1,), (1,), ())
-    for i, task in enumerate(("sums", "charts", "charts"))
-]
-
-
-Line = Callable[[Algorithm, list[Sample]], dict[str, float]]
-
-
-def sample(group: int, outcome: float, student: list[float], reward: list[float], teacher: str = "t") -> Sample:
-    """Return a sample whose teacher's log-probs are the student's plus the reward."""
-    response = Response(tuple(range(len(student))), tuple(student), "", "stop", (("step-0", len(student)),))
-    score = Score(teacher, tuple(s + r for s, r in zip(student, reward, strict=True)))
-    return Sample(group, response, Outcome(outcome), score)
-
-
-# Two right and two wrong responses to a prompt of one teacher (margin -0.2, as in the worked example of the margins),
-# two to a prompt of another, one to a prompt of both. One has no score. One has a token that is 12 nats from its
-# teacher and counts nowhere.
-STEP = [
-    sample(0, 1.0, [-1.0, -2.0], [0.3, -0.1]),
-    sample(0, 1.0, [-0.5], [-0.3]),
-    sample(0, 0.0, [-0.5, -0.5, -0.5, -0.5], [0.2, 0.6, 0.0, 0.0]),
-    sample(0, 0.0, [-0.25], [0.0]),
-    sample(1, 0.0, [-0.5, -1.0], [-0.4, -12.0], "u"),
-    sample(1, math.nan, [-0.5], [-0.2], "u"),
-    sample(2, 1.0, [-1.5], [0.5], "t+u"),
-    Sample(2, Response((7,), (-2.0,), "", "stop", (("step-0", 1),)), Outcome(1.0), Absent("t", "timeout")),
-]
-
-
-@pytest.fixture
-def recorded(tmp_path: Path, encoder: Encoder) -> Line:
-    """Return the metrics that the recorder of a run writes, by name."""
-
-    def record(algorithm: Algorithm, samples: list[Sample]) -> dict[str, float]:
-        recipe = Recipe(student=Student(model=Path("m")), fleet=Path("f"), mixture=Path("m"), algorithm=algorithm)
-        folder = RunFolder(tmp_path / str(len(list(tmp_path.iterdir()))))
-        folder.create(recipe)
-        with Recorder(folder, algorithm, encoder, steps=recipe.train.steps, done=0) as recorder:
-            recorder.step(0, PROMPTS, samples, build_batch(samples, algorithm, 0), updates=[], more={})
-        [line] = read_lines(folder.metrics)
-        return line
-
-    return record
-
-
-def test_accuracy_is_told_of_the_students_own_responses_and_not_of_its_teachers_answers(recorded: Line) -> None:
-    own = recorded(Algorithm(), STEP)
-    of_teachers = recorded(
-        Algorithm.model_validate({"objective": {"kind": "sft"}, "difficulty": None}),
-        [s for s in STEP if s.score is not None],
-    )
-    assert {name for name in own if name.startswith(("accuracy/", "correct/sampled"))}
-    assert not {name for name in of_teachers if name.startswith(("accuracy/", "correct/", "staleness"))}
-
-
-def test_reverse_kl_is_told_by_task_and_by_teacher_over_the_tokens_that_count(recorded: Line) -> None:
-    line = recorded(Algorithm(), STEP)
-    assert line["reverse_kl"] == pytest.approx(-(0.7 - 0.4 - 0.2 + 0.5) / 11)
-    assert line["reverse_kl/sums"] == pytest.approx(-0.7 / 8)
-    assert line["reverse_kl/charts"] == pytest.approx((0.4 + 0.2 - 0.5) / 3)
-    by_teacher = {"t": -0.7 / 8, "u": 0.6 / 2, "t+u": -0.5}
-    assert {name: line[f"reverse_kl_teacher/{name}"] for name in by_teacher} == pytest.approx(by_teacher)
-
-
-def test_a_step_tells_entropy_outcomes_order_margins_shift_and_where_responses_went(recorded: Line) -> None:
-    line = recorded(Algorithm(balance=None), STEP)
-    assert line["entropy_estimate"] == pytest.approx((3 + 0.5 + 2 + 0.25 + 1.5 + 0.5 + 1.5 + 2) / 13)
-    assert line["response_length"] == 13 / 8
-    assert (line["correct/sampled"], line["correct/kept"]) == pytest.approx((4 / 7, 3 / 6))
-    for name, before, after in (
-        ("order_consistency", 0, 1),
-        ("order_delta", 0, 1),
-        ("margin", -0.2, 0.4),
-        ("two_sided_groups", 1, 1),
-    ):
-        assert (line[f"{name}/before"], line[f"{name}/after"]) == pytest.approx((before, after))
-    assert [line[f"margin/p{q}_before"] for q in (10, 50, 90)] == pytest.approx([-0.2] * 3)
-    assert line["shift"] == pytest.approx(4 * 0.3 / 7)
-    shares = {"kept": 7 / 8, "balanced_away": 0, "masked": 0, "absent": 1 / 8, "unknown": 1 / 8}
-    assert {name: line[f"share/{name}"] for name in shares} == pytest.approx(shares)
-    masked = recorded(Algorithm(balance=None, margin=Margin(kind="mask")), STEP)
-    assert (masked["share/masked"], masked["share/kept"]) == (2 / 8, 5 / 8)
-    assert masked["margin/after"] == pytest.approx(0.1)
-
-
-@pytest.mark.parametrize(
-    ("reason", "cause"),
-    [
-        ("timeout", "timeout"),
-        ("ValueError: too: long", "ValueError"),
-        ("the answer key 'B' is not a number", "the_answer_key"),
-        ('the answer key "it\'s" is empty', "the_answer_key"),
-        ("", "no_reason"),
-    ],
-)
-def test_unknown_outcomes_are_counted_by_cause(reason: str, cause: str, recorded: Line) -> None:
-    unknown = [replace(s, outcome=Outcome(math.nan, reason)) for s in STEP[:2]]
-    line = recorded(Algorithm(), [*unknown, *STEP[2:]])
-    assert line[f"unknown/{cause}"] == 2 + (reason == "")  # one of the others has no outcome either
-    assert line["unknown"] == sum(n for name, n in line.items() if name.startswith("unknown/"))
-
-
-def test_an_objective_without_a_teacher_has_no_divergence_and_one_without_samples_of_its_own_no_entropy(
-    recorded: Line,
-) -> None:
-    grpo = Algorithm.model_validate({"objective": {"kind": "grpo"}})
-    line = recorded(grpo, [Sample(s.group, s.response, s.outcome, None) for s in STEP])
-    assert not [name for name in line if name.startswith("reverse_kl")]
-    assert {"entropy_estimate", "correct/sampled", "share/kept", "response_length"} <= line.keys()
-    sft = Algorithm.model_validate({"objective": {"kind": "sft"}})
-    line = recorded(sft, STEP[:7])
-    assert not [name for name in line if name.startswith(("reverse_kl", "entropy"))]
 
 
 # Samples.
@@ -405,27 +237,6 @@ def test_a_report_without_visual_advantage_does_not_speak_of_it(tmp_path: Path) 
     lines = (run / "samples.jsonl").read_text().splitlines(keepends=True)
     (run / "samples.jsonl").write_text(lines[0])
     assert "without the image" not in write_report(run).read_text()
-
-
-def test_what_a_step_tells_of_the_algorithm_has_a_panel(recorded: Line) -> None:
-    shown = {
-        chart["title"]: [s["name"] for s in chart["series"]]
-        for chart in curves([recorded(Algorithm(balance=None), STEP)])
-    }
-    assert shown == {
-        "Accuracy of the rollouts": ["charts", "sums"],
-        "Right responses": ["sampled", "kept"],
-        "Return": ["return", "right", "wrong"],
-        "Reverse KL by task": ["reverse_kl", "charts", "sums"],
-        "Reverse KL by teacher": ["t", "t+u", "u"],
-        "Entropy, estimated": ["entropy_estimate"],
-        "Response length": ["response_length"],
-        "Order consistency": ["after"],  # `before` is 0 throughout
-        "Margin reached": ["after"],
-        "Margins": ["before", "after"],
-        "Shift": ["shift"],
-        "Where responses went": ["kept", "absent", "unknown"],
-    }
 
 
 def test_margins_are_a_band_around_their_median() -> None:

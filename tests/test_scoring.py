@@ -8,7 +8,7 @@ import httpx
 import pytest
 import torch
 from fake_vllm import FakeVLLM
-from scoring import processor_encoder, prompt
+from scoring import TOKENS, processor_encoder, prompt
 from transformers import AutoModelForImageTextToText
 
 from mmopd.config import Engine, Fleet
@@ -22,8 +22,6 @@ from mmopd.serving import servers as serve_module
 from mmopd.serving.servers import serve
 from mmopd.serving.specs import ServerSpec
 from mmopd.teacher.scorer import Scorer
-
-TOKENS = (5, 6, 7, 8)
 
 
 @pytest.fixture(scope="module")

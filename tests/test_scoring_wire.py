@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import pytest
 from fake_vllm import FAULTS, FakeVLLM, logprob
-from scoring import balances, processor_encoder, prompt
+from scoring import TOKENS, balances, processor_encoder, prompt
 
 from mmopd.config import Fleet
 from mmopd.demo.world import additions, digit_sums
@@ -16,8 +16,6 @@ from mmopd.errors import UserError
 from mmopd.records import Absent, Score
 from mmopd.serving import replicas
 from mmopd.teacher.scorer import Scorer
-
-TOKENS = (5, 6, 7, 8)
 
 
 @pytest.fixture(scope="module")

@@ -1,9 +1,5 @@
-import base64
-import io
 import os
-import shutil
 import signal
-import socket
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -15,17 +11,14 @@ import httpx
 import psutil
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
-from PIL import Image
+from peft import PeftModel
+from served import Question, load_model, make_adapters
 from waiting import LIMIT
 
 from mmopd.config import Engine
 from mmopd.demo.world import build_student, digit_sums
-from mmopd.errors import UserError
-from mmopd.records import Encoded, Prompt
 from mmopd.rollout.sync import BUCKET_BYTES, FRESH, BroadcastSync, FileSync, SyncError, WeightSync
 from mmopd.runtime.processes import Children
-from mmopd.serving import endpoint, wire
 from mmopd.serving.endpoint import Endpoint
 from mmopd.serving.lora import read_adapter
 from mmopd.serving.servers import Servers, serve
@@ -82,59 +75,6 @@ def running(server: None, models: tuple[Path, Path], tmp_path_factory: pytest.Te
         with serve(specs, children, logs, lambda *event: events.append(event)) as servers:
             yield Running(servers, adapters, children, logs, events)
         assert not any(child.alive for child in children)
-
-
-def refused(spec: ServerSpec, logs: Path) -> str:
-    """Return the message with which a server is refused, and check that no process is left."""
-    with Children() as children, pytest.raises(UserError) as error, serve([spec], children, logs, lambda *event: None):
-        pass
-    assert not any(child.alive for child in children)
-    return str(error.value)
-
-
-def test_a_folder_without_a_model_is_refused(tmp_path: Path) -> None:
-    assert "the folder has no config.json" in refused(ServerSpec("x", tmp_path, ENGINE, updatable=False), tmp_path)
-
-
-def test_a_port_that_is_taken_is_named_with_its_key(models: tuple[Path, Path], tmp_path: Path) -> None:
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        taken.listen()
-        port = taken.getsockname()[1]
-        message = refused(
-            ServerSpec("x", models[0], ENGINE.model_copy(update={"port": port}), updatable=False), tmp_path
-        )
-    assert str(port) in message
-    assert "engine.port" in message
-
-
-def test_memory_that_is_short_is_said_with_what_is_needed(models: tuple[Path, Path], tmp_path: Path) -> None:
-    message = refused(
-        ServerSpec("x", models[0], ENGINE.model_copy(update={"kv_cache_mib": 10**9}), updatable=False), tmp_path
-    )
-    assert "KV cache 1,000,000,000" in message
-    assert f"{psutil.virtual_memory().available >> 30:,}"[:1] in message
-    assert "engine.kv_cache_mib" in message
-
-
-@pytest.mark.usefixtures("server")
-def test_a_server_that_dies_during_start_shows_its_last_words(models: tuple[Path, Path], tmp_path: Path) -> None:
-    broken = tmp_path / "broken"
-    shutil.copytree(models[0], broken)
-    weights = broken / "model.safetensors"
-    weights.write_bytes(weights.read_bytes()[:100_000])
-    message = refused(ServerSpec("broken", broken, ENGINE, updatable=False), tmp_path)
-    assert "'broken' ended" in message
-    assert str(tmp_path / "broken.log") in message
-    assert "SafetensorError" in message
-
-
-def test_endpoints_are_written_for_this_user_alone(tmp_path: Path) -> None:
-    path, one = tmp_path / "endpoints.json", Endpoint("a", "http://127.0.0.1:1", "m", "secret", "teacher")
-    endpoint.save(path, [one])
-    assert path.stat().st_mode & 0o777 == 0o600
-    assert endpoint.load(path) == {"a": one}
-    assert "secret" not in repr(one)
 
 
 def test_readiness_is_told_for_each_server(running: Running) -> None:
@@ -329,20 +269,6 @@ def version_of_the_next(running: Running, sync: WeightSync[Any]) -> str | None:
     return version
 
 
-def make_adapters(model: Path, folder: Path) -> dict[str, Path]:
-    """Write two adapters with random weights, one of them also for the vision part."""
-    words = r".*language_model.*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
-    modules = {
-        "words": (4, words),
-        "words_and_vision": (8, rf"({words}|.*visual\.(blocks|merger).*\.(qkv|proj|linear_fc1|linear_fc2))"),
-    }
-    for seed, (name, (rank, target)) in enumerate(modules.items()):
-        torch.manual_seed(seed)
-        config = LoraConfig(r=rank, lora_alpha=16, target_modules=target, init_lora_weights=False)
-        get_peft_model(load_model(model), config).save_pretrained(str(folder / name))
-    return {name: folder / name for name in modules}
-
-
 def processes_of(endpoint: Endpoint, children: Children) -> list[int]:
     """Return the process ids of an endpoint's API server, and of its engine."""
     port = int(endpoint.url.rpartition(":")[2])
@@ -355,59 +281,3 @@ def processes_of(endpoint: Endpoint, children: Children) -> list[int]:
 
 def descendants(children: Children) -> list[psutil.Process]:
     return [p for child in children if child.alive for p in psutil.Process(child.pid).children(recursive=True)]
-
-
-def load_model(path: Path) -> Any:
-    from transformers import Qwen3VLForConditionalGeneration
-
-    return Qwen3VLForConditionalGeneration.from_pretrained(path, dtype=torch.float32).eval()
-
-
-class Question:
-    """An image prompt, for a server and for the model itself."""
-
-    def __init__(self, model: Path, row: Any) -> None:
-        from transformers import AutoProcessor
-
-        processor = AutoProcessor.from_pretrained(model)
-        text = processor.apply_chat_template(row["messages"], add_generation_prompt=True, tokenize=False)
-        self.ids = processor.tokenizer.encode(text)
-        self.image = row["images"][0]
-        self.url = "data:image/png;base64," + base64.b64encode(self.image).decode()
-        self.inputs = processor(text=[text], images=[Image.open(io.BytesIO(row["images"][0]))], return_tensors="pt")
-
-    def ask(self, server: Endpoint) -> Any:
-        """Return 12 greedy tokens."""
-        body = {
-            "token_ids": self.ids,
-            "content_parts": [{"type": "image_url", "url": self.url}],
-            "sampling_params": {
-                "max_tokens": 12,
-                "temperature": 0,
-                "logprobs": 0,
-                "detokenize": False,
-                "ignore_eos": True,
-            },
-        }
-        reply = httpx.post(f"{server.url}/inference/v1/generate", json=body, headers=server.headers, timeout=60)
-        assert reply.status_code == 200, reply.text
-        return reply.json()["choices"][0]
-
-    def score(self, server: Endpoint, tokens: list[int]) -> torch.Tensor:
-        """Return the log-probs of `tokens` after the prompt."""
-        prompt = Prompt("s/0", "t", "image", (), (self.image,), "")
-        body = wire.scoring_body(server.model, Encoded(prompt, tuple(self.ids), (), ()), tokens)
-        headers = {**server.headers, wire.REQUEST_ID: "x", "Content-Type": "application/json"}
-        reply = httpx.post(server.url + wire.PATH, content=body, headers=headers, timeout=60)
-        assert reply.status_code == 200, reply.text
-        return torch.tensor(wire.parse_scores(reply.content, "x", self.inputs["input_ids"][0].tolist(), tokens))
-
-    @torch.no_grad()
-    def forward(self, model: Any, tokens: list[int]) -> tuple[list[int], torch.Tensor]:
-        """Return the model's own choice at each position, and its log-probs of `tokens`."""
-        ids = torch.cat([self.inputs["input_ids"], torch.tensor([tokens])], 1)
-        pixels = {name: self.inputs[name] for name in ("pixel_values", "image_grid_thw")}
-        types = (ids == model.config.image_token_id).int()
-        logits = model(input_ids=ids, attention_mask=torch.ones_like(ids), mm_token_type_ids=types, **pixels).logits[0]
-        logprobs = logits.log_softmax(-1)[-len(tokens) - 1 : -1]
-        return logprobs.argmax(-1).tolist(), logprobs.gather(-1, torch.tensor(tokens)[:, None])[:, 0]
