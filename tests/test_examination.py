@@ -71,7 +71,7 @@ def test_an_honest_teacher_passes_everything(encoder, kinds):
 
 
 @pytest.mark.parametrize(
-    ("server", "lie", "name", "says"),
+    ("kind", "lie", "name", "says"),
     [
         (Liar, "shifted vocabulary", "vocabulary", "id 300 is"),
         (Liar, "two ids swapped", "vocabulary", "id 700 is"),
@@ -82,8 +82,8 @@ def test_an_honest_teacher_passes_everything(encoder, kinds):
         (Blind, "bag of pixels", "image canary", "a shuffled one by 0;"),
     ],
 )
-def test_each_lie_is_caught_by_its_own_check_and_by_no_other(encoder, kinds, server, lie, name, says):  # noqa: PLR0917
-    checks = prove(encoder, kinds, server(encoder, lie))
+def test_each_lie_is_caught_by_its_own_check_and_by_no_other(encoder, kinds, kind, lie, name, says):  # noqa: PLR0917
+    checks = prove(encoder, kinds, kind(encoder, lie))
     assert bad(checks) == [("t.0", name, "fail")]
     assert says in of(checks, name).found
     assert of(checks, name).way_out
