@@ -1,30 +1,24 @@
 """Examination of one replica of a teacher, one check after the other; `mmopd.preflight.run` examines all replicas.
 
-The replica is asked directly, one request at a time, without the retries of a pool: a request that fails once would
-also fail in the run. After a timeout or a lost connection the replica is asked nothing more, so that the time is
-bounded.
+After a timeout or a lost connection the replica is asked nothing more, so that the time is bounded.
 
 One cause gives one failure: a server that counts image tokens differently gets no more requests with images, and if
 scores do not repeat, their differences prove nothing.
 """
 
-import asyncio
 import json
 import random
-import uuid
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import replace
 from time import monotonic
 
 import aiohttp
-import msgspec
 
 from mmopd.modality import Encoder
 from mmopd.preflight.check import Check, fail, ok
 from mmopd.preflight.questions import Questions
+from mmopd.preflight.replica_client import ReplicaClient, message_of
 from mmopd.preflight.scores import apart, difference
-from mmopd.records import Encoded
-from mmopd.serving import wire
 from mmopd.serving.endpoint import Endpoint
 from mmopd.serving.wire import ReplyError
 
@@ -89,9 +83,8 @@ class Examination:
         self.checks: list[Check] = []
         self.scores: dict[int, tuple[float, ...]] = {}
         self._asked = asked
-        self._http = http
+        self._client = ReplicaClient(endpoint, http, timeout)
         self._vocabulary = vocabulary
-        self._timeout = timeout
         self._key = key
         self._max_tokens = max_tokens
         self._top_k = top_k
@@ -127,7 +120,7 @@ class Examination:
     async def _reachable(self) -> Check:
         """Check that the server answers, accepts the key, and lists its model."""
         begin = monotonic()
-        status, reply = await self._send("GET", "/v1/models")
+        status, reply = await self._client.send("GET", "/v1/models")
         seconds = monotonic() - begin
         if status in REFUSED:
             env = (
@@ -140,7 +133,7 @@ class Examination:
                 env + ": `api_key_env` names the variable that holds it",
             )
         if status != 200:
-            raise ReplyError("status", f"{status}: {_message(reply)}")
+            raise ReplyError("status", f"{status}: {message_of(reply)}")
         try:
             models = {card["id"]: card for card in json.loads(reply)["data"]}
         except (ValueError, LookupError, TypeError):
@@ -163,7 +156,7 @@ class Examination:
         """
         ids = self._vocabulary.ids
         for chunk, text in self._vocabulary.chunks:
-            found = await self._detokenize(chunk)
+            found = await self._client.detokenize(chunk)
             if found is None:
                 way_out = (
                     "let the gateway forward POST /detokenize; without it, ids that mean something else on the "
@@ -173,7 +166,7 @@ class Examination:
             if found != text:
                 first = await self._first_that_differs(chunk)
                 ours = self._vocabulary.decode([first])
-                theirs = await self._detokenize([first])
+                theirs = await self._client.detokenize([first])
                 return fail(
                     f"id {first} is {ours!r} for the student and {theirs!r} for the server",
                     "scoring uses ids: choose a teacher of the student's model family, with the same tokenizer",
@@ -186,14 +179,14 @@ class Examination:
         high = len(chunk)
         while high - low > 1:
             middle = (low + high) // 2
-            agree = await self._detokenize(chunk[:middle]) == self._vocabulary.decode(chunk[:middle])
+            agree = await self._client.detokenize(chunk[:middle]) == self._vocabulary.decode(chunk[:middle])
             low, high = (middle, high) if agree else (low, middle)
         return chunk[low]
 
     async def _scores_text(self) -> Check:
         """Check that the server returns a log-prob for each token of a short answer to a short question."""
         begin = monotonic()
-        scores = await self._score(self._asked.plain.encoded, self._asked.plain.tokens)
+        scores = await self._client.score(self._asked.plain.encoded, self._asked.plain.tokens)
         seconds = monotonic() - begin
         return ok(f"{len(scores)} tokens in {seconds:.2f} s", seconds=seconds, logprob=sum(scores))
 
@@ -208,7 +201,7 @@ class Examination:
             f"; {one.name} ({one.size}) not asked: {one.tokens:,} tokens" for one in self._asked.sizes if one not in fit
         )
         for one in fit:
-            got = _prompt_ids(await self._generate(self._body(one.encoded, (self._vocabulary.end,))))
+            got = await self._client.prompt_ids(one.encoded, (self._vocabulary.end,))
             expected = one.encoded.expanded
             if got != [*expected, self._vocabulary.end]:
                 theirs = got.count(one.token)
@@ -255,7 +248,7 @@ class Examination:
         if self._images_agree or not longest.prompt.is_visual:
             tokens = random.Random(0).choices(self._vocabulary.legal, k=self._max_tokens)
             try:
-                await self._score(longest, tokens)
+                await self._client.score(longest, tokens)
             except ReplyError as fault:
                 if fault.cause in AWAY:
                     raise
@@ -272,7 +265,7 @@ class Examination:
         k = self._top_k or TOP_K
         plain = self._asked.plain
         try:
-            await self._score(plain.encoded, plain.tokens, k)
+            await self._client.score(plain.encoded, plain.tokens, k)
         except ReplyError as fault:
             if fault.cause in AWAY:
                 raise
@@ -293,7 +286,7 @@ class Examination:
             if self._images_agree or not question.encoded.prompt.is_visual
         }
         first, again = [
-            {i: await self._score(question.encoded, question.tokens) for i, question in questions.items()}
+            {i: await self._client.score(question.encoded, question.tokens) for i, question in questions.items()}
             for _ in range(2)
         ]
         mean, self._noise = apart(first, again)
@@ -319,7 +312,7 @@ class Examination:
         for i in seeing:
             question = self._asked.to_score[i]
             for name, other in question.others.items():
-                scores = await self._score(other, question.tokens)
+                scores = await self._client.score(other, question.tokens)
                 change[name] = max(change[name], apart({0: scores}, {0: self.scores[i]})[1])
         needed = max(self._asked.alive, ALIVE * self._noise)
         found = (
@@ -342,69 +335,3 @@ class Examination:
                 "student's"
             )
         return fail(found, way_out, **numbers)
-
-    async def _detokenize(self, ids: Sequence[int]) -> str | None:
-        """Return the server's text of some ids; None if it has no such route."""
-        body = msgspec.json.encode({"model": self.endpoint.model, "tokens": list(ids)})
-        status, reply = await self._send("POST", "/detokenize", body)
-        if status in (404, 405):
-            return None
-        if status != 200:
-            return f"{status}: {_message(reply)}"  # for example an id that the server does not know
-        try:
-            text: str = msgspec.json.decode(reply, type=dict[str, str])["prompt"]
-        except (msgspec.DecodeError, KeyError):
-            raise ReplyError("malformed", f"no text of ids: {reply[:80]!r}") from None
-        return text
-
-    async def _score(self, encoded: Encoded, tokens: Sequence[int], top_k: int = 0) -> tuple[float, ...]:
-        request_id = uuid.uuid4().hex
-        reply = await self._generate(self._body(encoded, tokens, top_k), request_id)
-        return wire.parse_scored(reply, request_id, encoded.expanded, tokens, top_k).logprobs
-
-    def _body(self, encoded: Encoded, tokens: Sequence[int], top_k: int = 0) -> bytes:
-        return wire.scoring_body(self.endpoint.model, encoded, tokens, top_k)
-
-    async def _generate(self, body: bytes, request_id: str = "preflight") -> bytes:
-        status, reply = await self._send("POST", wire.PATH, body, {wire.REQUEST_ID: request_id})
-        if status != 200:
-            raise ReplyError("status", f"{status}: {_message(reply)}")
-        return reply
-
-    async def _send(
-        self, method: str, path: str, body: bytes | None = None, headers: Mapping[str, str] | None = None
-    ) -> tuple[int, bytes]:
-        headers = {"Content-Type": "application/json", **self.endpoint.headers, **(headers or {})}
-        url = self.endpoint.url.rstrip("/") + path
-        try:
-            async with (
-                asyncio.timeout(self._timeout),
-                self._http.request(
-                    method, url, data=body, headers=headers, allow_redirects=False, proxy=self.endpoint.proxy or None
-                ) as response,
-            ):
-                return response.status, await response.read()
-        except TimeoutError:
-            raise ReplyError("timeout", f"{url}: no answer within {self._timeout:g} s") from None
-        except (aiohttp.ClientError, OSError) as error:
-            raise ReplyError("connection", f"{url}: {type(error).__name__} {error}".rstrip()) from None
-
-
-def _message(reply: bytes) -> str:
-    """Return the message of a server's error, without the JSON around it."""
-    try:
-        text = json.loads(reply)["error"]["message"]
-    except (ValueError, LookupError, TypeError):
-        text = reply.decode(errors="replace")
-    return str(text)[:300]
-
-
-class _Ids(msgspec.Struct):
-    prompt_token_ids: list[int]
-
-
-def _prompt_ids(reply: bytes) -> list[int]:
-    try:
-        return msgspec.json.decode(reply, type=_Ids).prompt_token_ids
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        raise ReplyError("malformed", f"{error}; the reply begins {reply[:80]!r}") from None
