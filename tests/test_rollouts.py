@@ -17,7 +17,7 @@ from mmopd.rollout.sync import FRESH
 from mmopd.runtime.run_folder import RunFolder
 from mmopd.serving import endpoint
 from mmopd.train import distributed
-from mmopd.train.rollouts import Rollouts
+from mmopd.train.loop import open_rollouts
 from mmopd.train.weight_publisher import WeightPublisher
 
 STEP = 5
@@ -69,7 +69,7 @@ async def roll(
     try:
         async with FakeVLLM(encoder) as engine:
             endpoint.save(run.endpoints, [dataclasses.replace(engine.endpoint, name="student", role="student")])
-            async with Rollouts(run, recipe, {}, encoder, ranks) as rollouts:
+            async with open_rollouts(run, recipe, {}, encoder, ranks) as rollouts:
                 publisher = kind(engine)
                 rolling = rollouts.begin(STEP, prompts)
                 if ahead:

@@ -155,7 +155,16 @@ def sample_answers(job: Job, servers: Servers, run: RunFolder, stages: Stages) -
         return
     _, teachers = endpoint.load_by_role(run.endpoints)
     with stages.stage("answers") as stage, answering(servers, run.logs, "a teacher did not answer: "):
-        run_answers(job.recipe, job.sources, teachers, stage)
+        run_answers(
+            job.sources,
+            teachers,
+            stage,
+            student=job.recipe.student,
+            fleet=job.fleet,
+            rollout=job.recipe.rollout,
+            algorithm=job.recipe.algorithm,
+            timeout=job.recipe.train.timeout,
+        )
 
 
 def starting_points(job: Job, servers: Mapping[str, Endpoint]) -> list[Candidate]:
@@ -199,7 +208,7 @@ def finish(run: RunFolder, rows: Sequence[Row], stages: Stages) -> None:
     results.write(run.root)
     with stages.stage("report") as stage:
         write_report(run.root)
-        (run.export / CARD).write_text(model_card(run, run.recipe()))
+        (run.export / CARD).write_text(model_card(run))
         stage.outcome = str(run.report)
     print_results(results, stages.console)
     stages.console.print(f"Model: {run.export}\nReport: {run.report}", highlight=False, markup=False)

@@ -12,7 +12,9 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-from mmopd.config import Fleet, Recipe
+from mmopd.algorithm.base import Objective
+from mmopd.algorithm.settings import Algorithm
+from mmopd.config import Fleet, Rollout, Student
 from mmopd.errors import ConfigError, DataError
 from mmopd.modality import Encoder
 from mmopd.passes.each_row import each_row
@@ -26,7 +28,7 @@ from mmopd.runtime.progress import Stage
 from mmopd.serving.endpoint import Endpoint
 from mmopd.task.load import load_tasks
 from mmopd.task.verifier_pool import VerifierPool
-from mmopd.teacher.router import find_teachers, load_teachers
+from mmopd.teacher.router import find_teachers
 from mmopd.teacher.view import encode_view
 
 
@@ -36,13 +38,12 @@ class Answers(Ledger):
     what = "the teachers' answers"
 
 
-def attempts_of(recipe: Recipe) -> int:
+def attempts_of(objective: Objective) -> int:
     """Return how many answers teachers give to each prompt.
 
     Raises:
-        UserError: the objective uses no teacher answers.
+        ConfigError: the objective uses no teacher answers.
     """
-    objective = recipe.algorithm.objective
     if not objective.teacher_answers():
         raise ConfigError(
             f"algorithm.objective: `{objective.kind}` does not learn from the teachers' own answers; `sft` does"
@@ -50,17 +51,17 @@ def attempts_of(recipe: Recipe) -> int:
     return objective.teacher_answers()
 
 
-def find_answers(recipe: Recipe, sources: Mapping[str, Shards]) -> dict[str, tuple[Path, Origin]]:
+def find_answers(
+    sources: Mapping[str, Shards], *, fleet: Fleet, rollout: Rollout, algorithm: Algorithm
+) -> dict[str, tuple[Path, Origin]]:
     """Return where the answers to each source are kept, and what they are made from.
 
     Raises:
-        UserError: a prompt has no teacher.
+        ConfigError: a prompt has no teacher.
     """
-    rollout = recipe.rollout
-    fleet = load_teachers(recipe.fleet, recipe.algorithm.objective)
     tasks = load_tasks()
     found: dict[str, tuple[Path, Origin]] = {}
-    sampling = {"attempts": attempts_of(recipe)} | rollout.model_dump(
+    sampling = {"attempts": attempts_of(algorithm.objective)} | rollout.model_dump(
         include={"temperature", "top_p", "top_k", "max_tokens"}
     )
     for name, shards in sources.items():
@@ -75,29 +76,53 @@ def find_answers(recipe: Recipe, sources: Mapping[str, Shards]) -> dict[str, tup
             "data": shards.fingerprint,
             "teachers": asked,
             "sampling": sampling,
-            "threshold": recipe.algorithm.outcome_threshold,
+            "threshold": algorithm.outcome_threshold,
         }
         found[name] = ledger_file(shards, "answers", made_from), made_from
     return found
 
 
 def run_answers(
-    recipe: Recipe, sources: Mapping[str, Shards], teachers: Mapping[str, Sequence[Endpoint]], stage: Stage
+    sources: Mapping[str, Shards],
+    teachers: Mapping[str, Sequence[Endpoint]],
+    stage: Stage,
+    *,
+    student: Student,
+    fleet: Fleet,
+    rollout: Rollout,
+    algorithm: Algorithm,
+    timeout: float,
 ) -> None:
     """Let the teachers answer all prompts that have no answers yet.
 
+    Args:
+        teachers: the replicas of each teacher.
+        timeout: seconds for an answer of a teacher.
+
     Raises:
         EngineError: a teacher does not answer; finished answers are kept.
-        UserError: a file cannot be used, or no answer to a source is right.
+        DataError: a file cannot be used, or no answer to a source is right.
     """
     with ExitStack() as stack:
-        files = find_answers(recipe, sources)
+        files = find_answers(sources, fleet=fleet, rollout=rollout, algorithm=algorithm)
         answers = {name: stack.enter_context(Answers(*where)) for name, where in files.items()}
         total = sum(map(len, sources.values()))
         done = sum(map(len, answers.values()))
         stage.total(total, done=done)
         if done < total:
-            asyncio.run(_ask(recipe, sources, answers, teachers, stage))
+            asyncio.run(
+                _ask(
+                    sources,
+                    answers,
+                    teachers,
+                    stage,
+                    student=student,
+                    fleet=fleet,
+                    rollout=rollout,
+                    algorithm=algorithm,
+                    timeout=timeout,
+                )
+            )
         right = {name: sum(len(one[row]) for row in range(len(sources[name]))) for name, one in answers.items()}
         if none := [name for name, n in right.items() if not n]:
             raise DataError(
@@ -105,29 +130,28 @@ def run_answers(
                 "verifier"
             )
         empty = sum(not one[row] for name, one in answers.items() for row in range(len(sources[name])))
-    stage.outcome = (
-        f"{sum(right.values()):,} right answers of {total * attempts_of(recipe):,}, {empty:,} prompts without one"
-    )
+    asked = total * attempts_of(algorithm.objective)
+    stage.outcome = f"{sum(right.values()):,} right answers of {asked:,}, {empty:,} prompts without one"
 
 
 async def _ask(
-    recipe: Recipe,
     sources: Mapping[str, Shards],
     answers: Mapping[str, Answers],
     teachers: Mapping[str, Sequence[Endpoint]],
     stage: Stage,
+    *,
+    student: Student,
+    fleet: Fleet,
+    rollout: Rollout,
+    algorithm: Algorithm,
+    timeout: float,
 ) -> None:
-    rollout = recipe.rollout
-    encoder = Encoder(recipe.student.model)
-    n = attempts_of(recipe)
-    fleet = load_teachers(recipe.fleet, recipe.algorithm.objective)
+    encoder = Encoder(student.model)
+    n = attempts_of(algorithm.objective)
     tasks = load_tasks()
     async with AsyncExitStack() as stack:
         engines = {
-            name: [
-                await stack.enter_async_context(StudentClient(one, encoder, timeout=recipe.train.timeout))
-                for one in replicas
-            ]
+            name: [await stack.enter_async_context(StudentClient(one, encoder, timeout=timeout)) for one in replicas]
             for name, replicas in teachers.items()
         }
         verifiers = stack.enter_context(VerifierPool())
@@ -158,7 +182,7 @@ async def _ask(
                 kept += [
                     [teacher.name, teacher.weight, r.tokens, [round(x, 6) for x in r.logprobs]]
                     for r, outcome in zip(responses, outcomes, strict=True)
-                    if outcome.known and outcome.value >= recipe.algorithm.outcome_threshold
+                    if outcome.known and outcome.value >= algorithm.outcome_threshold
                 ]
             return kept
 
@@ -169,21 +193,33 @@ class Library:
     """Serves the answers as samples of a step.
 
     Raises:
-        UserError: an answer file is missing or cannot be used.
+        ConfigError: a prompt has no teacher.
+        DataError: an answer file is missing or cannot be used.
     """
 
-    def __init__(self, recipe: Recipe, sources: Mapping[str, Shards], encoder: Encoder) -> None:
-        self._recipe = recipe
+    def __init__(
+        self,
+        sources: Mapping[str, Shards],
+        encoder: Encoder,
+        *,
+        fleet: Fleet,
+        rollout: Rollout,
+        algorithm: Algorithm,
+        seed: int,
+    ) -> None:
         self._sources = sources
         self._encoder = encoder
-        self._answers = {name: Answers.read(*where) for name, where in find_answers(recipe, sources).items()}
+        self._group = rollout.group
+        self._seed = seed
+        files = find_answers(sources, fleet=fleet, rollout=rollout, algorithm=algorithm)
+        self._answers = {name: Answers.read(*where) for name, where in files.items()}
 
     def samples(self, number: int, encoded: Encoded, step: int) -> list[Sample]:
         """Return up to G right answers to a prompt, drawn without replacement; empty if its teachers had none."""
         key = encoded.prompt.key
         source = key.rpartition("/")[0]
         found = self._answers[source][self._sources[source].row_of(key)]
-        draw = Random(seed_of(self._recipe.seed, step, key))
+        draw = Random(seed_of(self._seed, step, key))
         return [
             Sample(
                 number,
@@ -197,7 +233,7 @@ class Library:
                 Outcome(1.0),
                 score,
             )
-            for teacher, weight, tokens, logprobs in draw.sample(found, min(self._recipe.rollout.group, len(found)))
+            for teacher, weight, tokens, logprobs in draw.sample(found, min(self._group, len(found)))
             for score in [Score(teacher, tuple(logprobs), weight)]
         ]
 

@@ -6,7 +6,8 @@ from datetime import UTC, datetime
 import yaml
 
 from mmopd import catalog, settings_file
-from mmopd.config import Recipe
+from mmopd.algorithm.base import Objective
+from mmopd.config import Fleet, Mixture
 from mmopd.evaluate import Results
 from mmopd.report.metrics import METRICS, documented, read_lines
 from mmopd.runtime.run_folder import RunFolder
@@ -26,15 +27,15 @@ SHOWN = (
 LAST = 10  # number of last steps over which their mean is taken
 
 
-def model_card(run: RunFolder, recipe: Recipe, step: int | None = None) -> str:
+def model_card(run: RunFolder, step: int | None = None) -> str:
     """Return the card of a run's export in Markdown, with the front matter of model hubs, and with scores if there are
     any.
 
     Args:
         run: the run folder.
-        recipe: its recipe.
         step: number of training steps of the model; None for the final model, which is the one that is evaluated.
     """
+    recipe = run.recipe()
     objective = recipe.algorithm.objective
     train = recipe.train
     steps = read_lines(run.metrics)[:step]
@@ -49,8 +50,8 @@ def model_card(run: RunFolder, recipe: Recipe, step: int | None = None) -> str:
         f"Distilled from `{recipe.student.model}` by mmopd on {datetime.now(UTC):%Y-%m-%d}, with the objective "
         f"`{objective.kind}`: "
         f"{done}, {batch}, {train.dtype}, learning rate {train.lr:g}, seed {recipe.seed}.",
-        _teachers(recipe),
-        _sources(recipe),
+        _teachers(load_teachers(recipe.fleet, objective), objective),
+        _sources(catalog.load_mixture(recipe.mixture)),
         _scores(run) if step is None else "",
         _metrics(steps),
         "## Versions\n\n"
@@ -60,9 +61,8 @@ def model_card(run: RunFolder, recipe: Recipe, step: int | None = None) -> str:
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
-def _teachers(recipe: Recipe) -> str:
-    fleet = load_teachers(recipe.fleet, recipe.algorithm.objective)
-    before = references(fleet, recipe.algorithm.objective)
+def _teachers(fleet: Fleet, objective: Objective) -> str:
+    before = references(fleet, objective)
     routes = {
         name: [f"{route.task}/{route.modality}" for route in fleet.routes if name in route.teachers]
         for name in fleet.teachers
@@ -77,10 +77,9 @@ def _teachers(recipe: Recipe) -> str:
     return "## Teachers\n\n" + "\n".join(lines) if lines else ""
 
 
-def _sources(recipe: Recipe) -> str:
-    sources = catalog.load_mixture(recipe.mixture).sources
+def _sources(mixture: Mixture) -> str:
     return "## Prompts\n\n" + "\n".join(
-        f"- **{name}**: task {source.task}, weight {source.weight:g}" for name, source in sources.items()
+        f"- **{name}**: task {source.task}, weight {source.weight:g}" for name, source in mixture.sources.items()
     )
 
 

@@ -33,7 +33,7 @@ def main() -> int:
                 recipe.student.model, Encoder(recipe.student.model), recipe.train, recipe.algorithm, ranks
             )
             load(trainer, checkpoint)
-            export(trainer, out, model_card(run, recipe, step_of(checkpoint.name)))
+            export(trainer, out, model_card(run, step_of(checkpoint.name)))
     except UserError as error:
         logger.error("%s", error)
         return error.exit_status

@@ -8,7 +8,7 @@ import asyncio
 import threading
 import time
 from collections import Counter
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from statistics import fmean
@@ -20,7 +20,7 @@ from mmopd.config import Recipe
 from mmopd.errors import ServerError
 from mmopd.modality import Encoder
 from mmopd.prompts import difficulty_counts
-from mmopd.prompts.shards import open_mixture
+from mmopd.prompts.shards import Shards, open_mixture
 from mmopd.prompts.tokens import hash_processor
 from mmopd.records import Absent, Encoded, Outcome, Sample
 from mmopd.report.model_card import model_card
@@ -30,6 +30,7 @@ from mmopd.runtime.run_folder import RunFolder
 from mmopd.runtime.watchdog import Watchdog
 from mmopd.serving import endpoint
 from mmopd.task.load import load_tasks
+from mmopd.teacher.router import load_teachers
 from mmopd.train.batch import Batch, build_batch, minibatches
 from mmopd.train.checkpoint import Checkpoints, load
 from mmopd.train.distributed import Ranks
@@ -75,7 +76,7 @@ async def train(
     recorder = (
         Recorder(run, recipe.algorithm, encoder, steps=recipe.train.steps, done=done) if ranks.rank == 0 else None
     )
-    async with Rollouts(run, recipe, stream.sources, encoder, ranks) as rollouts:
+    async with open_rollouts(run, recipe, stream.sources, encoder, ranks) as rollouts:
         weight_publisher = WeightPublisher(
             trainer, rollouts.engines, link, probe_items(list(stream.sources.values()), encoder), in_trainer_thread
         )
@@ -123,7 +124,7 @@ async def train(
                         outcomes_since_checkpoint.clear()
                 if stopping and not last:
                     return
-            export(trainer, run.export, model_card(run, recipe))
+            export(trainer, run.export, model_card(run))
 
 
 def connect_engines(run: RunFolder, recipe: Recipe, ranks: Ranks) -> WeightSync[Any] | None:
@@ -146,6 +147,28 @@ def open_stream(run: RunFolder, recipe: Recipe, encoder: Encoder) -> Stream:
     if recipe.algorithm.difficulty is not None:
         measured = difficulty_counts.load(run.difficulty / difficulty_counts.FILE)
     return Stream(mixture, sources, encoder, prompts=recipe.rollout.prompts, seed=recipe.seed, measured=measured)
+
+
+def open_rollouts(
+    run: RunFolder, recipe: Recipe, sources: Mapping[str, Shards], encoder: Encoder, ranks: Ranks
+) -> Rollouts:
+    """Return the source of a run's samples.
+
+    Raises:
+        ConfigError: a prompt has no teacher, or a teacher has no endpoint.
+        DataError: (SFT) the teachers' answers are missing or cannot be used.
+    """
+    return Rollouts(
+        run,
+        sources,
+        encoder,
+        ranks,
+        fleet=load_teachers(recipe.fleet, recipe.algorithm.objective),
+        rollout=recipe.rollout,
+        algorithm=recipe.algorithm,
+        timeout=recipe.train.timeout,
+        seed=recipe.seed,
+    )
 
 
 def restore(

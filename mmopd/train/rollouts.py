@@ -10,7 +10,8 @@ from itertools import chain
 from types import TracebackType
 from typing import NamedTuple, Self
 
-from mmopd.config import Recipe
+from mmopd.algorithm.settings import Algorithm
+from mmopd.config import Fleet, Rollout
 from mmopd.modality import Encoder
 from mmopd.passes.answers import Library
 from mmopd.prompts.shards import Shards
@@ -22,7 +23,7 @@ from mmopd.serving import endpoint
 from mmopd.task.base import Task
 from mmopd.task.load import load_tasks
 from mmopd.task.verifier_pool import VerifierPool
-from mmopd.teacher.router import load_teachers, references
+from mmopd.teacher.router import references
 from mmopd.teacher.score_cache import ScoreCache
 from mmopd.teacher.scorer import Scorer
 from mmopd.train.distributed import Ranks
@@ -38,22 +39,41 @@ class Rollouts:
         engines: the student's; each serves a share of the groups.
         kept: scores since the last checkpoint.
 
+    Args:
+        fleet: the teachers and routes; empty if the objective needs none.
+        timeout: seconds for an answer of an engine.
+        seed: of the run.
+
     Raises:
-        UserError: a prompt has no teacher, a teacher has no endpoint, or (SFT) the teachers' answers are missing.
+        ConfigError: a prompt has no teacher, or a teacher has no endpoint.
+        DataError: (SFT) the teachers' answers are missing or cannot be used.
     """
 
     def __init__(
-        self, run: RunFolder, recipe: Recipe, sources: Mapping[str, Shards], encoder: Encoder, ranks: Ranks
+        self,
+        run: RunFolder,
+        sources: Mapping[str, Shards],
+        encoder: Encoder,
+        ranks: Ranks,
+        *,
+        fleet: Fleet,
+        rollout: Rollout,
+        algorithm: Algorithm,
+        timeout: float,
+        seed: int,
     ) -> None:
-        self._recipe = recipe
+        self._rollout = rollout
+        self._visual = algorithm.visual
+        self._seed = seed
         self._ranks = ranks
         students, teachers = endpoint.load_by_role(run.endpoints)
         tasks: Mapping[str, Task] = load_tasks()
-        fleet = load_teachers(recipe.fleet, recipe.algorithm.objective)
-        objective = recipe.algorithm.objective
-        self.engines = [StudentClient(student, encoder, timeout=recipe.train.timeout) for student in students]
+        objective = algorithm.objective
+        self.engines = [StudentClient(student, encoder, timeout=timeout) for student in students]
         self.kept = ScoreCache(run.scores, ranks.rank)
-        self._library = Library(recipe, sources, encoder) if objective.teacher_answers() else None
+        self._library = None
+        if objective.teacher_answers():
+            self._library = Library(sources, encoder, fleet=fleet, rollout=rollout, algorithm=algorithm, seed=seed)
         self._scorers: dict[str, Scorer] = {}
         self._counted = Counter[str]()
         self._rolling: Rolling | None = None
@@ -98,7 +118,7 @@ class Rollouts:
             EngineError: an engine is lost permanently, or does not answer as expected.
         """
         version = version_of(rolling.step)
-        excused = self._recipe.rollout.async_steps > 0
+        excused = self._rollout.async_steps > 0
         while (ended := await rolling.end(self._ranks)).failed:
             await rolling.cancel()
             if not excused:
@@ -123,13 +143,12 @@ class Rollouts:
         if self._library is not None:
             samples = [sample for number, encoded in share for sample in self._library.samples(number, encoded, step)]
         else:
-            recipe = self._recipe
             samples = await collect(
                 share,
-                rollout=recipe.rollout,
-                seed=recipe.seed,
+                rollout=self._rollout,
+                seed=self._seed,
                 step=step,
-                visual=recipe.algorithm.visual,
+                visual=self._visual,
                 engines=self.engines,
                 verifiers=self._verifiers,
                 **self._scorers,
