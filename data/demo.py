@@ -66,7 +66,8 @@ def parts(root: Path, stage: Stage) -> list[tuple[str, object, Make]]:
 def make(root: Path, parts: list[tuple[str, object, Make]], stage: Stage) -> None:
     """Make the parts that are missing or out of date."""
     logging.disable_progress_bar()  # of transformers; `stage` shows the progress of the whole
-    key, made = inspect.getsource(world) + inspect.getsource(pretrain), 0
+    key = inspect.getsource(world) + inspect.getsource(pretrain)
+    made = 0
     for name, made_from, how in parts:
         key = hashlib.sha256(repr((key, name, made_from)).encode()).hexdigest()  # covers all earlier parts too
         made += _make(root / name, key, how)

@@ -40,7 +40,9 @@ def prepare(workspace: Path, stage: Stage) -> None:
         ("strong_untrained", SCALE, partial(world.build_student, scale=SCALE)),
         ("strong_teacher", STRONG, partial(demo.learn, STRONG, root / "strong_untrained", stage)),
     ]
-    course, prompts, held_out = demo.TEXT_TEACHER, demo.PROMPTS["additions"], demo.HELD_OUT["additions"]
+    course = demo.TEXT_TEACHER
+    prompts = demo.PROMPTS["additions"]
+    held_out = demo.HELD_OUT["additions"]
     for name, task, own, other in (
         ("small", "additions", is_small, is_large),
         ("large", "large_additions", is_large, is_small),

@@ -50,7 +50,8 @@ def convert(example: dict[str, Any], settings: Settings, task: Task) -> Prompt |
 def unit_tests(given: Any) -> str:
     """Return the tests as JSON, as published, after checking that they are tests."""
     tests = json.loads(given) if isinstance(given, str) else given
-    inputs, outputs = tests.get("inputs"), tests.get("outputs")
+    inputs = tests.get("inputs")
+    outputs = tests.get("outputs")
     if not (isinstance(inputs, list) and isinstance(outputs, list) and len(inputs) == len(outputs) > 0):
         raise RowError("no tests", f"inputs and outputs of the same number are needed, and there are {list(tests)}")
     kept = {key: tests[key] for key in ("fn_name", "inputs", "outputs") if tests.get(key) is not None}

@@ -138,7 +138,8 @@ def read(config: Mapping[str, Any]) -> tuple[dict[str, Shape], SimpleNamespace, 
     inner = config.get("text_config") if known.vision is not None else None
     text = SimpleNamespace(**{**known.text, **(config if inner is None else inner)})  # older configurations are flat
     _complete(text, known.qwen2)
-    vision, prefix = None, "model"
+    vision = None
+    prefix = "model"
     found: dict[str, Shape] = {}
     if known.vision is not None:
         vision = SimpleNamespace(**{**known.vision, **(config.get("vision_config") or {})})
@@ -188,7 +189,8 @@ def _gated(name: str, hidden: int, inner: int, *, bias: bool = False) -> Shapes:
 
 
 def _language(text: SimpleNamespace, prefix: str, qwen2: bool) -> Shapes:
-    hidden, kinds = text.hidden_size, getattr(text, "layer_types", None)
+    hidden = text.hidden_size
+    kinds = getattr(text, "layer_types", None)
     yield f"{prefix}.embed_tokens.weight", Shape((text.vocab_size, hidden))
     for i in range(text.num_hidden_layers):
         layer = f"{prefix}.layers.{i}"
@@ -219,7 +221,8 @@ def _attention(
     gate: bool = False,
 ) -> Shapes:
     """Yield the parameters of attention; with `gate` the query projection also yields a gate of the same width."""
-    hidden, query = text.hidden_size, text.num_attention_heads * text.head_dim
+    hidden = text.hidden_size
+    query = text.num_attention_heads * text.head_dim
     key = text.num_key_value_heads * text.head_dim
     yield from _linear(f"{name}.q_proj", query * (1 + gate), hidden, bias=bias)
     yield from _linear(f"{name}.k_proj", key, hidden, bias=bias)
@@ -232,8 +235,10 @@ def _attention(
 
 def _delta_net(name: str, text: SimpleNamespace) -> Shapes:
     """Yield the parameters of a gated delta net."""
-    hidden, heads = text.hidden_size, text.linear_num_value_heads
-    key, value = text.linear_num_key_heads * text.linear_key_head_dim, heads * text.linear_value_head_dim
+    hidden = text.hidden_size
+    heads = text.linear_num_value_heads
+    key = text.linear_num_key_heads * text.linear_key_head_dim
+    value = heads * text.linear_value_head_dim
     mixed = 2 * key + value
     yield f"{name}.dt_bias", Shape((heads,))
     yield f"{name}.A_log", Shape((heads,))
@@ -248,7 +253,9 @@ def _delta_net(name: str, text: SimpleNamespace) -> Shapes:
 
 def _experts(name: str, text: SimpleNamespace) -> Shapes:
     """Yield the parameters of a mixture of experts, whose weights are fused; the router is not a linear layer."""
-    hidden, inner, number = text.hidden_size, text.moe_intermediate_size, text.num_experts
+    hidden = text.hidden_size
+    inner = text.moe_intermediate_size
+    number = text.num_experts
     yield f"{name}.gate.weight", Shape((number, hidden))
     yield f"{name}.experts.gate_up_proj", Shape((number, 2 * inner, hidden))
     yield f"{name}.experts.down_proj", Shape((number, hidden, inner))

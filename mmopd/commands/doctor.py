@@ -139,7 +139,8 @@ def repeatable() -> Check:
     from mmopd.config import Engine
     from mmopd.serving.repeatable import MKL, holds, kernels
 
-    engine, gpu = Engine(), bool(gpu_names())
+    engine = Engine()
+    gpu = bool(gpu_names())
     found = kernels(engine, gpu=gpu)
     if holds(engine, gpu=gpu):
         return Check("repeatable", "ok", found)

@@ -28,7 +28,8 @@ PAGES: dict[str, tuple[type[BaseModel], str]] = {
     "suite": (Suite, "eval/*.yaml"),
     "comparison": (Comparison, "recipes/compare_*.yaml"),
 }
-NAME, NUMBER = "NAME", "N"  # in paths: a name that the file chooses, a position in a list
+NAME = "NAME"  # in a path: a name that the file chooses
+NUMBER = "N"  # in a path: a position in a list
 WORDS = {int: "whole number", float: "number", str: "text", bool: "true or false", Path: "path", Any: "any value"}
 BOUNDS = {Ge: ("ge", "≥"), Gt: ("gt", ">"), Le: ("le", "≤"), Lt: ("lt", "<")}
 HEADER = "<!-- Written by `python -m mmopd.commands.reference`; a test compares it with the models. -->"
@@ -192,7 +193,8 @@ def _models(annotation: Any) -> Iterator[tuple[tuple[str, ...], type[BaseModel]]
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         yield (), annotation
         return
-    origin, inner = get_origin(annotation), get_args(annotation)
+    origin = get_origin(annotation)
+    inner = get_args(annotation)
     if origin is Annotated:
         inner = inner[:1]
     below = (NUMBER,) if origin is tuple else (NAME,) if _is_mapping(origin) else ()
@@ -207,7 +209,8 @@ def _is_mapping(origin: Any) -> bool:
 
 def _words(annotation: Any, metadata: Sequence[Any] = ()) -> str:
     """Return a type and its range in words."""
-    origin, inner = get_origin(annotation), get_args(annotation)
+    origin = get_origin(annotation)
+    inner = get_args(annotation)
     if origin is Annotated:
         return _words(inner[0], [*_flat(inner[1:]), *metadata])
     ranges = "".join(f", {sign} {getattr(bound, name):g}" for bound, name, sign in _bounds(metadata))

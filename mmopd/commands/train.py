@@ -102,7 +102,8 @@ def say_kernels(engines: Sequence[Engine], run: RunFolder, console: Console) -> 
     """
     gpu = torch.cuda.is_available()
     now = " and ".join(sorted({repeatable.kernels(engine, gpu=gpu) for engine in engines}))
-    resumed, before = bool(read_lines(run.metrics)), run.note_kernels(now)
+    resumed = bool(read_lines(run.metrics))
+    before = run.note_kernels(now)
     if resumed and before:
         said = (
             f"engines compute with {now}, and before the resume with {before}: "

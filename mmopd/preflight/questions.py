@@ -28,10 +28,8 @@ SHOWN = 4  # prompts of each source that are scored with a response
 CHARACTERS = 3  # approximate characters of a token; used only to rank prompts before they are encoded
 # (Tolerance of log-probs that should be equal, as the mean over a response; least change of a log-prob by another
 # image). PRECISE is for a server that computes in float32, COARSE for 16 bits or an unknown dtype.
-PRECISE, COARSE = (
-    (1e-4, 1e-2),
-    (5e-2, 0.25),
-)
+PRECISE = (1e-4, 1e-2)
+COARSE = (5e-2, 0.25)
 BAD_ROW = (UserError, ValueError, OSError)  # a row that cannot be read or shown; OSError: pixels that do not decode
 
 
@@ -61,7 +59,8 @@ def look(sources: Mapping[str, Sequence[Prompt]], encoder: Encoder) -> list[Kind
         typical = set(range(0, len(shards), ceil(len(shards) / SHOWN)))
         counted = _counted(shards)
         largest = counted if counted else range(0, len(shards), ceil(len(shards) / LOOKED_AT))
-        rows, unreadable = sorted({*typical, *largest}), 0
+        rows = sorted({*typical, *largest})
+        unreadable = 0
         here: dict[tuple[str, str], list[tuple[int, int, Prompt]]] = {}  # the largest rows of this source so far
         for row in rows:
             try:
@@ -71,7 +70,8 @@ def look(sources: Mapping[str, Sequence[Prompt]], encoder: Encoder) -> list[Kind
                 unreadable += 1
                 continue
             key = (prompt.task, prompt.modality)
-            kind, heap = kinds.setdefault(key, Kind(*key)), here.setdefault(key, [])
+            kind = kinds.setdefault(key, Kind(*key))
+            heap = here.setdefault(key, [])
             kind.rows += 1
             if row in typical or not kind.shown:
                 kind.shown.append(prompt)

@@ -67,7 +67,8 @@ def read(settings: SourceSettings, columns: Iterable[str] | None = None) -> Exam
     Raises:
         UserError: no such file or folder exists and the hub cannot be reached, or a file cannot be read.
     """
-    path, wanted = Path(settings.data), None if columns is None else {name.partition(".")[0] for name in columns}
+    path = Path(settings.data)
+    wanted = None if columns is None else {name.partition(".")[0] for name in columns}
     if (path / "dataset_info.json").is_file() or (path / "dataset_dict.json").is_file() or not path.exists():
         found = _hub(settings, path if path.exists() else None, wanted)
     else:

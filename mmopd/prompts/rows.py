@@ -31,7 +31,8 @@ class RowError(DataError):
 
     def __init__(self, cause: str, detail: str) -> None:
         super().__init__(cause, detail)
-        self.cause, self.detail = cause, detail
+        self.cause = cause
+        self.detail = detail
 
     def __str__(self) -> str:
         return self.detail
@@ -82,7 +83,8 @@ def _check_parts(row: Prompt) -> None:
     if unknown := sorted(set(row.others) - set(MEDIA)):
         raise RowError("unknown medium", f"it has {unknown[0]!r}; known media are {', '.join(MEDIA)}")
     for name, medium in MEDIA.items():
-        n, what = len(row.items(name)), medium.items
+        n = len(row.items(name))
+        what = medium.items
         if (placeholders := count_parts(row.messages, name)) != n:
             raise RowError(f"{what} do not match", f"{placeholders} {name} parts in its messages, and {n} {what}")
     for name, medium in MEDIA.items():
@@ -129,7 +131,8 @@ def _split(
     if first < 0:
         said = " and ".join(f"{sum(counts[name])} {MEDIA[name].files}" for name in counts)
         raise ValueError(f"it has {len(files)} files, and its json says {said}")
-    others, at = {}, first
+    others = {}
+    at = first
     for name, each in counts.items():
         others[name] = tuple(tuple(files[a:b]) for a, b in pairwise(accumulate(each, initial=at)))
         at += sum(each)

@@ -61,7 +61,8 @@ def to_file(path: Path, process: str) -> Iterator[None]:
     """Append the log of this block to a file, and the exception that ends the block."""
     handler = logging.FileHandler(path)
     handler.setFormatter(Lines(process))
-    root, ours = logging.getLogger(), logging.getLogger(OURS)
+    root = logging.getLogger()
+    ours = logging.getLogger(OURS)
     before = ours.level
     ours.setLevel(logging.INFO)
     root.addHandler(handler)

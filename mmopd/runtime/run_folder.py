@@ -28,7 +28,8 @@ PACKAGES = [
     "numpy",
 ]
 
-ENGINES, THEN = "engines", "; then "  # in the versions: kernels of the servers, and those after a resume
+ENGINES = "engines"  # in the versions: kernels of the servers
+THEN = "; then "  # in the versions: before the kernels after a resume
 
 
 class RunFolder:

@@ -14,7 +14,8 @@ from pathlib import Path
 
 from mmopd.config import Engine
 
-MKL, BATCH_INVARIANT = "MKL_CBWR", "VLLM_BATCH_INVARIANT"
+MKL = "MKL_CBWR"
+BATCH_INVARIANT = "VLLM_BATCH_INVARIANT"
 INTEL = "GenuineIntel"
 AVX512 = {"avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"}  # what MKL's AVX-512 branch needs
 WIDEST = ("amx_tile", "avx512_bf16", "avx512f", "avx2")  # by which vLLM, oneDNN and torch choose among their kernels

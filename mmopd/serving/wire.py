@@ -37,7 +37,10 @@ class ReplyError(Exception):
 
     def __init__(self, cause: str, detail: str, *, transient: bool = False, pause: float = 0.0) -> None:
         super().__init__(f"{cause}: {detail}")
-        self.cause, self.detail, self.transient, self.pause = cause, detail, transient, pause
+        self.cause = cause
+        self.detail = detail
+        self.transient = transient
+        self.pause = pause
 
 
 @dataclass(frozen=True, slots=True)

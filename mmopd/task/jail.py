@@ -114,7 +114,8 @@ def shut_in() -> None:
 
 def _own_users(proc: int, flags: int) -> None:
     """Enter a new user namespace, in which only this user exists, under the name of nobody."""
-    user, group = os.geteuid(), os.getegid()
+    user = os.geteuid()
+    group = os.getegid()
     check("prctl", DUMPABLE, 1, 0, 0, 0)  # after a change of user, /proc/self would be root's
     check("unshare", flags)
     for name, text in (("setgroups", "deny"), ("uid_map", f"{NOBODY} {user} 1"), ("gid_map", f"{NOBODY} {group} 1")):

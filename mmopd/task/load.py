@@ -23,5 +23,6 @@ def load_tasks(workspace: Path | None = None) -> dict[str, Task]:
             raise ConfigError(f"{path}: it defines no `task = Task(name=..., modality=..., verify=...)`")
         if task.name in tasks:
             raise ConfigError(f"{path}: its task is named {task.name!r}, as is that of {origin[task.name]}; rename one")
-        tasks[task.name], origin[task.name] = task, path
+        tasks[task.name] = task
+        origin[task.name] = path
     return tasks

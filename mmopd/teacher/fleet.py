@@ -53,7 +53,8 @@ def serve_fleet(
     Raises:
         UserError: same cases as `running_elsewhere`, `to_specs` and `serve`.
     """
-    elsewhere, known = list(elsewhere), {endpoint.teacher for endpoint in elsewhere}
+    elsewhere = list(elsewhere)
+    known = {endpoint.teacher for endpoint in elsewhere}
     for name, teacher in fleet.teachers.items():
         if name not in known:
             elsewhere += [

@@ -98,7 +98,8 @@ def _budget(own: PixelPolicy, view: View) -> PixelPolicy | None:
     """Return the student's budget with the bounds of the view; a missing bound is moved if it conflicts with the given
     one.
     """
-    low, high = view.min_pixels, view.max_pixels
+    low = view.min_pixels
+    high = view.max_pixels
     if low is None and high is None:
         return None
     return replace(

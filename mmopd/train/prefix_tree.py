@@ -172,7 +172,8 @@ def with_key_index(attend: Callable[..., Any]) -> Callable[..., Any]:
         **named: Any,
     ) -> Any:
         if key_index is not None:  # [1, heads, W, D] -> [1, heads, keys, D]
-            key, value = key.index_select(2, key_index), value.index_select(2, key_index)
+            key = key.index_select(2, key_index)
+            value = value.index_select(2, key_index)
         return attend(module, query, key, value, *rest, **named)
 
     return attend_by_index
