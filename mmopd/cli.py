@@ -15,6 +15,7 @@ from mmopd import __version__
 from mmopd.commands import files
 from mmopd.commands.options import EndpointsOption, HostOption, Overrides, RecipeArgument, RunOption, console
 from mmopd.errors import UserError
+from mmopd.runtime import python
 
 app = typer.Typer(
     help="Distil a Qwen-VL student from several teachers, on its own rollouts, over text and images.",
@@ -32,6 +33,7 @@ def main() -> None:
     exception, so that its children are stopped.
     """
     signal.signal(signal.SIGTERM, _terminate)
+    os.environ.update(python.environment())
     # Plug-ins of pydantic watch validation; to look for them, it reads the metadata of every installed package.
     os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")
     try:

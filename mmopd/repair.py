@@ -69,7 +69,8 @@ def is_cpu_torch() -> bool:
 
 def imports(module: str) -> bool:
     """Return true if `module` imports in a fresh interpreter."""
-    return subprocess.run([sys.executable, "-c", f"import {module}"], check=False, capture_output=True).returncode == 0
+    command = [sys.executable, "-P", "-c", f"import {module}"]  # -P: nothing from the current folder
+    return subprocess.run(command, check=False, capture_output=True).returncode == 0
 
 
 def torchvision_loads() -> bool:
@@ -111,7 +112,7 @@ def _remove_sound_and_video() -> list[str]:
         raise UserError(
             f"{sys.prefix}: {' and '.join(broken)} do not load, and this environment has no pip: uninstall them by hand"
         )
-    subprocess.run([sys.executable, "-m", "pip", "uninstall", "--quiet", "--yes", *broken], check=True)
+    subprocess.run([sys.executable, "-P", "-m", "pip", "uninstall", "--quiet", "--yes", *broken], check=True)
     return [f"uninstalled {' and '.join(broken)} (CUDA builds with a CPU torch)"]
 
 

@@ -94,7 +94,7 @@ def test_only_what_does_not_import_is_uninstalled(environment, monkeypatch):
     environment.update(torchvision=True, torchaudio=False, torchcodec=True)
     monkeypatch.setattr(repair.subprocess, "run", lambda command, **_: commands.append(command))
     assert "torchaudio" in repair.repair()[0]
-    assert commands == [[sys.executable, "-m", "pip", "uninstall", "--quiet", "--yes", "torchaudio"]]
+    assert commands == [[sys.executable, "-P", "-m", "pip", "uninstall", "--quiet", "--yes", "torchaudio"]]
 
 
 def test_without_pip_it_says_what_to_uninstall(environment, monkeypatch):

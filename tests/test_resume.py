@@ -135,7 +135,7 @@ def crashed(stopped: tuple[RunFolder, str, float], workspace: Path) -> tuple[Run
 def is_rank(process: psutil.Process, rank: int, mark: str) -> bool:
     """Return whether a process is that training rank of the run with this mark, and not its guard."""
     command, env = process.info["cmdline"] or [], process.info["environ"] or {}
-    return command[1:3] == ["-m", "mmopd.train.rank"] and (env.get("RANK"), env.get(MARK)) == (str(rank), mark)
+    return command[1:4] == ["-P", "-m", "mmopd.train.rank"] and (env.get("RANK"), env.get(MARK)) == (str(rank), mark)
 
 
 def test_a_rank_that_is_killed_ends_the_run_and_is_named(crashed: tuple[RunFolder, int, str]) -> None:

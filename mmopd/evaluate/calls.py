@@ -10,21 +10,20 @@ import signal
 import sys
 import threading
 from collections.abc import Mapping, Sequence
-from multiprocessing import forkserver
 from multiprocessing.connection import wait
-from multiprocessing.context import ForkServerProcess
+from multiprocessing.context import ForkServerContext, ForkServerProcess
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+from mmopd.runtime.python import fork_server
+
 PRELOAD = [f"{__package__}.preload"]
-_CONTEXT = multiprocessing.get_context("forkserver")
 
 
-def warm_up() -> None:
+def warm_up() -> ForkServerContext:
     """Start the import in a process of its own, which ends with this thread; a later call finds the import done."""
-    _CONTEXT.set_forkserver_preload(PRELOAD)
-    forkserver.ensure_running()
+    return fork_server(PRELOAD)
 
 
 class Calls:
@@ -36,7 +35,7 @@ class Calls:
         self._stopped = False
 
     def __enter__(self) -> Self:
-        warm_up()
+        self._context = warm_up()
         return self
 
     def __exit__(
@@ -64,7 +63,7 @@ class Calls:
         Raises:
             RuntimeError: the block has ended already.
         """
-        process = _CONTEXT.Process(
+        process = self._context.Process(
             target=_call, args=(list(arguments), str(log.absolute()), dict(env), offline, Path.cwd())
         )
         with self._changing:

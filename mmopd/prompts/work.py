@@ -10,7 +10,6 @@ from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import chain, islice
-from multiprocessing import get_context
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -21,6 +20,7 @@ from mmopd.prompts.convert import SourceSettings
 from mmopd.prompts.rows import RowError, pack
 from mmopd.prompts.tokens import TokenCounter
 from mmopd.records import Prompt
+from mmopd.runtime.python import fork_server
 from mmopd.task import Task
 from mmopd.task.base import unverified
 from mmopd.task.load import load_tasks
@@ -84,8 +84,7 @@ def convert_all(job: Job, examples: Iterator[tuple[int, Any]], workers: int) -> 
     if workers == 1:
         yield from chain.from_iterable(_convert(job, chunk) for chunk in chunks)
         return
-    context = get_context("forkserver")
-    context.set_forkserver_preload([__name__])  # the imports take seconds; once for all workers
+    context = fork_server([__name__])  # the imports take seconds; once for all workers
     pool = ProcessPoolExecutor(workers, context, _begin)
     waiting: deque[tuple[int, Future[list[Packed | Left | None]]]] = deque()  # (number of its first example, chunk)
     try:

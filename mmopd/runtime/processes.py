@@ -35,18 +35,20 @@ class Child:
     Args:
         name: for messages.
         argv: the command.
-        env: added to the environment of this process.
+        env: added to the environment of this process and that of `mmopd.runtime.python`.
         log: file to append to; its folder must exist.
     """
 
     def __init__(self, name: str, argv: Sequence[str], env: Mapping[str, str], log: Path) -> None:
+        from mmopd.runtime import python  # the guards run this file, and find no package
+
         self.name = name
         self.log = log
         guard = [sys.executable, "-I", "-S", __file__, str(os.getpid()), *argv]
         with log.open("ab") as out:
             self._guard = subprocess.Popen(
                 guard,
-                env={**os.environ, **env},
+                env={**os.environ, **python.environment(), **env},
                 stdin=subprocess.DEVNULL,
                 stdout=out,
                 stderr=out,

@@ -5,13 +5,13 @@ import math
 import os
 import signal
 import socket
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from mmopd.errors import KINDS, UserError, kind_of
+from mmopd.runtime import python
 from mmopd.runtime.network import HOST, free_port
 from mmopd.runtime.processes import Child, Children
 from mmopd.runtime.watchdog import HUNG, LAST, LATER, LEFT, TOGETHER, WAITED, pulse_of
@@ -138,7 +138,7 @@ def start_ranks(
     return [
         children.start(
             f"{name}{n}",
-            [sys.executable, "-m", *what],
+            python.command("-m", *what),
             logs / f"{name}{n}.log",
             env | {"RANK": str(n), "LOCAL_RANK": str(n)},
         )

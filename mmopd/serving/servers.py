@@ -11,7 +11,6 @@ import os
 import re
 import secrets
 import socket
-import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -20,6 +19,7 @@ from datetime import datetime
 from pathlib import Path
 
 from mmopd.errors import CheckpointError, ConfigError, ServerError
+from mmopd.runtime import python
 from mmopd.runtime.http import client
 from mmopd.runtime.logs import message_of
 from mmopd.runtime.network import HOST, local
@@ -155,7 +155,8 @@ class _Supervisor:
 
     def __init__(self, group: list[Server], children: Children, logs: Path, key: str, preload: bool) -> None:
         name = "servers" if preload else f"{group[0]['name']}.supervisor"
-        command = [sys.executable, "-m", "mmopd.serving.supervisor", *["--preload"] * preload, json.dumps(group)]
+        flags = ["--preload"] * preload
+        command = python.command("-m", "mmopd.serving.supervisor", *flags, json.dumps(group))
         log = log_of(logs, name)
         self._heard = log.stat().st_size if log.is_file() else 0  # bytes; skips the messages of an earlier run
         self._pid: int | None = None

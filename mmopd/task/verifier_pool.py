@@ -8,10 +8,10 @@ with a reason, never a wrong one.
 import asyncio
 import json
 import math
+import os
 import queue
 import select
 import subprocess
-import sys
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -19,6 +19,7 @@ from typing import Self
 
 from mmopd.errors import ConfigError
 from mmopd.records import UNKNOWN, Outcome
+from mmopd.runtime import python
 from mmopd.settings_file import suggest
 from mmopd.task.base import Task
 from mmopd.task.load import load_tasks
@@ -87,7 +88,8 @@ class _Worker:
     """One process of `mmopd.task.verifier_worker`; questions and answers are lines of JSON."""
 
     def __init__(self, workspace: Path | None) -> None:
-        self._command = [sys.executable, "-m", "mmopd.task.verifier_worker", *([str(workspace)] if workspace else [])]
+        where = [str(workspace)] if workspace else []
+        self._command = python.command("-m", "mmopd.task.verifier_worker", *where)
         self._process: subprocess.Popen[bytes] | None = None
         self._closing = False
 
@@ -123,7 +125,9 @@ class _Worker:
     def _start(self) -> None:
         if self._closing:
             raise RuntimeError("the pool is closed")
-        self._process = subprocess.Popen(self._command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        self._process = subprocess.Popen(
+            self._command, env=os.environ | python.environment(), stdin=subprocess.PIPE, stdout=subprocess.PIPE
+        )
         try:
             self._exchange(b"", START)
         except (TimeoutError, EOFError):

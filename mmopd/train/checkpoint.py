@@ -11,7 +11,6 @@ import os
 import random
 import shutil
 import subprocess
-import sys
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -21,6 +20,7 @@ import numpy as np
 import torch
 
 from mmopd.errors import CheckpointError
+from mmopd.runtime import python
 from mmopd.train.distributed import Ranks
 from mmopd.train.trainer import Trainer
 
@@ -189,9 +189,9 @@ def _load_resized(trainer: Trainer, path: Path) -> None:
         for left in path.parent.glob(".step-*.resized"):  # left by a conversion that was interrupted
             shutil.rmtree(left, ignore_errors=True)
         universal.mkdir()
-        command = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal"]
         folders = ["--input_folder", str(path / ZERO), "--output_folder", str(universal / ZERO)]
-        converter = subprocess.Popen([*command, *folders], stdout=subprocess.DEVNULL)
+        command = python.command("-m", "deepspeed.checkpoint.ds_to_universal", *folders)
+        converter = subprocess.Popen(command, env=os.environ | python.environment(), stdout=subprocess.DEVNULL)
     # All ranks poll, so that no collective waits longer than the timeout of the process group.
     while not any(ranks.all_max([converter is not None and converter.poll() is not None])):
         time.sleep(0.2)

@@ -1,0 +1,52 @@
+"""Python processes that import nothing from the folder in which they are started.
+
+`python -m` and `python -c` look for modules in the current folder first. A `random.py` or `types.py` that a user keeps
+there would be run by servers, ranks and verifiers. Every Python process of mmopd is started by way of this module, and
+what it starts in turn inherits the environment. Plug-ins are loaded by their path.
+"""
+
+import os
+import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from multiprocessing.context import ForkServerContext
+
+SAFE_PATH = "PYTHONSAFEPATH"
+
+
+def command(*arguments: str) -> list[str]:
+    """Return the command of a Python process; it needs `environment`, too."""
+    return [sys.executable, "-P", *arguments]
+
+
+def environment() -> dict[str, str]:
+    """Return the variables that hold for a Python process and for all that it starts.
+
+    What it prints is UTF-8 in any locale, since mmopd reads it from logs.
+    """
+    found = {SAFE_PATH: "1", "PYTHONIOENCODING": "utf-8:backslashreplace"}
+    if path := os.environ.get("PYTHONPATH"):
+        # An empty entry, as in `/some/modules:`, means the current folder.
+        found["PYTHONPATH"] = os.pathsep.join(filter(None, path.split(os.pathsep)))
+    return found
+
+
+def fork_server(preload: Sequence[str]) -> "ForkServerContext":
+    """Return a context whose processes are forked from one that has imported the modules `preload`."""
+    import multiprocessing
+    from multiprocessing import forkserver
+
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(list(preload))
+    before = {name: os.environ.get(name) for name in environment()}
+    os.environ.update(environment())  # the process, and the resource tracker before it, take it from here
+    try:
+        forkserver.ensure_running()
+    finally:
+        for name, value in before.items():
+            os.environ[name] = value or ""
+            if value is None:
+                del os.environ[name]
+    return context
