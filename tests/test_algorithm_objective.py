@@ -7,8 +7,10 @@ import torch
 from annotations import unchecked
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jaxtyping import TypeCheckError
 
 from mmopd.algorithm import balance_online, clipped_loss, margin_mask, margin_shift, opd
+from mmopd.algorithm.objectives import OBJECTIVES
 from mmopd.algorithm.settings import Algorithm, Balance, Margin
 
 NAN = float("nan")
@@ -306,3 +308,14 @@ def test_sums_over_no_tokens_are_float64():
     assert out.log_ratio is not None
     assert out.log_ratio.dtype == torch.float64
     assert out.log_ratio.tolist() == [0.0, 0.0]
+
+
+@pytest.mark.parametrize("kind", OBJECTIVES)
+def test_annotations_of_every_objective_are_checked(kind):
+    objective = Algorithm.model_validate(
+        {"objective": {"kind": kind} | ({"reference": "base"} if kind == "exopd" else {})}
+    ).objective
+    with pytest.raises(TypeCheckError):
+        objective.targets("no step")
+    with pytest.raises(TypeCheckError):
+        objective.loss("no tokens", Algorithm())
