@@ -33,7 +33,7 @@ def read(cls: type[C], path: Path, overrides: Iterable[str] = ()) -> C:
     """Load a YAML file as `cls`, with `key.path=value` overrides.
 
     Raises:
-        UserError: the file is missing or not YAML, a key is unknown, or a value does not fit; names the file and the
+        ConfigError: the file is missing or not YAML, a key is unknown, or a value does not fit; names the file and the
             key.
     """
     try:
@@ -66,7 +66,7 @@ def build(cls: type[C], data: dict[str, Any], where: str, overrides: Iterable[st
         overrides: settings to change.
 
     Raises:
-        UserError: a key is unknown, or a value does not fit; the message names the key.
+        ConfigError: a key is unknown, or a value does not fit; the message names the key.
     """
     for override in overrides:
         _set(data, override)

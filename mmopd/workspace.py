@@ -21,7 +21,7 @@ def find(name: str | Path, workspace: Path | None = None) -> Path:
     """Return the file for `KIND/NAME`, or for any other path that exists.
 
     Raises:
-        UserError: there is no such file; the message suggests a known name.
+        ConfigError: there is no such file; the message suggests a known name.
     """
     roots = (workspace or Path.cwd(), shipped())
     for root in roots:
@@ -37,7 +37,7 @@ def load_module(path: Path) -> ModuleType:
     """Run a `.py` file of the catalogue, which is not a package.
 
     Raises:
-        UserError: the file raises an exception; the message names the file and the line.
+        ConfigError: the file raises an exception; the message names the file and the line.
     """
     name = f"mmopd_catalog_{path.parent.name}_{path.stem}"
     spec = importlib.util.spec_from_file_location(name, path)

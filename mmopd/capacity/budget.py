@@ -75,7 +75,8 @@ def budget(recipe: Recipe, machines: Machines, *, response: int | None = None, e
         elsewhere: true if the teachers run on other machines, started by `mmopd serve`.
 
     Raises:
-        UserError: a file or a config.json is missing or wrong, or the recipe trains nothing.
+        CheckpointError: a config.json is missing or wrong.
+        ConfigError: a file of the catalogue is missing or wrong, or the recipe trains nothing.
     """
     objective = recipe.algorithm.objective
     if not objective.trains:
@@ -118,7 +119,7 @@ def largest(recipe: Recipe, mixture: Mixture, tasks: Mapping[str, Task], servers
     A source without a limit uses the contexts of the servers.
 
     Raises:
-        UserError: a source has an unknown task.
+        ConfigError: a source has an unknown task.
     """
     free = min(server.engine.max_model_len - server.scores for server in servers) - recipe.rollout.max_tokens
     tower = servers[0].model.vision

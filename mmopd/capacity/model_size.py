@@ -117,7 +117,7 @@ def read_model(folder: Path, train: Train | None = None) -> Model:
         train: `train` of the recipe, for a student: its frozen parts and adapters.
 
     Raises:
-        UserError: there is no config.json, or no model can be built from it.
+        CheckpointError: there is no config.json, or no model can be built from it.
     """
     path = folder / "config.json"
     if not path.is_file():

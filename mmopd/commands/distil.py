@@ -77,7 +77,8 @@ def extrapolate(job: Job, run: RunFolder, children: Children, servers: Servers, 
     """Run ExPO in place of `distil`: merge the teachers into the export folder, and send the weights to the engine.
 
     Raises:
-        UserError: a teacher's weights are not on this machine, or do not have the student's architecture.
+        ConfigError: a teacher's weights are not on this machine.
+        CheckpointError: they do not have the student's architecture.
     """
     if elsewhere := [
         name for name, teacher in job.fleet.teachers.items() if teacher.model is None or teacher.adapter is not None

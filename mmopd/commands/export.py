@@ -28,7 +28,8 @@ def export_checkpoint(
             the training.
 
     Raises:
-        UserError: there is no such checkpoint, a file of it has changed since it was saved, or the folder exists.
+        CheckpointError: there is no such checkpoint, or a file of it has changed since it was saved.
+        UserError: the folder exists.
     """
     recipe = run.recipe()
     there = {step_of(path.name): path for path in Checkpoints(run.checkpoints, 1).whole()}

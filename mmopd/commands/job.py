@@ -126,7 +126,8 @@ def prove(job: Job, servers: Servers, run: RunFolder, stages: Stages) -> list[Ch
     """Run the preflight of each replica of each teacher, and save the checks in the run folder.
 
     Raises:
-        UserError: the student's engine ended, with the last lines of its log; or no row of a source can be read.
+        ServerError: the student's engine ended; the message has the last lines of its log.
+        DataError: no row of a source can be read.
     """
     max_tokens = job.recipe.rollout.max_tokens
     encoder = Encoder(job.recipe.student.model)
@@ -169,7 +170,7 @@ def give(run: RunFolder, model: Path, version: str) -> None:
     """Send the weights of a folder to the student's engines.
 
     Raises:
-        UserError: an engine does not accept them.
+        ServerError: an engine does not accept them.
     """
     students, _ = endpoint.load_by_role(run.endpoints)
     try:

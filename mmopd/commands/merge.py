@@ -91,7 +91,8 @@ def merge(base: Path, teachers: Mapping[Path, float], alpha: float, out: Path, s
         stage: where the progress is shown.
 
     Raises:
-        UserError: a folder has no model or another architecture, a weight is not a positive number, or `out` exists.
+        CheckpointError: a folder has no model, or one of another architecture.
+        UserError: a weight is not a positive number, or `out` exists.
     """
     if not teachers or any(not weight > 0 for weight in teachers.values()):
         raise UserError("merge needs teachers, each with a weight above 0: /models/math=1 /models/code=2")

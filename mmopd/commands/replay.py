@@ -69,7 +69,8 @@ def replay(run: RunFolder, step: int, console: Console) -> list[Found]:
     """Compute the batch of a skipped update again and print the result of each response, the worst ones first.
 
     Raises:
-        UserError: no batch of this step is saved (the message lists those that are), or the student does not load.
+        UserError: no batch of this step is saved; the message lists those that are.
+        CheckpointError: the student does not load.
     """
     folder = run.replay_of(step)
     recipe = run.recipe()

@@ -27,7 +27,8 @@ def serve(fleet: Fleet, *, host: str, out: Path, key_variable: str | None, conso
     """Serve every teacher that has a `model`, write their endpoints to `out`, and run until interrupted.
 
     Raises:
-        UserError: there is nothing to serve, a server did not start, or a server died too often.
+        UserError: there is nothing to serve.
+        ServerError: a server did not start, or died too often.
     """
     key = key_in(key_variable, "mmopd serve", "--api-key-env") if key_variable else None
     specs = to_specs(fleet)

@@ -58,7 +58,7 @@ def teachers_table(fleet: Fleet, mixture: Mixture) -> Table:
     """Return a table of the teachers of each task of the mixture, with their shares and views.
 
     Raises:
-        UserError: an unknown task, or one whose prompts have no teacher or no view.
+        ConfigError: an unknown task, or one whose prompts have no teacher or no view.
     """
     tasks = load_tasks()
     table = Table(title="Who scores what", title_justify="left")

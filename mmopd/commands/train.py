@@ -125,7 +125,7 @@ def measure_difficulty(job: Job, servers: Servers, run: RunFolder, stages: Stage
     Counts, weights and the heat map go to the run folder.
 
     Raises:
-        UserError: the engine ended; the message has the last lines of its log.
+        ServerError: the engine ended; the message has the last lines of its log.
     """
     if job.recipe.algorithm.difficulty is None:
         return
@@ -150,7 +150,8 @@ def sample_answers(job: Job, servers: Servers, run: RunFolder, stages: Stages) -
     """Sample the teachers' answers to every prompt for SFT, and save the right ones next to the shards.
 
     Raises:
-        UserError: a teacher's server ended, with the last lines of its log; or no answer is right.
+        ServerError: a teacher's server ended; the message has the last lines of its log.
+        DataError: no answer is right.
     """
     if not job.recipe.algorithm.objective.teacher_answers():
         return

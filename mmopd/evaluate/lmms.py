@@ -86,7 +86,7 @@ def read_suite(path: Path, workspace: Path) -> Suite:
     """Read a suite and make its paths absolute: task files from the suite's folder, data from the workspace.
 
     Raises:
-        UserError: the file cannot be read, two columns have the same name, or a task file is missing.
+        ConfigError: the file cannot be read, two columns have the same name, or a task file is missing.
     """
     suite = settings_file.read(Suite, path)
     columns = [b.column for b in suite.benchmarks]
@@ -130,7 +130,9 @@ def evaluate(
         One record per benchmark, in the suite's order; its status is failed if the benchmark could not be measured.
 
     Raises:
-        UserError: lmms-eval is not installed, a task or its data is missing, or lmms-eval would misread the model name.
+        UserError: lmms-eval is not installed.
+        ConfigError: a task is missing, or lmms-eval would misread the model name.
+        DataError: the data of a task is missing.
     """
     versions = _versions()
     _check_name(endpoint.model)

@@ -40,7 +40,8 @@ def prepare(benchmark: Benchmark, folder: Path) -> Task:
     It gets another name, since lmms-eval prefers a built-in task to another task of the same name.
 
     Raises:
-        UserError: the task does not exist, or its data is missing or not a parquet file.
+        ConfigError: the task does not exist.
+        DataError: its data is missing or not a parquet file.
     """
     own = benchmark.task.endswith((".yaml", ".yml"))
     if not own and benchmark.data is None:
@@ -67,7 +68,7 @@ def read_task(path: Path) -> dict[str, Any]:
     """Return the settings of a task file and of the files it includes; functions stay names.
 
     Raises:
-        UserError: the file, or one that it includes, is missing or not a YAML mapping.
+        ConfigError: the file, or one that it includes, is missing or not a YAML mapping.
     """
     try:
         settings = yaml.load(path.read_text(), _Loader)
@@ -88,7 +89,8 @@ def builtin(name: str) -> Path:
     """Return the file of a task that lmms-eval ships.
 
     Raises:
-        UserError: lmms-eval is not installed, or ships no such task.
+        UserError: lmms-eval is not installed.
+        ConfigError: it ships no such task.
     """
     spec = importlib.util.find_spec("lmms_eval")
     if spec is None or not spec.submodule_search_locations:
@@ -108,7 +110,7 @@ def count_rows(data: Path) -> int:
     """Count the rows of a parquet file.
 
     Raises:
-        UserError: the file is missing, or is not a complete parquet file.
+        DataError: the file is missing, or is not a complete parquet file.
     """
     try:
         return int(pq.read_metadata(data).num_rows)

@@ -45,8 +45,8 @@ def run_pass(
 
     Raises:
         EngineError: an engine of the student is lost; finished counts are kept.
-        UserError: the recipe switches difficulty off, the counts next to the shards cannot be used, or the policy
-            leaves no prompts.
+        ConfigError: the recipe switches difficulty off, or the policy leaves no prompts.
+        DataError: the counts next to the shards cannot be used.
     """
     settings = _settings(algorithm)
     threshold = algorithm.outcome_threshold

@@ -62,7 +62,7 @@ def answering(servers: Servers, logs: Path, what: str = "") -> Iterator[None]:
     """Turn an engine failure during a pass into a UserError.
 
     Raises:
-        UserError: an engine does not answer; if a server has ended permanently, the error names it instead.
+        ServerError: an engine does not answer; if a server has ended permanently, the error names it instead.
     """
     try:
         yield

@@ -52,7 +52,7 @@ def look(sources: Mapping[str, Sequence[Prompt]], encoder: Encoder) -> list[Kind
     A row that cannot be read is only counted; the training run decides what to do with it.
 
     Raises:
-        UserError: no row of a source can be read; the message names the source.
+        DataError: no row of a source can be read; the message names the source.
     """
     kinds: dict[tuple[str, str], Kind] = {}
     for name, shards in sources.items():
@@ -157,7 +157,7 @@ def questions(
     """Return the questions for teacher `name` about the prompts routed to it, or one plain question if there are none.
 
     Raises:
-        UserError: a prompt has more items of a medium than the teacher's server accepts.
+        ConfigError: a prompt has more items of a medium than the teacher's server accepts.
     """
     routed = [
         (kind, teacher.view)

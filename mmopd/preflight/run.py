@@ -59,7 +59,7 @@ async def preflight(
         done: called with each replica that has been examined.
 
     Raises:
-        UserError: a teacher that a route leads to has no endpoint.
+        ConfigError: a teacher that a route leads to has no endpoint.
     """
     if missing := sorted({name for route in fleet.routes for name in route.teachers if not endpoints.get(name)}):
         raise ConfigError(
@@ -179,7 +179,7 @@ def insist(checks: Sequence[Check], console: Console) -> None:
     """Raise if a check failed; print the table of all checks if any is not ok.
 
     Raises:
-        UserError: a check failed; the message has each failure with its way out.
+        ServerError: a check failed; the message has each failure with its way out.
     """
     if any(check.state != "ok" for check in checks):
         show(checks, console)

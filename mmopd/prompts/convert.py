@@ -65,7 +65,7 @@ def read(settings: SourceSettings, columns: Iterable[str] | None = None) -> Exam
         columns: the columns that are needed (all if not given); the others are skipped where the format allows it.
 
     Raises:
-        UserError: no such file or folder exists and the hub cannot be reached, or a file cannot be read.
+        DataError: no such file or folder exists and the hub cannot be reached, or a file cannot be read.
     """
     path = Path(settings.data)
     wanted = None if columns is None else {name.partition(".")[0] for name in columns}

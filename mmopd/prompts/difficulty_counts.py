@@ -81,7 +81,7 @@ def measure(counts: Counts, rows: int, settings: Difficulty) -> Measured:
 
     Raises:
         KeyError: a row has not been counted.
-        UserError: the policy leaves no row.
+        ConfigError: the policy leaves no row.
     """
     correct, attempts = counts.of(rows)
     c = torch.tensor(correct)
@@ -111,7 +111,7 @@ def load(path: Path) -> dict[str, Measured]:
     """Read `difficulty.json`.
 
     Raises:
-        UserError: the file is missing, or is not a `difficulty.json`.
+        DataError: the file is missing, or is not a `difficulty.json`.
     """
     try:
         data = json.loads(path.read_text())

@@ -98,7 +98,7 @@ class Index:
         """Read the index next to `tar`, and compare the tar's size with it.
 
         Raises:
-            UserError: the tar or its index is missing, the index does not read, or the tar has another size.
+            DataError: the tar or its index is missing, the index does not read, or the tar has another size.
         """
         if not tar.is_file():
             raise DataError(f"{tar}: this shard is missing, though its index is there; write the source again")
@@ -114,7 +114,7 @@ class Index:
         """Read the index that belongs to `tar`; the tar itself may be elsewhere.
 
         Raises:
-            UserError: the index is missing, of another version, or does not read.
+            DataError: the index is missing, of another version, or does not read.
         """
         path = index_path(tar)
         try:
@@ -162,7 +162,7 @@ class Index:
         """Read the whole tar, or a copy of it, and compare its hash.
 
         Raises:
-            UserError: the content is not what was indexed.
+            DataError: the content is not what was indexed.
         """
         if hash_file(tar) != self.sha256:
             raise DataError(
@@ -177,7 +177,7 @@ def index_tar(tar: Path, counter: Counter | None = None) -> None:
         counter: counts the tokens of each row, in order; without one the index has no token counts.
 
     Raises:
-        UserError: no tar or a truncated one, a row without json, an unknown member, a key that occurs twice, or an
+        DataError: no tar or a truncated one, a row without json, an unknown member, a key that occurs twice, or an
             image that cannot be used; names the file and the row.
     """
     kinds: dict[tuple[str, str], int] = {}

@@ -29,7 +29,7 @@ class Ledger:
     """Findings by row, each a list of JSON values. A context manager that holds an exclusive lock on the file.
 
     Raises:
-        UserError: the file was made from something else, is not such a file, or cannot be written.
+        DataError: the file was made from something else, is not such a file, or cannot be written.
     """
 
     what = "findings"  # their name in messages
@@ -46,7 +46,7 @@ class Ledger:
         """Return the findings by row from a file that another process may hold.
 
         Raises:
-            UserError: as in the class, or the file does not exist.
+            DataError: as in the class, or the file does not exist.
         """
         try:
             return cls._parse(path, made_from)[0]

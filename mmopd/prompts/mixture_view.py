@@ -42,7 +42,8 @@ def mixture_tree(mixture: Mixture, title: str, prompts: int | None) -> Tree:
         prompts: number of prompts drawn; if not given, as many as draw no row of any source twice.
 
     Raises:
-        UserError: a source cannot be opened.
+        ConfigError: a task is unknown.
+        DataError: a source cannot be opened.
     """
     opened = open_mixture(mixture, load_tasks(), Path.cwd())
     total = sum(source.weight for source in mixture.sources.values())

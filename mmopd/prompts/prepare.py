@@ -79,7 +79,7 @@ def load_converter(path: Path, overrides: Iterable[str]) -> tuple[ModuleType, So
     """Load the converter of a file, and its settings with `key=value` on top.
 
     Raises:
-        UserError: the file is not a converter, or a setting does not fit.
+        ConfigError: the file is not a converter, or a setting does not fit.
     """
     module = catalog.load_module(path)
     for name in ("Settings", "examples", "convert"):
@@ -114,7 +114,9 @@ def prepare(
         stage: shows the progress.
 
     Raises:
-        UserError: `folder` is not empty, the converter or its data cannot be used, or too many examples are bad.
+        UserError: `folder` is not empty.
+        ConfigError: the converter cannot be used.
+        DataError: its data cannot be used, or too many examples are bad.
     """
     check_free(folder)
     module, settings = load_converter(converter, overrides)

@@ -55,7 +55,8 @@ class PromptPlan:
         seed: seed of the order of the rows.
 
     Raises:
-        UserError: a source has no rows, or weights are negative, not finite, all zero or for other sources.
+        DataError: a source has no rows.
+        ConfigError: weights are negative, not finite, all zero or for other sources.
     """
 
     def __init__(self, sources: Mapping[str, Rows], weights: Mapping[str, float], seed: int) -> None:
@@ -72,7 +73,7 @@ class PromptPlan:
         burst.
 
         Raises:
-            UserError: the weights are refused, as in the class.
+            ConfigError: the weights are refused, as in the class.
         """
         if wrong := set(weights) ^ set(self._names):
             raise ConfigError(
@@ -106,7 +107,7 @@ class PromptPlan:
             read: raises RowError or ValueError for a row that cannot be used; must do so on every rank, or on none.
 
         Raises:
-            UserError: MAX_BAD consecutive rows of a source (or all its rows) cannot be used; names it and the
+            DataError: MAX_BAD consecutive rows of a source (or all its rows) cannot be used; names it and the
                 last cause.
         """
         return [self._usable(self._names[self._next_source()], read) for _ in range(n)]
@@ -159,7 +160,8 @@ class PromptPlan:
                 the weights that this plan was made with.
 
         Raises:
-            UserError: the state has another version or seed, or its sources, their content or their row weights differ.
+            CheckpointError: the state has another version or seed, or other sources.
+            DataError: the content or the row weights of a source differ.
         """
         for key, mine in (("version", VERSION), ("seed", self._seed)):
             if state[key] != mine:

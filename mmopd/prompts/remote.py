@@ -36,7 +36,7 @@ class Cache:
         """Return a local copy of a file.
 
         Raises:
-            UserError: the file cannot be copied, or differs from what its index says; names it.
+            DataError: the file cannot be copied, or differs from what its index says; names it.
         """
         copy = self.folder / f"{sha256}.tar"
         if not self._touch(copy):
@@ -91,7 +91,7 @@ class Remote:
         """Copy the indices into a folder of their own, in place of earlier ones, and return that folder.
 
         Raises:
-            UserError: nothing can be listed or read under the URL.
+            DataError: nothing can be listed or read under the URL.
         """
         folder = self._cache.folder / hashlib.sha256(self.url.encode()).hexdigest()[:16]
         folder.mkdir(parents=True, exist_ok=True)

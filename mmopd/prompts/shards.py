@@ -50,7 +50,7 @@ class Shards(Sequence[Prompt]):
         remote: where the tars are, if they are not in the folder.
 
     Raises:
-        UserError: no folder, no shard, no row, a missing, truncated or surplus file; names it.
+        DataError: no folder, no shard, no row, a missing, truncated or surplus file; names it.
     """
 
     def __init__(self, folder: Path, name: str | None = None, remote: Remote | None = None) -> None:
@@ -82,7 +82,7 @@ class Shards(Sequence[Prompt]):
         Raises:
             IndexError: no such row.
             RowError: the content of the row is not valid.
-            UserError: the tar cannot be read any more.
+            DataError: the tar cannot be read any more.
         """
         number = self._number(row)
         index, local = self._locate(number)
@@ -108,7 +108,7 @@ class Shards(Sequence[Prompt]):
         Only the index is read.
 
         Raises:
-            UserError: the tokens are not counted, or no row is left.
+            DataError: the tokens are not counted, or no row is left.
         """
         if self.processor is None:
             raise DataError(
@@ -181,7 +181,7 @@ class Shards(Sequence[Prompt]):
         """Read every byte and compare the hash of each shard with its index.
 
         Raises:
-            UserError: a shard's content is not what was indexed; names it.
+            DataError: a shard's content is not what was indexed; names it.
         """
         for index in self._indices:
             index.verify(self._remote.fetch(index) if self._remote else index.tar)
@@ -215,7 +215,8 @@ def open_mixture(mixture: Mixture, tasks: Iterable[str], root: Path, processor: 
             for another processor is refused.
 
     Raises:
-        UserError: an unknown task, shards that cannot be opened, or rows of another task than the mixture says.
+        ConfigError: the mixture names an unknown task, or a task that its rows do not have.
+        DataError: shards cannot be opened.
     """
     tasks = set(tasks)
     cache = Cache(root / ".mmopd" / "shards", int(mixture.cache_gib * 2**30))
@@ -249,7 +250,7 @@ def open_remote(url: str, cache: Cache, name: str | None = None) -> Shards:
     """Open the shards of an fsspec URL: their indices are read now, a tar when one of its rows is needed.
 
     Raises:
-        UserError: nothing can be read under the URL.
+        DataError: nothing can be read under the URL.
     """
     remote = Remote(url, cache)
     return Shards(remote.read_indices(), name or url.rstrip("/").rpartition("/")[2], remote)

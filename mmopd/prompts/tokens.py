@@ -44,7 +44,7 @@ class TokenCounter:
     """A `Counter` with the processor of a model's folder.
 
     Raises:
-        UserError: the folder has no processor.
+        CheckpointError: the folder has no processor.
     """
 
     def __init__(self, model: Path) -> None:

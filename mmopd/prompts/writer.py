@@ -115,7 +115,8 @@ def write_shards(
         counter: counts the tokens of each row for the index; without one they are not counted.
 
     Raises:
-        UserError: the folder is not empty, there are no rows, or a row is not well formed; names the row.
+        UserError: the folder is not empty.
+        DataError: there are no rows, or a row is not well formed; names the row.
     """
     check_free(folder)
     partial = partial_folder(folder)

@@ -103,7 +103,8 @@ class RunFolder:
         """Read the resolved recipe of the run.
 
         Raises:
-            UserError: this is not a run folder, or its recipe cannot be read.
+            UserError: this is not a run folder.
+            ConfigError: its recipe cannot be read.
         """
         if not self.recipe_file.is_file():
             raise UserError(f"{self.root}: not a run folder: it has no {self.recipe_file.name}")

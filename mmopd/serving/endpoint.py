@@ -48,7 +48,7 @@ def load(path: Path) -> dict[str, Endpoint]:
     """Return the endpoints that `save` wrote, by name.
 
     Raises:
-        UserError: the file is missing, is readable by other users, or is not a file of endpoints.
+        ConfigError: the file is missing, is readable by other users, or is not a file of endpoints.
     """
     try:
         status = path.stat()
@@ -78,7 +78,7 @@ def load_by_role(path: Path) -> tuple[list[Endpoint], dict[str, list[Endpoint]]]
     """Return the student's engines, and the replicas of each teacher (named TEACHER.NUMBER), from a file of `save`.
 
     Raises:
-        UserError: same cases as `load`.
+        ConfigError: same cases as `load`.
     """
     students: list[Endpoint] = []
     teachers: dict[str, list[Endpoint]] = {}

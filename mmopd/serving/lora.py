@@ -31,7 +31,7 @@ def read_adapter(path: Path) -> Adapter:
     """Read the configuration and the parameter names of a LoRA folder.
 
     Raises:
-        UserError: the folder has no adapter that vLLM can serve; the message names the file.
+        CheckpointError: the folder has no adapter that vLLM can serve; the message names the file.
     """
     config = path / CONFIG
     weights = path / WEIGHTS

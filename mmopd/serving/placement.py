@@ -46,7 +46,7 @@ def check_memory(specs: Sequence[ServerSpec]) -> None:
     """Check that there is enough memory for the servers: vLLM's own, weights, KV caches.
 
     Raises:
-        UserError: memory is short; the message shows how much is needed and how much is free.
+        ServerError: memory is short; the message shows how much is needed and how much is free.
     """
     import psutil  # `mmopd plan` only calls `place`
 

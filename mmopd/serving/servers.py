@@ -83,7 +83,7 @@ class Servers(dict[str, Endpoint]):
         """Wait until every server answers; a server that dies later is restarted.
 
         Raises:
-            UserError: a server has ended or does not answer in time; the message has the last lines of its log.
+            ServerError: a server has ended or does not answer in time; the message has the last lines of its log.
         """
         for name in self._endpoints:
             self._await(name)
@@ -106,7 +106,7 @@ class Servers(dict[str, Endpoint]):
         """Process the events since the last call; on return every server runs or is being restarted.
 
         Raises:
-            UserError: a server has ended permanently, or says that it is ready and cannot be reached; the message has
+            ServerError: a server has ended permanently, or says that it is ready and cannot be reached; the message has
                 the last lines of its log, or the reason.
         """
         for supervisor in self._supervisors:
@@ -217,8 +217,8 @@ def serve(
         key: the API key; a new one by default.
 
     Raises:
-        UserError: a model folder is missing, a port is taken, memory is short, or a server ended or was not ready in
-            time.
+        CheckpointError: a model folder is missing.
+        ServerError: a port is taken, memory is short, or a server ended or was not ready in time.
     """
     import torch  # takes seconds, and `mmopd plan` only places servers
 

@@ -71,7 +71,7 @@ def to_specs(fleet: Fleet, elsewhere: Collection[str] = ()) -> list[ServerSpec]:
         elsewhere: teachers that are not served here.
 
     Raises:
-        UserError: an adapter cannot be served.
+        CheckpointError: an adapter cannot be served.
     """
     shared: dict[tuple[Path, Engine, int, str], dict[str, Path | None]] = {}
     for name, teacher in fleet.teachers.items():

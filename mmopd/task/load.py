@@ -11,7 +11,7 @@ def load_tasks(workspace: Path | None = None) -> dict[str, Task]:
     """Load every task of modalities/, by name; a file of the workspace replaces the shipped file of the same name.
 
     Raises:
-        UserError: a file does not load or has no `task`, or two files have a task of the same name; names the files.
+        ConfigError: a file does not load or has no `task`, or two files have a task of the same name; names the files.
     """
     roots = (catalog.shipped(), workspace or Path.cwd())
     files = {path.name: path for root in roots for path in sorted((root / "modalities").glob("*.py"))}

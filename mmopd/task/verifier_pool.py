@@ -36,7 +36,7 @@ class VerifierPool:
         timeout: seconds for one answer, for tasks without a timeout of their own.
 
     Raises:
-        UserError: a file of modalities/ does not load.
+        ConfigError: a file of modalities/ does not load.
     """
 
     def __init__(self, workspace: Path | None = None, *, workers: int = 2, timeout: float = 10.0) -> None:
@@ -52,7 +52,7 @@ class VerifierPool:
         """Queue one answer.
 
         Raises:
-            UserError: no such task.
+            ConfigError: no such task.
         """
         if task not in self.tasks:
             raise ConfigError(f"no task {task!r} in modalities/{suggest(task, self.tasks)}")

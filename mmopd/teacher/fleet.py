@@ -138,8 +138,8 @@ def from_files(fleet: Fleet, files: Sequence[Path]) -> list[Endpoint]:
     A teacher in several files has the replicas of all of them.
 
     Raises:
-        UserError: a file cannot be used, the fleet has no such teacher, or a server does not answer; the message names
-            the file.
+        ConfigError: a file cannot be used, or the fleet has no such teacher; the message names the file.
+        ServerError: a server does not answer.
     """
     found: dict[str, list[Endpoint]] = {}
     for path in files:
@@ -166,7 +166,8 @@ def running_elsewhere(name: str, url: str, key_variable: str | None, proxy: str 
     """Return an endpoint of the fleet file, with the name of the model that the server reports.
 
     Raises:
-        UserError: the variable with its key is not set, or the server does not answer.
+        ConfigError: the variable with its key is not set.
+        ServerError: the server does not answer.
     """
     key = key_in(key_variable, f"teacher {name}", "api_key_env") if key_variable else ""
     found = Endpoint(name, url.rstrip("/").removesuffix("/v1"), "", key, "teacher", proxy)
@@ -177,7 +178,7 @@ def key_in(variable: str, owner: str, setting: str) -> str:
     """Return the API key that an environment variable holds.
 
     Raises:
-        UserError: the variable is not set, or its value cannot be a key; the message does not show the value.
+        ConfigError: the variable is not set, or its value cannot be a key; the message does not show the value.
     """
     key = os.environ.get(variable, "")
     if not key:

@@ -28,7 +28,7 @@ def find_route(fleet: Fleet, task: str, modality: str) -> Route:
     """Return the first route that matches.
 
     Raises:
-        UserError: no route matches.
+        ConfigError: no route matches.
     """
     for route in fleet.routes:
         if fnmatchcase(task, route.task) and fnmatchcase(modality, route.modality):
@@ -47,7 +47,7 @@ def find_view(fleet: Fleet, tasks: Mapping[str, Task], task: str, name: str) -> 
     """Return the view with this name: the fleet's, else the task's, else the built-in one.
 
     Raises:
-        UserError: there is no such view; the message names the task and suggests a known name.
+        ConfigError: there is no such view; the message names the task and suggests a known name.
     """
     layers = (fleet.views, tasks[task].views if task in tasks else {}, BUILT_IN)
     for views in layers:
@@ -64,7 +64,7 @@ def find_teachers(fleet: Fleet, tasks: Mapping[str, Task], task: str, modality: 
     """Return the teachers for these prompts in the order of their route, each with the route's view or else its own.
 
     Raises:
-        UserError: no route matches, or a view does not exist.
+        ConfigError: no route matches, or a view does not exist.
     """
     route = find_route(fleet, task, modality)
     return tuple(
@@ -82,7 +82,7 @@ def load_teachers(fleet: Path | None, objective: Objective) -> Fleet:
     """Read the fleet of a run; it is empty if the objective learns only from outcomes.
 
     Raises:
-        UserError: the file is missing or wrong.
+        ConfigError: the file is missing or wrong.
     """
     if fleet is None or not objective.needs_teachers:
         return Fleet(teachers={}, routes=())
@@ -101,7 +101,7 @@ def references(fleet: Fleet, objective: Objective) -> Fleet | None:
     """Return the fleet whose routes lead to the teachers' references; None if the objective has no reference.
 
     Raises:
-        UserError: a teacher has no reference, or the fleet has no teacher with the reference's name.
+        ConfigError: a teacher has no reference, or the fleet has no teacher with the reference's name.
     """
     key = "algorithm.objective.reference"
     named = objective.references()
@@ -127,7 +127,7 @@ def check_routes(fleet: Fleet, tasks: Mapping[str, Task], pairs: Iterable[tuple[
     The views are those of the fleet and of these tasks. The texts that a view shows are checked when a row is read.
 
     Raises:
-        UserError: names the first pair or the first view that is wrong.
+        ConfigError: names the first pair or the first view that is wrong.
     """
     pairs = sorted(set(pairs))
     declared = {"the fleet": fleet.views} | {f"task {task!r}": tasks[task].views for task, _ in pairs if task in tasks}
@@ -148,7 +148,8 @@ def check_tokenizers(student: Path, teachers: Mapping[str, Path]) -> None:
     would score another text without any error.
 
     Raises:
-        UserError: names the teacher and the first tokens that differ.
+        ConfigError: a token has another id; names the teacher and the first tokens that differ.
+        CheckpointError: a folder has no tokenizer.
     """
     ours = _vocabulary(student)
     for name, folder in teachers.items():

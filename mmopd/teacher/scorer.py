@@ -52,8 +52,8 @@ class Scorer:
         kept: scores from before the run was resumed; new ones are added to it (not with `top_k`).
 
     Raises:
-        UserError: a teacher that a route leads to has no endpoint; or `top_k` is used and a route has several teachers:
-            their likeliest ids differ, so that their mean is unknown.
+        ConfigError: a teacher that a route leads to has no endpoint. Or `top_k` is used and a route has several
+            teachers: their likeliest ids differ, so their mean is unknown.
     """
 
     def __init__(

@@ -53,7 +53,7 @@ class Checkpoints:
             score: ranks the checkpoints, higher is better; one without a score is never among the best.
 
         Raises:
-            UserError: the disk has no room for it; the message says how much it needs. Earlier checkpoints are
+            CheckpointError: the disk has no room for it; the message says how much it needs. Earlier checkpoints are
                 unchanged.
         """
         ranks = trainer.ranks
@@ -130,8 +130,8 @@ def load(trainer: Trainer, path: Path) -> dict[str, Any]:
     """Restore trainer and random states from `path`, and return the caller's state; collective.
 
     Raises:
-        UserError: a file is missing, truncated or changed (the message names it), or a checkpoint of another number of
-            ranks cannot be converted.
+        CheckpointError: a file is missing, truncated or changed (the message names it), or a checkpoint of another
+            number of ranks cannot be converted.
     """
     ranks = trainer.ranks
     problem = _problem(path) or _changed(path, ranks)

@@ -24,7 +24,7 @@ def export(trainer: Trainer, target: Path, card: str = "") -> Path:
         card: the text of README.md; the source's own describes another model.
 
     Raises:
-        UserError: it cannot be written; raised on all ranks.
+        CheckpointError: it cannot be written; raised on all ranks.
     """
     state = {name: weight.detach().to("cpu", copy=True) for name, weight in trainer.named_weights()}
     torn = target.with_name(f".{target.name}.partial")

@@ -58,8 +58,10 @@ async def train(
         watchdog: is told of all progress.
 
     Raises:
-        UserError: too many responses lack a score, too many updates were skipped, or the run cannot be continued with
-            this data.
+        ServerError: too many responses lack a score.
+        UserError: too many updates were skipped.
+        CheckpointError: the checkpoint is of other sources, or cannot be read.
+        DataError: the content of a source has changed since the checkpoint.
         EngineError: the student's engine is lost permanently.
         ProbeError: engine and trainer disagree after a weight sync.
     """
@@ -139,7 +141,8 @@ def open_stream(run: RunFolder, recipe: Recipe, encoder: Encoder) -> Stream:
     """Return the prompts of a run, from the first one.
 
     Raises:
-        UserError: a source cannot be opened, or its difficulty was not measured.
+        ConfigError: the mixture names an unknown task, or a task that its rows do not have.
+        DataError: a source cannot be opened, or its difficulty was not measured.
     """
     mixture = catalog.load_mixture(recipe.mixture)
     sources = open_mixture(mixture, load_tasks(), Path.cwd(), hash_processor(recipe.student.model))
@@ -211,7 +214,7 @@ def check_absent(samples: Sequence[Sample], limit: float, step: int) -> None:
     """Go on without the responses that could not be scored, unless they are too many.
 
     Raises:
-        UserError: they are too many; the message names the causes, with one detail of each.
+        ServerError: they are too many; the message names the causes, with one detail of each.
     """
     absent = [s.score for s in samples if isinstance(s.score, Absent)]
     if len(absent) > limit * len(samples):

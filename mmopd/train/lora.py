@@ -52,7 +52,7 @@ def add_adapters(student: Any, settings: Lora) -> None:
     """Add an adapter to each linear layer that the settings select, and freeze everything else; outputs do not change.
 
     Raises:
-        UserError: no layer is selected.
+        ConfigError: no layer is selected.
     """
     linear = [name for name, module in student.named_modules() if isinstance(module, nn.Linear)]
     chosen = adapted_layers(linear, settings)

@@ -107,7 +107,7 @@ def check_place(wanted: int, engine: str, places: Sequence[tuple[str, bool]]) ->
         places: for each rank, in order: its host, and true if the engine's name belongs to that host.
 
     Raises:
-        UserError: they cannot; raised on all ranks, with what to change.
+        ConfigError: they cannot; raised on all ranks, with what to change.
     """
     hosts = list(dict.fromkeys(host for host, _ in places))
     if len(places) != wanted:

@@ -67,7 +67,8 @@ class Stream:
             change: sources that were added to or removed from the mixture on purpose.
 
         Raises:
-            UserError: a source has changed in another way.
+            CheckpointError: sources were added or removed in another way.
+            DataError: the content of a source has changed.
         """
         self._plan.restore(state["plan"], change=change)
         self._schedule.restore(state["schedule"])
@@ -76,7 +77,7 @@ class Stream:
         """Check that all ranks have drawn the same rows. Collective.
 
         Raises:
-            UserError: a row could be read on one rank and not on another.
+            DataError: a row could be read on one rank and not on another.
         """
         if len(set(ranks.gather_objects(sum(self._plan.replaced.values())))) > 1:
             raise DataError(

@@ -40,7 +40,8 @@ def load_student(folder: Path, dtype: torch.dtype) -> Any:
     """Load the student of a HF folder; while an HfDeepSpeedConfig exists, it is sharded as it is created.
 
     Raises:
-        UserError: the folder cannot be loaded, lacks weights, or holds a model family that has no student class.
+        CheckpointError: the folder cannot be loaded, or lacks weights.
+        ConfigError: it holds a model family that has no student class.
     """
     try:
         kind = AutoConfig.from_pretrained(folder).model_type

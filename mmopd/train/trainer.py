@@ -52,7 +52,7 @@ def deepspeed_config(settings: Train, ranks: Ranks) -> dict[str, Any]:
     """Return the ZeRO-3 settings; nothing in them compiles code at run time unless weights are offloaded.
 
     Raises:
-        UserError: offload on a machine without a GPU.
+        ConfigError: offload on a machine without a GPU.
     """
     on_gpu = ranks.device.type == "cuda"
     zero: dict[str, Any] = {
@@ -119,7 +119,8 @@ class Trainer:
         ranks: from `distributed.start`.
 
     Raises:
-        UserError: the model cannot be loaded or is of an unknown family, or the settings do not suit this machine.
+        CheckpointError: the model cannot be loaded.
+        ConfigError: the model is of an unknown family, or the settings do not suit this machine.
     """
 
     def __init__(self, model: Path, encoder: Encoder, settings: Train, algorithm: Algorithm, ranks: Ranks) -> None:

@@ -30,7 +30,7 @@ def find_objective(kind: str) -> type[Objective]:
 
     Raises:
         ValueError: no objective has this name; the message names the nearest one.
-        UserError: the workspace's file does not load, holds no objective, or has the name of a built-in one.
+        ConfigError: the workspace's file does not load, holds no objective, or has the name of a built-in one.
     """
     path = Path.cwd() / FOLDER / f"{kind}.py"
     if kind in OBJECTIVES:
