@@ -14,6 +14,7 @@ from mmopd.errors import UserError
 from mmopd.evaluate.lmms import BenchmarkScore
 from mmopd.evaluate.table import Results, Row
 from mmopd.runtime.progress import Stages
+from mmopd.serving.repeatable import UNREPEATABLE
 from mmopd.task.load import load_tasks
 from mmopd.teacher.router import check_routes
 
@@ -92,6 +93,13 @@ def test_the_page_the_csv_and_the_pictures_are_written_from_finished_runs_withou
     for table in ("one", "two"):
         assert (tmp_path / f"grid-{table}.png").read_bytes().startswith(b"\x89PNG")
         assert f"grid-{table}.png" in text
+
+
+def test_the_page_says_whether_a_repeated_run_repeats_its_bits():
+    cpu, other, gpu = "no MKL_CBWR on a CPU (avx2)", "no MKL_CBWR on a Xeon (avx2)", f"no VARIABLE, {UNREPEATABLE}"
+    assert compare.warnings_of({cpu}) == []
+    assert "compute differently (no MKL_CBWR on a CPU (avx2) | no MKL" in "".join(compare.warnings_of({cpu, other}))
+    assert "A repeated run samples other responses" in "".join(compare.warnings_of({gpu}))
 
 
 def test_a_run_that_fails_is_named_with_its_log_and_those_before_it_are_kept(finished, tmp_path):

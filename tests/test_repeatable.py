@@ -162,13 +162,15 @@ def test_what_the_user_has_set_is_left_and_nothing_is_promised_of_it(monkeypatch
     monkeypatch.setenv("MKL_CBWR", "AVX2")
     assert repeatable.environment(Engine(), gpu=False) == {}
     assert not repeatable.holds(Engine(), gpu=False)
-    assert "MKL_CBWR=AVX2 on" in repeatable.kernels(Engine(), gpu=False)
+    found = repeatable.kernels(Engine(), gpu=False)
+    assert found == f"MKL_CBWR=AVX2 on a model (avx512f), {repeatable.UNREPEATABLE}"
 
 
 def test_on_gpus_it_is_batch_invariance_and_has_to_be_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("VLLM_BATCH_INVARIANT", raising=False)
     assert repeatable.environment(Engine(), gpu=True) == {}
     assert not repeatable.holds(Engine(), gpu=True)
+    assert repeatable.kernels(Engine(), gpu=True) == f"no VLLM_BATCH_INVARIANT, {repeatable.UNREPEATABLE}"
     assert repeatable.environment(Engine(repeatable=True), gpu=True) == {"VLLM_BATCH_INVARIANT": "1"}
     assert repeatable.holds(Engine(repeatable=True), gpu=True)
 
@@ -217,7 +219,9 @@ def test_a_resume_on_the_same_kernels_says_nothing_and_one_on_others_says_so_onc
 
 
 def test_a_resume_without_the_setting_promises_no_bits(run: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert "(engine.repeatable)" in resume_on(EPYC, run, monkeypatch, ENGINE.model_copy(update={"repeatable": False}))
+    loose = ENGINE.model_copy(update={"repeatable": False})
+    assert f"{repeatable.UNREPEATABLE}, and before the resume with" in resume_on(EPYC, run, monkeypatch, loose)
+    assert "(engine.repeatable)" in resume_on(EPYC, run, monkeypatch, loose)
 
 
 def test_doctor_says_whether_answers_repeat(monkeypatch: pytest.MonkeyPatch) -> None:

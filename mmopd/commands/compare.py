@@ -11,7 +11,7 @@ import io
 import json
 import math
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +31,7 @@ from mmopd.runtime.processes import Children
 from mmopd.runtime.progress import Stage, Stages
 from mmopd.runtime.rank_processes import last_metrics, one_line
 from mmopd.runtime.run_folder import RunFolder, alone_in
+from mmopd.serving.repeatable import UNREPEATABLE
 from mmopd.teacher.fleet import Standing
 
 CONFIDENCE = 0.95
@@ -276,6 +277,20 @@ def draw(path: Path, table: ComparisonTable, columns: Sequence[str], rows: Seque
     figure.savefig(path, dpi=150)
 
 
+def warnings_of(engines: Collection[str]) -> list[str]:
+    """Return the line of a page that says why last bits differ where nothing else does, if they do.
+
+    Args:
+        engines: what decides the last bits of the engines' answers, for all runs (`serving.repeatable.kernels`).
+    """
+    found = " | ".join(sorted(engines))
+    if len(engines) > 1:
+        return [f"The runs' engines compute differently ({found}): last bits differ also where nothing else does.\n"]
+    if UNREPEATABLE in found:
+        return [f"A repeated run samples other responses: the engines have {found} (`engine.repeatable`).\n"]
+    return []
+
+
 def compare(name: str, comparison: Comparison, out: Path, stages: Stages) -> Path:
     """Make the runs; write `NAME.md`, `NAME.csv` and a PNG for each table into `out`; return the path of the page.
 
@@ -293,12 +308,7 @@ def compare(name: str, comparison: Comparison, out: Path, stages: Stages) -> Pat
         draw(picture, table, columns, rows)
         page.append(markdown(table, columns, rows) + f"\n![{table.title}]({picture.name})\n")
         rows_of_all.append(long_csv(key, columns, rows))
-    engines = {RunFolder(run.folder).kernels() or "unknown" for run in runs.values()}
-    if len(engines) > 1:
-        page.append(
-            f"The runs' engines compute differently ({' | '.join(sorted(engines))}): "
-            "last bits differ also where nothing else does.\n"
-        )
+    page += warnings_of({RunFolder(run.folder).kernels() or "unknown" for run in runs.values()})
     (out / f"{name}.md").write_text("\n".join(page))
     head, *_ = rows_of_all[0].splitlines(keepends=True)
     (out / f"{name}.csv").write_text(

@@ -147,7 +147,7 @@ def repeatable() -> Check:
     way_out = (
         "set engine.repeatable: true if two runs have to agree to the last bit (slower)" if gpu else f"unset {MKL}"
     )
-    return Check("repeatable", "ok" if gpu else "warn", f"{found}: last bits depend on what is asked together", way_out)
+    return Check("repeatable", "ok" if gpu else "warn", found, way_out)
 
 
 def cores() -> Check:

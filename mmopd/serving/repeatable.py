@@ -17,6 +17,7 @@ from mmopd.config import Engine
 MKL = "MKL_CBWR"
 BATCH_INVARIANT = "VLLM_BATCH_INVARIANT"
 INTEL = "GenuineIntel"
+UNREPEATABLE = "last bits depend on what is asked together"
 AVX512 = {"avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"}  # what MKL's AVX-512 branch needs
 WIDEST = ("amx_tile", "avx512_bf16", "avx512f", "avx2")  # by which vLLM, oneDNN and torch choose among their kernels
 
@@ -57,17 +58,18 @@ def holds(engine: Engine, *, gpu: bool) -> bool:
 
 
 def kernels(engine: Engine, *, gpu: bool) -> str:
-    """Describe in one line what decides the last bits of a server's answers; servers with the same line answer alike if
-    it `holds`.
+    """Describe in one line what decides the last bits of a server's answers; it ends with UNREPEATABLE unless `holds`.
+
+    Servers with the same line give the same answers if the setting holds.
     """
     name = BATCH_INVARIANT if gpu else MKL
     value = {**environment(engine, gpu=gpu), **os.environ}.get(name, "")
     setting = f"{name}={value}" if value else f"no {name}"
-    if gpu:
-        return setting
-    cpu = this_cpu()
-    widest = next((flag for flag in WIDEST if flag in cpu.flags), "no AVX2")
-    return f"{setting} on {cpu.model or 'an unknown CPU'} ({widest})"
+    if not gpu:
+        cpu = this_cpu()
+        widest = next((flag for flag in WIDEST if flag in cpu.flags), "no AVX2")
+        setting = f"{setting} on {cpu.model or 'an unknown CPU'} ({widest})"
+    return setting if holds(engine, gpu=gpu) else f"{setting}, {UNREPEATABLE}"
 
 
 def _wanted(engine: Engine, *, gpu: bool) -> dict[str, str]:
