@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import annotations  # noqa: F401  (checks the annotations of what is imported after it)
+import forks
 import pytest
 import torch
 from rich.console import Console
@@ -52,7 +53,7 @@ LONG = (
 )
 
 # Parts of command lines that only a test with the mark `server` may start: vLLM's supervisor, and training ranks.
-HEAVY = (f"'-m', '{supervisor.__name__}'", "'-m', 'mmopd.train.rank'", "_worker.py", "golden/worker.py")
+HEAVY = (f"'-m', '{supervisor.__name__}'", "'-m', 'mmopd.train.rank'", "golden/worker.py")
 
 
 @pytest.hookimpl(tryfirst=True)  # before `-m` selects tests
@@ -74,9 +75,13 @@ def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
             pytest.fail(f"{command}: what starts this has to ask for the fixture `server`")
         plain(process, command, *args, **settings)
 
+    def fork(*call: Any) -> Any:
+        pytest.fail("what starts a rank has to ask for the fixture `server`")
+
     with pytest.MonkeyPatch.context() as patch:
         if not item.get_closest_marker("server"):
             patch.setattr(subprocess.Popen, "__init__", start)
+            patch.setattr(forks, "ask", fork)
         return (yield)
 
 

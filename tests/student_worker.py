@@ -1,43 +1,36 @@
 """Tiny random students of each family, and a training rank for them, with or without a real engine.
 
-`python student_worker.py MODEL OUT JOB`, with RANK etc. in the environment. JOB is a JSON list of {"train": settings}.
-Each item gets its own trainer; {"resume": NUMBER} continues from the checkpoint of that item. Rank 0 writes
-OUT/NUMBER.pt. If the environment has ENGINE=1, it waits for OUT/endpoints.json and reads it.
+A rank calls `main(MODEL, OUT, JOB)`, with RANK etc. in the environment. JOB is a JSON list of {"train": settings}. Each
+entry gets its own trainer; {"resume": NUMBER} continues from the checkpoint of that entry. Rank 0 writes OUT/NUMBER.pt.
+If there is an OUT/endpoints.json, it names the engine that is updated.
 """
 
 import asyncio
 import json
-import os
-import subprocess
-import sys
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import deepspeed
 import torch
 import transformers
+from forks import start_ranks
 from safetensors.torch import load_file, save_file
 from train_worker import TRAIN, make_items
 from transformers import AutoConfig, GenerationConfig, Qwen2VLImageProcessor, Qwen2VLVideoProcessor
-from waiting import wait_for, wait_for_exit
+from waiting import wait_for_exit
 
 from mmopd.algorithm import clipped_loss
 from mmopd.algorithm.settings import Algorithm
-from mmopd.config import Engine, Train
+from mmopd.config import Train
 from mmopd.demo.world import CHAT_TEMPLATE, VOCAB_SIZE, build_processor
 from mmopd.modality import Encoder
 from mmopd.rollout.student_client import StudentClient
 from mmopd.rollout.sync import FileSync
-from mmopd.runtime.network import free_port
-from mmopd.runtime.processes import Children
 from mmopd.runtime.run_folder import RunFolder
 from mmopd.serving import endpoint
 from mmopd.serving.endpoint import Endpoint
-from mmopd.serving.servers import serve
-from mmopd.serving.specs import ServerSpec
 from mmopd.train.checkpoint import Checkpoints, load
 from mmopd.train.distributed import Ranks, start, stop
 from mmopd.train.export import export
@@ -135,10 +128,12 @@ def build(kind: str, folder: Path, dtype: torch.dtype = torch.float32) -> None:
         save_file(weights, file, metadata={"format": "pt"})
 
 
-def main(model: Path, out: Path, job: list[dict[str, Any]]) -> None:
+def main(model_folder: str, out_folder: str, job: str) -> None:
+    model = Path(model_folder)
+    out = Path(out_folder)
     torch.set_num_threads(1)
     ranks = start(600)
-    for number, one in enumerate(job):
+    for number, one in enumerate(json.loads(job)):
         settings = Train.model_validate({**TRAIN.model_dump(), **one["train"]})
         result = (
             resume(model, out / one["resume"], settings, ranks)
@@ -160,11 +155,8 @@ def train(model: Path, out: Path, settings: Train, ranks: Ranks) -> dict[str, An
     items, ran = make_items(encoder, "TiI", 7), watch(trainer)
     found: dict[str, Any] = {"before": trainer.logprobs(items), "stats": [], "after": [], "gaps": [], "unsynced": []}
     found["sent"] = [{name for name, _ in trainer.named_weights(1 << 16, trained=trained)} for trained in (False, True)]
-    students = (
-        endpoint.load_by_role(RunFolder(out.parent).endpoints)[0]
-        if "ENGINE" in os.environ and await_file(out.parent / "endpoints.json")
-        else []
-    )
+    endpoints = RunFolder(out.parent).endpoints
+    students = endpoint.load_by_role(endpoints)[0] if endpoints.is_file() else []
     link = FileSync(students) if students and ranks.rank == 0 else None
     for step in range(3):
         if students:
@@ -219,53 +211,20 @@ async def gap(trainer: Trainer, student: Endpoint, encoder: Encoder) -> float:
         return await probe(trainer.logprobs(items), [engine], items, 100.0)
 
 
-def await_file(path: Path) -> bool:
-    wait_for(lambda: path.is_file() and path.stat().st_size, [path.parent], every=0.2)
-    return True
-
-
 def run(
-    model: Path, out: Path, job: Sequence[Mapping[str, Any]], *, ranks: int = 1, engine: Engine | None = None
+    model: Path, out: Path, job: Sequence[Mapping[str, Any]], engine: Endpoint, *, ranks: int
 ) -> list[dict[str, Any]]:
-    """Run a job, next to a real server of `model` if `engine` is given. Returns the findings of rank 0 for each
-    settings.
-    """
+    """Run a job that updates an engine of `model`. Returns the findings of rank 0 for each settings."""
     out.mkdir(parents=True)
-    env = os.environ | {
-        "WORLD_SIZE": str(ranks),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(free_port()),
-        "OMP_NUM_THREADS": "1",
-    }
-    env |= {"DS_ACCELERATOR": "cpu"} | ({"ENGINE": "1"} if engine else {})
-    env["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])])
-    command = [sys.executable, __file__, str(model), str(out), json.dumps(list(job))]
-    workers = []
-    for rank in range(ranks):
-        with (out / f"{rank}.log").open("w") as log:
-            one = env | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-            workers.append(subprocess.Popen(command, env=one, stdout=log, stderr=subprocess.STDOUT))
+    endpoint.save(RunFolder(out).endpoints, [engine])
+    workers = start_ranks("student_worker", [str(model), str(out), json.dumps(list(job))], ranks, f"{out}/{{rank}}.log")
     try:
-        with serving(model, out, engine):  # starts while the ranks import their modules
-            codes = wait_for_exit(workers, [out])
+        codes = wait_for_exit(workers, [out])
     finally:
         for worker in workers:
             worker.kill()
     assert codes == [0] * ranks, "\n".join((out / f"{rank}.log").read_text()[-4000:] for rank in range(ranks))
     return [torch.load(out / f"{number}.pt", weights_only=False) for number in range(len(job))]
-
-
-@contextmanager
-def serving(model: Path, out: Path, engine: Engine | None) -> Iterator[None]:
-    if engine is None:
-        yield
-        return
-    with (
-        Children() as children,
-        serve([ServerSpec("student", model, engine, updatable=True)], children, out, lambda *_: None) as servers,
-    ):
-        endpoint.save(RunFolder(out).endpoints, servers.values())
-        yield
 
 
 @torch.no_grad()
@@ -301,7 +260,3 @@ def plain(model: Any, encoder: Encoder, item: Item) -> torch.Tensor:
     T = len(item.tokens)
     logits = model(input_ids=ids, use_cache=False, **pictures).logits[0, -T - 1 : -1]
     return logits.log_softmax(-1).gather(1, ids[0, -T:, None])[:, 0]
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(sys.argv[2]), json.loads(sys.argv[3]))

@@ -14,7 +14,10 @@ from transformers import AutoModelForImageTextToText
 from mmopd.config import Engine, Lora
 from mmopd.errors import UserError
 from mmopd.modality import Encoder
+from mmopd.runtime.processes import Children
 from mmopd.serving.lora import read_adapter
+from mmopd.serving.servers import serve
+from mmopd.serving.specs import ServerSpec
 from mmopd.train.lora import add_adapters, weights
 from mmopd.train.students import load_student
 
@@ -37,7 +40,10 @@ def found(server: None, tmp_path_factory: pytest.TempPathFactory) -> Found:
     build("qwen3_vl", folder / "model")
     job = [LANGUAGE, LANGUAGE | {"resume": "0"}, EVERYWHERE]
     engine = Engine(dtype="float32", max_model_len=512, max_num_seqs=16, kv_cache_mib=64)
-    return Found(folder / "model", folder / "out", *run(folder / "model", folder / "out", job, ranks=2, engine=engine))
+    student = ServerSpec("student", folder / "model", engine, updatable=True)
+    with Children() as children, serve([student], children, folder, lambda *event: None) as servers:
+        results = run(folder / "model", folder / "out", job, servers["student"], ranks=2)
+    return Found(folder / "model", folder / "out", *results)
 
 
 def test_new_adapters_change_nothing_and_updates_do(found: Found) -> None:

@@ -7,7 +7,6 @@ from typing import Any
 import pytest
 import torch
 from rich.console import Console
-from test_trainer import port
 from train_worker import TRAIN, launch, make_items
 
 from mmopd.commands.replay import replay
@@ -26,7 +25,7 @@ def guarded(server: None, model: Path, tmp_path_factory: pytest.TempPathFactory)
     run.create(
         Recipe(student=student, fleet=Path("none.yaml"), mixture=Path("none.yaml"), rollout=Rollout(), train=TRAIN)
     )
-    return run, launch(model, run.root, "guarded", 2, port())
+    return run, launch(model, run.root, "guarded", 2)
 
 
 def test_updates_that_are_not_finite_are_skipped_and_the_others_made(guarded: tuple[RunFolder, dict[str, Any]]) -> None:

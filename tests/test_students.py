@@ -3,6 +3,7 @@
 An engine that must compute in bfloat16 cannot agree within 1e-4, but it must follow each update.
 """
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple, get_args
 
@@ -16,6 +17,9 @@ from transformers import AutoConfig, AutoModelForImageTextToText
 from mmopd.config import Engine, Part, Train
 from mmopd.errors import UserError
 from mmopd.modality import Encoder
+from mmopd.runtime.processes import Children
+from mmopd.serving.servers import Servers, serve
+from mmopd.serving.specs import ServerSpec
 from mmopd.train import families
 from mmopd.train.families import unit
 from mmopd.train.pack import Collator, Layout
@@ -42,13 +46,30 @@ class Found(NamedTuple):
     frozen: dict[str, Any]  # findings if FROZEN does not train
 
 
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Write a model of each family."""
+    folders = {kind: tmp_path_factory.mktemp(kind) / "model" for kind in ENGINES}
+    for kind, folder in folders.items():
+        build(kind, folder)
+    return folders
+
+
+@pytest.fixture(scope="module")
+def servers(server: None, models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Servers]:
+    """Serve all of them, forked from one process."""
+    specs = [ServerSpec(kind, folder, ENGINES[kind], updatable=True) for kind, folder in models.items()]
+    with Children() as children, serve(specs, children, tmp_path_factory.mktemp("logs"), lambda *_: None) as servers:
+        yield servers
+
+
 @pytest.fixture(scope="module", params=ENGINES)
-def found(server: None, request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Found:
-    kind, folder = request.param, tmp_path_factory.mktemp(request.param)
-    build(kind, folder / "model")
+def found(models: dict[str, Path], servers: Servers, request: pytest.FixtureRequest) -> Found:
+    kind = request.param
+    model = models[kind]
+    out = model.parent / "out"
     job = [{"train": {"gradient_checkpointing": True}}, {"train": {"freeze": FROZEN[kind]}}]
-    results = run(folder / "model", folder / "out", job, ranks=RANKS[kind], engine=ENGINES[kind])
-    return Found(kind, folder / "model", folder / "out", *results)
+    return Found(kind, model, out, *run(model, out, job, servers[kind], ranks=RANKS[kind]))
 
 
 def test_packed_log_probs_are_those_of_plain_transformers(found: Found) -> None:

@@ -3,7 +3,6 @@
 import json
 import queue
 import shutil
-import socket
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -27,12 +26,6 @@ from mmopd.train.trainer import Trainer, learning_rate_factor
 PARTS = ("vision", "projector", "language")
 
 
-def port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
 @pytest.fixture(scope="module")
 def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("train")
@@ -46,12 +39,12 @@ def model(out: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def two(server: None, model: Path, out: Path) -> dict[str, Any]:
-    return launch(model, out / "two", "straight", 2, port())
+    return launch(model, out / "two", "straight", 2)
 
 
 @pytest.fixture(scope="module")
 def one(server: None, model: Path, out: Path) -> dict[str, Any]:
-    return launch(model, out / "one", "straight", 1, port())
+    return launch(model, out / "one", "straight", 1)
 
 
 @pytest.fixture(scope="module")
@@ -67,13 +60,13 @@ def resumed(model: Path, out: Path, two: dict[str, Any], resized: list[dict[str,
     cut.write_bytes(cut.read_bytes()[:-1])
     (broken / "c-missing" / "random-00001.pt").unlink()
     (broken / "d-torn" / "manifest.json").unlink()
-    return launch(model, out / "two", "resumed", 2, port())
+    return launch(model, out / "two", "resumed", 2)
 
 
 @pytest.fixture(scope="module")
 def resized(model: Path, out: Path, two: dict[str, Any]) -> list[dict[str, Any]]:
     shutil.copytree(out / "two" / "checkpoints" / "step-00000002", out / "resized" / "checkpoints" / "step-00000002")
-    return [launch(model, out / "resized", "resized", size, port()) for size in (1, 2)]
+    return [launch(model, out / "resized", "resized", size) for size in (1, 2)]
 
 
 def test_one_rank_and_two_ranks_agree_in_loss_and_gradient_norm(one: dict[str, Any], two: dict[str, Any]) -> None:
@@ -225,7 +218,7 @@ def test_old_checkpoints_are_pruned(resumed: dict[str, Any]) -> None:
 
 @pytest.mark.usefixtures("server")
 def test_a_checkpoint_that_does_not_fit_is_refused_removed_and_the_one_before_it_stays(model: Path, out: Path) -> None:
-    ended = launch(model, out / "full", "full", 2, port())
+    ended = launch(model, out / "full", "full", 2)
     found = torch.load(out / "full" / "full-0.pt")
     needs = float(found["told"].partition("a checkpoint needs ")[2].split()[0]) * 2**30
     assert found["told"].startswith("no checkpoint was written")
@@ -242,7 +235,7 @@ def test_a_checkpoint_that_does_not_fit_is_refused_removed_and_the_one_before_it
 def test_a_rank_that_hangs_ends_itself_and_says_where_and_the_others_wait_no_longer_than_the_timeout(
     model: Path, out: Path
 ) -> None:
-    ended = launch(model, out / "hanging", "hanging", 2, port())
+    ended = launch(model, out / "hanging", "hanging", 2)
     waited, hung = ended["logs"]
     assert ended["codes"][1] == HUNG
     assert "rank 1 has made no progress for 2" in hung

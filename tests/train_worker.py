@@ -1,14 +1,10 @@
-"""A training rank for tests: `python train_worker.py MODEL OUT JOB`, with RANK etc. in the environment; rank 0 writes
-OUT/JOB.pt.
+"""A training rank for tests: `main(MODEL, OUT, JOB)`, with RANK etc. in the environment; rank 0 writes OUT/JOB.pt.
 
 It also holds what the tests and the rank share: the items, and a launcher.
 """
 
-import os
 import resource
 import shutil
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -21,6 +17,7 @@ from typing import Any
 import annotations  # noqa: F401  (checks the annotations of what is imported after it)
 import deepspeed
 import torch
+from forks import start_ranks
 from waiting import wait_for_exit
 
 from mmopd.algorithm.settings import Algorithm
@@ -82,7 +79,9 @@ def make_items(encoder: Encoder, kinds: str, seed: int) -> list[Item]:
 BATCHES = ["TitIIt", "t", "iTtI", "IIi"]  # the second gives one rank of two a dummy micro-batch
 
 
-def main(model: Path, out: Path, job: str) -> None:
+def main(model_folder: str, out_folder: str, job: str) -> None:
+    model = Path(model_folder)
+    out = Path(out_folder)
     torch.set_num_threads(1)
     ranks = start(20 if job == "hanging" else 600)
     encoder = Encoder(model)
@@ -366,34 +365,17 @@ def _refusal(act: Callable[[], object]) -> str:
     return ""
 
 
-def launch(model: Path, out: Path, job: str, size: int, port: int) -> dict[str, Any]:
+def launch(model: Path, out: Path, job: str, size: int) -> dict[str, Any]:
     """Run a job on `size` ranks. Returns what rank 0 found, or how all ranks ended if one failed."""
     out.mkdir(parents=True, exist_ok=True)
-    shared = {
-        "WORLD_SIZE": str(size),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-        "OMP_NUM_THREADS": "1",
-        "DS_ACCELERATOR": "cpu",
-    }
-    path = os.pathsep.join([str(Path(__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])])
-    ranks = []
-    for rank in range(size):
-        env = os.environ | shared | {"RANK": str(rank), "LOCAL_RANK": str(rank), "PYTHONPATH": path}
-        with (out / f"{job}-{rank}.log").open("w") as log:
-            command = [sys.executable, __file__, str(model), str(out), job]
-            ranks.append(subprocess.Popen(command, env=env, stdout=log, stderr=subprocess.STDOUT))
+    ranks = start_ranks("train_worker", [str(model), str(out), job], size, f"{out}/{job}-{{rank}}.log")
     try:
         codes = wait_for_exit(ranks, [out])
     finally:
-        for process in ranks:
-            process.kill()
+        for rank in ranks:
+            rank.kill()
     if job in ENDS:
         return {"codes": codes, "logs": [(out / f"{job}-{r}.log").read_text() for r in range(size)]}
     assert codes == [0] * size, "\n".join((out / f"{job}-{r}.log").read_text()[-3000:] for r in range(size))
     found: dict[str, Any] = torch.load(out / f"{job}.pt", weights_only=False)
     return found
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3])

@@ -3,11 +3,11 @@ a hang.
 """
 
 import os
-import subprocess
 import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import Protocol
 
 # seconds without a byte in a log; imports alone, which write nothing, take 400 where 18 processes share two cores
 SILENT = 600.0
@@ -33,13 +33,18 @@ def wait_for(happened: Callable[[], object], folders: Sequence[Path] = (), every
         time.sleep(every)
 
 
-def wait_for_exit(
-    processes: Iterable["subprocess.Popen[str] | subprocess.Popen[bytes]"], folders: Sequence[Path] = ()
-) -> list[int]:
+class Process(Protocol):
+    """What can be waited for: a `subprocess.Popen`, or a rank of `forks`."""
+
+    def poll(self) -> int | None:
+        """Return the exit status; None while it runs."""
+
+
+def wait_for_exit(processes: Iterable[Process], folders: Sequence[Path] = ()) -> list[int]:
     """Return the exit statuses of processes, when all have ended."""
     running = list(processes)
     wait_for(lambda: all(process.poll() is not None for process in running), folders)
-    return [process.returncode for process in running]
+    return [status for process in running if (status := process.poll()) is not None]
 
 
 def written_in(folders: Sequence[Path]) -> int:
