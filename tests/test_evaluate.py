@@ -188,13 +188,18 @@ def test_a_valid_record_is_reused_and_a_failed_one_is_not(
 def test_other_weights_or_other_rows_are_measured_again_and_a_timeout_leaves_nothing_behind(
     measured: tuple[dict[str, BenchmarkScore], Server, Path], suite: Suite, tmp_path: Path
 ) -> None:
-    _, server, out = measured
+    def slow(question: str, images: list[Image.Image]) -> str:
+        time.sleep(5)
+        return "2"
+
+    out = measured[2]
     rows = write_rows(tmp_path / "other.parquet", ["What is 1+1?"], ["2"])
     other = Benchmark(column="planted", task=ADDITIONS, metric="accuracy,none", data=rows, max_tokens=7)
     short = suite.model_copy(update={"timeout": 1})
     for weights, benchmark in (("w1", suite.benchmarks[0]), ("w0", other)):
         one = short.model_copy(update={"benchmarks": (benchmark,)})
-        [record] = evaluate(server.endpoint, one, out=tmp_path / "out", weights=weights, cache=out / "cache")
+        with Server(slow) as server:
+            [record] = evaluate(server.endpoint, one, out=tmp_path / "out", weights=weights, cache=out / "cache")
         assert record.status == "failed"
         assert "not finished after 1 s" in record.reason
     assert all(

@@ -11,13 +11,13 @@ from mmopd.runtime.rank_processes import Pulses, check_ranks
 from mmopd.runtime.watchdog import HUNG, LAST, LEFT, WAITED, Watchdog, pulse_of
 
 
-def blamed(tmp_path: Path, *ends: str, stopping: bool = False) -> str:
+def blamed(tmp_path: Path, *ends: str, stopping: bool = False, timeout: float = 20) -> str:
     """Return the message of the launcher when its ranks end like these shell commands."""
     with Children() as children:
         ranks = [children.start(f"rank{n}", ["sh", "-c", end], tmp_path / f"{n}.log") for n, end in enumerate(ends)]
         ranks[0].wait(30)
         try:
-            check_ranks(ranks, timeout=20, stopping=stopping)
+            check_ranks(ranks, timeout=timeout, stopping=stopping)
         except UserError as error:
             return str(error)
     return ""
@@ -50,9 +50,8 @@ def test_a_rank_that_nccl_has_ended_for_waiting_is_not_taken_for_the_one_that_ha
 
 
 def test_a_rank_that_does_not_even_end_itself_is_named(tmp_path: Path) -> None:
-    assert blamed(tmp_path, f"exit {WAITED}", "kill -STOP $$").startswith(
-        "rank1 has not answered for train.timeout = 20 s"
-    )
+    said = blamed(tmp_path, f"exit {WAITED}", "kill -STOP $$", timeout=3)
+    assert said.startswith("rank1 has not answered for train.timeout = 3 s")
 
 
 def test_a_rank_that_was_asked_to_stop_before_it_could_listen_has_not_failed(tmp_path: Path) -> None:
