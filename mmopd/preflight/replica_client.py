@@ -8,6 +8,7 @@ import asyncio
 import json
 import uuid
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import aiohttp
 import msgspec
@@ -29,6 +30,10 @@ class ReplicaClient:
         self._endpoint = endpoint
         self._http = http
         self._timeout = timeout
+
+    def named(self, model: str) -> "ReplicaClient":
+        """Return a client that asks the same server for another of its models."""
+        return ReplicaClient(replace(self._endpoint, model=model), self._http, self._timeout)
 
     async def send(
         self, method: str, path: str, body: bytes | None = None, headers: Mapping[str, str] | None = None

@@ -13,9 +13,10 @@ from pathlib import Path
 
 from rich.console import Console
 
-from mmopd.config import Fleet
+from mmopd.config import Fleet, Teacher
 from mmopd.errors import ConfigError, ServerError
 from mmopd.modality import Encoder
+from mmopd.modality.encode import head_rows
 from mmopd.preflight.check import Check, render
 from mmopd.preflight.examination import Examination, Vocabulary
 from mmopd.preflight.questions import Kind, Questions, questions
@@ -88,9 +89,12 @@ async def preflight(
                 for endpoint in endpoints.get(name, ())
             ]
         await asyncio.gather(*(one.prove(done) for group in groups.values() for one in group))
+        for one in (one for group in groups.values() for one in group):
+            await one.prove_adapter()
     checks: list[Check] = []
     for name, group in groups.items():
         checks += showable(name, asked_of[name])
+        checks += heights(name, fleet.teachers[name], encoder)
         for one in group:
             checks += one.checks
         checks += agreement(name, group)
@@ -112,6 +116,15 @@ def showable(teacher: str, asked: Questions) -> list[Check]:
             teacher,
         )
     ]
+
+
+def heights(name: str, teacher: Teacher, encoder: Encoder) -> list[Check]:
+    """Say how high the heads of teacher and student are, if that is known and they differ."""
+    rows = head_rows(teacher.model) if teacher.model is not None else None
+    if rows is None or rows == encoder.head:
+        return []
+    found = f"{rows:,} rows, and {encoder.head:,} of the student; likeliest ids beyond the student's count as the rest"
+    return [Check("head", "ok", found, "", name, {"teacher": rows, "student": encoder.head})]
 
 
 def agreement(teacher: str, group: Sequence[Examination]) -> list[Check]:

@@ -1,7 +1,7 @@
 """LoRA adapters (peft folders) that vLLM serves on top of a model."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,6 +11,9 @@ from mmopd.errors import CheckpointError
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
+PREFIX = "base_model.model."  # peft's, before the name of a module
+PAIR = (".lora_A.weight", ".lora_B.weight")
+VISION = ("model.visual.", "visual.")
 MAX_CONFIG_BYTES = 1 << 20
 # vLLM ignores .patch_embed. without a warning (measured).
 NOT_SERVED = (".patch_embed.", ".embed_tokens.", ".lm_head.")
@@ -25,6 +28,7 @@ class Adapter:
     rank: int  # largest rank of its modules
     modules: frozenset[str]  # modules that it changes, in the form that vLLM expects
     vision: bool  # true if it changes the vision part
+    layers: Mapping[str, tuple[int, int]]  # name of each module without peft's prefix -> (out, in)
 
 
 def read_adapter(path: Path) -> Adapter:
@@ -58,32 +62,51 @@ def read_adapter(path: Path) -> Adapter:
         raise CheckpointError(
             f"{config}: rank {rank!r}; vLLM serves ranks 1 to {RANKS[-1]}; merge this adapter into its model"
         )
-    try:
-        with safe_open(weights, "pt") as file:
-            keys = list(file.keys())
-    except SafetensorError as error:
-        raise CheckpointError(f"{weights}: not a safetensors file ({error})") from None
-    left_out = [
-        key
-        for key in keys
-        if not key.endswith((".lora_A.weight", ".lora_B.weight")) or any(part in key for part in NOT_SERVED)
-    ]
+    ranks = {settings["r"], *(settings.get("rank_pattern") or {}).values()}
+    layers = _layers(weights, header(weights), ranks)
+    vision = any(name.startswith(VISION) for name in layers)
+    return Adapter(path, rank, frozenset(map(_module, layers)), vision, layers)
+
+
+def _layers(weights: Path, shapes: Mapping[str, tuple[int, ...]], ranks: Collection[int]) -> dict[str, tuple[int, int]]:
+    """Return the modules of an adapter with the shape (out, in) of the layers that they fit."""
+    left_out = [key for key in shapes if not key.endswith(PAIR) or any(part in key for part in NOT_SERVED)]
     if left_out:
         raise CheckpointError(
             f"{weights}: vLLM would ignore {left_out[0]!r} without a warning; "
             "train the adapter only on the linear layers of the blocks, or merge it into its model"
         )
-    names = {key.removesuffix(".weight").rpartition(".")[0] for key in keys}
-    return Adapter(path, rank, frozenset(map(_module, names)), any(".visual." in name for name in names))
+    layers = {}
+    for name in {key.removesuffix(".weight").rpartition(".")[0]: None for key in shapes}:
+        a, b = (shapes.get(name + part, ()) for part in PAIR)
+        if len(a) != 2 or len(b) != 2 or a[0] != b[1] or a[0] not in ranks:
+            raise CheckpointError(
+                f"{weights}: {name!r} has lora_A {list(a)} and lora_B {list(b)}; it needs [rank, in] and [out, rank], "
+                f"with a rank that {CONFIG} names ({', '.join(map(str, sorted(ranks)))}): save the adapter again"
+            )
+        layers[name.removeprefix(PREFIX)] = (b[0], a[1])
+    if not layers:
+        raise CheckpointError(f"{weights}: the adapter has no module; save it again")
+    return layers
+
+
+def header(file: Path) -> dict[str, tuple[int, ...]]:
+    """Return the shape of each tensor of a safetensors file from its header; () for packed numbers (quantisation)."""
+    try:
+        with safe_open(file, "numpy") as opened:
+            slices = {key: opened.get_slice(key) for key in opened.keys()}  # noqa: SIM118  (not a mapping)
+            return {key: tuple(one.get_shape()) if "F" in one.get_dtype() else () for key, one in slices.items()}
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{file}: not a safetensors file ({error})") from None
 
 
 def _module(name: str) -> str:
     """Return the module name for vLLM: the last part, which also selects packed modules.
 
-    `proj` is returned in full, because vLLM cannot adapt the `proj` of the patch embedding.
+    Last parts that other modules share (`proj` of the patch embedding, `0` of a list) are returned in full.
     """
     last = name.rpartition(".")[2]
-    return last if last != "proj" else "visual." + name.partition(".visual.")[2]
+    return name.removeprefix("model.") if last == "proj" or last.isdecimal() else last
 
 
 def lora_flags(adapters: Mapping[str, Adapter]) -> list[str]:

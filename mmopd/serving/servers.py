@@ -25,6 +25,7 @@ from mmopd.runtime.logs import message_of
 from mmopd.runtime.network import HOST, local
 from mmopd.runtime.processes import Children, stop
 from mmopd.runtime.progress import Stages
+from mmopd.serving.adapted_model import check_adapters
 from mmopd.serving.endpoint import Endpoint
 from mmopd.serving.placement import assign_gpus, check_memory
 from mmopd.serving.readiness import Awaited
@@ -217,7 +218,7 @@ def serve(
         key: the API key; a new one by default.
 
     Raises:
-        CheckpointError: a model folder is missing.
+        CheckpointError: a model folder is missing, or an adapter does not fit its model.
         ServerError: a port is taken, memory is short, or a server ended or was not ready in time.
     """
     import torch  # takes seconds, and `mmopd plan` only places servers
@@ -228,6 +229,8 @@ def serve(
             raise CheckpointError(f"{spec.model}: cannot serve it as {spec.name!r}: the folder has no config.json")
         if cpu and spec.sync == "ipc":
             raise ConfigError("student.sync: `ipc` shares a GPU, and this machine has none; remove the key")
+        if spec.adapters:
+            check_adapters(spec.adapters, spec.model, cpu=cpu)
     if cpu:
         check_memory(specs)
     key = key or secrets.token_urlsafe(32)
