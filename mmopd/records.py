@@ -94,7 +94,8 @@ class Score:
     teacher: str  # name of the teacher; "a+b" for several
     logprobs: tuple[float, ...]
     weight: float = 1.0  # w_k of Eq. 4
-    # Id -> log-prob of the likeliest ids at each position, if they were requested.
+    # Id -> log-prob of the likeliest ids at each position, if they were requested; without those beyond the student's
+    # head.
     top: tuple[Mapping[int, float], ...] | None = None
 
 

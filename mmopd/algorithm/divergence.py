@@ -13,6 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+NOTHING = -1e4  # log-prob of a place without a token: a mass of 0, and finite, so that 0 times it is 0
 TINY = 1e-7  # least mass of the bucket: float32 cannot represent 1 - p better
 
 

@@ -49,7 +49,8 @@ class Tokens:
     old: Float[Tensor, " M"]  # by the policy that sampled them
     advantage: Float[Tensor, " M"]
     weight: Float[Tensor, " M"]
-    # log-probs by (teacher, student) of the teacher's K likeliest tokens, if the objective needs them
+    # Log-probs by (teacher, student) of the teacher's K likeliest tokens, if the objective needs them. Places of tokens
+    # that the student's head does not have are `divergence.NOTHING` in both: their mass belongs to the rest.
     likeliest: tuple[Float[Tensor, "M K"], Float[Tensor, "M K"]] | None
 
 

@@ -5,7 +5,9 @@ other sizes), on image headers alone; pixels are decoded only where a trainer ne
 themselves; their answer is compared with `Encoded.expanded`.
 """
 
+import json
 from collections.abc import Iterable, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +34,7 @@ class Encoder:
     """
 
     def __init__(self, model: Path) -> None:
+        self._model = model
         try:
             self.processor: Any = AutoProcessor.from_pretrained(model)
         except Exception as error:
@@ -50,6 +53,16 @@ class Encoder:
         control = (*VISION_TOKENS, *placeholders.values())
         self.banned: tuple[int, ...] = tuple(vocabulary[token] for token in control if token in vocabulary)
         self._readers: dict[str, Reader] = {}
+
+    @cached_property
+    def head(self) -> int:
+        """Rows of the model's output head; as many as there are tokens, if the folder has no model."""
+        return head_rows(self._model) or len(self.tokenizer)
+
+    @cached_property
+    def without_token(self) -> frozenset[int]:
+        """Ids of the head that the tokenizer has no token for: the padding of its height."""
+        return frozenset(range(self.head)) - set(self.tokenizer.get_vocab().values())
 
     def reader(self, medium: Medium) -> Reader:
         """Return the reader of a medium for this processor.
@@ -119,6 +132,17 @@ class Encoder:
             except ValueError as error:
                 raise ValueError(f"{encoded.prompt.key}: {error}") from error
         return torch.cat(pixels) if len(pixels) > 1 else pixels[0], torch.tensor(encoded.grids)
+
+
+def head_rows(model: Path) -> int | None:
+    """Return the rows of a model's output head by its config.json; None if it does not say.
+
+    Models of one family have the same tokens and heads of different height (Qwen2.5-VL 7B: 152,064 rows, 3B: 151,936).
+    """
+    path = model / "config.json"
+    config = json.loads(path.read_text()) if path.is_file() else {}
+    rows: int | None = {**config, **(config.get("text_config") or {})}.get("vocab_size")
+    return rows
 
 
 def expand(ids: Sequence[int], becomes: Mapping[int, Iterable[Sequence[int]]]) -> tuple[int, ...]:

@@ -147,6 +147,7 @@ async def _ask(
     timeout: float,
 ) -> None:
     encoder = Encoder(student.model)
+    ours = frozenset(encoder.tokenizer.get_vocab().values())  # a teacher may have more tokens
     n = attempts_of(algorithm.objective)
     tasks = load_tasks()
     async with AsyncExitStack() as stack:
@@ -182,7 +183,9 @@ async def _ask(
                 kept += [
                     [teacher.name, teacher.weight, r.tokens, [round(x, 6) for x in r.logprobs]]
                     for r, outcome in zip(responses, outcomes, strict=True)
-                    if outcome.known and outcome.value >= algorithm.outcome_threshold
+                    if outcome.known
+                    and outcome.value >= algorithm.outcome_threshold
+                    and all(token in ours for token in r.tokens)
                 ]
             return kept
 

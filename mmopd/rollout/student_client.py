@@ -53,7 +53,10 @@ class StudentClient:
         # Special tokens never belong in an answer, and a placeholder of an image would break the trainer. Added tokens
         # that are not special (`</think>`, `<tool_call>`) stay allowed: reasoning models write them.
         special = {i for i, token in encoder.tokenizer.added_tokens_decoder.items() if token.special}
-        self.banned = tuple(sorted((special | set(encoder.banned)) - {self._end}))
+        # So do rows of the head without a token. Only on the student's engine: the head of a teacher that answers may
+        # have another height, and vLLM refuses a bias beyond it.
+        padding = encoder.without_token if endpoint.role == "student" else frozenset()
+        self.banned = tuple(sorted((special | set(encoder.banned) | padding) - {self._end}))
 
     async def __aenter__(self) -> Self:
         self._http = connect()

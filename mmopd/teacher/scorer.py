@@ -195,9 +195,17 @@ class Scorer:
             return wire.parse_scored(reply, request_id, shown.expanded, tokens, self._top_k)
 
         try:
-            return await self._pools[teacher].call(build, parse, affinity=images if shown.prompt.is_visual else b"")
+            scored = await self._pools[teacher].call(build, parse, affinity=images if shown.prompt.is_visual else b"")
         except wire.ReplyError as fault:
             return Absent(teacher, fault.cause, fault.detail)
+        return scored if scored.top is None else self._within_head(scored, scored.top)
+
+    def _within_head(self, scored: wire.Scored, top: Sequence[Mapping[int, float]]) -> wire.Scored:
+        """Return a score without the likeliest ids beyond the student's head, and count those."""
+        head = self._encoder.head
+        within = tuple({token: logprob for token, logprob in at.items() if token < head} for at in top)
+        self.counts["beyond_head"] += sum(map(len, top)) - sum(map(len, within))
+        return wire.Scored(scored.logprobs, within)
 
     def _finish(self, key: bytes, task: "asyncio.Task[wire.Scored | Absent]") -> None:
         del self._running[key]

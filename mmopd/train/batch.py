@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from mmopd.algorithm.divergence import NOTHING
 from mmopd.algorithm.settings import Algorithm
 from mmopd.algorithm.step import Step, Targets
 from mmopd.algorithm.visual import visual_weights
@@ -100,10 +101,12 @@ def minibatches(batch: Batch, encoded: Sequence[Encoded], n: int) -> list[list[I
     dealt: list[list[int]] = [[] for _ in range(n)]
     for i in kept:
         dealt[turn[batch.samples[i].group]].append(i)
-    return [[_item(batch, i, encoded, len(kept) / len(chosen)) for i in chosen] for chosen in dealt if chosen]
+    tops = [sample.score.top for sample in batch.samples if isinstance(sample.score, Score) and sample.score.top]
+    k = max((len(at) for top in tops for at in top), default=0)
+    return [[_item(batch, i, encoded, len(kept) / len(chosen), k) for i in chosen] for chosen in dealt if chosen]
 
 
-def _item(batch: Batch, i: int, encoded: Sequence[Encoded], scale: float) -> Item:
+def _item(batch: Batch, i: int, encoded: Sequence[Encoded], scale: float, k: int) -> Item:
     sample = batch.samples[i]
     span = batch.spans[i]
     return Item(
@@ -112,16 +115,20 @@ def _item(batch: Batch, i: int, encoded: Sequence[Encoded], scale: float) -> Ite
         old=batch.old[span],
         advantage=batch.targets.advantage[span],
         weight=batch.targets.token_weight[span] * scale,
-        likeliest=_likeliest(sample),
+        likeliest=_likeliest(sample, k),
     )
 
 
-def _likeliest(sample: Sample) -> tuple[Tensor, Tensor] | None:
-    """Return (ids [T, K], log-probs [T, K]) of the likeliest tokens that the teacher listed, if any."""
+def _likeliest(sample: Sample, k: int) -> tuple[Tensor, Tensor] | None:
+    """Return (ids [T, K], log-probs [T, K]) of the likeliest tokens that the teacher listed, if any.
+
+    Where fewer than K of them are the student's, the other places are id 0 with the log-prob `NOTHING`.
+    """
     if not isinstance(sample.score, Score) or sample.score.top is None:
         return None
-    top = sample.score.top
-    return torch.tensor([list(at) for at in top]), torch.tensor([list(at.values()) for at in top])
+    rows = [[*at.items(), *[(0, NOTHING)] * (k - len(at))] for at in sample.score.top]
+    ids = torch.tensor([[token for token, _ in row] for row in rows], dtype=torch.long).reshape(len(rows), k)
+    return ids, torch.tensor([[logprob for _, logprob in row] for row in rows]).reshape(len(rows), k)
 
 
 def _scored(score: object) -> Score:

@@ -231,7 +231,8 @@ def check_absent(samples: Sequence[Sample], limit: float, step: int) -> None:
 def scoring(counts: Counter[str]) -> dict[str, float]:
     """Return the cost of a step's scores, as metrics: requests, failures by cause, hedged requests, reused scores."""
     always = {f"scoring/{name}": float(counts[name]) for name in ("requests", "reused", "hedged")}
-    return always | {f"scoring/{name}": float(n) for name, n in sorted(counts.items()) if name.startswith("failed/")}
+    some = {name: n for name, n in sorted(counts.items()) if name.startswith("failed/") or name == "beyond_head"}
+    return always | {f"scoring/{name}": float(n) for name, n in some.items()}
 
 
 class Clock:

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mmopd.algorithm.divergence import NOTHING
 from mmopd.algorithm.settings import Algorithm
 from mmopd.algorithm.step import Tokens
 from mmopd.config import Train
@@ -104,7 +105,7 @@ def loss_of(output: Tensor, micro: MicroBatch, settings: Algorithm) -> tuple[Ten
     likeliest = None
     if micro.likeliest is not None:
         logprob = output[:, 0]
-        likeliest = (micro.likeliest, output[:, 1:])
+        likeliest = (micro.likeliest, output[:, 1:].masked_fill(micro.likeliest <= NOTHING, NOTHING))
     tokens = Tokens(logprob, micro.old, micro.advantage, micro.weight, likeliest)
     return settings.objective.loss(tokens, settings), logprob
 
