@@ -3,10 +3,9 @@
 import os
 import signal
 import sys
-from datetime import datetime
 from pathlib import Path
 from types import FrameType
-from typing import Annotated
+from typing import Annotated, NoReturn
 
 import typer
 from rich.console import Console
@@ -14,8 +13,9 @@ from rich.console import Console
 from mmopd import __version__
 from mmopd.commands import files
 from mmopd.commands.options import EndpointsOption, HostOption, Overrides, RecipeArgument, RunOption, console
-from mmopd.errors import UserError
+from mmopd.errors import STOPPED, UserError
 from mmopd.runtime import python
+from mmopd.runtime.processes import STOPS
 
 app = typer.Typer(
     help="Distil a Qwen-VL student from several teachers, on its own rollouts, over text and images.",
@@ -29,10 +29,11 @@ app = typer.Typer(
 def main() -> None:
     """Run the command line.
 
-    A UserError is printed as one message on stderr, with the exit status of its kind. SIGTERM ends the process like an
-    exception, so that its children are stopped.
+    A UserError is printed as one message on stderr, with the exit status of its kind. SIGTERM, SIGUSR1 and
+    SIGUSR2 end the process like an exception, so that its children are stopped.
     """
-    signal.signal(signal.SIGTERM, _terminate)
+    for number in STOPS:
+        signal.signal(number, _terminate)
     os.environ.update(python.environment())
     # Plug-ins of pydantic watch validation; to look for them, it reads the metadata of every installed package.
     os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")
@@ -81,6 +82,12 @@ def train(
     resume: Annotated[
         Path | None, typer.Option(help="Continue this run folder from its last checkpoint.", show_default=False)
     ] = None,
+    resume_or_start: Annotated[
+        bool,
+        typer.Option(
+            "--resume-or-start", help="Continue the run of --run if it is there, else start it: for jobs that requeue."
+        ),
+    ] = False,
     endpoints: EndpointsOption = None,
     changed: Annotated[
         list[str] | None,
@@ -101,23 +108,12 @@ def train(
     import shlex
     import shutil
 
-    from mmopd import catalog
-    from mmopd.runtime.run_folder import RunFolder
+    from mmopd.commands.open_run import open_run
 
-    if recipe is not None and resume is not None:
-        raise UserError(f"--resume takes no recipe and no key=value: change its settings in {resume}/recipe.yaml")
-    if recipe is None and resume is None:
-        raise UserError("give a recipe (mmopd train recipes/demo.yaml), or --resume with a run folder")
     command = shlex.split(launcher or "")
     if command and shutil.which(command[0]) is None:
         raise UserError(f"--launcher: there is no command {command[0]!r}")
-    if recipe is not None:
-        resolved = catalog.load_recipe(recipe, overrides=overrides or ())
-        folder = RunFolder(run or Path("runs") / f"{recipe.stem}-{datetime.now():%Y%m%d-%H%M%S}")
-        folder.create(resolved)
-    elif resume is not None:
-        folder = RunFolder(resume)
-        resolved = folder.recipe()
+    folder, resolved = open_run(recipe, overrides or (), run, console, resume=resume, or_start=resume_or_start)
     from mmopd.commands.train import launch
 
     try:
@@ -125,6 +121,8 @@ def train(
     except KeyboardInterrupt:
         console.print(f"interrupted; `mmopd train --resume {folder.root}` continues from the last checkpoint")
         raise typer.Exit(130) from None
+    except SystemExit as stop:
+        _stopped(stop, f"stopped as requested; `mmopd train --resume {folder.root}` continues")
 
 
 @app.command()
@@ -146,7 +144,7 @@ def serve(
 
     try:
         serve_fleet(catalog.load_fleet(fleet), host=host, out=out, key_variable=api_key_env, console=console)
-    except (KeyboardInterrupt, SystemExit):  # Ctrl-C and SIGTERM are how it ends
+    except (KeyboardInterrupt, SystemExit):  # Ctrl-C and stop signals are how it ends
         console.print("stopped")
 
 
@@ -208,11 +206,12 @@ def compare(
     try:
         with Stages(console) as stages:
             page = run_grid(comparison.stem, catalog.load_comparison(comparison), out, stages)
-    except (KeyboardInterrupt, SystemExit) as stop:  # Ctrl-C and SIGTERM
+    except KeyboardInterrupt:
         console.print("stopped; the same command continues from the last checkpoint of its run")
-        if isinstance(stop, SystemExit):
-            raise
         raise typer.Exit(130) from None
+    except SystemExit as stop:
+        console.print("stopped; the same command continues from the last checkpoint of its run")
+        _stopped(stop)
     console.print(page.read_text(), markup=False, soft_wrap=True)
     console.print(f"The tables: {page}", highlight=False, markup=False)
 
@@ -348,6 +347,15 @@ def doctor(
         checks += found
     if any(check.state == "fail" for check in checks):
         raise typer.Exit(1)
+
+
+def _stopped(stop: SystemExit, how: str = "") -> NoReturn:
+    """End with STOPPED after a stop signal; `how` is said if training, which says it itself, was not under way."""
+    if stop.code not in {STOPPED, *(128 + number for number in STOPS)}:
+        raise stop
+    if stop.code != STOPPED and how:
+        console.print(how, highlight=False, markup=False, soft_wrap=True)
+    raise typer.Exit(STOPPED) from None
 
 
 def _terminate(signum: int, frame: FrameType | None) -> None:

@@ -38,6 +38,7 @@ class CheckpointError(UserError):
     exit_status = 6
 
 
+STOPPED = 75  # exit status of a run that has stopped as asked, to be continued (EX_TEMPFAIL of sysexits.h)
 KINDS = {kind.exit_status: kind for kind in (UserError, ConfigError, DataError, ServerError, CheckpointError)}
 
 

@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 from test_end_to_end import MARK, NO_SUITE, SMALL, Command
 
 from mmopd.catalog import shipped
+from mmopd.errors import STOPPED
 from mmopd.report.metrics import read_lines
 from mmopd.runtime.run_folder import RunFolder
 from mmopd.serving import endpoint
@@ -63,9 +64,9 @@ def steps(run: RunFolder) -> list[dict[str, Any]]:
     ]
 
 
-def whole(command: Command) -> str:
+def whole(command: Command, expected: int = 0) -> str:
     status, output = command.finish()
-    assert status == 0, output
+    assert status == expected, output
     command.assert_nothing_survives()
     return output
 
@@ -101,10 +102,10 @@ def stopped(workspace: Path) -> tuple[RunFolder, str, float]:
     time.sleep(random.uniform(0, 2))
     asked = time.monotonic()
     command.process.send_signal(signal.SIGTERM)
-    return run, whole(command), time.monotonic() - asked
+    return run, whole(command, STOPPED), time.monotonic() - asked
 
 
-def test_sigterm_ends_the_run_behind_its_step_with_a_checkpoint_and_status_0(
+def test_sigterm_ends_the_run_behind_its_step_with_a_checkpoint_and_a_status_of_its_own(
     stopped: tuple[RunFolder, str, float],
 ) -> None:
     run, output, seconds = stopped
@@ -202,12 +203,27 @@ def test_a_launchers_ranks_learn_the_same_and_end_behind_their_step_though_it_wo
     )
     command = train(workspace, "launched", "train.steps=1000", "--launcher", deepspeed)
     command.wait_for(lambda: len(read_lines(run.metrics)) >= 1)
-    command.process.send_signal(signal.SIGTERM)
-    output = whole(command)
+    command.process.send_signal(signal.SIGUSR1)
+    output = whole(command, STOPPED)
     done = len(steps(run))
     assert steps(run)[:10] == steps(straight)[:done]
     assert f"stopped after {done} steps as requested" in output
     assert (run.checkpoints / f"step-{done:08d}" / "manifest.json").is_file()
+
+
+def test_a_run_stops_in_time_for_its_checkpoint_and_goes_on_by_the_same_command(workspace: Path) -> None:
+    run, job = RunFolder(workspace / "runs" / "limited"), ("train.minutes=1", "train.steps=1000", "--resume-or-start")
+    for _ in range(2):
+        before = len(steps(run))
+        command = train(workspace, "limited", *job)
+        command.wait_for(run.until.exists)
+        until = float(run.until.read_text())
+        output = whole(command, STOPPED)
+        done = len(steps(run))
+        assert done > before
+        assert f"stopped after {done} steps by train.minutes" in output
+        saved = run.checkpoints / f"step-{done:08d}" / "manifest.json"
+        assert done == before + 1 or saved.stat().st_mtime < until  # one step is made in any case
 
 
 def test_a_run_ahead_learns_from_weights_that_are_one_update_older_and_survives_its_engine(workspace: Path) -> None:

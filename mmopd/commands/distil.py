@@ -6,7 +6,7 @@ import time
 
 from mmopd.commands.job import Job, give
 from mmopd.commands.merge import merge
-from mmopd.errors import ConfigError, UserError
+from mmopd.errors import STOPPED, ConfigError, UserError
 from mmopd.runtime.processes import Children
 from mmopd.runtime.progress import Stages
 from mmopd.runtime.rank_processes import Pulses, check_ranks, last_metrics, one_line, start_ranks
@@ -20,13 +20,13 @@ MERGED = "merged"  # version of merged weights
 
 
 def distil(job: Job, run: RunFolder, children: Children, servers: Servers, stages: Stages) -> None:
-    """Start the ranks and follow them until they end; on SIGTERM let them finish the current step and save a
+    """Start the ranks and follow them until they end; on a stop signal let them finish the current step and save a
     checkpoint.
 
     Raises:
         UserError: a rank or a server ended early; the message has the last lines of its log. Or the last step after
-            SIGTERM takes too long.
-        SystemExit: the ranks have stopped on request before their last step; status 0.
+            the signal takes too long.
+        SystemExit: the ranks have stopped before their last step, on request or by train.minutes; status STOPPED.
     """
     ranks = job.recipe.train.ranks
     timeout = job.recipe.train.timeout
@@ -66,9 +66,10 @@ def distil(job: Job, run: RunFolder, children: Children, servers: Servers, stage
                 stage.total(job.recipe.train.steps, done=done)
                 stage.note(one_line(latest))
         if asked.is_set() or done < job.recipe.train.steps:
-            how = f"stopped after {done} steps as requested; continue with `mmopd train --resume {run.root}`"
+            why = "as requested" if asked.is_set() or job.recipe.train.minutes is None else "by train.minutes"
+            how = f"stopped after {done} steps {why}; continue with `mmopd train --resume {run.root}`"
             stages.console.print(how, highlight=False, markup=False, soft_wrap=True)
-            raise SystemExit(0)
+            raise SystemExit(STOPPED)
         again = "".join(f", {name} restarted {times} x" for name, times in servers.restarts.items())
         stage.outcome = f"{job.recipe.train.steps} steps on {ranks} rank{'s' * (ranks > 1)}{again}"
 

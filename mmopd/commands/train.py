@@ -28,6 +28,7 @@ from mmopd.runtime.network import HOST
 from mmopd.runtime.processes import Children
 from mmopd.runtime.progress import Stages
 from mmopd.runtime.run_folder import RunFolder, alone_in
+from mmopd.runtime.time_limit import start_limit
 from mmopd.serving import endpoint, repeatable
 from mmopd.serving.endpoint import Endpoint
 from mmopd.serving.servers import Servers
@@ -69,6 +70,7 @@ def launch(
         logs.to_file(run.logs / "launcher.log", "launcher"),
         Stages(console, run.timings) as stages,
     ):
+        start_limit(run, recipe.train.minutes)
         prepare(recipe, stages)
         job = dataclasses.replace(check(recipe, endpoints), changed=changed, launcher=launcher, host=host)
         say_left_out(job, console)

@@ -116,6 +116,12 @@ class Train(Config):
         description="Steps between two checkpoints; the last step has one in any case. 50 loses at most 50 steps; a "
         "checkpoint holds weights and optimiser state",
     )
+    minutes: float | None = Field(
+        None,
+        gt=0,
+        description="Minutes in which one `mmopd train`, from its start, stops with a checkpoint, as if asked to, by "
+        "the measured length of steps and checkpoints. Give some minutes less than a scheduler does; `null`: no limit",
+    )
     keep_checkpoints: Positive = Field(
         2, description="Newest checkpoints that are kept. 2, so that one is left if the newest is damaged"
     )

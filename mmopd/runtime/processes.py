@@ -25,6 +25,7 @@ from pathlib import Path
 from types import FrameType, TracebackType
 
 GRACE = 3.0  # seconds between SIGTERM and SIGKILL after the parent has gone
+STOPS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)  # ask a run to stop; schedulers are told to send one of them
 _STOP = frozenset({signal.SIGTERM, signal.SIGINT, signal.SIGHUP})
 _PR_SET_CHILD_SUBREAPER = 36
 
@@ -148,7 +149,7 @@ def _guard(parent: int, start: Callable[[], None]) -> int:
     wake, notify = os.pipe()
     os.set_blocking(notify, False)
     signal.set_wakeup_fd(notify)
-    for number in (*_STOP, signal.SIGCHLD):
+    for number in (*_STOP, *STOPS, signal.SIGCHLD):
         signal.signal(number, _ignore)
     if ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0) != 0:
         raise OSError(ctypes.get_errno(), "prctl(PR_SET_CHILD_SUBREAPER)")
@@ -240,6 +241,8 @@ def _main(parent: int, argv: list[str]) -> int:
     def command() -> None:
         os.setsid()
         signal.set_wakeup_fd(-1)
+        for number in (signal.SIGUSR1, signal.SIGUSR2):  # a scheduler may send them to every process
+            signal.signal(number, signal.SIG_IGN)
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # Python ignores SIGPIPE, and a command would inherit that
         os.execvp(argv[0], argv)
 

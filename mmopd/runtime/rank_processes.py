@@ -13,7 +13,7 @@ from typing import Any
 from mmopd.errors import KINDS, UserError, kind_of
 from mmopd.runtime import python
 from mmopd.runtime.network import HOST, free_port
-from mmopd.runtime.processes import Child, Children
+from mmopd.runtime.processes import STOPS, Child, Children
 from mmopd.runtime.watchdog import HUNG, LAST, LATER, LEFT, TOGETHER, WAITED, pulse_of
 
 # Counts of responses in the printed line of a step.
@@ -39,7 +39,7 @@ def check_ranks(running: Sequence[Child], timeout: float, *, stopping: bool) -> 
         UserError: a rank has failed. The error has the kind of its exit status, names the rank that is to blame, and
             has the last lines of its log.
     """
-    fine = {None, 0, 128 + signal.SIGTERM} if stopping else {None, 0}
+    fine = {None, 0, *(128 + number for number in STOPS)} if stopping else {None, 0}
     if all(rank.returncode in fine for rank in running):
         return
     time.sleep(1.0)  # a rank that ends takes others with it, and they may end first

@@ -1,4 +1,4 @@
-"""Early ends of a rank: on SIGTERM after the current step, or by its own watchdog when it makes no progress.
+"""Early ends of a rank: on a stop signal after the current step, or by its own watchdog when it makes no progress.
 
 An engine has train.timeout to answer. A rank that waits for another rank is ended by the process group a little later
 (TOGETHER): the other rank may have waited for an engine, and then its log has the cause. No other process notices a
@@ -21,12 +21,14 @@ from types import FrameType, TracebackType
 from typing import Self
 
 from mmopd.runtime.logs import last_words
+from mmopd.runtime.processes import STOPS
 
 # Exit statuses of a rank.
 HUNG = 124  # no progress; same status as timeout(1)
 WAITED = 123  # another rank did not come to a collective
 LEFT = 122  # another rank has ended
 TRAINER = "trainer"  # name of the thread that computes while rollouts run ahead
+ONCE = 2.0  # seconds in which a repeated signal is one request
 # Factors of train.timeout: for a rank that waits for others, for the watchdog, and for the launcher, in case a watchdog
 # has stopped too.
 TOGETHER = 1.1
@@ -127,16 +129,22 @@ def _stack(frame: FrameType) -> list[str]:
 
 @contextmanager
 def asked_to_stop() -> Iterator[threading.Event]:
-    """Yield an event that SIGTERM sets instead of ending this process; a second SIGTERM ends it."""
+    """Yield an event that a stop signal sets instead of ending this process; the same signal again, later, ends it.
+
+    A scheduler that signals every process reaches a rank directly and once more through the launcher.
+    """
     asked = threading.Event()
+    first: dict[int, float] = {}
 
     def ask(number: int, frame: FrameType | None) -> None:
-        if asked.is_set():
+        now = time.monotonic()
+        if now - first.setdefault(number, now) > ONCE:
             raise SystemExit(128 + number)
         asked.set()
 
-    before = signal.signal(signal.SIGTERM, ask)
+    before = {number: signal.signal(number, ask) for number in STOPS}
     try:
         yield asked
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)

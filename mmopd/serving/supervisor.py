@@ -203,6 +203,7 @@ def _fork(server: Server) -> int:
         signal.set_wakeup_fd(-1)
         for number in _HANDLED:
             signal.signal(number, signal.SIG_DFL)
+        signal.signal(READY, signal.SIG_IGN)  # as in every other child
         os.setpgid(0, 0)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, _HANDLED)
         run(server)

@@ -27,6 +27,7 @@ from mmopd.report.model_card import model_card
 from mmopd.rollout.collect import seed_of, version_of
 from mmopd.rollout.sync import WeightSync, connect
 from mmopd.runtime.run_folder import RunFolder
+from mmopd.runtime.time_limit import TimeLimit
 from mmopd.runtime.watchdog import Watchdog
 from mmopd.serving import endpoint
 from mmopd.task.load import load_tasks
@@ -53,8 +54,8 @@ async def train(
 
     Args:
         changed: sources that were added to or removed from the mixture on purpose since the checkpoint.
-        stop: stop request. Once it is set on a rank, or the run has a file `stop`, all ranks finish the current step,
-            save a checkpoint and return without an export.
+        stop: stop request. Once it is set on a rank, or the run has a file `stop`, or its time is nearly over, all
+            ranks finish the current step, save a checkpoint and return without an export.
         watchdog: is told of all progress.
 
     Raises:
@@ -86,6 +87,7 @@ async def train(
             watchdog.beat_with(asyncio.get_running_loop())
             await weight_publisher.publish(version_of(done), everything=True)
             clock = Clock(watchdog)
+            limit = TimeLimit.of(run)
             next_rollout = None
             outcomes_since_checkpoint: list[Outcome] = []
             for step in range(done, recipe.train.steps):
@@ -116,12 +118,17 @@ async def train(
                         | stream.metrics()
                     )
                     recorder.step(step, rolling.prompts, samples, batch, updates=updates, more=more)
+                over = limit.is_over(clock.step, clock.seconds.get("checkpoint"))
                 clock = Clock(watchdog)  # checkpoint time is reported with the next step
-                stopping = any(ranks.all_max([stop.is_set() or run.stop.exists()]))
+                stopping = any(ranks.all_max([over or stop.is_set() or run.stop.exists()]))
                 if (step + 1) % recipe.train.checkpoint_every == 0 or last or stopping:
                     with clock("checkpoint"):
-                        score = share_right(outcomes_since_checkpoint, recipe.algorithm)
-                        checkpoints.save(trainer, step + 1, state | {"skipped": updater.state()}, score)
+                        checkpoints.save(
+                            trainer,
+                            step + 1,
+                            state | {"skipped": updater.state()},
+                            share_right(outcomes_since_checkpoint, recipe.algorithm),
+                        )
                         rollouts.kept.clear()
                         outcomes_since_checkpoint.clear()
                 if stopping and not last:
@@ -250,6 +257,11 @@ class Clock:
         begin = time.perf_counter()
         yield
         self.seconds[part] = time.perf_counter() - begin
+
+    @property
+    def step(self) -> float:
+        """Seconds of the step so far, without the checkpoint before it."""
+        return time.perf_counter() - self._begin - self.seconds.get("checkpoint", 0.0)
 
     def metrics(self) -> dict[str, float]:
         """Return the seconds of the parts, and of the whole step so far."""

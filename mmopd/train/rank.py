@@ -35,8 +35,8 @@ logger = logging.getLogger("mmopd.train.rank")
 def main() -> int:
     """Train, and return the exit status.
 
-    A UserError ends with its message and the status of its kind. After SIGTERM the rank finishes the current step,
-    saves a checkpoint and returns 0.
+    A UserError ends with its message and the status of its kind. After a stop signal the rank finishes the current
+    step, saves a checkpoint and returns 0.
     """
     logs.start(f"rank{distributed.own_rank()}")
     if not torch.cuda.is_available():
