@@ -101,32 +101,32 @@ def test_a_run_stops_while_a_step_and_a_checkpoint_still_fit(monkeypatch: pytest
     now = 1000.0
     monkeypatch.setattr(time_limit.time, "time", lambda: now)
     limit = TimeLimit(until=1100)
-    assert not limit.is_over(10, None)  # 10 s for a step, and as long for a checkpoint
+    assert not limit.is_over(10, 0)  # 10 s for a step, and as long for a checkpoint
     now = 1079
-    assert not limit.is_over(5, None)  # the longest step counts
+    assert not limit.is_over(5, 0)  # the longest step counts
     now = 1081
-    assert limit.is_over(5, None)
+    assert limit.is_over(5, 0)
     assert not limit.is_over(5, 8)  # a checkpoint is measured: 10 + 8
     now = 1083
-    assert limit.is_over(5, None)  # and is not forgotten
+    assert limit.is_over(5, 0)  # and is not forgotten
 
 
 def test_a_long_step_is_forgotten_and_no_limit_never_ends(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(time_limit.time, "time", lambda: 0.0)
     limit = TimeLimit(until=100)
-    assert limit.is_over(1000, None)
-    assert all(limit.is_over(1, None) for _ in range(RECENT - 1))
-    assert not limit.is_over(1, None)
+    assert limit.is_over(1000, 0)
+    assert all(limit.is_over(1, 0) for _ in range(RECENT - 1))
+    assert not limit.is_over(1, 0)
     assert not TimeLimit().is_over(1e9, 1e9)
 
 
 def test_ranks_read_the_limit_that_the_launcher_starts(tmp_path: Path) -> None:
     run = RunFolder(tmp_path)
     start_limit(run, 1)
-    assert not TimeLimit.of(run).is_over(1, None)
-    assert TimeLimit.of(run).is_over(31, None)
+    assert not TimeLimit.of(run).is_over(1, 0)
+    assert TimeLimit.of(run).is_over(31, 0)
     start_limit(run, None)
-    assert not TimeLimit.of(run).is_over(1e9, None)
+    assert not TimeLimit.of(run).is_over(1e9, 0)
 
 
 # One command for the first job and for all others

@@ -37,16 +37,16 @@ class TimeLimit:
         """Return the limit that `start_limit` has written."""
         return cls(float(run.until.read_text())) if run.until.exists() else cls()
 
-    def is_over(self, seconds: float, saved: float | None) -> bool:
+    def is_over(self, seconds: float, saved: float) -> bool:
         """Return true if another step and a checkpoint after it might not end in time.
 
         Until a checkpoint is measured, it is assumed to take as long as the longest step.
 
         Args:
             seconds: of the step that has just ended.
-            saved: seconds of the checkpoint before that step, if there was one.
+            saved: seconds of the checkpoint before that step; 0 if there was none.
         """
         self._steps.append(seconds)
-        self._saved = max(self._saved, saved or 0.0)
+        self._saved = max(self._saved, saved)
         longest = max(self._steps)
         return time.time() + longest + (self._saved or longest) > self._until

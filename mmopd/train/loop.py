@@ -118,9 +118,8 @@ async def train(
                         | stream.metrics()
                     )
                     recorder.step(step, rolling.prompts, samples, batch, updates=updates, more=more)
-                over = limit.is_over(clock.step, clock.seconds.get("checkpoint"))
+                stopping = any(ranks.all_max([limit.is_over(*clock.step) or stop.is_set() or run.stop.exists()]))
                 clock = Clock(watchdog)  # checkpoint time is reported with the next step
-                stopping = any(ranks.all_max([over or stop.is_set() or run.stop.exists()]))
                 if (step + 1) % recipe.train.checkpoint_every == 0 or last or stopping:
                     with clock("checkpoint"):
                         checkpoints.save(
@@ -259,9 +258,10 @@ class Clock:
         self.seconds[part] = time.perf_counter() - begin
 
     @property
-    def step(self) -> float:
-        """Seconds of the step so far, without the checkpoint before it."""
-        return time.perf_counter() - self._begin - self.seconds.get("checkpoint", 0.0)
+    def step(self) -> tuple[float, float]:
+        """Seconds of the step so far, and of the checkpoint before it, which do not count in the first."""
+        saved = self.seconds.get("checkpoint", 0.0)
+        return time.perf_counter() - self._begin - saved, saved
 
     def metrics(self) -> dict[str, float]:
         """Return the seconds of the parts, and of the whole step so far."""
