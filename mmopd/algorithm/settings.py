@@ -23,24 +23,24 @@ class Difficulty(Config):
 
     attempts: Positive = Field(
         8,
-        description="Answers to each prompt, K. The paper leaves it open; 8 gives nine classes of difficulty. The "
+        description="Answers to each prompt, K. The paper gives no value; 8 gives nine classes of difficulty. The "
         "pass costs K responses for each prompt, once",
     )
     policy: Literal["flatten", "drop_easy", "frontier"] = Field(
         "flatten",
-        description="How counts become sampling weights. `flatten` is the paper's; to compare: `drop_easy` leaves out"
-        " what is always right (POLARIS), `frontier` weighs by p (1 - p) (PACED)",
+        description="How counts become sampling weights. `flatten` is the paper's. Two others are for comparisons: "
+        "`drop_easy` leaves out prompts that are always right (POLARIS), `frontier` weighs by p (1 - p) (PACED)",
     )
     shape: Literal["auto", "u", "mirrored_j", "flat"] = Field(
         "auto",
-        description="Shape of the histogram, for `flatten`: `u` raises the middle, `mirrored_j` everything that is "
-        "not always right, `flat` nothing. `auto` decides from the counts, as the paper describes",
+        description="Shape of the histogram, for `flatten`: `u` raises the weight of the middle, `mirrored_j` that of "
+        "all prompts that are not always right, `flat` none. `auto` decides from the counts, as in the paper",
     )
     cap: float = Field(
         4.0,
         ge=1,
-        description="Largest sampling weight of a prompt, for `flatten`, in times of an unweighted prompt. 4 (our "
-        "choice, the paper gives none) keeps rare prompts from being repeated without bound",
+        description="Largest sampling weight of a prompt, for `flatten`; an unweighted prompt has 1. 4 limits how "
+        "often rare prompts are repeated; it is our choice, the paper gives no value",
     )
     temperature: float = Field(1.0, gt=0, description="Sampling temperature of the pass. 1 as in the paper (A.1)")
     top_p: float = Field(0.95, gt=0, le=1, description="Nucleus share of the pass. 0.95 as in the paper (A.1)")
@@ -52,19 +52,19 @@ class Balance(Config):
 
     scope: Literal["group", "batch"] = Field(
         "group",
-        description="Where right and wrong are balanced: in each `group` that has both, as the authors' scripts do "
-        "it, or over the whole `batch` of all ranks, as the paper's text says",
+        description="Responses that are balanced together: each `group` that has right and wrong ones, as in the "
+        "authors' scripts, or the whole `batch` of all ranks, as in the paper's text",
     )
     ratio: float = Field(
         1.0,
         ge=0,
-        description="Right : wrong to reach. 1 is the paper's 1 : 1; 0 keeps only wrong and .inf only right "
-        "responses, for comparisons",
+        description="Target ratio of right to wrong responses. 1 as in the paper. For comparisons, 0 keeps only wrong "
+        "responses and .inf only right ones",
     )
     tolerance: Fraction = Field(
         0.05,
-        description="Distance that the share of right responses may have from its aim, in scope `batch`. 0.05 is our "
-        "choice, the paper gives none. No effect in scope `group`",
+        description="Allowed distance of the share of right responses from its target, in scope `batch`. 0.05 is our "
+        "choice, the paper gives no value. No effect in scope `group`",
     )
 
 
@@ -72,39 +72,39 @@ OF_ONE_KIND = {"direction": "shift", "retain": "mask"}  # settings of a margin
 
 
 class Margin(Config):
-    """Outcome-guided margin calibration (paper 3.4, A.4): one of shift or mask."""
+    """Outcome-guided margin calibration (paper 3.4, A.4): shift or mask."""
 
     kind: Literal["shift", "mask"] = Field(
         "shift",
-        description="What enforces the margin: `shift` moves the rewards of right or wrong responses, `mask` leaves "
-        "out the responses that break it. The paper's settings use shift",
+        description="How the margin is enforced: `shift` moves the rewards of right or wrong responses, `mask` leaves "
+        "out the responses that violate it. The paper's settings use shift",
     )
     scope: Literal["group", "global"] = Field(
         "group",
-        description="Responses that have one margin: each prompt's `group`, as in the paper's settings, or `global`, "
-        "all of the batch over all ranks",
+        description="Responses that share a margin: each prompt's `group`, as in the paper's settings, or `global`, "
+        "the batch of all ranks",
     )
     mode: Literal["mean", "minmax"] = Field(
         "mean",
-        description="How the margin is measured: `mean` right minus mean wrong return (the paper's settings), or "
-        "`minmax`, the lowest right minus the highest wrong (Eq. 9), which asks for more",
+        description="Definition of the margin: `mean` is the mean return of right minus that of wrong responses (the "
+        "paper's settings), `minmax` the lowest right minus the highest wrong return (Eq. 9), which is stricter",
     )
     direction: Literal["lift", "suppress", "spread"] = Field(
         "spread",
-        description="What shift moves: `lift` raises right responses, `suppress` lowers wrong ones, `spread` does "
-        "half of each. The paper has spread for text and lift with images. An error with `mask`",
+        description="Responses that shift moves: `lift` raises right ones, `suppress` lowers wrong ones, `spread` does "
+        "half of each. The paper uses spread for text and lift for images. An error with `mask`",
     )
     delta: float = Field(
         0.4,
         ge=0,
         allow_inf_nan=False,
-        description="Margin to reach between the returns of right and wrong responses, in nats per token. 0.4 as in "
-        "the paper's text runs; 0 asks for no more than the right order",
+        description="Target margin between the returns of right and wrong responses, in nats per token. 0.4 as in the "
+        "paper's text runs; 0 requires only the right order",
     )
     retain: Fraction = Field(
         0.25,
-        description="Share of a side that mask keeps at least. 0.25 as in Algorithm 1 of the paper; one response of "
-        "each side always stays. An error with `shift`",
+        description="Smallest share of the right and of the wrong responses that mask keeps. 0.25 as in Algorithm 1 of "
+        "the paper; at least one response of each side is kept. An error with `shift`",
     )
 
     @model_validator(mode="before")
@@ -131,18 +131,18 @@ class Margin(Config):
 
 
 class Visual(Config):
-    """Visual advantage: how much likelier a response is to a teacher that sees the image than with a blank."""
+    """Visual advantage: how much likelier a teacher finds a response with the image than with a blank one."""
 
     share: Fraction = Field(
         0.05,
         description="Share of the responses to image prompts that are scored a second time, with a blank image, to "
-        "measure what the image does. 0.05 costs 5 % more scoring; 0 measures nothing",
+        "measure the effect of the image. 0.05 costs 5 % more scoring; 0 measures nothing",
     )
     token_weight: float = Field(
         0.0,
         ge=0,
-        description="Strength of a token weight that favours tokens that need the image. 0 switches it off: it is not"
-        " part of the paper's recipe. It acts on the responses that `share` measures",
+        description="Strength of a token weight for tokens that need the image. 0 switches it off: it is not part of "
+        "the paper's recipe. It affects the responses that `share` measures",
     )
 
 
@@ -163,7 +163,7 @@ def _build_objective(data: object) -> object:
 
 
 class Algorithm(Config):
-    """The algorithm: an objective, and the parts that work on a step before it; a part that is `null` is off."""
+    """The algorithm: an objective, and the parts that process a step before it; a part that is `null` is off."""
 
     objective: Annotated[SerializeAsAny[Objective], BeforeValidator(_build_objective)] = OPD()
     difficulty: Difficulty | None = Difficulty()
@@ -176,21 +176,21 @@ class Algorithm(Config):
     clip_high: float = Field(
         0.28,
         ge=0,
-        description="The ratio of new to old policy is clipped at 1 + clip_high. 0.28 as in the paper: likelier "
-        "tokens may move a little further",
+        description="The ratio of new to old policy is clipped at 1 + clip_high. 0.28 as in the paper: "
+        "tokens that become likelier may move a little further",
     )
     ratio_cap: float = Field(
         2.0,
         ge=1,
-        description="Largest weight of a token for being likelier to the trainer than to the engine that sampled it, "
-        "where log-probs are recomputed. 2 bounds the variance; with train.old_logprobs: engine it has no"
-        " effect",
+        description="Largest importance weight of a token, if log-probs are recomputed: its probability by the trainer "
+        "divided by that of the engine that sampled it. 2 bounds the variance. No effect with "
+        "`train.old_logprobs: engine`",
     )
     log_ratio_clip: float = Field(
         10.0,
         gt=0,
         description="A token whose |log pi_student - log pi_teacher| reaches this, in nats, is left out. 10 as in the"
-        " paper; lower it where a few tokens dominate the gradient",
+        " paper; lower it if a few tokens dominate the gradient",
     )
     outcome_threshold: float = Field(
         0.5,

@@ -27,7 +27,7 @@ class Dense(Objective):
     )
     divergence: Literal["forward_kl", "jsd"] = Field(
         "forward_kl",
-        description="`forward_kl`, which covers what the teacher does, or `jsd`, which lies between forward and "
+        description="`forward_kl` makes the student cover all that the teacher does; `jsd` is between forward and "
         "reverse KL",
     )
     top_k: Positive = Field(
@@ -48,9 +48,8 @@ class Dense(Objective):
     def _has_a_tail(cls, divergence: object) -> object:
         if divergence == "reverse_kl":
             raise ValueError(
-                "reverse KL over the teacher's likeliest tokens is not offered: it would have to punish what the "
-                "student does outside of them, where this teacher's log-probs are not known. Use kind `opd`, which is "
-                "reverse KL on the tokens that were sampled"
+                "reverse KL over the teacher's likeliest tokens is not offered: it needs the teacher's log-probs of the "
+                "student's other tokens, which are not known. Use kind `opd`: reverse KL on the sampled tokens"
             )
         return divergence
 

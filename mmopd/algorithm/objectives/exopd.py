@@ -16,15 +16,15 @@ class ExOPD(Objective):
 
     unused: ClassVar[tuple[str, ...]] = ()
 
-    kind: Literal["exopd"] = Field(description="`exopd`: OPD that goes past the teacher, by a reference")
+    kind: Literal["exopd"] = Field(description="`exopd`: OPD with a reference, which goes past the teacher")
     scale: float = Field(
         1.25,
         ge=1,
-        description="How far to go, lambda: 1 is OPD, more goes past the teacher. 1.25 as in ExOPD's own runs",
+        description="Scale of the reward, lambda: 1 is OPD, more goes past the teacher. 1.25 as in ExOPD's own runs",
     )
     reference: str | Mapping[str, str] = Field(
-        description="Teacher of the fleet that is the reference, the student's start; or for each teacher its own "
-        "base, as `{math: math_base}`"
+        description="Teacher of the fleet that serves as the reference: the student before training, or the base of "
+        "each teacher, as in `{math: math_base}`"
     )
 
     def references(self) -> str | Mapping[str, str]:

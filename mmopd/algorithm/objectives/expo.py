@@ -18,8 +18,8 @@ class ExPO(Objective):
     alpha: float = Field(
         1.25,
         gt=0,
-        description="How far to go: 1 is the mean of the teachers, more goes past it. 1.25 is our default; the paper "
-        "says only that it is above 1",
+        description="Factor of the extrapolation: 1 is the mean of the teachers, more goes past it. 1.25 is our "
+        "default; the paper only says that it is above 1",
     )
 
     def extrapolation(self) -> float:

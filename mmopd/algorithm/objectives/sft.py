@@ -25,8 +25,8 @@ class SFT(Objective):
     kind: Literal["sft"] = Field(description="`sft`: likelihood of the teachers' own right answers")
     attempts: Positive = Field(
         8,
-        description="Answers that a teacher gives to each prompt, of which the right ones are kept. 8 finds one for "
-        "most prompts that a teacher can answer; more cost in proportion",
+        description="Answers of the teachers to each prompt; the right ones are kept. 8 finds a right answer to most "
+        "prompts that a teacher can answer; the cost grows in proportion",
     )
 
     def teacher_answers(self) -> int:
