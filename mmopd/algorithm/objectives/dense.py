@@ -48,8 +48,8 @@ class Dense(Objective):
     def _has_a_tail(cls, divergence: object) -> object:
         if divergence == "reverse_kl":
             raise ValueError(
-                "reverse KL over the teacher's likeliest tokens is not offered: it needs the teacher's log-probs of the "
-                "student's other tokens, which are not known. Use kind `opd`: reverse KL on the sampled tokens"
+                "reverse KL over the teacher's likeliest tokens is not offered: it needs the teacher's log-probs of "
+                "the student's other tokens, which are not known. Use kind `opd`: reverse KL on the sampled tokens"
             )
         return divergence
 
