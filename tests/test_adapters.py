@@ -263,8 +263,9 @@ def test_a_real_server_names_adapters_as_the_check_does_and_the_preflight_tells_
     nothing = changed(right, tmp_path / "nothing", lambda tensors: {n: torch.zeros_like(t) for n, t in tensors.items()})
     adapters = {"right": read_adapter(right), "nothing": read_adapter(nothing)}
     engine = Engine(dtype="float32", max_model_len=512, max_num_seqs=16, kv_cache_mib=64)
+    (logs := tmp_path / "logs").mkdir()
     spec = ServerSpec("base", model, engine, updatable=False, adapters=adapters)
-    with Children() as children, serve([spec], children, tmp_path / "logs", lambda *event: None) as servers:
+    with Children() as children, serve([spec], children, logs, lambda *event: None) as servers:
         checks = examine(encoder, *servers.items())
     assert (checks["right"].state, checks["nothing"].state) == ("ok", "fail")
     assert_prefixes_are_those_of_vllm()

