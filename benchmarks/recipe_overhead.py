@@ -210,7 +210,7 @@ def main() -> None:
         found.append(parts(size, samples))
         pairs.append(whole(samples, 15 if size.name == "paper" else 31))
         del samples
-    table = Table(title="What Uni-OPD adds to a step, one thread", title_justify="left")
+    table = Table(title="Time that Uni-OPD adds to a step, one thread", title_justify="left")
     table.add_column("part")
     for size in sizes:
         tokens = size.prompts * size.group * size.length

@@ -1,4 +1,4 @@
-"""Which answers of vLLM on this CPU depend on what else is asked: `python benchmarks/repeatable.py [SETTING ...]`.
+"""Find the answers of vLLM on this CPU that depend on other requests: `python benchmarks/repeatable.py [SETTING ...]`.
 
 A setting is variables of the maths libraries, such as `MKL_CBWR=AUTO,STRICT`; `plain` sets none. For each setting a
 process builds tiny models of each family and asks vLLM's own engine, in that process, for the same items in several

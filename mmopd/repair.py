@@ -1,8 +1,8 @@
 """Make a CPU environment importable: `python -m mmopd.repair` (does nothing if nothing is broken).
 
 On the package index, torchvision, torchaudio and torchcodec are CUDA builds, which do not load with the CPU build of
-torch. torchaudio and torchcodec are not needed and are uninstalled, because vLLM fails if they are present. Of
-torchvision only the Python code is needed: an import hook defines the two operators whose absence stops the import. The
+torch. torchaudio and torchcodec are not needed and are uninstalled, because vLLM fails if they are present. mmopd needs
+only the Python code of torchvision: an import hook defines the two operators without which it cannot be imported. The
 hook is a `.pth` file, because vLLM's spawned workers must load it too; it does nothing if torchvision's own operators
 load.
 """

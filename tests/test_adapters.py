@@ -43,7 +43,7 @@ def students(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, Path]:
 
 
 def export(model: Path, folder: Path, **lora: Any) -> Path:
-    """Write the adapter that `train.lora` exports, with random numbers."""
+    """Write the adapter that `train.lora` exports, with random weights."""
     student, settings = load_student(model, torch.float32), Lora(rank=2, alpha=64, **lora)
     add_adapters(student, settings)
     for name, p in student.named_parameters():

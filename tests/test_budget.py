@@ -142,7 +142,7 @@ def test_what_cannot_fit_is_refused_with_the_key_to_change(
     assert any(message in refusal for refusal in plan("cross_modal_4b", *overrides, machines=machines).refusals)
 
 
-def test_a_teacher_whose_log_probs_do_not_fit_beside_its_share_is_refused(workspace: Path) -> None:
+def test_a_teacher_whose_log_probs_do_not_fit_next_to_its_share_is_refused(workspace: Path) -> None:
     fleet = (catalog.shipped() / "teachers/cross_modal.yaml").read_text()
     (workspace / "teachers").mkdir()
     (workspace / "teachers/mine.yaml").write_text(
@@ -183,7 +183,7 @@ def test_time_follows_the_rates_of_the_gpu_and_the_length_of_responses(workspace
     )
     seconds, before = ({time.what: time.seconds for time in one.times} for one in (ahead, done))
     assert seconds["update"] == pytest.approx(before["update"] * 5 / 4), (
-        "one more forward pass beside those of checkpointing"
+        "one more forward pass than checkpointing needs"
     )
     assert ahead.step == pytest.approx(
         max(seconds["update"], seconds["rollout"], seconds["scoring"]) + seconds["weight sync"]
@@ -209,7 +209,7 @@ def test_a_sync_takes_what_was_trained_over_its_own_link(workspace: Path) -> Non
         done = plan("cross_modal_4b", "student.replicas=1", *overrides)
         return next(time for time in done.times if time.what == "weight sync")
 
-    bytes_of = 2 * read_model(workspace / "models/Qwen3-VL-4B-Instruct").numbers
+    bytes_of = 2 * read_model(workspace / "models/Qwen3-VL-4B-Instruct").parameters
     gathered, through_host = bytes_of / step_time.PEER, 2 * bytes_of / step_time.HOST
     assert sync().seconds == pytest.approx(gathered + through_host)
     assert sync("student.replicas=4").seconds == sync().seconds, "the engines read the same bytes at the same time"

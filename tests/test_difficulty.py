@@ -84,7 +84,7 @@ def test_counts_are_refused_for_anything_else(tmp_path: Path) -> None:
         difficulty_counts.load(tmp_path / "nowhere.json")
 
 
-def test_counts_lie_beside_the_shards_and_depend_on_data_student_and_sampling_but_not_on_policy(
+def test_counts_are_next_to_the_shards_and_depend_on_data_student_and_sampling_but_not_on_policy(
     tmp_path: Path, u_shaped: tuple[dict[str, Shards], list[int]]
 ) -> None:
     def file(shards: Shards = u_shaped[0]["sums"], student: str = "s", max_tokens: int = 9, **settings: object) -> Path:

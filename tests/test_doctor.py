@@ -50,7 +50,7 @@ def test_two_builds_of_vllm_are_a_failure(versions):
     assert doctor.vllm().state == "fail"
 
 
-def test_a_cuda_vllm_without_a_gpu_is_a_failure_and_a_cpu_one_beside_a_gpu_a_warning(versions, monkeypatch):
+def test_a_cuda_vllm_without_a_gpu_is_a_failure_and_a_cpu_one_with_a_gpu_a_warning(versions, monkeypatch):
     versions["vllm"] = "0.32.0"
     assert doctor.vllm().state == "fail"
     monkeypatch.setattr(doctor, "gpu_names", lambda: ["a GPU"])

@@ -58,7 +58,7 @@ def test_the_count_is_that_of_the_real_model_and_needs_its_config_alone(kind: st
     (tmp_path / "config/config.json").write_bytes((tmp_path / "whole/config.json").read_bytes())
     real = transformers.AutoModelForImageTextToText.from_pretrained(tmp_path / "whole")
     model = read_model(tmp_path / "config")
-    assert model.numbers == sum(p.numel() for p in real.parameters())
+    assert model.parameters == sum(p.numel() for p in real.parameters())
     assert model.tower == sum(p.numel() for p in real.model.visual.parameters())
     tied = real.config.tie_word_embeddings
     assert model.embedding == (0 if tied else real.get_input_embeddings().weight.numel())
@@ -68,12 +68,14 @@ def test_the_count_is_that_of_the_real_model_and_needs_its_config_alone(kind: st
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_the_count_of_a_published_configuration_is_the_published_one(name: str, tmp_path: Path) -> None:
-    assert read_model(write_config(tmp_path / name, name)).numbers == pytest.approx(PUBLISHED[name][0] * 1e9, rel=0.02)
+    assert read_model(write_config(tmp_path / name, name)).parameters == pytest.approx(
+        PUBLISHED[name][0] * 1e9, rel=0.02
+    )
 
 
 def test_a_mixture_of_experts_is_counted_whole_and_by_what_a_token_passes(workspace: Path) -> None:
     model = read_model(workspace / "models/Qwen3-30B-A3B-Instruct-2507")
-    assert model.numbers == pytest.approx(30.5e9, rel=0.02)  # from the model card
+    assert model.parameters == pytest.approx(30.5e9, rel=0.02)  # from the model card
     assert model.active + model.embedding == pytest.approx(3.3e9, rel=0.02)
 
 
@@ -235,7 +237,7 @@ def test_more_ranks_never_need_more_and_longer_micro_batches_never_less(workspac
 
 def test_a_plan_says_how_much_memory_of_the_host_an_offload_takes(workspace: Path) -> None:
     parts = plan("cross_modal_4b", "train.offload=true").roles[0].parts
-    trained = read_model(workspace / "models/Qwen3-VL-4B-Instruct").numbers / 2  # on each of two ranks
+    trained = read_model(workspace / "models/Qwen3-VL-4B-Instruct").parameters / 2  # on each of two ranks
     told = next(part for part in parts if part.what == "host memory")
     assert told.size == 0, "it is none of the GPU's"
     assert float(told.how.split()[0]) == pytest.approx((2 + 2 + 4 + 12) * trained / GIB, rel=0.01)

@@ -107,7 +107,7 @@ def test_a_blind_score_is_that_of_the_same_prompt_with_blank_images(encoder, ima
     assert result.logprobs != right(encoder, images[0], TOKENS)
 
 
-def test_the_likeliest_tokens_are_given_on_request_beside_the_responses_own(encoder, images, text):
+def test_the_likeliest_tokens_are_given_on_request_in_addition_to_the_responses_own(encoder, images, text):
     async def both(scorer):
         return await asyncio.gather(scorer.score(images[0], TOKENS), scorer.score(text, TOKENS))
 

@@ -106,7 +106,7 @@ def test_what_was_finished_is_not_converted_again(here: Path) -> None:
     assert len(Shards(here / "out")) == 300
 
 
-def test_another_setting_starts_anew(here: Path) -> None:
+def test_another_setting_starts_again(here: Path) -> None:
     stops = converter(here, "stops.py", "if example['answer'] == 150 and settings.ask is None: raise KeyboardInterrupt")
     with pytest.raises(KeyboardInterrupt):
         prepare(stops, here / "out", settings(), max_rows=70)

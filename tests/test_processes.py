@@ -90,7 +90,7 @@ def test_the_tail_of_a_log_is_its_last_lines(tmp_path: Path) -> None:
     assert child.tail(3) == "99998\n99999\n100000"
 
 
-def test_what_a_command_leaves_behind_ends_with_it(tmp_path: Path) -> None:
+def test_processes_that_a_command_leaves_end_with_it(tmp_path: Path) -> None:
     with Children() as children:
         child = children.start(
             "x", [sys.executable, "-c", STUBBORN.rpartition("time")[0], str(tmp_path / "pid")], tmp_path / "log"

@@ -195,7 +195,7 @@ def test_a_bad_row_is_replaced_from_its_source_and_counted() -> None:
         assert plan.epochs()[source] * SIZES[source] == pytest.approx(drawn)
 
 
-def test_a_resume_goes_on_behind_the_bad_rows() -> None:
+def test_a_resume_goes_on_after_the_bad_rows() -> None:
     whole = PromptPlan(SOURCES, EARLY, 7)
     rows = whole.read(2_000, broken)
     half = PromptPlan(SOURCES, EARLY, 7)

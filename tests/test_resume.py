@@ -105,7 +105,7 @@ def stopped(workspace: Path) -> tuple[RunFolder, str, float]:
     return run, whole(command, STOPPED), time.monotonic() - asked
 
 
-def test_sigterm_ends_the_run_behind_its_step_with_a_checkpoint_and_a_status_of_its_own(
+def test_sigterm_ends_the_run_after_its_step_with_a_checkpoint_and_a_status_of_its_own(
     stopped: tuple[RunFolder, str, float],
 ) -> None:
     run, output, seconds = stopped
@@ -194,7 +194,7 @@ def test_the_student_of_a_checkpoint_can_be_had_as_a_folder_also_by_another_numb
     assert "no checkpoint of step 2; checkpoints: 8, 10" in output
 
 
-def test_a_launchers_ranks_learn_the_same_and_end_behind_their_step_though_it_would_end_them_at_once(
+def test_a_launchers_ranks_learn_the_same_and_end_after_their_step_though_it_would_end_them_at_once(
     workspace: Path, straight: RunFolder
 ) -> None:
     run = RunFolder(workspace / "runs" / "launched")

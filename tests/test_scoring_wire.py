@@ -144,7 +144,7 @@ def test_an_expired_key_or_a_wrong_model_is_told_without_the_key(encoder, image,
 
 
 @pytest.mark.parametrize(("key", "model"), [("other", "tiny"), ("k", "misspelt")])
-def test_a_healthy_replica_carries_the_run_beside_one_that_refuses_the_key_or_the_model(encoder, image, key, model):
+def test_a_healthy_replica_carries_the_run_if_another_refuses_the_key_or_the_model(encoder, image, key, model):
     async def main():
         async with FakeVLLM(encoder) as good, FakeVLLM(encoder) as bad:
             refused = replace(bad.endpoint, api_key=key, model=model)

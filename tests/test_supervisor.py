@@ -120,7 +120,7 @@ def test_a_server_that_keeps_dying_is_given_up(tmp_path: Path, monkeypatch: pyte
     assert servers.restarts == {"teacher": 3}
 
 
-def test_a_stop_before_the_next_start_leaves_nothing_and_the_next_run_counts_anew(
+def test_a_stop_before_the_next_start_leaves_nothing_and_the_next_run_counts_again_from_zero(
     specs: list[ServerSpec], tmp_path: Path
 ) -> None:
     with running(specs, tmp_path) as (servers, events):

@@ -34,7 +34,7 @@ def wait_for(happened: Callable[[], object], folders: Sequence[Path] = (), every
 
 
 class Process(Protocol):
-    """What can be waited for: a `subprocess.Popen`, or a rank of `forks`."""
+    """A process to wait for: a `subprocess.Popen`, or a rank of `forks`."""
 
     def poll(self) -> int | None:
         """Return the exit status; None while it runs."""

@@ -110,12 +110,12 @@ def zero_state(model: Model, train: Train, ranks: int) -> dict[str, int]:
     Shards are rounded up.
     """
     width = WIDTH[train.dtype]
-    shard = sum(-(-weight.numbers // ranks) for weight in model.weights)
-    trained = sum(-(-weight.numbers // ranks) for weight in model.weights if weight.trained)
+    shard = sum(-(-weight.parameters // ranks) for weight in model.weights)
+    trained = sum(-(-weight.parameters // ranks) for weight in model.weights if weight.trained)
     # Two moments and the weights in float32, even if the weights are in float32 already.
     return {
         "weights": width * shard,
-        "small weights": width * sum(weight.numbers for weight in model.weights if weight.numbers <= RESIDENT),
+        "small weights": width * sum(weight.parameters for weight in model.weights if weight.parameters <= RESIDENT),
         "gradients": width * trained,
         "optimiser": 12 * trained,
     }
@@ -136,7 +136,7 @@ def trainer(model: Model, recipe: Recipe, ranks: int, load: Load) -> list[Part]:
     width = WIDTH[recipe.train.dtype]
     tokens = max(train.micro_tokens, load.tokens)
     patches = max(train.micro_patches, load.patches) if load.images else 0
-    largest = max(weight.numbers for weight in model.weights)
+    largest = max(weight.parameters for weight in model.weights)
     state = zero_state(model, train, ranks)
     on_cpu = " (in CPU memory)" if train.offload else ""
     parts = [
@@ -144,7 +144,7 @@ def trainer(model: Model, recipe: Recipe, ranks: int, load: Load) -> list[Part]:
         for name, size in state.items()
         if size and not (train.offload and name == "small weights")
     ]
-    live = min(model.numbers, MAX_LIVE + largest)
+    live = min(model.parameters, MAX_LIVE + largest)
     if train.offload:
         parts.append(
             Part(
@@ -179,11 +179,11 @@ def step_memory(model: Model, train: Train, ranks: int) -> float:
 
     It holds gradient and denominator of a sub-group in float32.
     """
-    trained = sum(-(-weight.numbers // ranks) for weight in model.weights if weight.trained)
+    trained = sum(-(-weight.parameters // ranks) for weight in model.weights if weight.trained)
     return (
         0
         if train.offload
-        else 8.0 * min(trained, SUB_GROUP + -(-max(weight.numbers for weight in model.weights) // ranks))
+        else 8.0 * min(trained, SUB_GROUP + -(-max(weight.parameters for weight in model.weights) // ranks))
     )
 
 
@@ -283,8 +283,8 @@ def server(model: Model, engine: Engine, gpu: Gpu, *, scores: bool) -> list[Part
     parts = [
         Part(
             "weights",
-            width * model.numbers / split,
-            f"{model.numbers / 1e9:.2f} G parameters" + (f" / {split}" if split > 1 else ""),
+            width * model.parameters / split,
+            f"{model.parameters / 1e9:.2f} G parameters" + (f" / {split}" if split > 1 else ""),
         ),
         Part("work of a pass", work, f"{at_once:,} tokens, logits of {engine.max_num_seqs} sequences"),
     ]

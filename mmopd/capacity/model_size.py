@@ -23,7 +23,7 @@ class Weight:
     """A weight of a model, by its full name; a tied head is the embedding and counts once."""
 
     name: str
-    numbers: int
+    parameters: int
     trained: bool
 
 
@@ -73,23 +73,23 @@ class Model:
     active_experts: float  # share of the experts' weights that a token uses; 1 without experts
 
     @property
-    def numbers(self) -> int:
+    def parameters(self) -> int:
         """Parameters of all weights."""
-        return sum(weight.numbers for weight in self.weights)
+        return sum(weight.parameters for weight in self.weights)
 
     @property
     def sent(self) -> int:
         """Parameters that the engine gets after an update, as `Trainer.named_weights` chooses them, with adapters
         merged.
         """
-        own = {weight.name: weight.numbers for weight in self.weights if ".lora_" not in weight.name}
+        own = {weight.name: weight.parameters for weight in self.weights if ".lora_" not in weight.name}
         units = {unit(_without_adapter(weight.name)) for weight in self.weights if weight.trained}
-        return sum(numbers for name, numbers in own.items() if unit(_without_adapter(name)) in units)
+        return sum(n for name, n in own.items() if unit(_without_adapter(name)) in units)
 
     @property
     def tower(self) -> int:
         """Parameters of the vision tower and its projector."""
-        return sum(weight.numbers for weight in self.weights if ".visual." in f".{weight.name}")
+        return sum(weight.parameters for weight in self.weights if ".visual." in f".{weight.name}")
 
     @property
     def embedding(self) -> int:
@@ -100,12 +100,12 @@ class Model:
     @property
     def read(self) -> int:
         """Parameters of the language model that a decoding step reads, if its sequences use all experts."""
-        return self.numbers - self.tower - self.embedding
+        return self.parameters - self.tower - self.embedding
 
     @property
     def active(self) -> float:
         """Parameters of the language model that a token is multiplied with."""
-        experts = sum(weight.numbers for weight in self.weights if ".experts." in weight.name)
+        experts = sum(weight.parameters for weight in self.weights if ".experts." in weight.name)
         return self.read - experts * (1 - self.active_experts)
 
 
@@ -153,11 +153,11 @@ def _marked(found: dict[str, shapes.Shape], train: Train | None) -> Iterator[Wei
     for name, shape in found.items():
         layer, _, kind = name.rpartition(".")
         if lora is None:
-            yield Weight(name, shape.numbers, train is None or part_of(name) not in train.freeze)
+            yield Weight(name, shape.parameters, train is None or part_of(name) not in train.freeze)
         elif layer not in adapted:
-            yield Weight(name, shape.numbers, False)
+            yield Weight(name, shape.parameters, False)
         else:
-            yield Weight(f"{layer}.base_layer.{kind}", shape.numbers, False)
+            yield Weight(f"{layer}.base_layer.{kind}", shape.parameters, False)
             if kind == "weight":
                 out, into = shape.size
                 yield Weight(f"{layer}.lora_A.default.weight", lora.rank * into, True)

@@ -97,7 +97,7 @@ class Shape(NamedTuple):
     linear: bool = False  # true for the weight of a linear layer [out, in], which may get an adapter
 
     @property
-    def numbers(self) -> int:
+    def parameters(self) -> int:
         """Number of values of the parameter."""
         return math.prod(self.size)
 

@@ -205,6 +205,6 @@ def _sync(recipe: Recipe, gpu: Gpu, student: Model) -> Time:
             gathered + replicas * moved / PEER,
             f"{size} from GPU to GPU" + f", to {replicas} engines" * (replicas > 1),
         )
-    asleep = student.numbers * memory.WIDTH[recipe.student.engine.dtype]
+    asleep = student.parameters * memory.WIDTH[recipe.student.engine.dtype]
     how = f"{size} within a GPU, and the sleeping engine's {asleep / GIB:.1f} GiB to the host and back"
     return Time("weight sync", gathered + 2 * moved / (gpu.bandwidth * 1e9) + 2 * asleep / HOST, how)

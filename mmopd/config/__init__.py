@@ -1,7 +1,7 @@
-"""What a run is made of: frozen pydantic models, read from YAML (`mmopd.settings_file`); an unknown key is an error.
+"""Settings of a run: frozen pydantic models, read from YAML (`mmopd.settings_file`); an unknown key is an error.
 
 A recipe names a student, a fleet, a mixture and a suite by file, and holds the settings of a run. There is one module
-for each kind of file. The models of the algorithm are in `mmopd.algorithm.settings`, and an objective's own in its
+for each kind of file. The models of the algorithm are in `mmopd.algorithm.settings`, and those of an objective in its
 file. Every key has a description: docs/reference/ is generated from it, and `mmopd show --explain KEY` prints it.
 """
 

@@ -8,7 +8,7 @@ from mmopd.settings_file import Config, Fraction, Positive
 
 
 class Engine(Config):
-    """How vLLM serves one model; the same fields for teachers and for the student."""
+    """Settings of vLLM for one model; the same fields for teachers and for the student."""
 
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto",

@@ -59,11 +59,13 @@ class Teacher(Config):
     )
     view: str = Field(
         "full",
-        description="What the teacher is shown of a prompt, unless a route says otherwise: a name of `views`, or a "
-        "built-in one. `full` shows all of it",
+        description="View of a prompt that the teacher gets, unless a route names another: a name of `views`, or "
+        "a built-in one. `full` shows all of it",
     )
     weight: float = Field(
-        1.0, gt=0, description="Weight of this teacher in the objective, w_k of Eq. 4. 1 weighs teachers alike"
+        1.0,
+        gt=0,
+        description="Weight of this teacher in the objective, w_k of Eq. 4. With 1 for all, teachers count alike",
     )
     concurrency: Positive = Field(
         32,
@@ -90,12 +92,12 @@ class Teacher(Config):
 
 
 class View(Config):
-    """What a teacher is shown of a prompt. The ids of the response never change, so that its log-probs stay aligned."""
+    """The part of a prompt that a teacher sees. The ids of the response never change, so its log-probs stay aligned."""
 
     images: Literal["keep", "drop", "blank"] = Field(
         "keep",
-        description="What becomes of images and clips: `keep`, `drop`, or `blank`, an even grey of the same size, "
-        "with which the prompt keeps its length",
+        description="Treatment of images and clips: `keep`, `drop`, or `blank`, which replaces each by an even grey "
+        "of the same size, so that the prompt keeps its length",
     )
     min_pixels: Positive | None = Field(
         None,
@@ -119,7 +121,7 @@ class View(Config):
 
 
 class Route(Config):
-    """Who scores a prompt: globs on task and modality, first match wins."""
+    """Teachers of the prompts that match globs on task and modality; the first route that matches is used."""
 
     teacher: str | Mapping[str, Annotated[float, Field(gt=0)]] = Field(
         description="Teacher that scores these prompts; or several with the weights of their log-probs, as `{math: 2,"
@@ -130,7 +132,7 @@ class Route(Config):
         "*", description="Modalities that the route is for (text, image, video), a glob. `*` matches all"
     )
     view: str | None = Field(
-        None, description="What the teachers are shown of these prompts. `null`: each teacher's own view"
+        None, description="View of these prompts that the teachers get. `null`: each teacher's own view"
     )
 
     @property
@@ -141,12 +143,12 @@ class Route(Config):
 
 
 class Fleet(Config):
-    """`teachers/*.yaml`: teachers, the routes to them, and views beside the built-in ones."""
+    """`teachers/*.yaml`: teachers, the routes to them, and further views."""
 
     teachers: Mapping[str, Teacher] = Field(description="Teachers of the fleet by name")
     routes: tuple[Route, ...] = Field(
-        description="Who scores which prompt: the first route that matches wins. A prompt that matches none is an "
-        "error before anything starts"
+        description="Teachers of each prompt: those of the first route that matches. A prompt that matches none is an "
+        "error before any process starts"
     )
     views: Mapping[str, View] = Field({}, description="Views of your own by name, in addition to the built-in ones")
 

@@ -49,9 +49,8 @@ class Mixture(Config):
         0.0,
         ge=0,
         lt=1,
-        description="How strongly sources are preferred whose prompts the student answers now right, now wrong. 0 "
-        "keeps the weights as they are, as the paper does; near 1, sources that are all right or all "
-        "wrong are hardly drawn",
+        description="Preference for sources with both right and wrong answers of the student. 0 keeps the weights as "
+        "they are, as in the paper; near 1, sources that are all right or all wrong are hardly drawn",
     )
     cache_gib: float = Field(
         50.0,

@@ -23,9 +23,9 @@ class Student(Config):
     )
     sync: Sync = Field(
         "file",
-        description="How new weights reach the engine: `file` through shared memory of one machine, which works "
-        "everywhere; on GPUs also `broadcast` (NCCL), or `ipc`, where the engine shares the GPU of rank 0"
-        " and sleeps while the trainer learns",
+        description="Transport of new weights to the engine: `file` through shared memory of one machine, which works "
+        "everywhere; on GPUs also `broadcast` (NCCL), or `ipc`, with which the engine shares the GPU of rank 0 and "
+        "sleeps while the trainer learns",
     )
 
     @model_validator(mode="after")
@@ -40,7 +40,7 @@ class Student(Config):
 
 
 class Rollout(Config):
-    """How the student is sampled: P prompts a step, G responses each (defaults of the paper's Table B.1)."""
+    """Sampling of the student: P prompts a step, G responses each (defaults of the paper's Table B.1)."""
 
     prompts: Positive = Field(
         64,

@@ -10,8 +10,8 @@ Part = Literal["vision", "projector", "language"]  # of a student
 
 
 class Lora(Config):
-    """LoRA: matrices of rank `rank`, scaled by `alpha / rank`, beside linear layers; the model's own weights stay as
-    they are.
+    """LoRA: matrices of rank `rank`, scaled by `alpha / rank`, are added to linear layers; the model's weights stay
+    frozen.
     """
 
     rank: Annotated[int, Field(ge=1, le=512)] = Field(

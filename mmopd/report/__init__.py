@@ -1,1 +1,1 @@
-"""What a run leaves to look at: metrics, samples, and one HTML page."""
+"""Files that show how a run went: metrics, samples, the HTML report and the model card."""

@@ -24,7 +24,7 @@ def command(*arguments: str) -> list[str]:
 def environment() -> dict[str, str]:
     """Return the variables that hold for a Python process and for all that it starts.
 
-    What it prints is UTF-8 in any locale, since mmopd reads it from logs.
+    Its output is UTF-8 in any locale, since mmopd reads it from logs.
     """
     found = {SAFE_PATH: "1", "PYTHONIOENCODING": "utf-8:backslashreplace"}
     if path := os.environ.get("PYTHONPATH"):

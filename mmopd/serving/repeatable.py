@@ -19,12 +19,12 @@ BATCH_INVARIANT = "VLLM_BATCH_INVARIANT"
 INTEL = "GenuineIntel"
 UNREPEATABLE = "last bits depend on what is asked together"
 AVX512 = {"avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"}  # what MKL's AVX-512 branch needs
-WIDEST = ("amx_tile", "avx512_bf16", "avx512f", "avx2")  # by which vLLM, oneDNN and torch choose among their kernels
+WIDEST = ("amx_tile", "avx512_bf16", "avx512f", "avx2")  # vLLM, oneDNN and torch choose their kernels by these
 
 
 @dataclass(frozen=True, slots=True)
 class Cpu:
-    """What decides which kernels are taken."""
+    """The properties of a CPU that decide which kernels the libraries use."""
 
     vendor: str  # as /proc/cpuinfo names it
     model: str
@@ -33,7 +33,7 @@ class Cpu:
 
 @cache
 def this_cpu(cpuinfo: Path = Path("/proc/cpuinfo")) -> Cpu:
-    """Return the CPU of this machine as Linux describes it; the names are empty where it does not."""
+    """Return the CPU of this machine as Linux describes it; the names are empty if it does not."""
     lines = [line.partition(":") for line in cpuinfo.read_text().splitlines()] if cpuinfo.is_file() else []
     found = {key.strip(): value.strip() for key, _, value in reversed(lines)}  # the first core's, which come last here
     return Cpu(found.get("vendor_id", ""), found.get("model name", ""), frozenset(found.get("flags", "").split()))

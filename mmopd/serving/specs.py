@@ -32,7 +32,7 @@ class ServerSpec:
     model: Path
     engine: Engine
     updatable: bool
-    # By the names of their endpoints. If there are adapters, the model itself has no endpoint.
+    # Keys are the names of their endpoints. If there are adapters, the model itself has no endpoint.
     adapters: Mapping[str, Adapter] = field(default_factory=dict)
     sync: Sync = "file"  # transport of new weights, if the server is updatable
 

@@ -1,8 +1,8 @@
 """Cache of scores on disk, so that a run that is killed and resumed does not request them again.
 
-Where engines repeat (docs/repetition.md), a resumed run rolls out the same responses again from its last checkpoint on;
-a response that differs is scored anew. Each rank appends to its own file. At the start all files are read, whatever the
-number of ranks was. A checkpoint makes earlier scores useless, and empties the files.
+If engines repeat (docs/repetition.md), a resumed run rolls out the same responses after its last checkpoint; a response
+that differs is scored again. Each rank appends to its own file. At the start all files are read, also those of more or
+fewer ranks. Earlier scores are useless after a checkpoint, which empties the files.
 """
 
 import os

@@ -122,7 +122,7 @@ def _item(batch: Batch, i: int, encoded: Sequence[Encoded], scale: float, k: int
 def _likeliest(sample: Sample, k: int) -> tuple[Tensor, Tensor] | None:
     """Return (ids [T, K], log-probs [T, K]) of the likeliest tokens that the teacher listed, if any.
 
-    Where fewer than K of them are the student's, the other places are id 0 with the log-prob `NOTHING`.
+    If fewer than K of them are in the student's vocabulary, the other places have id 0 and the log-prob `NOTHING`.
     """
     if not isinstance(sample.score, Score) or sample.score.top is None:
         return None

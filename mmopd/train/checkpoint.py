@@ -122,7 +122,7 @@ class Checkpoints:
         )
         best = sorted(scores, key=lambda path: scores[path])[-self.best :]
         for path in set(old) - set(best):
-            # What cannot be removed now is incomplete, so it is never loaded; the next save tries again.
+            # A folder that cannot be removed now is incomplete, so it is never loaded; the next save tries again.
             shutil.rmtree(path, ignore_errors=True)
 
 

@@ -1,7 +1,7 @@
 """The training ranks as one object: its number, and the few collectives for Python objects and statistics.
 
-Model collectives are DeepSpeed's (gloo on CPU, NCCL on GPU). What is gathered here is small and lives in CPU memory, so
-it has its own gloo group on every kind of machine.
+Model collectives are DeepSpeed's (gloo on CPU, NCCL on GPU). The objects gathered here are small and in CPU memory,
+so they have a gloo group of their own on every kind of machine.
 """
 
 import datetime

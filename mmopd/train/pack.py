@@ -129,7 +129,7 @@ def _bins(
 ) -> list[list[int]] | None:
     """Return `n` bins, or None if a piece finds no room.
 
-    By default the most expensive piece goes first, into the cheapest bin that has room (LPT), which balances the bins.
+    By default, the most expensive piece goes first, into the cheapest bin that has room (LPT), which balances the bins.
     With `tight` the largest goes first, into the fullest bin that has room (best fit), which may need fewer bins.
     """
     bins: list[list[int]] = [[] for _ in range(n)]

@@ -1,7 +1,8 @@
 """Send the trainer's weights to the engines, check them with a probe, and start over if an engine was lost on the way.
 
 The supervisor restarts an engine that dies; it then has the weights of its folder and no version. The publisher waits
-for it and sends all weights again. What it sampled in between has another version, and is refused (`rollout.collect`).
+for it and sends all weights again. Responses that it sampled in between have another version, and are refused
+(`rollout.collect`).
 """
 
 import asyncio
