@@ -47,7 +47,7 @@ def main() -> None:
         folder = Path(name)
         for path, text in FILES.items():
             (folder / path).parent.mkdir(exist_ok=True)
-            (folder / path).write_text(text)
+            (folder / path).write_text(text, encoding="utf-8")
         turn = ({"role": "user", "content": "1 + 2 ="},)
         write_shards([Prompt(f"a/{i}", "additions", "text", turn, (), "3") for i in range(1000)], folder / "shards")
         times: dict[str, list[tuple[float, float]]] = {command: [] for command in GOALS}
@@ -68,7 +68,13 @@ def measure(arguments: list[str], folder: Path) -> tuple[float, float]:
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     start = time.monotonic()
     done = subprocess.run(
-        [sys.executable, "-m", "mmopd", *arguments], cwd=folder, env=env, capture_output=True, text=True, check=False
+        [sys.executable, "-m", "mmopd", *arguments],
+        cwd=folder,
+        env=env,
+        capture_output=True,
+        text=True,
+        check=False,
+        encoding="utf-8",
     )
     wall = time.monotonic() - start
     after = resource.getrusage(resource.RUSAGE_CHILDREN)

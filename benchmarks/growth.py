@@ -80,7 +80,9 @@ def peak_of(vocabulary: int, plain: bool) -> float:
 def apart(vocabulary: int, way: str) -> float:
     """Run `peak_of` in another process."""
     command = [sys.executable, __file__, "--peak", str(vocabulary), way]
-    return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])
+    return float(
+        subprocess.run(command, check=True, capture_output=True, text=True, encoding="utf-8").stdout.split()[-1]
+    )
 
 
 def main() -> None:

@@ -94,7 +94,9 @@ def main() -> None:
     for way in WAYS:
         command = [sys.executable, __file__, "--one", way, "--dtype", settings.dtype]
         found[way] = json.loads(
-            subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1]
+            subprocess.run(command, check=True, capture_output=True, text=True, encoding="utf-8").stdout.splitlines()[
+                -1
+            ]
         )
     title = f"Log-probs of {TOKENS:,} tokens, V = {V:,}, {settings.dtype}: python benchmarks/logprob.py"
     table = Table(title=title, title_justify="left")

@@ -38,7 +38,7 @@ FORWARDED = {"content-type", "authorization", "x-request-id"}
 def teachers(folder: Path) -> Iterator[Path]:
     """Serve the demo's teachers, and yield the file of their endpoints."""
     out = folder / "endpoints.json"
-    with (folder / "serve.log").open("w") as log:
+    with (folder / "serve.log").open("w", encoding="utf-8") as log:
         process = subprocess.Popen(
             [sys.executable, "-m", "mmopd", "serve", "teachers/demo.yaml", "--out", str(out)],
             stdout=log,
@@ -47,7 +47,7 @@ def teachers(folder: Path) -> Iterator[Path]:
         try:
             while not out.exists():
                 if process.poll() is not None:
-                    raise SystemExit(f"mmopd serve ended: {(folder / 'serve.log').read_text()}")
+                    raise SystemExit(f"mmopd serve ended: {(folder / 'serve.log').read_text(encoding='utf-8')}")
                 time.sleep(0.5)
             yield out
         finally:

@@ -175,7 +175,7 @@ class Asked:
 
             self._lora = LoRARequest("words", 1, str(make_adapter(model, folder / "adapter")))
             more = {"enable_lora": True, "max_lora_rank": 8}
-        for architecture in json.loads((model / "config.json").read_text())[
+        for architecture in json.loads((model / "config.json").read_text(encoding="utf-8"))[
             "architectures"
         ]:  # else vLLM inspects it in another process
             ModelRegistry.register_model(architecture, ModelRegistry.models[architecture].load_model_cls())

@@ -178,7 +178,12 @@ def offline(work: Work, model: Path) -> float:
     file.write_bytes(pickle.dumps((settings, [([*e.ids, *tokens], list(e.prompt.images)) for e, tokens in work.pairs])))
     env = os.environ | CPU_ENV | ENV | {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_LOGGING_LEVEL": "ERROR"}
     ran = subprocess.run(
-        [sys.executable, "-c", OFFLINE, str(model), str(file)], env=env, capture_output=True, text=True, check=False
+        [sys.executable, "-c", OFFLINE, str(model), str(file)],
+        env=env,
+        capture_output=True,
+        text=True,
+        check=False,
+        encoding="utf-8",
     )
     found = [line for line in ran.stdout.splitlines() if line.startswith("seconds")]
     if not found:

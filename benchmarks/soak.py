@@ -55,7 +55,7 @@ def main() -> None:
     given.run.parent.mkdir(parents=True, exist_ok=True)  # for the log; a new run makes its own folder
     begin = time.monotonic()
     found = []
-    with (given.run.parent / f"{given.run.name}.log").open("w") as log:
+    with (given.run.parent / f"{given.run.name}.log").open("w", encoding="utf-8") as log:
         process = subprocess.Popen(
             [sys.executable, "-m", "mmopd", "train", *what], stdout=log, stderr=subprocess.STDOUT
         )

@@ -61,7 +61,9 @@ def ours(steps: int, *more: str) -> tuple[float, float]:
             "enforce_eager": True,
         }
         teacher = {"model": str(DEMO / TEACHER), "engine": engine}
-        fleet.write_text(yaml.safe_dump({"teachers": {TEACHER: teacher}, "routes": [{"teacher": TEACHER}]}))
+        fleet.write_text(
+            yaml.safe_dump({"teachers": {TEACHER: teacher}, "routes": [{"teacher": TEACHER}]}), encoding="utf-8"
+        )
         run = Path(name) / "run"
         what = ["recipes/demo.yaml", f"fleet={fleet}", *PLAIN, f"train.steps={steps}", *more, "--run", str(run)]
         subprocess.run([sys.executable, "-m", "mmopd", "train", *what], check=True, stdout=subprocess.DEVNULL)
@@ -81,7 +83,12 @@ def theirs(steps: int, micro: int) -> tuple[float, float, str]:
         "DS_ACCELERATOR": "cpu",
     }
     done = subprocess.run(
-        [*command, "--steps", str(steps), "--micro", str(micro)], env=env, capture_output=True, text=True, check=False
+        [*command, "--steps", str(steps), "--micro", str(micro)],
+        env=env,
+        capture_output=True,
+        text=True,
+        check=False,
+        encoding="utf-8",
     )
     if done.returncode:
         raise SystemExit(f"TRL ended with status {done.returncode}:\n{done.stderr[-3000:]}")

@@ -60,7 +60,7 @@ def main() -> None:
     """Print the two tables."""
     os.sched_setaffinity(0, {sorted(os.sched_getaffinity(0))[0]})
     console = Console()
-    cases = yaml.safe_load(CASES.read_text())
+    cases = yaml.safe_load(CASES.read_text(encoding="utf-8"))
     judge = code.verifier()
     ten = tests(10)
     assert judge(ANSWER, ten).value == 1

@@ -77,7 +77,7 @@ def make(root: Path, parts: list[tuple[str, object, Make]], stage: Stage) -> Non
 def _make(folder: Path, key: str, make: Make) -> bool:
     """Make a folder unless it was made from the same inputs; it appears when it is complete. Return True if made."""
     stamp = folder.with_name(f".{folder.name}.made-from.json")
-    if folder.is_dir() and stamp.is_file() and json.loads(stamp.read_text()) == key:
+    if folder.is_dir() and stamp.is_file() and json.loads(stamp.read_text(encoding="utf-8")) == key:
         return False
     unfinished = folder.with_name(f".{folder.name}.unfinished")
     for old in (folder, unfinished):
@@ -85,7 +85,7 @@ def _make(folder: Path, key: str, make: Make) -> bool:
     unfinished.parent.mkdir(parents=True, exist_ok=True)
     make(unfinished)
     unfinished.rename(folder)
-    stamp.write_text(json.dumps(key))
+    stamp.write_text(json.dumps(key), encoding="utf-8")
     return True
 
 

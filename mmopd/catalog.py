@@ -51,7 +51,7 @@ def is_mixture(path: Path) -> bool:
     that).
     """
     try:
-        data = settings_file.parse(path.read_text())
+        data = settings_file.parse(settings_file.text_of(path))
     except yaml.YAMLError:
         return False
     return isinstance(data, dict) and "sources" in data

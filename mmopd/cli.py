@@ -11,7 +11,7 @@ import typer
 from rich.console import Console
 
 from mmopd import __version__
-from mmopd.commands import files
+from mmopd.commands import files, terminal
 from mmopd.commands.options import EndpointsOption, HostOption, Overrides, RecipeArgument, RunOption, console
 from mmopd.errors import STOPPED, UserError
 from mmopd.runtime import python
@@ -35,13 +35,18 @@ def main() -> None:
     for number in STOPS:
         signal.signal(number, _terminate)
     os.environ.update(python.environment())
+    terminal.set_up()
     # Plug-ins of pydantic watch validation; to look for them, it reads the metadata of every installed package.
     os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")
     try:
         app()
     except UserError as error:
-        Console(stderr=True, highlight=False).print(f"[bold red]error:[/] {_escape(str(error))}", soft_wrap=True)
-        sys.exit(error.exit_status)
+        _fail(error)
+    except UnicodeEncodeError as error:
+        if sys.getfilesystemencoding() == "utf-8":
+            raise
+        what = ascii(error.object[max(0, error.start - 20) : error.end + 20])
+        _fail(UserError(f"this locale cannot express {what}: set LC_ALL=C.UTF-8, or PYTHONUTF8=1"))
 
 
 @app.callback(invoke_without_command=True)
@@ -212,7 +217,7 @@ def compare(
     except SystemExit as stop:
         console.print("stopped; the same command continues from the last checkpoint of its run")
         _stopped(stop)
-    console.print(page.read_text(), markup=False, soft_wrap=True)
+    console.print(page.read_text(encoding="utf-8"), markup=False, soft_wrap=True)
     console.print(f"The tables: {page}", highlight=False, markup=False)
 
 
@@ -360,6 +365,11 @@ def _stopped(stop: SystemExit, how: str = "") -> NoReturn:
 
 def _terminate(signum: int, frame: FrameType | None) -> None:
     raise SystemExit(128 + signum)
+
+
+def _fail(error: UserError) -> None:
+    Console(stderr=True, highlight=False).print(f"[bold red]error:[/] {_escape(str(error))}", soft_wrap=True)
+    sys.exit(error.exit_status)
 
 
 def _escape(text: str) -> str:

@@ -119,11 +119,11 @@ def _remove_sound_and_video() -> list[str]:
 def _hook_torchvision() -> list[str]:
     site = Path(sysconfig.get_paths()["purelib"])
     hook = site / f"{HOOK}.py"
-    outdated = hook.is_file() and hook.read_text() != HOOK_SOURCE
+    outdated = hook.is_file() and hook.read_text(encoding="utf-8") != HOOK_SOURCE
     if not outdated and (not installed("torchvision") or imports("torchvision")):
         return []
-    hook.write_text(HOOK_SOURCE)
-    hook.with_suffix(".pth").write_text(f"import {HOOK}\n")
+    hook.write_text(HOOK_SOURCE, encoding="utf-8")
+    hook.with_suffix(".pth").write_text(f"import {HOOK}\n", encoding="utf-8")
     if not imports("torchvision"):
         raise UserError(
             f"torchvision does not import, even with the hook in {hook}: see `{sys.executable} -c 'import torchvision'`"

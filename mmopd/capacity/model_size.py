@@ -128,7 +128,7 @@ def read_model(folder: Path, train: Train | None = None) -> Model:
     if path.stat().st_size > MAX_BYTES:
         raise CheckpointError(f"{path}: {path.stat().st_size:,} bytes are too many for the configuration of a model")
     try:
-        config = json.loads(path.read_text())
+        config = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(config, dict):
             raise ValueError(f"expected keys and values, found {type(config).__name__}")
         known = (config.get("architectures") or ["none"])[0] in shapes.ARCHITECTURES

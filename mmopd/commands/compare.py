@@ -149,7 +149,7 @@ def _run(run: Run, recipe: Recipe, standing: Standing, stage: Stage) -> None:
     else:
         folder.create(recipe)
     try:
-        with log.open("a") as file, _followed(run, folder, stage):
+        with log.open("a", encoding="utf-8") as file, _followed(run, folder, stage):
             launch(folder, recipe, Console(file=file, width=WIDTH), standing=standing)
     except UserError as error:
         way_out = f"Its log is {log}; run the same command again to continue it, or remove its folder to start it again"
@@ -309,9 +309,9 @@ def compare(name: str, comparison: Comparison, out: Path, stages: Stages) -> Pat
         page.append(markdown(table, columns, rows) + f"\n![{table.title}]({picture.name})\n")
         rows_of_all.append(long_csv(key, columns, rows))
     page += warnings_of({RunFolder(run.folder).kernels() or "unknown" for run in runs.values()})
-    (out / f"{name}.md").write_text("\n".join(page))
+    (out / f"{name}.md").write_text("\n".join(page), encoding="utf-8")
     head, *_ = rows_of_all[0].splitlines(keepends=True)
     (out / f"{name}.csv").write_text(
-        head + "".join(line for text in rows_of_all for line in text.splitlines(keepends=True)[1:])
+        head + "".join(line for text in rows_of_all for line in text.splitlines(keepends=True)[1:]), encoding="utf-8"
     )
     return out / f"{name}.md"

@@ -195,7 +195,9 @@ def compiler() -> Check:
             "none",
             "needed only for `enforce_eager: false` on the CPU and for `offload: true`: install g++",
         )
-    line = subprocess.run([found, "--version"], capture_output=True, text=True, check=False).stdout.partition("\n")[0]
+    line = subprocess.run(
+        [found, "--version"], capture_output=True, text=True, encoding="utf-8", check=False
+    ).stdout.partition("\n")[0]
     return Check("C++ compiler", "ok", line or found)
 
 
@@ -262,8 +264,8 @@ def available_memory() -> int:
     free = psutil.virtual_memory().available
     limit = Path("/sys/fs/cgroup/memory.max")
     used = Path("/sys/fs/cgroup/memory.current")
-    if limit.is_file() and used.is_file() and (text := limit.read_text().strip()) != "max":
-        free = min(free, int(text) - int(used.read_text()))
+    if limit.is_file() and used.is_file() and (text := limit.read_text(encoding="utf-8").strip()) != "max":
+        free = min(free, int(text) - int(used.read_text(encoding="utf-8")))
     return int(free)
 
 

@@ -257,4 +257,4 @@ def _yaml(value: Any) -> str:
 if __name__ == "__main__":
     folder = Path(__file__).parents[2] / "docs" / "reference"
     for name, text in pages().items():
-        (folder / name).write_text(text)
+        (folder / name).write_text(text, encoding="utf-8")

@@ -212,7 +212,7 @@ def finish(run: RunFolder, rows: Sequence[Row], stages: Stages) -> None:
     results.write(run.root)
     with stages.stage("report") as stage:
         write_report(run.root)
-        (run.export / CARD).write_text(model_card(run))
+        (run.export / CARD).write_text(model_card(run), encoding="utf-8")
         stage.outcome = str(run.report)
     print_results(results, stages.console)
     stages.console.print(f"Model: {run.export}\nReport: {run.report}", highlight=False, markup=False)

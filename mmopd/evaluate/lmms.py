@@ -72,13 +72,13 @@ class BenchmarkScore:
     @classmethod
     def read(cls, path: Path) -> "BenchmarkScore":
         """Read a record that `write` wrote."""
-        return cls(**json.loads(path.read_text()))
+        return cls(**json.loads(path.read_text(encoding="utf-8")))
 
     def write(self, path: Path) -> None:
         """Write the record as JSON, whole or not at all."""
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-        partial.write_text(json.dumps(dataclasses.asdict(self), indent=1))
+        partial.write_text(json.dumps(dataclasses.asdict(self), indent=1), encoding="utf-8")
         partial.replace(path)
 
 

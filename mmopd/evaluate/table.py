@@ -53,7 +53,7 @@ class Results:
     @classmethod
     def read(cls, path: Path) -> "Results":
         """Read the `results.json` that `write` wrote."""
-        data = json.loads(path.read_text())
+        data = json.loads(path.read_text(encoding="utf-8"))
         rows = [
             Row(r["name"], r["kind"], tuple(BenchmarkScore(**record) for record in r["records"])) for r in data["rows"]
         ]
@@ -62,9 +62,9 @@ class Results:
     def write(self, folder: Path) -> None:
         """Write `results.json`, `results.md` and `results.csv`."""
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "results.json").write_text(json.dumps(self.to_dict(), indent=1))
-        (folder / "results.md").write_text(self.markdown())
-        (folder / "results.csv").write_text(self.csv())
+        (folder / "results.json").write_text(json.dumps(self.to_dict(), indent=1), encoding="utf-8")
+        (folder / "results.md").write_text(self.markdown(), encoding="utf-8")
+        (folder / "results.csv").write_text(self.csv(), encoding="utf-8")
 
     def to_dict(self) -> dict[str, Any]:
         """Return everything as JSON types, with the closed gaps."""

@@ -13,6 +13,7 @@ import mmopd
 from mmopd.config import Benchmark
 from mmopd.errors import ConfigError, DataError, UserError
 from mmopd.runtime.fingerprint import hash_files
+from mmopd.settings_file import text_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +60,7 @@ def prepare(benchmark: Benchmark, folder: Path) -> Task:
         }
         rows = count_rows(benchmark.data) if not settings.get("process_docs") else None
     folder.mkdir(parents=True)
-    (folder / "task.yaml").write_text(yaml.safe_dump(generated, sort_keys=False))
+    (folder / "task.yaml").write_text(yaml.safe_dump(generated, sort_keys=False), encoding="utf-8")
     code = hash_files(_sources(source)) if own else ""
     return Task(generated["task"], folder, rows, code, hash_files([benchmark.data]) if benchmark.data else "")
 
@@ -71,7 +72,7 @@ def read_task(path: Path) -> dict[str, Any]:
         ConfigError: the file, or one that it includes, is missing or not a YAML mapping.
     """
     try:
-        settings = yaml.load(path.read_text(), _Loader)
+        settings = yaml.load(text_of(path), _Loader)
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such task file") from None
     except yaml.YAMLError as error:
@@ -97,7 +98,14 @@ def builtin(name: str) -> Path:
         raise UserError("lmms-eval is not installed; `pip install 'mmopd[eval]'` installs it")
     here = Path(spec.submodule_search_locations[0]) / "tasks"
     line = re.compile(rf"^task:\s*[\"']?{re.escape(name)}[\"']?\s*(#.*)?$", re.MULTILINE)
-    found = next((path for path in sorted(here.rglob("*.yaml")) if line.search(path.read_text(errors="replace"))), None)
+    found = next(
+        (
+            path
+            for path in sorted(here.rglob("*.yaml"))
+            if line.search(path.read_text(encoding="utf-8", errors="replace"))
+        ),
+        None,
+    )
     if found is None:
         raise ConfigError(
             f"lmms-eval has no task {name!r}; `python -m lmms_eval tasks list` lists them; name your own task by "

@@ -41,7 +41,7 @@ def validate(output: Path, task: str, benchmark: Benchmark, rows: int | None) ->
     files = sorted(output.rglob("*_results.json"))
     if len(files) != 1:
         raise InvalidRunError(f"{len(files)} results files, expected one")
-    results = json.loads(files[0].read_text())
+    results = json.loads(files[0].read_text(encoding="utf-8"))
     score = _number(results, task, benchmark.metric)
     if not 0 <= score <= benchmark.scale * (1 + 1e-9):
         raise InvalidRunError(
@@ -61,7 +61,7 @@ def validate(output: Path, task: str, benchmark: Benchmark, rows: int | None) ->
 
 def last_words(log: Path) -> str:
     """Return the last line of a log that is not empty, to be used in a reason."""
-    lines = [ANSI.sub("", line).strip() for line in log.read_text(errors="replace").splitlines()]
+    lines = [ANSI.sub("", line).strip() for line in log.read_text(encoding="utf-8", errors="replace").splitlines()]
     return next((line[:300] for line in reversed(lines) if line), "nothing was logged")
 
 
@@ -97,7 +97,7 @@ def _check_samples(output: Path, task: str, expected: int) -> int:
     files = sorted(output.rglob(f"*_samples_{task}.jsonl"))
     if len(files) != 1:
         raise InvalidRunError(f"{len(files)} files of samples, expected one")
-    with files[0].open() as lines:  # splitlines would also split at U+2028
+    with files[0].open(encoding="utf-8") as lines:  # splitlines would also split at U+2028
         samples = [json.loads(line) for line in lines]
     if len(samples) != expected:
         raise InvalidRunError(f"{len(samples)} answers for {expected} questions")

@@ -187,7 +187,7 @@ def in_float32(teacher: Teacher) -> bool:
     if teacher.model is None or teacher.engine.dtype != "auto":
         return teacher.model is not None and teacher.engine.dtype == "float32"
     path = teacher.model / "config.json"  # may be missing on this machine
-    config = json.loads(path.read_text()) if path.is_file() else {}
+    config = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     return str(config.get("dtype") or config.get("torch_dtype")) == "float32"
 
 

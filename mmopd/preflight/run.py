@@ -180,7 +180,7 @@ def summary(checks: Sequence[Check], endpoints: Mapping[str, Sequence[Endpoint]]
 
 def save(checks: Sequence[Check], path: Path) -> None:
     """Write all checks as JSON."""
-    path.write_text(json.dumps([asdict(check) for check in checks], indent=1))
+    path.write_text(json.dumps([asdict(check) for check in checks], indent=1), encoding="utf-8")
 
 
 def show(checks: Sequence[Check], console: Console) -> None:

@@ -103,7 +103,7 @@ def save(path: Path, measured: Mapping[str, Measured], fingerprints: Mapping[str
     """Write `difficulty.json`, whole or not at all."""
     sources = {name: {"fingerprint": fingerprints[name], **asdict(one)} for name, one in measured.items()}
     unfinished = path.with_suffix(".unfinished")
-    unfinished.write_text(json.dumps({"version": VERSION, "sources": sources}))
+    unfinished.write_text(json.dumps({"version": VERSION, "sources": sources}), encoding="utf-8")
     unfinished.replace(path)
 
 
@@ -114,7 +114,7 @@ def load(path: Path) -> dict[str, Measured]:
         DataError: the file is missing, or is not a `difficulty.json`.
     """
     try:
-        data = json.loads(path.read_text())
+        data = json.loads(path.read_text(encoding="utf-8"))
         check_version(data)
         return {
             name: Measured(tuple(one["correct"]), tuple(one["attempts"]), one["shape"], tuple(one["weights"]))

@@ -244,7 +244,7 @@ def _rows(tar: Path) -> Iterator[tuple[str, list[tarfile.TarInfo], list[bytes], 
 
     seen: set[str] = set()
     try:
-        with tarfile.open(tar, "r:") as archive:
+        with tarfile.open(tar, "r:", encoding="utf-8") as archive:
             key = ""
             row = list[tuple[str, tarfile.TarInfo]]()
             for info in archive:

@@ -77,7 +77,7 @@ class Ledger:
     def _open(self, path: Path, made_from: Origin) -> TextIO:
         path.parent.mkdir(parents=True, exist_ok=True)
         with ExitStack() as undo:
-            file = undo.enter_context(path.open("a+"))
+            file = undo.enter_context(path.open("a+", encoding="utf-8"))
             claim(file, path, "run is measuring this source now")
             if path.stat().st_size:
                 self._found, length = self._parse(path, made_from)

@@ -135,7 +135,7 @@ def prepare(
         numbered = islice(enumerate(examples), count.examples, None)
         _write(job, numbered, partial, made_from, count, workers=workers, limits=(max_rows, max_bytes), stage=stage)
         _check(count, max_bad, folder)
-        (partial / SUMMARY).write_text(json.dumps({"made_from": made_from, **vars(count)}, indent=1))
+        (partial / SUMMARY).write_text(json.dumps({"made_from": made_from, **vars(count)}, indent=1), encoding="utf-8")
         (partial / PROGRESS).unlink(missing_ok=True)
         shards = publish(partial, [partial / f"{number:05d}.tar" for number in range(count.shards)], folder)
     return shards, count
@@ -228,7 +228,7 @@ def _resume(partial: Path, made_from: dict[str, Any]) -> Count:
     """Return the progress of an earlier call with the same inputs, and remove everything else that it left."""
     count = Count()
     try:
-        kept = json.loads((partial / PROGRESS).read_text())
+        kept = json.loads((partial / PROGRESS).read_text(encoding="utf-8"))
         if kept.pop("made_from") == made_from:
             count = Count(**kept | {"left_out": Counter(kept["left_out"])})
     except (FileNotFoundError, ValueError, KeyError, TypeError):
@@ -250,5 +250,5 @@ def _keys(partial: Path, shards: int) -> Iterator[str]:
 
 def _save(path: Path, content: dict[str, Any]) -> None:
     unfinished = path.with_suffix(".unfinished")
-    unfinished.write_text(json.dumps(content))
+    unfinished.write_text(json.dumps(content), encoding="utf-8")
     unfinished.replace(path)

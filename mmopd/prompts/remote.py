@@ -59,7 +59,7 @@ class Cache:
     @contextmanager
     def _lock(self, name: str) -> Iterator[None]:
         self.folder.mkdir(parents=True, exist_ok=True)
-        with (self.folder / f".{name}.lock").open("w") as file:
+        with (self.folder / f".{name}.lock").open("w", encoding="utf-8") as file:
             fcntl.flock(file, fcntl.LOCK_EX)
             yield
 

@@ -79,7 +79,7 @@ def write_report(run: Path) -> Path:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    recipe_text = (run / "recipe.yaml").read_text()
+    recipe_text = (run / "recipe.yaml").read_text(encoding="utf-8")
     metrics = read_lines(run / "metrics.jsonl")
     samples = [sample_view(row) for row in heatmap.choose(heatmap.read_rows(run / "samples.jsonl"))]
     data = {"curves": curves(metrics), "difficulty": difficulty(run / "difficulty" / "difficulty.json")}
@@ -232,4 +232,4 @@ def _segment(marks: Iterable[Mapping[str, Any]]) -> tuple[float, float] | None:
 
 
 def _json(path: Path, default: dict[str, Any]) -> dict[str, Any]:
-    return json.loads(path.read_text()) if path.is_file() else default
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else default

@@ -55,7 +55,9 @@ def model_card(run: RunFolder, step: int | None = None) -> str:
         _scores(run) if step is None else "",
         _metrics(steps),
         "## Versions\n\n"
-        + "\n".join(f"- {name} {version}" for name, version in json.loads(run.versions.read_text()).items()),
+        + "\n".join(
+            f"- {name} {version}" for name, version in json.loads(run.versions.read_text(encoding="utf-8")).items()
+        ),
         f"## Recipe\n\n```yaml\n{settings_file.dump(recipe)}```",
     ]
     return "\n\n".join(part for part in parts if part) + "\n"

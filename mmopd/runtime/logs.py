@@ -59,7 +59,7 @@ def start(process: str) -> None:
 @contextmanager
 def to_file(path: Path, process: str) -> Iterator[None]:
     """Append the log of this block to a file, and the exception that ends the block."""
-    handler = logging.FileHandler(path)
+    handler = logging.FileHandler(path, encoding="utf-8")
     handler.setFormatter(Lines(process))
     root = logging.getLogger()
     ours = logging.getLogger(OURS)

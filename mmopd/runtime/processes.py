@@ -223,7 +223,7 @@ def _descendants(root: int) -> list[int]:
     for entry in os.scandir("/proc"):
         if entry.name.isdigit():
             with contextlib.suppress(OSError):  # the process has just ended
-                stat = Path(entry.path, "stat").read_text()
+                stat = Path(entry.path, "stat").read_text(encoding="utf-8", errors="replace")  # a name is any bytes
                 below.setdefault(int(stat.rpartition(")")[2].split()[1]), []).append(int(entry.name))
     found = list(below.get(root, []))
     for pid in found:  # the list grows during the loop

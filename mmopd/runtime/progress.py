@@ -85,7 +85,7 @@ class Stages:
         self.console = console
         self.seconds: dict[str, float] = {}
         self.progress = Progress(
-            SpinnerColumn(),
+            SpinnerColumn("line" if console.options.ascii_only else "dots"),
             TextColumn("{task.description}"),
             BarColumn(bar_width=30),
             MofNCompleteColumn(),
@@ -127,4 +127,4 @@ class Stages:
             self.seconds[title] = round(time.monotonic() - begin, 2)
             stage.finish(self.seconds[title], ok)
             if self._timings is not None:
-                self._timings.write_text(json.dumps(self.seconds, indent=1))
+                self._timings.write_text(json.dumps(self.seconds, indent=1), encoding="utf-8")

@@ -72,14 +72,14 @@ class RunFolder:
             ) from None
         for folder in (self.logs, self.checkpoints, self.difficulty, self.evaluation):
             folder.mkdir()
-        self.recipe_file.write_text(settings_file.dump(recipe))
-        self.versions.write_text(json.dumps(versions(), indent=1))
+        self.recipe_file.write_text(settings_file.dump(recipe), encoding="utf-8")
+        self.versions.write_text(json.dumps(versions(), indent=1), encoding="utf-8")
 
     def kernels(self) -> str:
         """Return what decided the last bits of the engines' answers, as `note_kernels` recorded it; empty if nothing
         is.
         """
-        known: dict[str, str] = json.loads(self.versions.read_text()) if self.versions.is_file() else {}
+        known: dict[str, str] = json.loads(self.versions.read_text(encoding="utf-8")) if self.versions.is_file() else {}
         return known.get(ENGINES, "")
 
     def note_kernels(self, kernels: str) -> str:
@@ -90,9 +90,10 @@ class RunFolder:
         before = so_far.rpartition(THEN)[2]
         if before == kernels:
             return ""
-        known = json.loads(self.versions.read_text())
+        known = json.loads(self.versions.read_text(encoding="utf-8"))
         self.versions.write_text(
-            json.dumps({**known, ENGINES: f"{so_far}{THEN}{kernels}" if so_far else kernels}, indent=1)
+            json.dumps({**known, ENGINES: f"{so_far}{THEN}{kernels}" if so_far else kernels}, indent=1),
+            encoding="utf-8",
         )
         return before
 
@@ -120,7 +121,7 @@ def alone_in(folder: Path) -> Iterator[None]:
         UserError: another process holds it.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / ".lock").open("w") as file:
+    with (folder / ".lock").open("w", encoding="utf-8") as file:
         claim(file, folder, "mmopd is at work in this folder")
         yield
 

@@ -40,7 +40,7 @@ class Endpoint:
 def save(path: Path, endpoints: Iterable[Endpoint]) -> None:
     """Write endpoints as JSON that only this user can read, because it contains their keys."""
     path.unlink(missing_ok=True)
-    with open(path, "w", opener=lambda name, flags: os.open(name, flags | os.O_EXCL, 0o600)) as file:
+    with open(path, "w", opener=lambda name, flags: os.open(name, flags | os.O_EXCL, 0o600), encoding="utf-8") as file:
         json.dump([asdict(endpoint) for endpoint in endpoints], file, indent=1)
 
 

@@ -47,7 +47,7 @@ def read_adapter(path: Path) -> Adapter:
             f"{config}: {config.stat().st_size:,} bytes are too many for the configuration of an adapter"
         )
     try:
-        settings = json.loads(config.read_text())
+        settings = json.loads(config.read_text(encoding="utf-8"))
         kind = settings["peft_type"]
         rank = max(settings["r"], *(settings.get("rank_pattern") or {}).values(), 0)
     except (ValueError, KeyError, TypeError, AttributeError) as error:

@@ -64,7 +64,7 @@ def check_memory(specs: Sequence[ServerSpec]) -> None:
 
 def _weights_mib(spec: ServerSpec) -> int:
     files = sum(file.stat().st_size for file in spec.model.glob("*.safetensors"))
-    config = json.loads((spec.model / "config.json").read_text())
+    config = json.loads((spec.model / "config.json").read_text(encoding="utf-8"))
     stored = str(config.get("dtype") or config.get("torch_dtype") or "bfloat16")
     served = stored if spec.engine.dtype == "auto" else spec.engine.dtype
     return files * DTYPE_BYTES.get(served, 2) // DTYPE_BYTES.get(stored, 2) >> 20

@@ -319,6 +319,8 @@ def _last_words(log: Path) -> str:
     """
     if not log.is_file():
         return "(there is no log)"
-    lines = [_LOG_PREFIX.sub("", message_of(line)) for line in log.read_text(errors="replace").splitlines()]
+    lines = [
+        _LOG_PREFIX.sub("", message_of(line)) for line in log.read_text(encoding="utf-8", errors="replace").splitlines()
+    ]
     said = [line for line in lines if line.strip() and not line.startswith((" ", "Traceback"))]
     return "\n".join(list(dict.fromkeys(said))[-LAST_LINES:])

@@ -81,17 +81,17 @@ def preload(models: set[Path]) -> None:
 
     On CPU vLLM spawns engines to give each its own OpenMP settings; here the settings are the same for all.
     """
-    import vllm.entrypoints.launchers.api_server.routers
-    import vllm.v1.engine.async_llm
+    import vllm.entrypoints.launchers.api_server.routers  # noqa: F401
+    import vllm.v1.engine.async_llm  # noqa: F401
     import vllm.v1.engine.utils
-    import vllm.v1.executor.uniproc_executor
-    import vllm.v1.worker.cpu_worker
+    import vllm.v1.executor.uniproc_executor  # noqa: F401
+    import vllm.v1.worker.cpu_worker  # noqa: F401
     from vllm import ModelRegistry
 
     context = multiprocessing.get_context("fork")
     vllm.v1.engine.utils.get_mp_context = lambda: context  # type: ignore[attr-defined]
     for architecture in {
-        a for model in models for a in json.loads((model / "config.json").read_text())["architectures"]
+        a for model in models for a in json.loads((model / "config.json").read_text(encoding="utf-8"))["architectures"]
     }:
         lazy = ModelRegistry.models.get(architecture)
         # Otherwise each server would inspect the class in a new process, which imports everything again.

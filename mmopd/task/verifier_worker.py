@@ -21,7 +21,7 @@ MEMORY = 4 << 30  # bytes of address space beyond what loading took: `9**9**9` m
 def main(workspace: Path | None) -> None:
     """Serve until standard input ends."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is handled by the parent
-    replies = os.fdopen(os.dup(1), "w")
+    replies = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)  # what a verifier prints must not be taken for a reply
     tasks = load_tasks(workspace)
     limit = psutil.Process().memory_info().vms + MEMORY

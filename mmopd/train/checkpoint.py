@@ -136,7 +136,7 @@ def load(trainer: Trainer, path: Path) -> dict[str, Any]:
     ranks = trainer.ranks
     problem = _problem(path) or _changed(path, ranks)
     ranks.agree(problem and f"{problem}; remove {path} to go on from the checkpoint before it")
-    state: dict[str, Any] = json.loads((path / STATE).read_text())
+    state: dict[str, Any] = json.loads((path / STATE).read_text(encoding="utf-8"))
     if state["ranks"] == ranks.size:
         trainer.engine.load_checkpoint(str(path), tag=ZERO)
     else:
@@ -148,7 +148,7 @@ def load(trainer: Trainer, path: Path) -> dict[str, Any]:
 
 def _score(path: Path) -> float | None:
     """Return the score that the checkpoint was saved with, if any."""
-    score: float | None = json.loads((path / STATE).read_text()).get("score")
+    score: float | None = json.loads((path / STATE).read_text(encoding="utf-8")).get("score")
     return score
 
 
@@ -156,7 +156,7 @@ def _write(trainer: Trainer, torn: Path, state: dict[str, Any]) -> None:
     """Write all files of a checkpoint, and return once they are on disk; collective."""
     ranks = trainer.ranks
     if ranks.rank == 0:
-        (torn / STATE).write_text(json.dumps(state))
+        (torn / STATE).write_text(json.dumps(state), encoding="utf-8")
     trainer.engine.save_checkpoint(str(torn), tag=ZERO, save_latest=False)
     torch.save(_random_state(), torn / f"random-{ranks.rank:05d}.pt")
     ranks.barrier()
@@ -235,7 +235,7 @@ def _sums(folder: Path, names: Iterable[str], flush: bool) -> dict[str, tuple[in
 def _problem(path: Path) -> str:
     """Return what is visibly wrong with a checkpoint: no manifest, or a file that is missing or has another size."""
     try:
-        manifest: dict[str, tuple[int, str]] = json.loads((path / MANIFEST).read_text())
+        manifest: dict[str, tuple[int, str]] = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return f"{path / MANIFEST}: missing or unreadable, so this checkpoint is incomplete"
     for name, (size, _) in manifest.items():
@@ -249,7 +249,7 @@ def _problem(path: Path) -> str:
 
 def _changed(path: Path, ranks: Ranks) -> str:
     """Return the first file of this rank's share whose content differs from what was saved; else ""."""
-    manifest: dict[str, list[Any]] = json.loads((path / MANIFEST).read_text())
+    manifest: dict[str, list[Any]] = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
     for name, found in _sums(path, _share(manifest, ranks), flush=False).items():
         if manifest[name] != list(found):
             return f"{path / name}: its content has changed since it was saved (SHA-256 differs)"
@@ -257,7 +257,7 @@ def _changed(path: Path, ranks: Ranks) -> str:
 
 
 def _write_flushed(path: Path, text: str) -> None:
-    with path.open("w") as file:
+    with path.open("w", encoding="utf-8") as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())

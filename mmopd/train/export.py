@@ -40,7 +40,7 @@ def export(trainer: Trainer, target: Path, card: str = "") -> Path:
             trainer.student.save_pretrained(torn, state_dict=state, save_original_format=False)
             _complete(torn, trainer.source)
             if card:
-                (torn / CARD).write_text(card)
+                (torn / CARD).write_text(card, encoding="utf-8")
     except (OSError, SafetensorError) as error:
         fault = f"{target}: the student was not written: {error}"
     trainer.ranks.agree(fault)

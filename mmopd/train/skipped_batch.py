@@ -33,7 +33,7 @@ def write_batch(folder: Path, items: Sequence[Item], **about: str | int) -> None
     ]
     batch = [row | {"encoded": number[id(item.encoded)]} for row, item in zip(rows, items, strict=True)]
     text = {**about, "prompts": [_plain(encoded, tensors) for encoded in prompts.values()], "items": batch}
-    (folder / TEXT).write_text(json.dumps(text, ensure_ascii=False))
+    (folder / TEXT).write_text(json.dumps(text, ensure_ascii=False), encoding="utf-8")
     save_file(tensors, folder / TENSORS)
 
 
@@ -44,7 +44,7 @@ def read_batch(folder: Path) -> tuple[list[Item], dict[str, Any]]:
         UserError: there is no batch, or an incomplete one.
     """
     try:
-        text = json.loads((folder / TEXT).read_text())
+        text = json.loads((folder / TEXT).read_text(encoding="utf-8"))
         tensors = load_file(folder / TENSORS)
     except (OSError, ValueError, SafetensorError) as error:
         raise UserError(f"{folder}: cannot read a skipped update from this folder: {error}") from error
