@@ -102,7 +102,7 @@ MIXED = {
 
 def write_films(folder: Path, processor: Path) -> Shards:
     """Write four clips of a moving square with `mmopd prepare` and a converter."""
-    (folder / "films.py").write_text(CONVERTER)
+    (folder / "films.py").write_text(CONVERTER, encoding="utf-8")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         shards, count = prepare(folder / "films.py", folder / "shards", processor=processor, max_rows=3)

@@ -116,7 +116,7 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     world.HELD_OUT = dict.fromkeys(world.HELD_OUT, 6)
     with Stages(Console(quiet=True)) as stages, stages.stage("prepare") as stage:
         world.prepare(folder, stage)
-    recipe = (catalog.shipped() / "recipes" / "demo.yaml").read_text()
+    recipe = (catalog.shipped() / "recipes" / "demo.yaml").read_text(encoding="utf-8")
     (folder / "recipes").mkdir()
-    (folder / "recipes" / "small.yaml").write_text(recipe.replace("prepare: data/demo.py\n", ""))
+    (folder / "recipes" / "small.yaml").write_text(recipe.replace("prepare: data/demo.py\n", ""), encoding="utf-8")
     return folder

@@ -65,14 +65,14 @@ def install(folder: Path) -> str:
     for module in [*MODULES, "entrypoints.launchers.api_server.entry"]:
         path = root / "vllm" / Path(*module.split(".")).with_suffix(".py")
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(ENTRY if module.endswith("entry") else "")
+        path.write_text(ENTRY if module.endswith("entry") else "", encoding="utf-8")
     for path in [root / "vllm", *(p for p in (root / "vllm").rglob("*") if p.is_dir())]:
-        (path / "__init__.py").write_text(REGISTRY if path.name == "vllm" else "")
+        (path / "__init__.py").write_text(REGISTRY if path.name == "vllm" else "", encoding="utf-8")
     return str(root)
 
 
 def fake_model(folder: Path) -> Path:
     """Write a folder that the fake server accepts as a model."""
     folder.mkdir(parents=True)
-    (folder / "config.json").write_text('{"architectures": ["Fake"]}')
+    (folder / "config.json").write_text('{"architectures": ["Fake"]}', encoding="utf-8")
     return folder

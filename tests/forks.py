@@ -66,13 +66,13 @@ def forking_process() -> "subprocess.Popen[str]":
     path = os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
     env = os.environ | ENV | {"PYTHONPATH": path}
     return subprocess.Popen(
-        [sys.executable, __file__], env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        [sys.executable, __file__], env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, encoding="utf-8"
     )
 
 
 def main() -> None:
     """Import what the ranks import, then answer calls until standard input is closed; end what still runs."""
-    answers = os.fdopen(os.dup(1), "w")
+    answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)  # libraries print while they are imported
     for worker in WORKERS:
         importlib.import_module(worker)

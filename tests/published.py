@@ -81,7 +81,9 @@ def write_config(folder: Path, name: str) -> Path:
         "model_type": "qwen3_vl",
         "tie_word_embeddings": tied,
     }
-    (folder / "config.json").write_text(json.dumps(whole | {"text_config": text, "vision_config": vision}))
+    (folder / "config.json").write_text(
+        json.dumps(whole | {"text_config": text, "vision_config": vision}), encoding="utf-8"
+    )
     return folder
 
 
@@ -93,7 +95,7 @@ def write_models(folder: Path) -> Path:
         write_config(folder / f"models/Qwen3-VL-4B-Instruct-{domain}-RL", "Qwen3-VL-4B-Instruct")
     strong = folder / "models/Qwen3-30B-A3B-Instruct-2507"
     strong.mkdir()
-    (strong / "config.json").write_text(json.dumps(STRONG))
+    (strong / "config.json").write_text(json.dumps(STRONG), encoding="utf-8")
     return folder
 
 

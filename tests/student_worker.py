@@ -223,7 +223,9 @@ def run(
     finally:
         for worker in workers:
             worker.kill()
-    assert codes == [0] * ranks, "\n".join((out / f"{rank}.log").read_text()[-4000:] for rank in range(ranks))
+    assert codes == [0] * ranks, "\n".join(
+        (out / f"{rank}.log").read_text(encoding="utf-8")[-4000:] for rank in range(ranks)
+    )
     return [torch.load(out / f"{number}.pt", weights_only=False) for number in range(len(job))]
 
 

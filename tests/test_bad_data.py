@@ -108,7 +108,7 @@ def made(
         if isinstance(row.get("image"), bytes):
             Path(f"{i}.bin").write_bytes(row["image"])
             row["image"] = f"{i}.bin"
-    Path("rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    Path("rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return prepare(
         GENERIC, Path("out"), ["data=rows.jsonl", *settings], processor=processor, max_bad=max_bad, max_rows=7
     )
@@ -194,13 +194,15 @@ def test_a_limit_that_no_row_meets_is_refused(student: Path) -> None:
 
 
 def test_a_row_of_another_task_is_left_out(here: Path) -> None:
-    code = GENERIC.read_text().replace(
+    code = GENERIC.read_text(encoding="utf-8").replace(
         "    return columns.ask(task,",
         "    from dataclasses import replace\n"
         "    return columns.ask(replace(task, name='sums') if answer == '3' else task,",
     )
-    (here / "mixed.py").write_text(code)
-    Path("rows.jsonl").write_text("".join(json.dumps({"question": "?", "answer": str(i)}) + "\n" for i in range(5)))
+    (here / "mixed.py").write_text(code, encoding="utf-8")
+    Path("rows.jsonl").write_text(
+        "".join(json.dumps({"question": "?", "answer": str(i)}) + "\n" for i in range(5)), encoding="utf-8"
+    )
     shards, count = prepare(here / "mixed.py", Path("out"), ["data=rows.jsonl", "task=additions"], max_bad=1)
     assert (len(shards), count.left_out) == (4, {"wrong task": 1})
     assert "a row of task 'sums' (text), but the source has task 'additions' (text)" in count.shown["wrong task"][0]
@@ -308,7 +310,7 @@ def test_weights_that_sum_to_zero_are_refused() -> None:
         ("{a: {shards: s, task: t, weight: 0}}", "sources: the weights sum to zero"),
         ("{a: {shards: s, task: t, schedule: {5: 0, 9: 1}}}", "the weights sum to zero at step 5"),
     ):
-        Path("data/mine.yaml").write_text(f"sources: {text}\n")
+        Path("data/mine.yaml").write_text(f"sources: {text}\n", encoding="utf-8")
         with pytest.raises(UserError, match=rf"data/mine\.yaml: .*{message}"):
             catalog.load_mixture("data/mine.yaml")
 

@@ -39,7 +39,7 @@ def recipe(*overrides: str) -> Recipe:
 
 
 def edit(path: Path, change: Callable[[str], str]) -> None:
-    path.write_text(change(path.read_text()))
+    path.write_text(change(path.read_text(encoding="utf-8")), encoding="utf-8")
 
 
 def run_and_fail(resolved: Recipe) -> str:
@@ -57,7 +57,11 @@ def run_and_fail(resolved: Recipe) -> str:
 def test_a_typo_is_one_line_with_the_status_of_a_wrong_setting_and_no_traceback(mine: Path) -> None:
     edit(mine / "recipes" / "small.yaml", lambda text: text.replace("rollout:", "rolout:"))
     done = subprocess.run(
-        [sys.executable, "-m", "mmopd", "train", "recipes/small.yaml"], capture_output=True, text=True, check=False
+        [sys.executable, "-m", "mmopd", "train", "recipes/small.yaml"],
+        capture_output=True,
+        text=True,
+        check=False,
+        encoding="utf-8",
     )
     assert done.returncode == ConfigError.exit_status
     assert "recipes/small.yaml: unknown key 'rolout'; did you mean 'rollout'?" in done.stderr

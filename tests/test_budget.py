@@ -146,13 +146,13 @@ def test_a_teacher_whose_log_probs_do_not_fit_next_to_its_share_is_refused(works
     fleet = (catalog.shipped() / "teachers/cross_modal.yaml").read_text()
     (workspace / "teachers").mkdir()
     (workspace / "teachers/mine.yaml").write_text(
-        fleet.replace("max_num_seqs: 32", "max_num_seqs: 32, gpu_share: 0.95")
+        fleet.replace("max_num_seqs: 32", "max_num_seqs: 32, gpu_share: 0.95"), encoding="utf-8"
     )
     refusals = plan("cross_modal_4b", "fleet=teachers/mine.yaml").refusals
     assert len(refusals) == 2
     assert "lower gpu_share (now 0.95) of teachers.math.engine, or --max-num-batched-tokens (now 8,192)" in refusals[0]
     smaller = "max_num_seqs: 32, gpu_share: 0.95, extra_args: [--max-num-batched-tokens, '2048']"
-    (workspace / "teachers/mine.yaml").write_text(fleet.replace("max_num_seqs: 32", smaller))
+    (workspace / "teachers/mine.yaml").write_text(fleet.replace("max_num_seqs: 32", smaller), encoding="utf-8")
     assert plan("cross_modal_4b", "fleet=teachers/mine.yaml").refusals == []
 
 

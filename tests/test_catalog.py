@@ -115,13 +115,15 @@ def test_every_shipped_task_loads_under_the_name_of_its_file(tmp_path: Path) -> 
 
 
 def blocks_of_readme() -> list[str]:
-    return re.findall(r"```python\n(.*?)```", (catalog.shipped() / "modalities/README.md").read_text(), re.DOTALL)
+    return re.findall(
+        r"```python\n(.*?)```", (catalog.shipped() / "modalities/README.md").read_text(encoding="utf-8"), re.DOTALL
+    )
 
 
 def test_the_example_of_the_readme_works(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     task, rows = blocks_of_readme()
     (tmp_path / "modalities").mkdir()
-    (tmp_path / "modalities/count_letters.py").write_text(task)
+    (tmp_path / "modalities/count_letters.py").write_text(task, encoding="utf-8")
     assert len(task.splitlines()) <= 25
     judge = load_tasks(tmp_path)["count_letters"].verify
     assert [judge(said, "2").value for said in ("2", "So the answer is 3", "7", "two")] == [1.0, 0.5, 0.0, 0.0]
@@ -131,7 +133,7 @@ def test_the_example_of_the_readme_works(tmp_path: Path, monkeypatch: pytest.Mon
 
 
 def test_the_readme_lists_the_shipped_tasks() -> None:
-    text = (catalog.shipped() / "modalities/README.md").read_text()
+    text = (catalog.shipped() / "modalities/README.md").read_text(encoding="utf-8")
     assert set(re.findall(r"\| `(\w+)` \|", text)) == {
         path.stem for path in (catalog.shipped() / "modalities").glob("*.py")
     }
@@ -140,7 +142,7 @@ def test_the_readme_lists_the_shipped_tasks() -> None:
 def workspace_with(folder: Path, **files: str) -> Path:
     (folder / "modalities").mkdir(parents=True, exist_ok=True)
     for name, text in files.items():
-        (folder / f"modalities/{name}.py").write_text(text)
+        (folder / f"modalities/{name}.py").write_text(text, encoding="utf-8")
     return folder
 
 
@@ -149,7 +151,9 @@ def test_a_file_of_the_workspace_comes_before_the_shipped_one(tmp_path: Path) ->
     tasks = load_tasks(tmp_path)
     assert tasks["additions"].verify is tasks["mine"].verify is not tasks["digit_sum"].verify
     (tmp_path / "recipes").mkdir()
-    (tmp_path / "recipes/demo.yaml").write_text("student: {model: m}\nfleet: f\nmixture: m\nseed: 41\n")
+    (tmp_path / "recipes/demo.yaml").write_text(
+        "student: {model: m}\nfleet: f\nmixture: m\nseed: 41\n", encoding="utf-8"
+    )
     assert catalog.load_recipe("recipes/demo.yaml", tmp_path).seed == 41
     assert catalog.load_recipe("recipes/demo.yaml", tmp_path / "elsewhere").seed != 41
 
@@ -184,7 +188,7 @@ def test_a_file_that_is_not_there_is_named_with_the_nearest_one(tmp_path: Path) 
 
 
 def test_an_absolute_path_is_itself(tmp_path: Path) -> None:
-    (tmp_path / "elsewhere.yaml").write_text(yaml.safe_dump({"benchmarks": []}))
+    (tmp_path / "elsewhere.yaml").write_text(yaml.safe_dump({"benchmarks": []}), encoding="utf-8")
     assert catalog.load_suite(tmp_path / "elsewhere.yaml").benchmarks == ()
 
 
@@ -193,11 +197,11 @@ def test_init_copies_everything_out_and_overwrites_nothing(tmp_path: Path) -> No
     assert {path.relative_to(tmp_path / "work").parts[0] for path in first} == set(catalog.KINDS)
     assert not [path for path in first if "__pycache__" in path.parts]
     changed, removed = tmp_path / "work/modalities/additions.py", tmp_path / "work/modalities/digit_sum.py"
-    changed.write_text(BODY.format(name="additions"))
+    changed.write_text(BODY.format(name="additions"), encoding="utf-8")
     removed.unlink()
     assert catalog.init(tmp_path / "work") == [removed]
-    assert changed.read_text() == BODY.format(name="additions")
+    assert changed.read_text(encoding="utf-8") == BODY.format(name="additions")
     assert isinstance(load_tasks(tmp_path / "work")["digit_sum"], Task)
-    (tmp_path / "file").write_text("")
+    (tmp_path / "file").write_text("", encoding="utf-8")
     with pytest.raises(UserError, match="file: this is a file"):
         catalog.init(tmp_path / "file")

@@ -31,10 +31,10 @@ def test_version() -> None:
 def test_init_makes_a_workspace_and_keeps_what_is_there(tmp_path: Path) -> None:
     assert run(app, ["init", str(tmp_path)]).exit_code == 0
     recipe = tmp_path / "recipes" / "demo.yaml"
-    recipe.write_text("mine")
+    recipe.write_text("mine", encoding="utf-8")
     again = run(app, ["init", str(tmp_path)])
     assert again.exit_code == 0
-    assert recipe.read_text() == "mine"
+    assert recipe.read_text(encoding="utf-8") == "mine"
     assert (tmp_path / "modalities" / "additions.py").is_file()
 
 

@@ -53,6 +53,7 @@ def loaded_by(commands: list[list[str]], folder: Path) -> dict[str, list]:
         capture_output=True,
         text=True,
         check=False,
+        encoding="utf-8",
     )
     assert done.returncode == 0, done.stderr[-2000:]
     return json.loads(done.stdout)
@@ -65,7 +66,7 @@ def test_commands_that_need_no_model_load_no_heavy_library(tmp_path: Path, monke
     picture = (workspace / "one.png").read_bytes()
     turn = ({"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "How many?"}]},)
     mmopd.write_shards([Prompt("a/0", "digit_sum", "image", turn, (picture,), "3")], workspace / "shards")
-    (workspace / "mine.yaml").write_text("sources: {a: {shards: shards, task: digit_sum}}")
+    (workspace / "mine.yaml").write_text("sources: {a: {shards: shards, task: digit_sum}}", encoding="utf-8")
     commands = [
         ["--help"],
         ["show", "recipes/demo.yaml"],
@@ -85,7 +86,9 @@ def test_commands_that_need_no_model_load_no_heavy_library(tmp_path: Path, monke
 def test_importing_the_package_loads_only_its_own_modules() -> None:
     code = "import importlib, sys, typing; before = set(sys.modules); import mmopd; print(*set(sys.modules) - before)"
     env = os.environ | {"PYTHONPATH": str(ROOT)}
-    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=env, capture_output=True, text=True, encoding="utf-8", check=True
+    )
     assert set(done.stdout.split()) == {"mmopd", "mmopd.lazy"}
 
 
@@ -103,7 +106,7 @@ def test_the_docs_import_the_public_api_or_a_documented_module(page: Path) -> No
     documented = {"mmopd.task": {"Task", "verify", "code", "documents"}, "mmopd.prompts": {"convert"}}
     documented["mmopd.prompts.convert"] = {"SourceSettings"}
     documented |= {"mmopd.algorithm": {*algorithm.__all__}, "mmopd.settings_file": {"Fraction"}}
-    for block in re.findall(r"^```python\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL):
+    for block in re.findall(r"^```python\n(.*?)^```", page.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL):
         for node in ast.walk(ast.parse(block)):
             if isinstance(node, ast.ImportFrom) and (node.module or "").partition(".")[0] == "mmopd":
                 allowed = {*mmopd.__all__} if node.module == "mmopd" else documented[str(node.module)]

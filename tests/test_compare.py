@@ -81,10 +81,10 @@ def test_means_intervals_and_paired_differences_are_those_worked_by_hand(finishe
 def test_the_page_the_csv_and_the_pictures_are_written_from_finished_runs_without_running_anything(finished, tmp_path):
     with Stages(Console(quiet=True)) as stages:
         page = compare.compare("grid", grid(), tmp_path, stages)
-    text = page.read_text()
+    text = page.read_text(encoding="utf-8")
     assert "| OPD | 92.0 ± 5.0 | 80.0 ± 5.0 | 86.0 ± 4.3 |  |  |  |" in text
     assert "+2.0 ± 2.5" in text
-    with (tmp_path / "grid.csv").open() as file:
+    with (tmp_path / "grid.csv").open(encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     assert {row["table"] for row in rows} == {"one", "two"}
     assert [row["mean"] for row in rows if (row["table"], row["row"], row["column"]) == ("one", "OPD", "sums")] == [
@@ -143,7 +143,7 @@ def test_a_missing_score_is_an_error_and_not_a_mean_of_what_is_left(finished):
 
 def test_a_table_with_an_unknown_variant_is_refused(tmp_path):
     (tmp_path / "c.yaml").write_text(
-        "recipe: r\nvariants: {opd: {}}\ntables: {t: {title: T, baseline: opd, variants: [odp]}}"
+        "recipe: r\nvariants: {opd: {}}\ntables: {t: {title: T, baseline: opd, variants: [odp]}}", encoding="utf-8"
     )
     with pytest.raises(UserError, match=r"tables.t: no variant 'odp'; did you mean 'opd'"):
         settings_file.read(Comparison, tmp_path / "c.yaml")

@@ -14,7 +14,7 @@ RECIPE = "student: {model: m}\nfleet: teachers/demo.yaml\nmixture: data/demo.yam
 
 def write(folder: Path, text: str) -> Path:
     path = folder / "r.yaml"
-    path.write_text(text)
+    path.write_text(text, encoding="utf-8")
     return path
 
 

@@ -39,7 +39,9 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "modalities").mkdir()
     for name, modality in {"text_code": "text", "image_chart": "image", "image_document": "image"}.items():
         if name not in load_tasks():
-            (tmp_path / "modalities" / f"{name}.py").write_text(TASK.format(name=name, modality=modality))
+            (tmp_path / "modalities" / f"{name}.py").write_text(
+                TASK.format(name=name, modality=modality), encoding="utf-8"
+            )
     return tmp_path
 
 
@@ -217,18 +219,18 @@ def test_docvqa_from_the_hub_and_from_its_own_files() -> None:
             "data_split": "train",
         }
     ]
-    Path("train_v1.0.json").write_text(json.dumps({"dataset_name": "SP-DocVQA", "data": own}))
+    Path("train_v1.0.json").write_text(json.dumps({"dataset_name": "SP-DocVQA", "data": own}), encoding="utf-8")
     shards, _ = run("docvqa", "data=train_v1.0.json")
     assert (shards[0].images, shards[0].answer) == ((picture(9),), '["itc limited"]')
 
 
 def as_jsonl(rows: list[dict[str, Any]]) -> str:
-    Path("rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    Path("rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return "rows.jsonl"
 
 
 def as_json(rows: list[dict[str, Any]]) -> str:
-    Path("rows.json").write_text(json.dumps(rows))
+    Path("rows.json").write_text(json.dumps(rows), encoding="utf-8")
     return "rows.json"
 
 
@@ -259,7 +261,8 @@ def test_generic_images_by_path_and_by_folder() -> None:
         Path("pets", label).mkdir(parents=True)
         Path("pets", label, f"{shade}.png").write_bytes(picture(shade))
     Path("pets.jsonl").write_text(
-        json.dumps({"question": "Which?", "answer": ["cat", "a cat"], "file": ["pets/cat/10.png", "pets/dog/20.png"]})
+        json.dumps({"question": "Which?", "answer": ["cat", "a cat"], "file": ["pets/cat/10.png", "pets/dog/20.png"]}),
+        encoding="utf-8",
     )
     shards, _ = run("generic", "data=pets.jsonl", "task=image_math", "images=file")
     assert shards[0].images == (picture(10), picture(20))
@@ -280,12 +283,14 @@ def test_a_data_set_of_the_hub_is_read_as_it_is_stored() -> None:
 
 
 def test_the_converter_of_the_readme_works(here: Path) -> None:
-    (code,) = re.findall(r"^```python\n(.*?)^```", (DATA / "README.md").read_text(), re.MULTILINE | re.DOTALL)
-    (here / "riddles.py").write_text(code)
-    (here / "riddles.jsonl").write_text('{"riddle": "1+1?", "solution": 2}\n')
+    (code,) = re.findall(
+        r"^```python\n(.*?)^```", (DATA / "README.md").read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL
+    )
+    (here / "riddles.py").write_text(code, encoding="utf-8")
+    (here / "riddles.jsonl").write_text('{"riddle": "1+1?", "solution": 2}\n', encoding="utf-8")
     shards, _ = prepare(here / "riddles.py", here / "out")
     assert shards[0].answer == "2"
-    named = set(re.findall(r"^\| `(\w+\.py)`", (DATA / "README.md").read_text(), re.MULTILINE))
+    named = set(re.findall(r"^\| `(\w+\.py)`", (DATA / "README.md").read_text(encoding="utf-8"), re.MULTILINE))
     assert named == {path.name for path in DATA.glob("*.py")}
 
 

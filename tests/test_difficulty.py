@@ -41,7 +41,7 @@ def test_counts_go_on_where_they_were_stopped(tmp_path: Path) -> None:
     with difficulty_counts.Counts(path, {"student": "x"}) as counts:
         counts.add(0, 3, 8)
         counts.add(1, 0, 0)
-    with path.open("a") as file:
+    with path.open("a", encoding="utf-8") as file:
         file.write("[2, 5,")  # killed while writing
     with difficulty_counts.Counts(path, {"student": "x"}) as counts:
         assert len(counts) == 2
@@ -63,7 +63,7 @@ def test_two_runs_do_not_write_the_same_counts_at_once(tmp_path: Path) -> None:
 
 
 def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("")
+    (tmp_path / "file").write_text("", encoding="utf-8")
     with pytest.raises(UserError, match=r"file/counts\.jsonl: the counts of the difficulty pass cannot be kept here"):
         difficulty_counts.Counts(tmp_path / "file" / "counts.jsonl", {})
 
@@ -74,8 +74,8 @@ def test_counts_are_refused_for_anything_else(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"counts\.jsonl: made from another student; delete it"):
         difficulty_counts.Counts(tmp_path / "counts.jsonl", {**made_from, "student": "y"})
     for content in ("{}", "[]\n", "not json"):
-        (tmp_path / "difficulty.json").write_text(content)
-        (tmp_path / "counts.jsonl").write_text(content)
+        (tmp_path / "difficulty.json").write_text(content, encoding="utf-8")
+        (tmp_path / "counts.jsonl").write_text(content, encoding="utf-8")
         with pytest.raises(UserError, match=r"difficulty\.json: not the result"):
             difficulty_counts.load(tmp_path / "difficulty.json")
         with pytest.raises(UserError, match=r"counts\.jsonl: not the counts"):

@@ -43,7 +43,7 @@ class Command:
         self.logs = workspace / "commands" / self.mark
         self.logs.mkdir(parents=True)
         self.output, self.written = self.logs / "output.log", [self.logs, workspace / "runs"]
-        with self.output.open("w") as output:
+        with self.output.open("w", encoding="utf-8") as output:
             self.process = subprocess.Popen(
                 [sys.executable, "-m", "mmopd", *args],
                 cwd=workspace,
@@ -54,13 +54,13 @@ class Command:
 
     def finish(self) -> tuple[int, str]:
         (status,) = wait_for_exit([self.process], self.written)
-        return status, self.output.read_text()
+        return status, self.output.read_text(encoding="utf-8")
 
     def wait_for(self, happened: Callable[[], bool]) -> None:
         def look() -> bool:
             if happened():
                 return True
-            assert self.process.poll() is None, self.output.read_text()
+            assert self.process.poll() is None, self.output.read_text(encoding="utf-8")
             return False
 
         wait_for(look, self.written)
@@ -71,7 +71,7 @@ class Command:
         for entry in Path("/proc").iterdir():
             try:
                 if entry.name.isdigit() and self.mark.encode() in (entry / "environ").read_bytes():
-                    found.append((entry / "cmdline").read_text().replace("\0", " "))
+                    found.append((entry / "cmdline").read_text(encoding="utf-8").replace("\0", " "))
             except OSError:
                 continue
         return found
@@ -109,14 +109,14 @@ def test_every_step_is_recorded_with_engine_and_trainer_in_agreement(finished: t
 def test_the_run_folder_can_repeat_the_run(finished: tuple[RunFolder, str]) -> None:
     run, _ = finished
     assert read(Recipe, run.recipe_file).train.steps == 4
-    assert json.loads(run.versions.read_text())["mmopd"]
-    difficulty = json.loads((run.difficulty / "difficulty.json").read_text())
+    assert json.loads(run.versions.read_text(encoding="utf-8"))["mmopd"]
+    difficulty = json.loads((run.difficulty / "difficulty.json").read_text(encoding="utf-8"))
     assert {name: len(one["weights"]) for name, one in difficulty["sources"].items()} == {
         "additions": 16,
         "digit_sum": 16,
     }
     assert {path.name for path in run.checkpoints.iterdir()} == {"step-00000002", "step-00000004"}
-    assert {"serve", "difficulty", "distil"} <= json.loads(run.timings.read_text()).keys()
+    assert {"serve", "difficulty", "distil"} <= json.loads(run.timings.read_text(encoding="utf-8")).keys()
 
 
 def test_student_and_teachers_are_evaluated_before_and_the_student_after(finished: tuple[RunFolder, str]) -> None:
@@ -145,8 +145,8 @@ def test_no_key_is_left_in_the_run_folder(finished: tuple[RunFolder, str]) -> No
     run, _ = finished
     assert not run.endpoints.exists()
     for log in run.logs.iterdir():
-        assert "Bearer" not in log.read_text()
-        assert "VLLM_API_KEY=" not in log.read_text()
+        assert "Bearer" not in log.read_text(encoding="utf-8")
+        assert "VLLM_API_KEY=" not in log.read_text(encoding="utf-8")
 
 
 def test_a_second_run_into_the_same_folder_is_refused(finished: tuple[RunFolder, str], workspace: Path) -> None:

@@ -20,7 +20,7 @@ def test_every_kind_has_a_status_of_its_own() -> None:
 
 
 def test_the_page_on_exit_statuses_lists_every_kind() -> None:
-    page = (ROOT / "docs" / "reference" / "exit-statuses.md").read_text()
+    page = (ROOT / "docs" / "reference" / "exit-statuses.md").read_text(encoding="utf-8")
     listed = {int(status): name for status, name in re.findall(r"^\| (\d+) \| `(\w+)` \|", page, re.MULTILINE)}
     assert listed == {status: kind.__name__ for status, kind in KINDS.items()}
 

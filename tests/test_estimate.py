@@ -82,7 +82,7 @@ def test_a_mixture_of_experts_is_counted_whole_and_by_what_a_token_passes(worksp
 def test_a_folder_without_a_config_says_that_one_is_enough(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"there is no config\.json, the only file that an estimate needs"):
         read_model(tmp_path / "models/Qwen3-VL-4B-Instruct")
-    (tmp_path / "config.json").write_text('{"model_type": "qwen3_vl", "architectures": ["Sys"]}')
+    (tmp_path / "config.json").write_text('{"model_type": "qwen3_vl", "architectures": ["Sys"]}', encoding="utf-8")
     with pytest.raises(UserError, match="no model can be built from it"):
         read_model(tmp_path)
 
@@ -118,7 +118,7 @@ def measure(model: Path, out: Path) -> None:
         found[name]["sent"] = sum(weight.numel() for _, weight in trainer.named_weights(trained=trainer.keeps_some))
         trainer.engine.destroy()
     if ranks.rank == 0:
-        out.write_text(json.dumps(found))
+        out.write_text(json.dumps(found), encoding="utf-8")
     stop()
 
 
@@ -139,7 +139,13 @@ def test_the_state_of_zero_3_is_what_deepspeed_holds_on_each_rank_and_the_engine
     }
     command = [sys.executable, __file__, str(tiny), str(tmp_path / "found.json")]
     running = [
-        subprocess.Popen(command, env=env | {"RANK": str(n), "LOCAL_RANK": str(n)}, stderr=subprocess.PIPE, text=True)
+        subprocess.Popen(
+            command,
+            env=env | {"RANK": str(n), "LOCAL_RANK": str(n)},
+            stderr=subprocess.PIPE,
+            text=True,
+            encoding="utf-8",
+        )
         for n in range(ranks)
     ]
     try:
@@ -148,7 +154,7 @@ def test_the_state_of_zero_3_is_what_deepspeed_holds_on_each_rank_and_the_engine
         for process in running:
             process.kill()
     assert [process.returncode for process in running] == [0] * ranks, errors[0][-3000:]
-    found = json.loads((tmp_path / "found.json").read_text())
+    found = json.loads((tmp_path / "found.json").read_text(encoding="utf-8"))
     for name, train in TRAINS.items():
         model, sent = read_model(tiny, train), found[name].pop("sent")
         assert memory.zero_state(model, train, ranks) == found[name], name

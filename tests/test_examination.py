@@ -238,7 +238,9 @@ def test_a_failure_prints_the_table_and_tells_every_way_out(encoder, kinds, tmp_
         assert f"- {of_}, {name}: " in str(error.value)
     assert str(error.value).count("→") == len(bad(checks)) == 2
     save(checks, tmp_path / "preflight.json")
-    assert [c["state"] for c in json.loads((tmp_path / "preflight.json").read_text())] == [c.state for c in checks]
+    assert [c["state"] for c in json.loads((tmp_path / "preflight.json").read_text(encoding="utf-8"))] == [
+        c.state for c in checks
+    ]
 
 
 def test_a_clean_table_is_not_printed_before_a_run(encoder, kinds):

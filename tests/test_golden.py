@@ -17,7 +17,7 @@ TOLERANCE = 3e-4
 
 @pytest.fixture(scope="module")
 def golden() -> dict[str, Any]:
-    found: dict[str, Any] = json.loads(LOSSES.read_text())
+    found: dict[str, Any] = json.loads(LOSSES.read_text(encoding="utf-8"))
     return found
 
 

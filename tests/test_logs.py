@@ -55,7 +55,7 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 
 def test_every_line_has_time_level_and_process_those_of_tracebacks_too(written: list[Path]) -> None:
     for n, file in enumerate(written):
-        lines = file.read_text().splitlines()
+        lines = file.read_text(encoding="utf-8").splitlines()
         assert [line for line in lines if not LINE.fullmatch(line)] == []
         assert {line.split()[2] for line in lines} == {f"rank{n}"}
         said = [logs.message_of(line) for line in lines]
@@ -68,12 +68,14 @@ def test_every_line_has_time_level_and_process_those_of_tracebacks_too(written: 
 
 
 def test_the_logs_of_two_ranks_are_merged_by_sort(written: list[Path]) -> None:
-    done = subprocess.run(["sort", "-s", "-k1,1", *map(str, written)], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        ["sort", "-s", "-k1,1", *map(str, written)], capture_output=True, text=True, encoding="utf-8", check=True
+    )
     merged = done.stdout.splitlines()
-    assert sorted(merged) == sorted(line for file in written for line in file.read_text().splitlines())
+    assert sorted(merged) == sorted(line for file in written for line in file.read_text(encoding="utf-8").splitlines())
     assert [line.split()[0] for line in merged] == sorted(line.split()[0] for line in merged)
     for n, file in enumerate(written):
-        assert [line for line in merged if f" rank{n} " in line] == file.read_text().splitlines()
+        assert [line for line in merged if f" rank{n} " in line] == file.read_text(encoding="utf-8").splitlines()
 
 
 @pytest.mark.usefixtures("quiet")
@@ -87,7 +89,7 @@ def test_the_launchers_file_ends_with_the_error_that_ended_the_run(tmp_path: Pat
     with pytest.raises(DataError), logs.to_file(file, "launcher"):
         run()
     logging.getLogger("mmopd").error("after the run")
-    said = [line.split(" ", 1)[1] for line in file.read_text().splitlines()]
+    said = [line.split(" ", 1)[1] for line in file.read_text(encoding="utf-8").splitlines()]
     assert said == [
         "INFO launcher prepare: begins",
         "ERROR launcher shards/a.tar: truncated",
@@ -103,7 +105,9 @@ def test_last_words_need_no_lock_of_logging() -> None:
         "thread = threading.Thread(target=logs.last_words, args=('rank0', 'no progress\\nhere'))\n"
         "thread.start(); thread.join(10)\n"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, encoding="utf-8", check=True, timeout=60
+    )
     assert [logs.message_of(line) for line in done.stderr.splitlines()] == ["no progress", "here"]
     assert all(" ERROR rank0 " in line for line in done.stderr.splitlines())
 

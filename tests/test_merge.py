@@ -18,7 +18,7 @@ from mmopd.runtime.progress import Stages
 
 def model(folder, *files, **config):
     folder.mkdir()
-    (folder / "config.json").write_text(json.dumps({"model_type": "x", **config}))
+    (folder / "config.json").write_text(json.dumps({"model_type": "x", **config}), encoding="utf-8")
     for i, tensors in enumerate(files):
         save_file(tensors, folder / f"model-{i:05d}-of-{len(files):05d}.safetensors")
     return folder
@@ -43,7 +43,7 @@ def test_the_numbers_are_those_of_the_formula_whatever_file_a_tensor_is_in(tmp_p
     assert sorted(f.name for f in (tmp_path / "out").glob("*.safetensors")) == sorted(
         f.name for f in base.glob("*.safetensors")
     )
-    assert json.loads((tmp_path / "out" / "config.json").read_text())["seen"] == 1
+    assert json.loads((tmp_path / "out" / "config.json").read_text(encoding="utf-8"))["seen"] == 1
 
 
 def test_it_is_computed_in_float32_and_written_in_the_dtype_of_the_base(tmp_path):

@@ -35,7 +35,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     write_shards(images, tmp_path / "digits", counter=counter, max_rows=8)
     limit = max(sum(counter(row)) for i, row in enumerate(rows) if i != 3)
     (tmp_path / "data").mkdir()
-    (tmp_path / "data" / "mine.yaml").write_text(MIXTURE.replace("LIMIT", str(limit)))
+    (tmp_path / "data" / "mine.yaml").write_text(MIXTURE.replace("LIMIT", str(limit)), encoding="utf-8")
     return tmp_path
 
 

@@ -96,7 +96,7 @@ def test_what_a_config_leaves_out_has_the_default_of_transformers(kind: str, tmp
     few = {"num_hidden_layers": 2}
     kept: dict[str, Any] = {"architectures": [kind], "model_type": whole["model_type"]}
     kept |= {"text_config": few, "vision_config": {"depth": 1}} if "vision_config" in whole else few
-    (tmp_path / "config.json").write_text(json.dumps(kept))
+    (tmp_path / "config.json").write_text(json.dumps(kept), encoding="utf-8")
     found, real = read_model(tmp_path), build(tmp_path)
     assert sorted(found.weights, key=str) == sorted(real.weights, key=str)
     assert (found.text, found.vision, found.active_experts) == (real.text, real.vision, real.active_experts)
@@ -109,7 +109,9 @@ def test_a_flat_configuration_of_qwen2_5_vl_is_read(tmp_path: Path) -> None:
         "model_type": "qwen2_5_vl",
         "vision_config": vision,
     }
-    (tmp_path / "config.json").write_text(json.dumps(flat | text | {"num_hidden_layers": 2, "vocab_size": 300}))
+    (tmp_path / "config.json").write_text(
+        json.dumps(flat | text | {"num_hidden_layers": 2, "vocab_size": 300}), encoding="utf-8"
+    )
     assert_same(tmp_path)
 
 
@@ -120,7 +122,7 @@ def test_text_teachers_and_other_architectures_are_counted_too(tmp_path: Path) -
         ("Qwen3ForCausalLM", {"model_type": "qwen3", "tie_word_embeddings": True} | TEXT),
         ("Qwen2ForCausalLM", {"model_type": "qwen2"} | TEXT),
     ):
-        (tmp_path / "config.json").write_text(json.dumps(settings | {"architectures": [kind]}))
+        (tmp_path / "config.json").write_text(json.dumps(settings | {"architectures": [kind]}), encoding="utf-8")
         found, real = read_model(tmp_path), build(tmp_path)
         assert sorted(found.weights, key=str) == sorted(real.weights, key=str)
         assert (found.text, found.vision) == (real.text, real.vision)
@@ -128,6 +130,6 @@ def test_text_teachers_and_other_architectures_are_counted_too(tmp_path: Path) -
 
 @pytest.mark.parametrize("text", ["[1]", "{", '{"architectures": ["Qwen3ForCausalLM"], "hidden_size": "wide"}'])
 def test_a_configuration_that_is_none_is_named(text: str, tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text(text)
+    (tmp_path / "config.json").write_text(text, encoding="utf-8")
     with pytest.raises(UserError, match=r"config\.json: no model can be built from it"):
         read_model(tmp_path)

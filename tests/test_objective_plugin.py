@@ -30,7 +30,7 @@ from mmopd.train.recorder import calibration
 from mmopd.train.trainer import Trainer
 
 ROOT = Path(__file__).parents[1]
-PAGE = (ROOT / "docs" / "objectives.md").read_text()
+PAGE = (ROOT / "docs" / "objectives.md").read_text(encoding="utf-8")
 REST = "student: {model: m}\nfleet: teachers/demo.yaml\nmixture: data/demo.yaml\n"
 PROMPTS, GROUP, STEPS = 3, 2, 3
 
@@ -46,8 +46,8 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for folder in ("algorithm", "recipes"):
         (tmp_path / folder).mkdir()
     assert "`algorithm/surprising.py`" in PAGE
-    (tmp_path / "algorithm" / "surprising.py").write_text(block("python"))
-    (tmp_path / "recipes" / "mine.yaml").write_text(REST + block("yaml"))
+    (tmp_path / "algorithm" / "surprising.py").write_text(block("python"), encoding="utf-8")
+    (tmp_path / "recipes" / "mine.yaml").write_text(REST + block("yaml"), encoding="utf-8")
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -68,10 +68,10 @@ def test_a_recipe_names_the_file_and_what_it_ignores_is_off(place):
 
 def test_show_prints_it_and_what_is_written_reads_back(place):
     recipe = catalog.load_recipe("recipes/mine.yaml")
-    console = Console(record=True, width=120, file=(place / "out").open("w"))
+    console = Console(record=True, width=120, file=(place / "out").open("w", encoding="utf-8"))
     show(recipe, console)
     assert re.search(r"objective:\s+kind: surprising\s+share: 0.3", console.export_text())
-    (place / "resolved.yaml").write_text(settings_file.dump(recipe))
+    (place / "resolved.yaml").write_text(settings_file.dump(recipe), encoding="utf-8")
     assert settings_file.read(Recipe, place / "resolved.yaml") == recipe
 
 
@@ -104,13 +104,13 @@ def test_a_mistake_in_the_recipe_is_named(place, objective, message):
     ],
 )
 def test_a_file_that_is_no_objective_is_named(place, text, message):
-    (place / "algorithm" / "other.py").write_text(text)
+    (place / "algorithm" / "other.py").write_text(text, encoding="utf-8")
     with pytest.raises(UserError, match=message):
         load("algorithm.objective={kind: other}")
 
 
 def test_a_file_with_the_name_of_a_built_in_objective_is_refused(place):
-    (place / "algorithm" / "grpo.py").write_text(block("python"))
+    (place / "algorithm" / "grpo.py").write_text(block("python"), encoding="utf-8")
     with pytest.raises(UserError, match=r"grpo\.py: `grpo` is the name of a built-in objective"):
         load("algorithm.objective={kind: grpo}")
 
@@ -129,7 +129,7 @@ def test_three_steps_train_a_student_with_it(place, model):
 def run_rank(place: Path, model: Path) -> dict[str, Any]:
     """Train in a separate process in the workspace, from the resolved recipe, as a rank does."""
     recipe = catalog.load_recipe("recipes/mine.yaml", overrides=[f"student.model={model}", *SMALL])
-    (place / "resolved.yaml").write_text(settings_file.dump(recipe))
+    (place / "resolved.yaml").write_text(settings_file.dump(recipe), encoding="utf-8")
     env = os.environ | {
         "RANK": "0",
         "LOCAL_RANK": "0",
@@ -141,9 +141,11 @@ def run_rank(place: Path, model: Path) -> dict[str, Any]:
         "PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]),
     }
     command = [sys.executable, __file__, str(model), "resolved.yaml", "out.json"]
-    done = subprocess.run(command, cwd=place, env=env, capture_output=True, text=True, timeout=600, check=False)
+    done = subprocess.run(
+        command, cwd=place, env=env, capture_output=True, text=True, timeout=600, check=False, encoding="utf-8"
+    )
     assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads((place / "out.json").read_text())
+    return json.loads((place / "out.json").read_text(encoding="utf-8"))
 
 
 SMALL = [
@@ -200,7 +202,7 @@ def main(model: Path, resolved: Path, out: Path) -> None:
         "moved": moved,
         "metrics": calibration(targets),
     }
-    out.write_text(json.dumps(found))
+    out.write_text(json.dumps(found), encoding="utf-8")
     stop()
 
 
@@ -220,7 +222,7 @@ def test_no_other_file_asks_for_a_kind():
     found = [
         f"{path}:{n}: {line}"
         for path in files
-        for n, line in enumerate(path.read_text().splitlines(), 1)
+        for n, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1)
         if asks.search(line)
     ]
     # The reference of settings lists every objective; it asks for none by name.

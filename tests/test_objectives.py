@@ -283,7 +283,7 @@ def easy(workspace, tmp_path_factory):
         (folder / path.name).symlink_to(path)
     (folder / "modalities").mkdir()
     for name, modality in (("additions", "text"), ("digit_sum", "image")):
-        (folder / "modalities" / f"{name}.py").write_text(EASY.format(name=name, modality=modality))
+        (folder / "modalities" / f"{name}.py").write_text(EASY.format(name=name, modality=modality), encoding="utf-8")
     return folder
 
 
@@ -310,7 +310,7 @@ def runs(server, easy):
 
 
 def metrics(run):
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
 
 
 @pytest.mark.parametrize("kind", RUNS)
@@ -334,13 +334,13 @@ def test_every_objective_runs_from_a_recipe(kind, runs, easy):
 
 
 def test_servers_stay_up_between_runs_and_a_run_on_used_ones_is_that_on_fresh_ones(runs, easy):
-    started = (easy / "servers" / "servers.log").read_text().count("supervisor: ")
+    started = (easy / "servers" / "servers.log").read_text(encoding="utf-8").count("supervisor: ")
     assert started == 3  # for dense, expo and sft; with references; with another weight transport
     first, again = (metrics(runs[kind]) for kind in ("dense", "dense again"))
     assert [line["loss"] for line in first] == [line["loss"] for line in again]
-    assert (
-        runs["dense"].joinpath("samples.jsonl").read_text() == runs["dense again"].joinpath("samples.jsonl").read_text()
-    )
+    assert runs["dense"].joinpath("samples.jsonl").read_text(encoding="utf-8") == runs["dense again"].joinpath(
+        "samples.jsonl"
+    ).read_text(encoding="utf-8")
 
 
 def test_the_shipped_fleet_with_a_reference_differs_from_the_demos_in_nothing_else():

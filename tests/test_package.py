@@ -14,7 +14,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).parents[1]
-PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 CATALOGUE = ("modalities", "teachers", "data", "eval", "recipes")
 
 
@@ -25,7 +25,7 @@ def requirements(*extras: str) -> dict[str, Requirement]:
 
 
 def pins() -> dict[str, str]:
-    lines = (ROOT / "requirements/cpu.txt").read_text().splitlines()
+    lines = (ROOT / "requirements/cpu.txt").read_text(encoding="utf-8").splitlines()
     return {
         canonicalize_name(name): version
         for name, version in (line.split("==") for line in lines if not line.startswith("#"))
@@ -36,7 +36,7 @@ def imported(*folders: str) -> set[str]:
     """Return the top-level modules that the code in folders of the repository imports."""
     names: set[str] = set()
     for path in (path for folder in folders for path in (ROOT / folder).rglob("*.py")):
-        for node in ast.walk(ast.parse(path.read_text())):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.Import):
                 names |= {alias.name for alias in node.names}
             elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
@@ -59,7 +59,11 @@ def test_the_pinned_set_fits_what_is_declared():
 
 
 def test_the_pinned_set_has_no_place_or_build_of_this_machine():
-    lines = [line for line in (ROOT / "requirements/cpu.txt").read_text().splitlines() if not line.startswith("#")]
+    lines = [
+        line
+        for line in (ROOT / "requirements/cpu.txt").read_text(encoding="utf-8").splitlines()
+        if not line.startswith("#")
+    ]
     assert [line for line in lines if not re.fullmatch(r"[\w.-]+==[\w.+]+", line)] == []
     assert {version.partition("+")[2] for version in pins().values()} == {"", "cpu"}
 

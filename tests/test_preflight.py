@@ -85,7 +85,7 @@ def test_a_shuffled_image_has_the_same_pixels_in_other_places(sources):
 
 
 def test_only_what_is_known_to_be_float32_is_judged_as_such(tmp_path):
-    (tmp_path / "config.json").write_text('{"dtype": "float32"}')
+    (tmp_path / "config.json").write_text('{"dtype": "float32"}', encoding="utf-8")
 
     def is_precise(**teacher):
         return in_float32(Fleet.model_validate({"teachers": {"t": teacher}, "routes": []}).teachers["t"])

@@ -29,7 +29,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Return an empty workspace with a file of sums."""
     monkeypatch.chdir(tmp_path)
     lines = [json.dumps({"question": f"What is {i}+1?", "answer": i + 1, "id": f"sum-{i}"}) for i in range(300)]
-    (tmp_path / "sums.jsonl").write_text("\n".join(lines) + "\n")
+    (tmp_path / "sums.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
     return tmp_path
 
 
@@ -50,7 +50,7 @@ def test_rows_are_those_of_the_file_in_its_order(here: Path) -> None:
     assert [row.answer for row in shards] == [str(i + 1) for i in range(300)]
     assert shards[7].messages[0]["content"] == [{"type": "text", "text": "What is 7+1?"}]
     assert (count.examples, count.rows, count.shards, count.left_out) == (300, 300, 5, {})
-    assert json.loads((here / "out/prepare.json").read_text())["rows"] == 300
+    assert json.loads((here / "out/prepare.json").read_text(encoding="utf-8"))["rows"] == 300
     assert [path.name for path in here.iterdir() if path.name.startswith(".")] == []
 
 
@@ -62,9 +62,9 @@ def test_any_number_of_workers_writes_the_same_bytes(here: Path) -> None:
 
 def converter(here: Path, name: str, first: str) -> Path:
     """Return the generic converter with code inserted before its conversion."""
-    code = (ROOT / GENERIC).read_text()
+    code = (ROOT / GENERIC).read_text(encoding="utf-8")
     assert code.count("    value = ") == 1
-    (here / name).write_text(code.replace("    value = ", f"    {first}\n    value = "))
+    (here / name).write_text(code.replace("    value = ", f"    {first}\n    value = "), encoding="utf-8")
     return here / name
 
 
@@ -88,7 +88,7 @@ def test_a_call_that_was_killed_is_continued_to_the_same_bytes(here: Path) -> No
     assert not (here / "out").exists()
     prepare(slow, here / "out", settings(), max_bad=0.1, max_rows=40, workers=2)
     assert files(here / "out") == files(here / "whole")
-    assert json.loads((here / "out/prepare.json").read_text())["left_out"] == {"ValueError": 4}
+    assert json.loads((here / "out/prepare.json").read_text(encoding="utf-8"))["left_out"] == {"ValueError": 4}
 
 
 def test_what_was_finished_is_not_converted_again(here: Path) -> None:
@@ -102,7 +102,7 @@ def test_what_was_finished_is_not_converted_again(here: Path) -> None:
         prepare(stops, here / "out", settings(), max_rows=70)
     (here / "log").rename(here / "go")
     prepare(stops, here / "out", settings(), max_rows=70)
-    assert [int(line) for line in (here / "log").read_text().split()] == list(range(141, 301))
+    assert [int(line) for line in (here / "log").read_text(encoding="utf-8").split()] == list(range(141, 301))
     assert len(Shards(here / "out")) == 300
 
 
@@ -139,7 +139,7 @@ def test_tokens_are_counted_for_a_student_and_limit_a_source(here: Path) -> None
         json.dumps({"question": row["messages"][0]["content"][0]["text"] * (i % 3 + 1), "answer": row["answer"]})
         for i, row in enumerate(data)
     ]
-    (here / "sums.jsonl").write_text("\n".join(lines))
+    (here / "sums.jsonl").write_text("\n".join(lines), encoding="utf-8")
     shards, _ = prepare(ROOT / GENERIC, here / "out", settings(), processor=here / "student")
     counter = TokenCounter(here / "student")
     lengths = [sum(counter(row)) for row in shards]
@@ -173,7 +173,7 @@ def test_what_is_wrong_is_named(here: Path, changes: dict[str, object], message:
 
 
 def test_a_file_that_is_no_converter_and_a_folder_in_use_are_refused(here: Path) -> None:
-    (here / "no.py").write_text("x = 1\n")
+    (here / "no.py").write_text("x = 1\n", encoding="utf-8")
     with pytest.raises(UserError, match=r"no\.py: not a converter, it has no `Settings`"):
         prepare(here / "no.py", here / "out", settings())
     write(here / "out")
@@ -182,7 +182,9 @@ def test_a_file_that_is_no_converter_and_a_folder_in_use_are_refused(here: Path)
 
 
 def test_the_command_prints_totals(here: Path) -> None:
-    (here / "sums.jsonl").write_text('{"question": "1+1?", "answer": "2"}\n{"question": "1+2?"}\nnot json\n')
+    (here / "sums.jsonl").write_text(
+        '{"question": "1+1?", "answer": "2"}\n{"question": "1+2?"}\nnot json\n', encoding="utf-8"
+    )
     arguments = [
         "prepare",
         str(GENERIC),

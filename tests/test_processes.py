@@ -34,8 +34,8 @@ with Children() as children:
 
 def await_file(path: Path) -> int:
     for _ in range(300):
-        if path.is_file() and path.read_text():
-            return int(path.read_text())
+        if path.is_file() and path.read_text(encoding="utf-8"):
+            return int(path.read_text(encoding="utf-8"))
         time.sleep(0.1)
     raise AssertionError(f"{path} was not written")
 
@@ -45,7 +45,7 @@ def gone(pid: int, seconds: float = 15.0) -> bool:
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
         try:
-            if Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z":
+            if Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[0] == "Z":
                 return True
         except OSError:
             return True
@@ -54,13 +54,18 @@ def gone(pid: int, seconds: float = 15.0) -> bool:
 
 
 def children_of(pid: int) -> list[int]:
-    return [int(p) for p in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+    return [int(p) for p in Path(f"/proc/{pid}/task/{pid}/children").read_text(encoding="utf-8").split()]
 
 
 def start_parent(folder: Path) -> tuple["subprocess.Popen[str]", int]:
     command = [sys.executable, "-c", PARENT, str(folder), STUBBORN]
     parent = subprocess.Popen(
-        command, stdout=subprocess.PIPE, text=True, start_new_session=True, cwd=Path(__file__).parents[1]
+        command,
+        stdout=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        cwd=Path(__file__).parents[1],
+        encoding="utf-8",
     )
     assert parent.stdout is not None
     assert parent.stdout.readline() == "started\n"
@@ -96,7 +101,7 @@ def test_processes_that_a_command_leaves_end_with_it(tmp_path: Path) -> None:
             "x", [sys.executable, "-c", STUBBORN.rpartition("time")[0], str(tmp_path / "pid")], tmp_path / "log"
         )
         assert child.wait(60) == 0
-    assert not (tmp_path / "pid").exists() or gone(int((tmp_path / "pid").read_text()), 0.5)
+    assert not (tmp_path / "pid").exists() or gone(int((tmp_path / "pid").read_text(encoding="utf-8")), 0.5)
 
 
 def test_stop_ends_a_tree_that_ignores_the_signal(tmp_path: Path) -> None:
@@ -157,4 +162,4 @@ def test_ctrl_c_reaches_the_parent_alone_and_leaves_nothing(tmp_path: Path) -> N
     parent.communicate()
     assert parent.returncode == -signal.SIGINT  # Python ends so by KeyboardInterrupt
     assert gone(pid, 0.5)
-    assert "KeyboardInterrupt" not in (tmp_path / "log").read_text()
+    assert "KeyboardInterrupt" not in (tmp_path / "log").read_text(encoding="utf-8")

@@ -12,7 +12,7 @@ from mmopd.prompts.shards import open_mixture
 from mmopd.task.load import load_tasks
 from mmopd.teacher.router import check_routes, find_route
 
-README = (Path(__file__).parents[1] / "README.md").read_text()
+README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
 
 
 def blocks(language: str) -> list[str]:
@@ -33,7 +33,7 @@ def workspace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for name, text in files.items():
         assert f"`{name}`" in README
         (tmp_path / name).parent.mkdir()
-        (tmp_path / name).write_text(text)
+        (tmp_path / name).write_text(text, encoding="utf-8")
     monkeypatch.chdir(tmp_path)
     return tmp_path
 

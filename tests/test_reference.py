@@ -23,7 +23,9 @@ def explained(key: str) -> str:
 
 def test_the_pages_are_those_of_the_models() -> None:
     for name, text in reference.pages().items():
-        assert (PAGES / name).read_text() == text, f"{name}: rewrite it by `python -m mmopd.commands.reference`"
+        assert (PAGES / name).read_text(encoding="utf-8") == text, (
+            f"{name}: rewrite it by `python -m mmopd.commands.reference`"
+        )
 
 
 @pytest.mark.parametrize("key", KEYS, ids=lambda key: f"{key.page}:{key.section.title}.{key.name}")
@@ -84,6 +86,6 @@ def test_explaining_loads_no_torch() -> None:
         "try:\n    app()\nexcept SystemExit as end:\n    assert not end.code\n"
         "print(sorted({'torch', 'transformers', 'numpy'} & set(sys.modules)))\n"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, encoding="utf-8", check=True)
     assert "Learning rate of Adam" in done.stdout
     assert done.stdout.splitlines()[-1] == "[]"

@@ -23,16 +23,16 @@ WITHOUT_SITE_HOOK = "import sys; sys.meta_path[:] = [f for f in sys.meta_path if
 
 def run(folder: Path, code: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-c", WITHOUT_SITE_HOOK + f"sys.path.insert(0, {str(folder)!r}); " + code]
-    return subprocess.run(command, capture_output=True, text=True, check=False)
+    return subprocess.run(command, capture_output=True, text=True, encoding="utf-8", check=False)
 
 
 @pytest.fixture
 def broken_torchvision(tmp_path: Path) -> Path:
     package = tmp_path / "torchvision"
     package.mkdir()
-    (package / "__init__.py").write_text(FAKE_TORCHVISION)
+    (package / "__init__.py").write_text(FAKE_TORCHVISION, encoding="utf-8")
     (package / "_C.so").write_bytes(b"not a library for this torch")
-    (tmp_path / "hook_under_test.py").write_text(repair.HOOK_SOURCE)
+    (tmp_path / "hook_under_test.py").write_text(repair.HOOK_SOURCE, encoding="utf-8")
     return tmp_path
 
 
@@ -77,16 +77,16 @@ def test_a_cuda_torch_is_none_of_our_business(environment, tmp_path, monkeypatch
 def test_a_torchvision_that_does_not_import_gets_the_hook_once(environment, tmp_path):
     environment.update(torchvision=False)
     assert len(repair.repair()) == 1
-    assert (tmp_path / f"{repair.HOOK}.pth").read_text() == f"import {repair.HOOK}\n"
-    assert (tmp_path / f"{repair.HOOK}.py").read_text() == repair.HOOK_SOURCE
+    assert (tmp_path / f"{repair.HOOK}.pth").read_text(encoding="utf-8") == f"import {repair.HOOK}\n"
+    assert (tmp_path / f"{repair.HOOK}.py").read_text(encoding="utf-8") == repair.HOOK_SOURCE
     assert repair.repair() == []
 
 
 def test_an_older_hook_is_renewed(environment, tmp_path):
     environment.update(torchvision=True)
-    (tmp_path / f"{repair.HOOK}.py").write_text("# of an earlier version")
+    (tmp_path / f"{repair.HOOK}.py").write_text("# of an earlier version", encoding="utf-8")
     assert "renewed" in repair.repair()[0]
-    assert (tmp_path / f"{repair.HOOK}.py").read_text() == repair.HOOK_SOURCE
+    assert (tmp_path / f"{repair.HOOK}.py").read_text(encoding="utf-8") == repair.HOOK_SOURCE
 
 
 def test_only_what_does_not_import_is_uninstalled(environment, monkeypatch):

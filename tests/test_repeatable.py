@@ -178,7 +178,8 @@ def test_on_gpus_it_is_batch_invariance_and_has_to_be_asked_for(monkeypatch: pyt
 def test_the_cpu_is_read_from_what_linux_says(tmp_path: Path) -> None:
     cpuinfo = tmp_path / "cpuinfo"
     cpuinfo.write_text(
-        "processor\t: 0\nvendor_id\t: GenuineIntel\nmodel name\t: A Xeon\nflags\t\t: fpu avx2\n\nprocessor\t: 1\n"
+        "processor\t: 0\nvendor_id\t: GenuineIntel\nmodel name\t: A Xeon\nflags\t\t: fpu avx2\n\nprocessor\t: 1\n",
+        encoding="utf-8",
     )
     assert repeatable.this_cpu(cpuinfo) == Cpu("GenuineIntel", "A Xeon", frozenset({"fpu", "avx2"}))
     assert repeatable.this_cpu(tmp_path / "none") == Cpu("", "", frozenset())
@@ -190,8 +191,8 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunFolder:
     monkeypatch.delenv("MKL_CBWR", raising=False)
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     folder = RunFolder(tmp_path)
-    folder.versions.write_text(json.dumps({"mmopd": "1"}))
-    folder.metrics.write_text('{"step": 0}\n')
+    folder.versions.write_text(json.dumps({"mmopd": "1"}), encoding="utf-8")
+    folder.metrics.write_text('{"step": 0}\n', encoding="utf-8")
     resume_on(EPYC, folder, monkeypatch)
     return folder
 
@@ -213,7 +214,7 @@ def test_a_resume_on_the_same_kernels_says_nothing_and_one_on_others_says_so_onc
     assert "MKL_CBWR=AVX512,STRICT on a CPU of GenuineIntel" in said
     assert "before the resume with no MKL_CBWR on a CPU of AuthenticAMD" in said
     assert resume_on(XEON, run, monkeypatch) == ""
-    recorded = json.loads(run.versions.read_text())
+    recorded = json.loads(run.versions.read_text(encoding="utf-8"))
     assert recorded["mmopd"] == "1"
     assert recorded["engines"].index("AMD") < recorded["engines"].index("; then ") < recorded["engines"].index("Intel")
 

@@ -150,11 +150,13 @@ def write_run(run: Path) -> Path:
     recipe = Recipe(
         student=Student(model=Path("models/base")), fleet=Path("teachers/f.yaml"), mixture=Path("data/m.yaml")
     )
-    (run / "recipe.yaml").write_text(settings_file.dump(recipe))
-    (run / "versions.json").write_text(json.dumps({"mmopd": "1.2.3", "torch": "9.9"}))
-    (run / "stages.json").write_text(json.dumps({"serve": 30.0, "distil": 170.0}))
+    (run / "recipe.yaml").write_text(settings_file.dump(recipe), encoding="utf-8")
+    (run / "versions.json").write_text(json.dumps({"mmopd": "1.2.3", "torch": "9.9"}), encoding="utf-8")
+    (run / "stages.json").write_text(json.dumps({"serve": 30.0, "distil": 170.0}), encoding="utf-8")
     source = {"correct": [0, 2, 2, 1], "attempts": [2, 2, 2, 2], "shape": "flat", "weights": [1.0, 1.0, 1.0, 2.0]}
-    (run / "difficulty" / "difficulty.json").write_text(json.dumps({"version": 2, "sources": {"digits": source}}))
+    (run / "difficulty" / "difficulty.json").write_text(
+        json.dumps({"version": 2, "sources": {"digits": source}}), encoding="utf-8"
+    )
     with MetricsWriter(run) as writer:
         for step in range(20):
             writer.write(
@@ -189,7 +191,7 @@ def write_run(run: Path) -> Path:
 
 @pytest.fixture
 def page(tmp_path: Path) -> str:
-    return write_report(write_run(tmp_path / "run")).read_text()
+    return write_report(write_run(tmp_path / "run")).read_text(encoding="utf-8")
 
 
 def test_the_report_needs_nothing_but_itself(page: str) -> None:
@@ -234,9 +236,9 @@ def test_the_report_shows_what_the_image_does_for_each_token_where_that_was_aske
 
 def test_a_report_without_visual_advantage_does_not_speak_of_it(tmp_path: Path) -> None:
     run = write_run(tmp_path / "run")
-    lines = (run / "samples.jsonl").read_text().splitlines(keepends=True)
-    (run / "samples.jsonl").write_text(lines[0])
-    assert "without the image" not in write_report(run).read_text()
+    lines = (run / "samples.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
+    (run / "samples.jsonl").write_text(lines[0], encoding="utf-8")
+    assert "without the image" not in write_report(run).read_text(encoding="utf-8")
 
 
 def test_margins_are_a_band_around_their_median() -> None:
@@ -259,9 +261,10 @@ def test_margins_are_a_band_around_their_median() -> None:
 def test_a_run_without_teachers_has_a_report(tmp_path: Path) -> None:
     algorithm = Algorithm.model_validate({"objective": {"kind": "grpo"}})
     (tmp_path / "recipe.yaml").write_text(
-        settings_file.dump(Recipe(student=Student(model=Path("m")), mixture=Path("d"), algorithm=algorithm))
+        settings_file.dump(Recipe(student=Student(model=Path("m")), mixture=Path("d"), algorithm=algorithm)),
+        encoding="utf-8",
     )
-    page = write_report(tmp_path).read_text()
+    page = write_report(tmp_path).read_text(encoding="utf-8")
     assert "<dd>grpo</dd>" in page
     assert "<dt>Fleet</dt><dd>none</dd>" in page
 
@@ -294,9 +297,10 @@ def test_what_a_model_wrote_stays_text(page: str) -> None:
 
 def test_a_run_that_has_just_begun_has_a_report_too(tmp_path: Path) -> None:
     (tmp_path / "recipe.yaml").write_text(
-        settings_file.dump(Recipe(student=Student(model=Path("m")), fleet=Path("f"), mixture=Path("d")))
+        settings_file.dump(Recipe(student=Student(model=Path("m")), fleet=Path("f"), mixture=Path("d"))),
+        encoding="utf-8",
     )
-    page = write_report(tmp_path).read_text()
+    page = write_report(tmp_path).read_text(encoding="utf-8")
     assert "<h2>" not in page
     assert "0 of 100 steps" in page
 

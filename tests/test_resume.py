@@ -164,7 +164,7 @@ def resumed(workspace: Path, crashed: tuple[RunFolder, int, str]) -> tuple[RunFo
 def test_an_engine_that_dies_is_started_again(stopped: tuple[RunFolder, str, float]) -> None:
     run, output, _ = stopped
     assert "student-2: ended with status" in output
-    assert (run.logs / "servers.log").read_text().count("server restarted: student") == 1
+    assert (run.logs / "servers.log").read_text(encoding="utf-8").count("server restarted: student") == 1
 
 
 def test_an_interrupted_run_repeats_the_uninterrupted_one(
@@ -188,7 +188,7 @@ def test_the_student_of_a_checkpoint_can_be_had_as_a_folder_also_by_another_numb
     end = load_file(straight.export / "model.safetensors")
     assert exported.keys() == end.keys()
     assert all(torch.equal(w, exported[name]) for name, w in end.items())
-    assert "10 of 10 steps" in (workspace / "tenth" / "README.md").read_text()
+    assert "10 of 10 steps" in (workspace / "tenth" / "README.md").read_text(encoding="utf-8")
     status, output = Command(workspace, "export", "runs/straight", "--step", "2").finish()
     assert status == 6  # CheckpointError
     assert "no checkpoint of step 2; checkpoints: 8, 10" in output

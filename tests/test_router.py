@@ -98,11 +98,13 @@ def test_a_teacher_may_know_more_tokens_but_not_fewer_nor_others(tokenizer_folde
 
 
 def test_swapped_ids_are_found(tokenizer_folder, tmp_path):
-    text = (tokenizer_folder / "tokenizer.json").read_text()
+    text = (tokenizer_folder / "tokenizer.json").read_text(encoding="utf-8")
     (tmp_path / "tokenizer.json").write_text(
-        text.replace('"A": ', '"_": ', 1).replace('"B": ', '"A": ', 1).replace('"_": ', '"B": ', 1)
+        text.replace('"A": ', '"_": ', 1).replace('"B": ', '"A": ', 1).replace('"_": ', '"B": ', 1), encoding="utf-8"
     )
-    (tmp_path / "tokenizer_config.json").write_text((tokenizer_folder / "tokenizer_config.json").read_text())
+    (tmp_path / "tokenizer_config.json").write_text(
+        (tokenizer_folder / "tokenizer_config.json").read_text(encoding="utf-8"), encoding="utf-8"
+    )
     with pytest.raises(UserError, match=r"2 of 1024 tokens differ.*'A' is \d+ for the student and \d+ for the teacher"):
         check_tokenizers(tokenizer_folder, {"swapped": tmp_path})
 

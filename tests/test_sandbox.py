@@ -72,8 +72,8 @@ def outside(tmp_path: Path) -> Iterator[tuple[Outside, list[socket.socket]]]:
     for path, mode in opened.items():  # so that the programs of `nobody` could get here
         path.chmod(mode | 0o777 if path == folder else mode | 0o055)
     files = Outside(folder / "key.json", folder, folder / "canary", folder / "socket", 0)
-    files.key.write_text(json.dumps(PRIMES))
-    files.canary.write_text("alive")
+    files.key.write_text(json.dumps(PRIMES), encoding="utf-8")
+    files.canary.write_text("alive", encoding="utf-8")
     files.canary.chmod(0o666)
     with socket.create_server(("127.0.0.1", 0)) as tcp, socket.socket(socket.AF_UNIX) as unix:
         unix.bind(str(files.unix))
@@ -87,7 +87,9 @@ def outside(tmp_path: Path) -> Iterator[tuple[Outside, list[socket.socket]]]:
 
 
 def attacks() -> dict[str, str]:
-    parts = [part for file in sorted(HOSTILE.glob("*.txt")) for part in file.read_text().split("#### ")[1:]]
+    parts = [
+        part for file in sorted(HOSTILE.glob("*.txt")) for part in file.read_text(encoding="utf-8").split("#### ")[1:]
+    ]
     return {name: body for name, _, body in (part.partition("\n") for part in parts)}
 
 
@@ -96,7 +98,7 @@ def touched(files: Outside, servers: list[socket.socket]) -> list[str]:
     found = [
         f"made {path.name}" for path in files.folder.iterdir() if path.name not in ("key.json", "canary", "socket")
     ]
-    found += ["the canary"] if not files.canary.exists() or files.canary.read_text() != "alive" else []
+    found += ["the canary"] if not files.canary.exists() or files.canary.read_text(encoding="utf-8") != "alive" else []
     for server in servers:
         try:
             server.accept()[0].close()
@@ -146,7 +148,7 @@ def test_the_same_attacks_reach_their_aim_where_there_is_no_sandbox(
     done = subprocess.run(
         [sys.executable, "-I", "-S", "-c", files.aim(attacks()[name]).replace("recv(1000)", "fileno()")],
         input="1000\n", capture_output=True, text=True, check=False,
-    )  # fmt: skip
+    encoding="utf-8")  # fmt: skip
     assert touched(files, servers) or done.stdout.strip() == "7919"
 
 

@@ -47,7 +47,7 @@ def test_a_sandbox_ends_with_the_process_that_has_it(tmp_path: Path) -> None:
     pids: list[str] = []
     while pids[-1:] != ["end"]:
         time.sleep(0.1)
-        pids = (tmp_path / "pids").read_text().split() if (tmp_path / "pids").exists() else []
+        pids = (tmp_path / "pids").read_text(encoding="utf-8").split() if (tmp_path / "pids").exists() else []
     parent.send_signal(signal.SIGKILL)
     parent.wait()
     assert len(pids) == 4  # the two of the sandbox, and the program
@@ -65,7 +65,7 @@ def test_a_machine_without_namespaces_is_refused_with_the_way_out() -> None:
     done = subprocess.run(
         ["unshare", "-Ur", "sh", "-c", inside, sys.executable, source, SQUARE],
         capture_output=True, text=True, check=False, cwd=Path(__file__).parents[1],
-    )  # fmt: skip
+    encoding="utf-8")  # fmt: skip
     assert (
         "UserError: No sandbox: unshare: No space left on device. Model-written programs run in Linux namespaces"
         in done.stderr
@@ -94,7 +94,7 @@ def test_a_program_that_outlasts_the_pools_patience_is_unknown_and_gone(tmp_path
     (tmp_path / "modalities").mkdir()
     text = "from mmopd.task import Task, code\nfrom mmopd.task.sandbox import Limits\n"
     text += "task = Task(name='slow', modality='text', verify=code.verifier(Limits(cpu=60, wall=60)), timeout=2.0)\n"
-    (tmp_path / "modalities/slow.py").write_text(text)
+    (tmp_path / "modalities/slow.py").write_text(text, encoding="utf-8")
     before = processes()
     with VerifierPool(tmp_path, workers=1, timeout=60.0) as pool:
         assert pool.submit("slow", answer_of(HONEST["input"]), SQUARE).result() == Outcome(1.0)
@@ -116,13 +116,17 @@ def test_an_ordinary_user_has_the_same() -> None:
     """
     python = "/usr/bin/python3"
     version = subprocess.run(
-        [python, "-c", "import sys; print(sys.version_info >= (3, 11))"], capture_output=True, text=True, check=False
+        [python, "-c", "import sys; print(sys.version_info >= (3, 11))"],
+        capture_output=True,
+        text=True,
+        check=False,
+        encoding="utf-8",
     )
     if version.stdout != "True\n":
         pytest.skip(f"{python} is older than 3.11")
     script = Path(tempfile.mkdtemp()) / "jail.py"
     script.parent.chmod(0o755)
-    script.write_text(Path(jail.__file__).read_text())
+    script.write_text(Path(jail.__file__).read_text(encoding="utf-8"), encoding="utf-8")
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     command = [python, "-P", "-s", "-S", str(script), str(theirs.fileno()), "apart"]
     process = subprocess.Popen(
@@ -154,7 +158,7 @@ def test_root_without_rights_has_the_same() -> None:
     done = subprocess.run(
         ["setpriv", "--bounding-set=-sys_admin", "--inh-caps=-sys_admin", sys.executable, "-c", source],
         capture_output=True, text=True, check=False, cwd=Path(__file__).parents[1],
-    )  # fmt: skip
+    encoding="utf-8")  # fmt: skip
     assert "output=b'65534 []\\n'" in done.stdout, done.stderr
     assert "Operation not permitted" in done.stdout
 

@@ -56,7 +56,7 @@ def served(server: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[S
     """Run `mmopd serve` in an environment that would open every route of a vLLM started by hand."""
     folder = tmp_path_factory.mktemp("served")
     build_student(folder / "model", 0)
-    (folder / "fleet.yaml").write_text(FLEET)
+    (folder / "fleet.yaml").write_text(FLEET, encoding="utf-8")
     env = {
         **os.environ,
         "NODE_KEY": KEY,
@@ -68,7 +68,7 @@ def served(server: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[S
     with (folder / "output").open("wb") as output:
         process = subprocess.Popen(command, cwd=folder, env=env, stdout=output, stderr=output)
     try:
-        while "Ctrl-C stops." not in (said := (folder / "output").read_text()):
+        while "Ctrl-C stops." not in (said := (folder / "output").read_text(encoding="utf-8")):
             assert process.poll() is None, said
             time.sleep(0.2)
         yield Served(folder, process, endpoint.load(folder / "endpoints.json")["plain.0"])
@@ -162,7 +162,7 @@ def test_the_key_is_in_no_file_and_on_no_command_line(served: Served) -> None:
     )
     files = [path for path in served.folder.rglob("*") if path.is_file()]
     assert {"endpoints.json", "output", "servers.log", "plain.0.log"} <= {path.name for path in files}
-    arguments = (served.folder / "endpoints-logs" / "plain.0.log").read_text()
+    arguments = (served.folder / "endpoints-logs" / "plain.0.log").read_text(encoding="utf-8")
     assert re.search(
         r"non-default args: .*allowed_media_domains", arguments
     )  # vLLM's output at its start is checked, too

@@ -110,7 +110,7 @@ def test_the_key_is_on_no_command_line_and_in_no_log(running: Running) -> None:
     lines = [line for p in descendants(running.children) for line in p.cmdline()]
     assert any("mmopd.serving.supervisor" in line for line in lines)
     assert not any(key in line for line in lines)
-    assert not any(key in log.read_text() for log in running.logs.iterdir())
+    assert not any(key in log.read_text(encoding="utf-8") for log in running.logs.iterdir())
 
 
 def test_long_prompts_with_seeds_that_arrive_together_are_all_answered(running: Running) -> None:

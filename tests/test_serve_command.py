@@ -49,7 +49,7 @@ def make_adapter(
     weights = {f"{key}.lora_A.weight": torch.zeros(rank, 4), f"{key}.lora_B.weight": torch.zeros(4, rank)}
     save_file(weights, folder / "adapter_model.safetensors")
     (folder / "adapter_config.json").write_text(
-        json.dumps({"peft_type": "LORA", "r": rank, "lora_alpha": 16, **config})
+        json.dumps({"peft_type": "LORA", "r": rank, "lora_alpha": 16, **config}), encoding="utf-8"
     )
     return folder
 
@@ -113,8 +113,8 @@ def test_an_adapter_that_vllm_would_serve_wrongly_is_refused(
     tmp_path: Path, change: dict[str, str], message: str
 ) -> None:
     folder = make_adapter(tmp_path / "a", key=change.pop("key", "q_proj"))
-    config = json.loads((folder / "adapter_config.json").read_text())
-    (folder / "adapter_config.json").write_text(json.dumps(config | change))
+    config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+    (folder / "adapter_config.json").write_text(json.dumps(config | change), encoding="utf-8")
     with pytest.raises(UserError, match=re.escape(message)):
         read_adapter(folder)
 
@@ -126,7 +126,7 @@ def test_a_folder_that_is_no_adapter_is_refused(tmp_path: Path) -> None:
     (folder / "adapter_model.safetensors").write_bytes(b"x" * 100)
     with pytest.raises(UserError, match="not a safetensors file"):
         read_adapter(folder)
-    (folder / "adapter_config.json").write_text("[]")
+    (folder / "adapter_config.json").write_text("[]", encoding="utf-8")
     with pytest.raises(UserError, match="not the configuration of a LoRA adapter"):
         read_adapter(folder)
 
@@ -150,7 +150,7 @@ class Command:
 
     def __init__(self, folder: Path, *args: str) -> None:
         self.folder, self.mark, self.key = folder, uuid.uuid4().hex, f"key-{uuid.uuid4().hex}"
-        (folder / "fleet.yaml").write_text(FLEET)
+        (folder / "fleet.yaml").write_text(FLEET, encoding="utf-8")
         for name in ("math", "code"):
             fake_model(folder / "models" / name)
         env = {**os.environ, "PYTHONPATH": install(folder), "MARK": self.mark, "NODE_KEY": self.key, "COLUMNS": "200"}
@@ -161,8 +161,12 @@ class Command:
             )
 
     def wait_for(self, text: str) -> str:
-        wait_for(lambda: text in self.output.read_text() or self.process.poll() is not None, [self.folder], every=0.05)
-        said = self.output.read_text()
+        wait_for(
+            lambda: text in self.output.read_text(encoding="utf-8") or self.process.poll() is not None,
+            [self.folder],
+            every=0.05,
+        )
+        said = self.output.read_text(encoding="utf-8")
         assert text in said, said
         return said
 
@@ -172,14 +176,14 @@ class Command:
         assert self.process.wait(20) == 0
         assert not (self.folder / endpoints).exists()
         assert not self.survivors()
-        assert self.output.read_text().endswith("stopped\n")
+        assert self.output.read_text(encoding="utf-8").endswith("stopped\n")
 
     def survivors(self) -> list[str]:
         found = []
         for entry in Path("/proc").iterdir():
             try:
                 if entry.name.isdigit() and self.mark.encode() in (entry / "environ").read_bytes():
-                    found.append((entry / "cmdline").read_text())
+                    found.append((entry / "cmdline").read_text(encoding="utf-8"))
             except OSError:
                 continue
         return found
@@ -191,7 +195,7 @@ def get(one: Endpoint, path: str) -> dict[str, int]:
 
 
 def test_serve_says_where_everything_is_and_how_to_use_it(served: Command) -> None:
-    said, path = served.output.read_text(), served.folder / "out" / "fleet.json"
+    said, path = served.output.read_text(encoding="utf-8"), served.folder / "out" / "fleet.json"
     found = endpoint.load(path)
     assert list(found) == ["math.0", "code.0", "code.1"]  # `far` runs elsewhere
     assert path.stat().st_mode & 0o777 == 0o600
@@ -226,14 +230,14 @@ def test_serve_warns_where_others_can_reach_it_and_stops_at_ctrl_c(tmp_path: Pat
 
 def test_a_key_or_a_teacher_that_is_missing_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fleet = tmp_path / "fleet.yaml"
-    fleet.write_text(FLEET)
+    fleet.write_text(FLEET, encoding="utf-8")
     with pytest.raises(UserError, match=r"the environment variable NODE_KEY \(--api-key-env\) is not set"):
         CliRunner().invoke(app, ["serve", str(fleet), "--api-key-env", "NODE_KEY"], catch_exceptions=False)
     monkeypatch.setenv("NODE_KEY", "se cret\n")
     with pytest.raises(UserError, match="NODE_KEY") as error:
         CliRunner().invoke(app, ["serve", str(fleet), "--api-key-env", "NODE_KEY"], catch_exceptions=False)
     assert "cret" not in str(error.value)
-    fleet.write_text('teachers: {far: {endpoints: ["http://x"]}}\nroutes: []')
+    fleet.write_text('teachers: {far: {endpoints: ["http://x"]}}\nroutes: []', encoding="utf-8")
     with pytest.raises(UserError, match="there is nothing to serve"):
         CliRunner().invoke(app, ["serve", str(fleet)], catch_exceptions=False)
 
@@ -282,7 +286,9 @@ def test_an_endpoint_that_cannot_be_used_is_named(
 ) -> None:
     path, fleet = tmp_path / "one.json", Fleet(teachers={"math": Teacher(model=Path("math"))}, routes=())
     (record,) = [
-        one for one in json.loads((served.folder / "out" / "fleet.json").read_text()) if one["name"] == "math.0"
+        one
+        for one in json.loads((served.folder / "out" / "fleet.json").read_text(encoding="utf-8"))
+        if one["name"] == "math.0"
     ]
     endpoint.save(path, [Endpoint(**(record | change))])
     with pytest.raises(UserError, match=message) as error:
@@ -296,7 +302,7 @@ def test_a_file_that_is_no_file_of_endpoints_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no such file of endpoints"):
         endpoint.load(path)
     for text in ("nothing", '{"name": "a"}', '[{"name": "a", "api_key": "secret"}]'):
-        path.write_text(text)
+        path.write_text(text, encoding="utf-8")
         path.chmod(0o600)
         with pytest.raises(UserError, match="not a file of endpoints that `mmopd serve` wrote") as error:
             endpoint.load(path)
@@ -329,4 +335,4 @@ def test_train_and_resume_take_the_file(tmp_path: Path) -> None:
     ):
         with pytest.raises(UserError, match=r"missing\.json: no such file of endpoints"):
             CliRunner().invoke(app, ["train", *command, *missing], catch_exceptions=False)
-    assert "missing.json" not in (tmp_path / "run" / "recipe.yaml").read_text()
+    assert "missing.json" not in (tmp_path / "run" / "recipe.yaml").read_text(encoding="utf-8")

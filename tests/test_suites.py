@@ -26,9 +26,9 @@ def write_run(folder: Path, *, score: object = 0.5, asked: int = 2, answers: tup
         "versions": {"t": 1},
     }
     folder.mkdir(exist_ok=True)
-    (folder / "1_results.json").write_text(json.dumps(results))
+    (folder / "1_results.json").write_text(json.dumps(results), encoding="utf-8")
     (folder / "1_samples_t.jsonl").write_text(
-        "".join(json.dumps({"filtered_resps": a}, ensure_ascii=False) + "\n" for a in answers)
+        "".join(json.dumps({"filtered_resps": a}, ensure_ascii=False) + "\n" for a in answers), encoding="utf-8"
     )
     return folder
 
@@ -87,10 +87,10 @@ def test_every_shipped_suite_names_tasks_that_have_its_metrics(path: Path) -> No
 
 def test_data_is_found_from_the_workspace_and_tasks_from_the_folder_of_the_suite(tmp_path: Path) -> None:
     (tmp_path / "suite.yaml").write_text(
-        "benchmarks: [{column: A, task: mine/a.yaml, metric: m, data: rows/a.parquet}]"
+        "benchmarks: [{column: A, task: mine/a.yaml, metric: m, data: rows/a.parquet}]", encoding="utf-8"
     )
     (tmp_path / "mine").mkdir()
-    (tmp_path / "mine" / "a.yaml").write_text("task: a")
+    (tmp_path / "mine" / "a.yaml").write_text("task: a", encoding="utf-8")
     [benchmark] = read_suite(tmp_path / "suite.yaml", Path("/workspace")).benchmarks
     assert benchmark.task == str(tmp_path / "mine" / "a.yaml")
     assert benchmark.data == Path("/workspace/rows/a.parquet")
@@ -134,18 +134,18 @@ def test_a_benchmark_that_cannot_run_says_why(tmp_path: Path, change: dict[str, 
     ],
 )
 def test_a_suite_that_cannot_be_is_refused(tmp_path: Path, text: str, message: str) -> None:
-    (tmp_path / "suite.yaml").write_text(text)
+    (tmp_path / "suite.yaml").write_text(text, encoding="utf-8")
     with pytest.raises(UserError, match=re.escape(message)):
         read_suite(tmp_path / "suite.yaml", tmp_path)
 
 
 def test_a_model_is_known_by_its_weights_and_processor(tmp_path: Path) -> None:
     (tmp_path / "model.safetensors").write_bytes(b"weights")
-    (tmp_path / "README.md").write_text("words")
+    (tmp_path / "README.md").write_text("words", encoding="utf-8")
     first = hash_model(tmp_path)
-    (tmp_path / "README.md").write_text("other words")
+    (tmp_path / "README.md").write_text("other words", encoding="utf-8")
     assert hash_model(tmp_path) == first
-    (tmp_path / "chat_template.jinja").write_text("template")
+    (tmp_path / "chat_template.jinja").write_text("template", encoding="utf-8")
     assert hash_model(tmp_path) != first
 
 

@@ -51,7 +51,7 @@ def pids(endpoint: Endpoint) -> dict[str, int]:
 
 def runs(pid: int) -> bool:
     try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+        return Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[0] != "Z"
     except OSError:
         return False
 
@@ -139,5 +139,5 @@ def test_gpus_are_given_from_the_last_one_down(specs: list[ServerSpec], tmp_path
     with running(specs, tmp_path) as (servers, _):
         expected = {"student": "1", "teacher": "0"} if torch.cuda.is_available() else {"student": "", "teacher": ""}
         assert servers.gpus == expected
-        environment = Path(f"/proc/{pids(servers['teacher'])['server']}/cmdline").read_text()
+        environment = Path(f"/proc/{pids(servers['teacher'])['server']}/cmdline").read_text(encoding="utf-8")
         assert ('"CUDA_VISIBLE_DEVICES": "0"' in environment) == torch.cuda.is_available()

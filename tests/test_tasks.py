@@ -173,7 +173,7 @@ def pool(tmp_path_factory: pytest.TempPathFactory) -> Iterator[VerifierPool]:
             f"{HEAD}\ndef verify(response, answer):\n    {body}\n\n"
             f"task = Task(name={name!r}, modality='text', verify=verify)\n"
         )
-        (workspace / f"modalities/{name}.py").write_text(text)
+        (workspace / f"modalities/{name}.py").write_text(text, encoding="utf-8")
     with VerifierPool(workspace, workers=2, timeout=2.0) as pool:
         yield pool
 
@@ -235,7 +235,7 @@ def test_a_pool_is_closed_at_once_though_a_verifier_hangs(tmp_path: Path) -> Non
         "def verify(response, answer):\n    time.sleep(600)\n\n"
         "task = Task(name='hangs', modality='text', verify=verify)\n"
     )
-    (tmp_path / "modalities/hangs.py").write_text(HEAD + body)
+    (tmp_path / "modalities/hangs.py").write_text(HEAD + body, encoding="utf-8")
     with VerifierPool(tmp_path, workers=1, timeout=600.0) as pool:
         assert pool.submit("additions", "=1", "1").result() == Outcome(1.0)
         pool.submit("hangs", "", "")
@@ -249,7 +249,7 @@ def test_workers_end_with_their_parent(tmp_path: Path) -> None:
     (tmp_path / "modalities").mkdir()
     body = "def verify(response, answer):\n    open(answer, 'w').write(str(os.getpid())); time.sleep(600)\n\n"
     (tmp_path / "modalities/hangs.py").write_text(
-        f"{HEAD}{body}task = Task(name='hangs', modality='text', verify=verify)\n"
+        f"{HEAD}{body}task = Task(name='hangs', modality='text', verify=verify)\n", encoding="utf-8"
     )
     code = (
         "from mmopd.task.verifier_pool import VerifierPool; from pathlib import Path; import os, time\n"
@@ -261,7 +261,7 @@ def test_workers_end_with_their_parent(tmp_path: Path) -> None:
     subprocess.run(
         [sys.executable, "-c", code], check=False, env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
     )
-    worker = int((tmp_path / "pid").read_text())
+    worker = int((tmp_path / "pid").read_text(encoding="utf-8"))
     for _ in range(80):
         if not psutil.pid_exists(worker) or psutil.Process(worker).status() == psutil.STATUS_ZOMBIE:
             return

@@ -250,16 +250,16 @@ def test_the_latest_checkpoint_is_the_newest_that_is_whole(tmp_path: Path) -> No
     assert Checkpoints(tmp_path / "none", keep=1).latest() is None
     for name in ("step-00000001", "step-00000002", "step-00000010", ".step-00000011.partial"):
         (tmp_path / name).mkdir()
-        (tmp_path / name / "state.json").write_text("{}")
-        (tmp_path / name / "manifest.json").write_text(json.dumps({"state.json": [2, ""]}))
-    (tmp_path / "step-00000010" / "state.json").write_text("{")
+        (tmp_path / name / "state.json").write_text("{}", encoding="utf-8")
+        (tmp_path / name / "manifest.json").write_text(json.dumps({"state.json": [2, ""]}), encoding="utf-8")
+    (tmp_path / "step-00000010" / "state.json").write_text("{", encoding="utf-8")
     assert Checkpoints(tmp_path, keep=1).latest() == tmp_path / "step-00000002"
 
 
 def test_what_cannot_be_pruned_harms_no_checkpoint(tmp_path: Path) -> None:
     for step in range(1, 4):  # no manifest or score: left by a prune that could not remove all
         (tmp_path / f"step-{step:08d}").mkdir()
-    (tmp_path / "step-00000001" / "zero").write_text("")
+    (tmp_path / "step-00000001" / "zero").write_text("", encoding="utf-8")
     Checkpoints(tmp_path, keep=1, best=1)._prune()
     assert [path.name for path in tmp_path.iterdir()] == ["step-00000003"]
 
@@ -288,7 +288,9 @@ def test_the_export_loads_completely_and_is_the_trained_model(two: dict[str, Any
     folder = out / "two" / "export"
     exported, report = Qwen3VLForConditionalGeneration.from_pretrained(folder, output_loading_info=True)
     assert not any(report.values())
-    assert json.loads((folder / "config.json").read_text())["architectures"] == ["Qwen3VLForConditionalGeneration"]
+    assert json.loads((folder / "config.json").read_text(encoding="utf-8"))["architectures"] == [
+        "Qwen3VLForConditionalGeneration"
+    ]
     assert GenerationConfig.from_pretrained(folder).to_dict() == GenerationConfig.from_pretrained(model).to_dict()
     assert (
         AutoProcessor.from_pretrained(folder).tokenizer.get_vocab()
@@ -316,7 +318,7 @@ def test_schedules_fall_from_the_full_rate_towards_zero(schedule: Any) -> None:
 def test_a_folder_that_is_no_student_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="cannot read a model configuration"):
         load_student(tmp_path, torch.float32)
-    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"}))
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"}), encoding="utf-8")
     with pytest.raises(UserError, match="no student class for model_type 'llama'; known: qwen3_vl"):
         load_student(tmp_path, torch.float32)
 

@@ -35,22 +35,29 @@ def place(workspace: Path, tmp_path: Path) -> Path:
 
 
 def test_the_page_saves_each_file_once_and_runs_what_it_saves():
-    names = [name for name, _ in steps(PAGE.read_text()) if name]
+    names = [name for name, _ in steps(PAGE.read_text(encoding="utf-8")) if name]
     assert names == ["draw_dots.py", "modalities/count_dots.py", "check_dots.py", "data/dots.yaml", "recipes/dots.yaml"]
-    assert sum(not name for name, _ in steps(PAGE.read_text())) == 6
+    assert sum(not name for name, _ in steps(PAGE.read_text(encoding="utf-8"))) == 6
 
 
 @pytest.mark.usefixtures("server")
 def test_a_reader_who_does_what_the_page_says_gets_there(place):
     env = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
     printed = []
-    for name, text in steps(PAGE.read_text()):
+    for name, text in steps(PAGE.read_text(encoding="utf-8")):
         if name:
             (place / name).parent.mkdir(exist_ok=True)
-            (place / name).write_text(text)
+            (place / name).write_text(text, encoding="utf-8")
             continue
         done = subprocess.run(
-            shlex.split(text), cwd=place, env=env, capture_output=True, text=True, timeout=LIMIT, check=False
+            shlex.split(text),
+            cwd=place,
+            env=env,
+            capture_output=True,
+            text=True,
+            timeout=LIMIT,
+            check=False,
+            encoding="utf-8",
         )
         assert done.returncode == 0, f"{text}\n{done.stdout[-2000:]}{done.stderr[-2000:]}"
         printed.append(done.stdout)
@@ -59,5 +66,5 @@ def test_a_reader_who_does_what_the_page_says_gets_there(place):
     assert "200" in tree
     assert "count_dots (image)" in plan
     run = place / "runs" / "dots"
-    assert '"accuracy/count_dots"' in (run / "metrics.jsonl").read_text()
-    assert "count_dots" in (run / "report.html").read_text()
+    assert '"accuracy/count_dots"' in (run / "metrics.jsonl").read_text(encoding="utf-8")
+    assert "count_dots" in (run / "report.html").read_text(encoding="utf-8")

@@ -30,7 +30,7 @@ Case = list[Any]  # response, answer key, expected score, and our score if it di
 
 ROOT = Path(__file__).parents[1]
 DOCUMENT = ROOT / "docs" / "verifiers.md"
-CASES: dict[str, list[Case]] = yaml.safe_load((ROOT / "tests" / "verifier_cases.yaml").read_text())
+CASES: dict[str, list[Case]] = yaml.safe_load((ROOT / "tests" / "verifier_cases.yaml").read_text(encoding="utf-8"))
 OURS: dict[str, Verify] = {
     "math": verify.math,
     "choice": verify.choice,
@@ -175,7 +175,7 @@ def table() -> str:
 
 
 def test_the_table_of_the_documentation_is_what_the_cases_give() -> None:
-    assert table() in DOCUMENT.read_text(), "python tests/test_verifiers.py writes it again"
+    assert table() in DOCUMENT.read_text(encoding="utf-8"), "python tests/test_verifiers.py writes it again"
 
 
 def test_ours_errs_less_than_each_rival_and_gives_too_much_less_often() -> None:
@@ -350,6 +350,10 @@ def test_a_judge_that_is_slow_or_away_is_unknown_in_time() -> None:
 
 if __name__ == "__main__":
     kept = re.sub(
-        r"\| verifier \| cases .*?\n\n", lambda _: table() + "\n\n", DOCUMENT.read_text(), count=1, flags=re.DOTALL
+        r"\| verifier \| cases .*?\n\n",
+        lambda _: table() + "\n\n",
+        DOCUMENT.read_text(encoding="utf-8"),
+        count=1,
+        flags=re.DOTALL,
     )
-    DOCUMENT.write_text(kept)
+    DOCUMENT.write_text(kept, encoding="utf-8")

@@ -375,7 +375,9 @@ def launch(model: Path, out: Path, job: str, size: int) -> dict[str, Any]:
         for rank in ranks:
             rank.kill()
     if job in ENDS:
-        return {"codes": codes, "logs": [(out / f"{job}-{r}.log").read_text() for r in range(size)]}
-    assert codes == [0] * size, "\n".join((out / f"{job}-{r}.log").read_text()[-3000:] for r in range(size))
+        return {"codes": codes, "logs": [(out / f"{job}-{r}.log").read_text(encoding="utf-8") for r in range(size)]}
+    assert codes == [0] * size, "\n".join(
+        (out / f"{job}-{r}.log").read_text(encoding="utf-8")[-3000:] for r in range(size)
+    )
     found: dict[str, Any] = torch.load(out / f"{job}.pt", weights_only=False)
     return found

@@ -19,7 +19,7 @@ def set_up() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors=SPELLED_OUT)
-    Console.on_broken_pipe = _end  # type: ignore[method-assign]  # also of the consoles that typer makes
+    Console.on_broken_pipe = _end  # type: ignore  # also of the consoles that typer makes
 
 
 def _spell_out(error: UnicodeError) -> tuple[str | bytes, int]:

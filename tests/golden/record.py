@@ -44,7 +44,7 @@ def main() -> None:
         stop()
     lines = ",\n".join(json.dumps(rows, separators=(",", ":")) for rows in steps)
     pool = ",\n".join(json.dumps(write_prompt(prompt), separators=(",", ":")) for prompt in prompts)
-    FILE.write_text(f'{{"prompts":[\n{pool}\n],"steps":[\n{lines}\n]}}\n')
+    FILE.write_text(f'{{"prompts":[\n{pool}\n],"steps":[\n{lines}\n]}}\n', encoding="utf-8")
 
 
 def encode(encoder: Encoder, key: str, row: Any) -> Encoded:

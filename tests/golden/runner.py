@@ -98,7 +98,7 @@ def _run(root: Path, arguments: list[str], size: int) -> dict[str, Any]:
     processes = []
     try:
         for rank, log in enumerate(logs):
-            with log.open("w") as stream:
+            with log.open("w", encoding="utf-8") as stream:
                 one = env | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
                 processes.append(
                     subprocess.Popen([sys.executable, *arguments], env=one, stdout=stream, stderr=subprocess.STDOUT)
@@ -111,8 +111,10 @@ def _run(root: Path, arguments: list[str], size: int) -> dict[str, Any]:
             process.kill()
             process.wait()
     if codes != [0] * size:
-        raise RuntimeError("\n".join([f"the ranks ended with {codes}", *(log.read_text()[-3000:] for log in logs)]))
-    found: dict[str, Any] = json.loads(out.read_text())
+        raise RuntimeError(
+            "\n".join([f"the ranks ended with {codes}", *(log.read_text(encoding="utf-8")[-3000:] for log in logs)])
+        )
+    found: dict[str, Any] = json.loads(out.read_text(encoding="utf-8"))
     return found
 
 

@@ -98,14 +98,14 @@ def main(model: Path, responses: Path, out: Path, size: str) -> None:
     if ranks.rank == 0 and not model.exists():
         build_student(model)
     ranks.barrier()
-    encoder, recorded = Encoder(model), json.loads(responses.read_text())
+    encoder, recorded = Encoder(model), json.loads(responses.read_text(encoding="utf-8"))
     chosen = QUICK[ranks.size] if size == "quick" else CASES
     cases = {
         case.name(ranks.size): train(trainer_of(case, model, encoder, ranks), recorded, UPDATES[size])
         for case in chosen
     }
     if ranks.rank == 0:
-        out.write_text(json.dumps({"machine": machine(), "cases": cases}))
+        out.write_text(json.dumps({"machine": machine(), "cases": cases}), encoding="utf-8")
     ranks.barrier()
     stop()
 
@@ -177,7 +177,9 @@ def checksum(trainer: Trainer) -> str:
 def machine() -> dict[str, str]:
     """Name what the last bits of a loss depend on: the CPU, its instructions in use, the versions of libraries."""
     fields = ("vendor_id", "cpu family", "model", "model name", "stepping")
-    lines = (line.partition(":") for line in Path("/proc/cpuinfo").read_text().split("\n\n")[0].splitlines())
+    lines = (
+        line.partition(":") for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").split("\n\n")[0].splitlines()
+    )
     cpu = {name.strip(): value.strip() for name, _, value in lines}
     libraries = ("torch", "transformers", "deepspeed", "numpy")
     return {

@@ -15,7 +15,7 @@ def main() -> None:
     with checkout(parser.parse_args().revision) as root:
         found = run(root, "full")
     cases = ",\n".join(f'  "{case}": {{\n{lists(values)}\n  }}' for case, values in found["cases"].items())
-    LOSSES.write_text(f'{{"machine": {json.dumps(found["machine"])},\n "cases": {{\n{cases}\n}}}}\n')
+    LOSSES.write_text(f'{{"machine": {json.dumps(found["machine"])},\n "cases": {{\n{cases}\n}}}}\n', encoding="utf-8")
 
 
 def lists(values: dict[str, list[object]]) -> str:
