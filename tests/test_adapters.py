@@ -182,14 +182,14 @@ def test_names_come_from_the_index_and_a_missing_or_broken_shard_is_named(
     for i, half in enumerate(halves):
         save_file(half, tmp_path / f"model-{i}.safetensors")
     index = {name: f"model-{i}.safetensors" for i, half in enumerate(halves) for name in half}
-    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}), encoding="utf-8")
     (tmp_path / "config.json").write_bytes((students["qwen3_vl"] / "config.json").read_bytes())
     check_adapters({"a.0": read_adapter(exported)}, tmp_path, cpu=True)
     (tmp_path / "model-1.safetensors").write_bytes(b"x" * 20)
     assert "model-1.safetensors: not a safetensors file" in refusal(exported, tmp_path)
     (tmp_path / "model-1.safetensors").unlink()
     assert "model-1.safetensors" in refusal(exported, tmp_path)
-    (tmp_path / "model.safetensors.index.json").write_text("[]")
+    (tmp_path / "model.safetensors.index.json").write_text("[]", encoding="utf-8")
     assert "not an index of weights" in refusal(exported, tmp_path)
 
 

@@ -143,7 +143,7 @@ def test_what_cannot_fit_is_refused_with_the_key_to_change(
 
 
 def test_a_teacher_whose_log_probs_do_not_fit_next_to_its_share_is_refused(workspace: Path) -> None:
-    fleet = (catalog.shipped() / "teachers/cross_modal.yaml").read_text()
+    fleet = (catalog.shipped() / "teachers/cross_modal.yaml").read_text(encoding="utf-8")
     (workspace / "teachers").mkdir()
     (workspace / "teachers/mine.yaml").write_text(
         fleet.replace("max_num_seqs: 32", "max_num_seqs: 32, gpu_share: 0.95"), encoding="utf-8"

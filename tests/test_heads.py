@@ -51,9 +51,9 @@ def higher(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
             loud = 10 * weight.std() * torch.randn(HIGHER - VOCAB_SIZE, weight.shape[1])
             weights[name] = torch.cat([weight, loud])
     save_file(weights, folder / "model.safetensors", {"format": "pt"})
-    config = json.loads((folder / "config.json").read_text())
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     config["text_config"]["vocab_size"] = HIGHER
-    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
     return folder
 
 
@@ -63,7 +63,7 @@ def text(encoder: Encoder, key: str = "s/0") -> Encoded:
 
 def test_the_height_of_a_head_is_read_from_the_configuration(model: Path, higher: Path, tmp_path: Path) -> None:
     assert (head_rows(model), head_rows(higher), head_rows(tmp_path)) == (VOCAB_SIZE, HIGHER, None)
-    (tmp_path / "config.json").write_text(json.dumps({"vocab_size": 7}))  # of a text class
+    (tmp_path / "config.json").write_text(json.dumps({"vocab_size": 7}), encoding="utf-8")  # of a text class
     assert head_rows(tmp_path) == 7
     encoder = Encoder(higher)
     assert encoder.head == HIGHER

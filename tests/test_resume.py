@@ -217,7 +217,9 @@ def test_a_run_stops_in_time_for_its_checkpoint_and_goes_on_by_the_same_command(
         before = len(steps(run))
         command = train(workspace, "limited", "train.minutes=1", "train.steps=1000", "--resume-or-start")
         output = whole(command, STOPPED)
-        late = float(run.until.read_text()) + 20  # on a busy machine a step may take longer than all before it
+        late = (
+            float(run.until.read_text(encoding="utf-8")) + 20
+        )  # on a busy machine a step may take longer than all before it
         done = len(steps(run))
         assert done > before
         assert f"stopped after {done} steps by train.minutes" in output

@@ -42,7 +42,7 @@ cli.main()
 
 @pytest.mark.parametrize("number", STOPS)
 def test_a_signal_stops_a_command_with_a_word_and_a_status_of_its_own(number: signal.Signals, tmp_path: Path) -> None:
-    with (tmp_path / "out").open("w") as out:
+    with (tmp_path / "out").open("w", encoding="utf-8") as out:
         process = subprocess.Popen(
             [sys.executable, "-c", WAITING, str(DEMO)],
             cwd=tmp_path,
@@ -51,12 +51,14 @@ def test_a_signal_stops_a_command_with_a_word_and_a_status_of_its_own(number: si
             env=os.environ | {"PYTHONPATH": str(ROOT)},
         )
     try:
-        wait_for(lambda: "at work" in (tmp_path / "out").read_text(), [tmp_path])
+        wait_for(lambda: "at work" in (tmp_path / "out").read_text(encoding="utf-8"), [tmp_path])
         process.send_signal(number)
         assert process.wait(60) == STOPPED
     finally:
         process.kill()
-    assert "stopped as requested; `mmopd train --resume run` continues" in (tmp_path / "out").read_text()
+    assert "stopped as requested; `mmopd train --resume run` continues" in (tmp_path / "out").read_text(
+        encoding="utf-8"
+    )
 
 
 @pytest.mark.parametrize("number", STOPS)
@@ -83,10 +85,10 @@ def test_a_signal_asks_and_the_same_again_later_ends(number: signal.Signals, mon
 def test_a_signal_to_every_process_ends_no_child(number: signal.Signals, tmp_path: Path) -> None:
     with Children() as children:
         child = children.start("c", ["sh", "-c", "echo $$; sleep 60"], tmp_path / "log")
-        wait_for(lambda: child.log.read_text().endswith("\n"), [tmp_path])
-        below = Path(f"/proc/{child.pid}/task/{child.pid}/children").read_text().split()
+        wait_for(lambda: child.log.read_text(encoding="utf-8").endswith("\n"), [tmp_path])
+        below = Path(f"/proc/{child.pid}/task/{child.pid}/children").read_text(encoding="utf-8").split()
         assert below  # the inner guard
-        for pid in (child.pid, *map(int, below), int(child.log.read_text())):
+        for pid in (child.pid, *map(int, below), int(child.log.read_text(encoding="utf-8"))):
             os.kill(pid, number)
         time.sleep(0.3)
         assert child.alive
@@ -181,14 +183,14 @@ echo "$(basename "$0") $*" >> "$CALLS"
 
 def start_job(folder: Path, **env: str) -> "subprocess.Popen[bytes]":
     """Start the script of the docs with stand-ins that write down how they are called."""
-    page = (ROOT / "docs" / "schedulers.md").read_text()
+    page = (ROOT / "docs" / "schedulers.md").read_text(encoding="utf-8")
     (script,) = re.findall(r"^```bash\n(#!/bin/bash\n.*?)^```", page, re.MULTILINE | re.DOTALL)
-    (folder / "job.sh").write_text(script)
+    (folder / "job.sh").write_text(script, encoding="utf-8")
     (folder / ".venv" / "bin").mkdir(parents=True)
     (folder / ".venv" / "bin" / "activate").touch()
     (folder / "bin").mkdir()
     for name, text in {"mmopd": MMOPD, "scontrol": OTHER, "sbatch": OTHER}.items():
-        (folder / "bin" / name).write_text(text)
+        (folder / "bin" / name).write_text(text, encoding="utf-8")
         (folder / "bin" / name).chmod(0o755)
     own = {"PATH": f"{folder / 'bin'}:{os.environ['PATH']}", "CALLS": str(folder / "calls"), "SLURM_JOB_ID": "7"}
     own |= {"SLURM_SUBMIT_DIR": str(folder), "ENDS": "", "FAILS": ""}
@@ -211,7 +213,7 @@ def test_a_job_is_requeued_if_the_run_has_stopped_as_asked_and_only_then(
     env: dict[str, str], status: int, calls: list[str], tmp_path: Path
 ) -> None:
     assert start_job(tmp_path, **env).wait(60) == status
-    assert (tmp_path / "calls").read_text().splitlines() == [CALL, *calls]
+    assert (tmp_path / "calls").read_text(encoding="utf-8").splitlines() == [CALL, *calls]
 
 
 @pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM])
@@ -224,4 +226,4 @@ def test_a_job_passes_its_signal_on_and_requeues(number: signal.Signals, tmp_pat
         assert job.wait(60) == 0
     finally:
         job.kill()
-    assert (tmp_path / "calls").read_text().splitlines() == [CALL, "asked", "scontrol requeue 7"]
+    assert (tmp_path / "calls").read_text(encoding="utf-8").splitlines() == [CALL, "asked", "scontrol requeue 7"]

@@ -140,7 +140,7 @@ def head_rows(model: Path) -> int | None:
     Models of one family have the same tokens and heads of different height (Qwen2.5-VL 7B: 152,064 rows, 3B: 151,936).
     """
     path = model / "config.json"
-    config = json.loads(path.read_text()) if path.is_file() else {}
+    config = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     rows: int | None = {**config, **(config.get("text_config") or {})}.get("vocab_size")
     return rows
 

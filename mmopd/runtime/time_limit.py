@@ -17,7 +17,7 @@ def start_limit(run: RunFolder, minutes: float | None) -> None:
     """Start the time of a run; `None` is no limit."""
     run.until.unlink(missing_ok=True)
     if minutes is not None:
-        run.until.write_text(str(time.time() + 60 * minutes))
+        run.until.write_text(str(time.time() + 60 * minutes), encoding="utf-8")
 
 
 class TimeLimit:
@@ -35,7 +35,7 @@ class TimeLimit:
     @classmethod
     def of(cls, run: RunFolder) -> "TimeLimit":
         """Return the limit that `start_limit` has written."""
-        return cls(float(run.until.read_text())) if run.until.exists() else cls()
+        return cls(float(run.until.read_text(encoding="utf-8"))) if run.until.exists() else cls()
 
     def is_over(self, seconds: float, saved: float) -> bool:
         """Return true if another step and a checkpoint after it might not end in time.

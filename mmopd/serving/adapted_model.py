@@ -95,7 +95,7 @@ def _linear_layers(model: Path) -> dict[str, tuple[int, ...]]:
     index = model / INDEX
     try:
         files = (
-            sorted({model / file for file in json.loads(index.read_text())["weight_map"].values()})
+            sorted({model / file for file in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()})
             if index.is_file()
             else sorted(model.glob("*.safetensors"))
         )
@@ -116,6 +116,6 @@ def _linear_layers(model: Path) -> dict[str, tuple[int, ...]]:
 def _architecture(model: Path) -> str:
     """Return the class that the model's config.json names; "" if it names none."""
     try:
-        return str(json.loads((model / "config.json").read_text())["architectures"][0])
+        return str(json.loads((model / "config.json").read_text(encoding="utf-8"))["architectures"][0])
     except (OSError, ValueError, LookupError, TypeError):
         return ""

@@ -34,7 +34,9 @@ class Cpu:
 @cache
 def this_cpu(cpuinfo: Path = Path("/proc/cpuinfo")) -> Cpu:
     """Return the CPU of this machine as Linux describes it; the names are empty if it does not."""
-    lines = [line.partition(":") for line in cpuinfo.read_text().splitlines()] if cpuinfo.is_file() else []
+    lines = (
+        [line.partition(":") for line in cpuinfo.read_text(encoding="utf-8").splitlines()] if cpuinfo.is_file() else []
+    )
     found = {key.strip(): value.strip() for key, _, value in reversed(lines)}  # the first core's, which come last here
     return Cpu(found.get("vendor_id", ""), found.get("model name", ""), frozenset(found.get("flags", "").split()))
 
