@@ -95,6 +95,9 @@ def index(
             help="Folder of the student: count the tokens of each row with its tokenizer.", show_default=False
         ),
     ] = None,
+    decode: Annotated[
+        bool, typer.Option("--decode", help="Decode every image, so that a damaged one is found now.")
+    ] = False,
 ) -> None:
     """Rewrite the index of every tar of FOLDER: for tars from another tool, or to count tokens for another student."""
     from mmopd.prompts import TokenCounter, index_tar
@@ -107,7 +110,7 @@ def index(
     with Stages(console) as stages, stages.stage(f"index {folder}") as stage:
         stage.total(len(tars))
         for tar in tars:
-            index_tar(tar, counter)
+            index_tar(tar, counter, decode=decode)
             stage.advance()
 
 

@@ -35,6 +35,7 @@ MAX_PIXELS = 100_000_000
 ORIENTATION = 0x0112  # EXIF
 SIDEWAYS = frozenset({5, 6, 7, 8})  # orientations stored on their side
 PNG_NOTES = frozenset({b"eXIf", b"tEXt", b"zTXt", b"iTXt"})  # chunks that may contain an orientation
+PNG_MODES = frozenset({"1", "L", "LA", "P", "RGB", "RGBA"})
 GREY = 128  # of 255
 CACHE_BYTES = 1 << 26  # of redrawn images, which the responses of a group share
 
@@ -86,11 +87,13 @@ def check_image(data: bytes, *, decode: bool = False) -> tuple[str, tuple[int, i
     """Return (format, (width, height)) of an encoded image that student, teachers and trainer can all use, upright.
 
     Args:
-        decode: read the pixels too.
+        decode: read the pixels too, and compare their size with the header's.
 
     Raises:
         ValueError: no image of a known format, too large, too long and thin, animated, deeper than 8 bits, or broken.
     """
+    from PIL import ImageOps
+
     image = open_image(data)
     form = image.format or "unknown"
     if form not in FORMATS:
@@ -104,11 +107,13 @@ def check_image(data: bytes, *, decode: bool = False) -> tuple[str, tuple[int, i
         frames = 1 if form == "MPO" else getattr(image, "n_frames", 1)
         size = size_of(image)
         if decode:
-            image.load()
+            ImageOps.exif_transpose(image, in_place=True)
     except Exception as error:  # a decoder may raise anything on broken data
         raise ValueError(f"its pixels cannot be read: {type(error).__name__}: {error}") from None
     if frames > 1:
         raise ValueError(f"{frames} frames; take one of them")
+    if decode and image.size != size:
+        raise ValueError(f"its header gives {size} pixels, and it decodes to {image.size}; save it again")
     return form, size
 
 
@@ -119,11 +124,21 @@ def check_size(width: int, height: int) -> None:
 
 
 def size_of(image: "Image.Image") -> tuple[int, int]:
-    """Return (width, height) as a person sees it and a server reads it, from the header: turned upright by EXIF."""
+    """Return (width, height) as a person sees it and a server reads it, from the header: turned upright by EXIF.
+
+    Raises:
+        ValueError: its notes on orientation are broken.
+    """
     width, height = image.size
     if image.format == "PNG" and not _has_notes(image):
         return width, height
-    return (height, width) if image.getexif().get(ORIENTATION) in SIDEWAYS else (width, height)
+    try:
+        # Pillow's size of a TIFF is upright already, if the orientation is a tag of the TIFF and not a note in XMP.
+        turned = image.format == "TIFF" and getattr(image, "tag_v2", {}).get(ORIENTATION) in SIDEWAYS
+        sideways = image.getexif().get(ORIENTATION) in SIDEWAYS
+    except Exception as error:  # a parser may raise anything on broken data
+        raise ValueError(f"its EXIF cannot be read: {type(error).__name__}: {error}") from None
+    return (height, width) if sideways and not turned else (width, height)
 
 
 def _has_notes(image: "Image.Image") -> bool:
@@ -182,3 +197,20 @@ def write_png(image: "Image.Image") -> bytes:
     file = io.BytesIO()
     image.save(file, "PNG", compress_level=1)  # lossless at every level; the smallest files take ten times as long
     return file.getvalue()
+
+
+def encode_upright(image: "Image.Image") -> bytes:
+    """Return an image in memory as the bytes of a PNG file, turned upright by its EXIF orientation.
+
+    Raises:
+        ValueError: its mode has no equal of 8 bits.
+        OSError: it is a file that ends before its pixels do, or they are damaged.
+    """
+    from PIL import ImageOps
+
+    upright = ImageOps.exif_transpose(image)
+    if upright.mode in DEEP:
+        raise ValueError(f"pixels of mode {upright.mode}, deeper than 8 bits; save it with 8")
+    if upright.mode not in PNG_MODES:
+        upright = upright.convert({"PA": "RGBA", "RGBa": "RGBA", "La": "LA"}.get(upright.mode, "RGB"))
+    return write_png(upright)

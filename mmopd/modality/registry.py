@@ -22,6 +22,19 @@ def shown_items(prompt: Prompt) -> list[tuple[Medium, Files]]:
     return [(medium, files) for medium in MEDIA.values() for files in prompt.items(medium.name)]
 
 
+def check_items(prompt: Prompt) -> None:
+    """Decode all files of a prompt, and compare their sizes with those that its grids were counted from.
+
+    Raises:
+        ValueError: an item cannot be used; names the prompt and the item.
+    """
+    for medium, files in shown_items(prompt):
+        try:
+            medium.check(files, decode=True)
+        except ValueError as error:
+            raise ValueError(f"{prompt.key}: {medium.item}: {error}") from None
+
+
 def slots() -> dict[str, list[Medium]]:
     """Return the inputs of the model, each with the media that go into it."""
     found: dict[str, list[Medium]] = {}

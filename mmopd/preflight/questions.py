@@ -226,6 +226,8 @@ def _show(
             continue
         try:
             shown = _through(encoder, prompt, view)
+            if prompt.is_visual:
+                encoder.pixel_values(encoder.encode(prompt))  # the trainer's grids are those that were counted
             others = {}
             if sees:
                 others["blank"] = _through(encoder, prompt, blinded(view))

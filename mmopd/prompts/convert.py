@@ -1,6 +1,5 @@
 """Helpers for the converters of `data/`: read public data where it lies, take columns by name, keep images encoded."""
 
-import io
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,7 +13,7 @@ from PIL import Image
 from pydantic import Field
 
 from mmopd.errors import DataError
-from mmopd.modality.pixels import FORMATS
+from mmopd.modality.pixels import FORMATS, encode_upright
 from mmopd.prompts.rows import RowError
 from mmopd.records import Message, Prompt
 from mmopd.settings_file import Config, Positive
@@ -191,9 +190,10 @@ def _image(value: Any, root: Path) -> bytes:
         except OSError as error:
             raise RowError("no image file", f"{path}: {error.strerror}") from None
     if isinstance(value, Image.Image):
-        file = io.BytesIO()
-        value.save(file, format="PNG")
-        return file.getvalue()
+        try:
+            return encode_upright(value)
+        except (ValueError, OSError) as error:
+            raise RowError("bad image", str(error)) from None
     raise RowError("bad image", f"{type(value).__name__} is neither an encoded image nor a path")
 
 

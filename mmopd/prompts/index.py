@@ -22,7 +22,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
 from mmopd.errors import DataError
-from mmopd.modality.registry import MEDIA
+from mmopd.modality.registry import MEDIA, shown_items
 from mmopd.prompts.rows import RowError, unpack
 from mmopd.prompts.tokens import Counter
 from mmopd.records import Prompt
@@ -170,11 +170,12 @@ class Index:
             )
 
 
-def index_tar(tar: Path, counter: Counter | None = None) -> None:
+def index_tar(tar: Path, counter: Counter | None = None, *, decode: bool = False) -> None:
     """Read a WebDataset tar and write its index next to it, in place of an earlier index.
 
     Args:
         counter: counts the tokens of each row, in order; without one the index has no token counts.
+        decode: decode the pixels of all files, not only their headers.
 
     Raises:
         DataError: no tar or a truncated one, a row without json, an unknown member, a key that occurs twice, or an
@@ -189,7 +190,7 @@ def index_tar(tar: Path, counter: Counter | None = None) -> None:
     for key, infos, contents, counts in _rows(tar):
         try:
             row = unpack(key, contents[0], contents[1:])
-            images += _sizes(row, counts)
+            images += _sizes(row, counts, decode=decode)
             if counter is not None:
                 tokens.append(counter(row))
         except ValueError as error:
@@ -214,7 +215,7 @@ def index_tar(tar: Path, counter: Counter | None = None) -> None:
     tar.with_suffix(OLD_SUFFIX).unlink(missing_ok=True)
 
 
-def _sizes(row: Prompt, counts: Mapping[str, list[int]]) -> list[tuple[int, int]]:
+def _sizes(row: Prompt, counts: Mapping[str, list[int]], *, decode: bool) -> list[tuple[int, int]]:
     """Return (width, height) of each file of a row.
 
     Args:
@@ -228,7 +229,7 @@ def _sizes(row: Prompt, counts: Mapping[str, list[int]]) -> list[tuple[int, int]
         if medium.counts and said != counts[name]:
             what = f"its {medium.items} have {said} {medium.files}"
             raise ValueError(f"its json says that {what}, and its members are {counts[name]}")
-    return [size for name, medium in MEDIA.items() for files in row.items(name) for _, size in medium.check(files)]
+    return [size for medium, files in shown_items(row) for _, size in medium.check(files, decode=decode)]
 
 
 def _command(tar: Path) -> str:

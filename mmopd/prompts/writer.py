@@ -137,6 +137,6 @@ def write_shards(
 def _write(rows: Iterable[Prompt], writer: ShardWriter) -> Iterator[Path | None]:
     for number, row in enumerate(rows):
         try:
-            yield writer.add(pack(row))
+            yield writer.add(pack(row, decode=True))
         except RowError as error:
             raise DataError(f"row {number} ({row.key or 'no key'}): {error}") from None
