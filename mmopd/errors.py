@@ -43,5 +43,5 @@ KINDS = {kind.exit_status: kind for kind in (UserError, ConfigError, DataError, 
 
 
 def kind_of(status: int | None) -> type[UserError]:
-    """Return the kind of error with which a process ended; `UserError` for a status that is no kind's."""
+    """Return the kind of error for the exit status of a process; `UserError` for a status of no kind."""
     return KINDS.get(status or 0, UserError)

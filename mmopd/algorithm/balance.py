@@ -37,8 +37,8 @@ def balance_online(
     fewest responses are dropped that bring it inside, or, if no number of drops does, to the nearest point. Each group
     loses in proportion to what it has of that side (to one response). A batch with one outcome stays whole.
 
-    How many of a group's right and wrong responses stay depends on (outcomes, seed) alone; which ones depends also on
-    `key`.
+    The number of right and wrong responses that a group keeps depends on (outcomes, seed) alone. The choice of the
+    responses also depends on `key`.
 
     Args:
         outcome: 1 right, 0 wrong, between cut at `threshold`, NaN unknown.

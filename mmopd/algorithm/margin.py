@@ -40,7 +40,7 @@ def margin_shift(
     delta: float,
     threshold: float = 0.5,
 ) -> Float[Tensor, " N"]:
-    """Return what to add to every token of each response, so that its group's margin is at least `delta` (Eq. 11, 12).
+    """Return the shift of every token of each response, such that its group's margin is at least `delta` (Eq. 11, 12).
 
     `s = max(0, delta - margin)`: `lift` adds s to every right response, `suppress` subtracts s from every wrong one,
     `spread` does half of each. A return is a mean over tokens, so the same number moves the return by as much; the
@@ -86,7 +86,7 @@ def margin_mask(
     The worst right and the best wrong responses are dropped one at a time, each time the one that raises the margin
     more (a tie drops the right one), until the margin holds or no drop raises it. A side stops at its floor, `max(1,
     floor(n * retain))` of its n responses. Values that differ only by the rounding of the returns' dtype count as
-    equal. Of responses with the same return, the later one is dropped first.
+    equal. If responses have the same return, the later one is dropped first.
 
     Args and errors are those of `margin_shift`; `retain` is a share, 0..1.
     """

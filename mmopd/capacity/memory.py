@@ -324,7 +324,7 @@ def kv_tokens(parts: Iterable[Part], per_token: int) -> int:
 
 
 def short_of_kv(model: Model, engine: Engine, gpu: Gpu) -> float:
-    """Return the bytes by which a KV cache is too small for one sequence of max_model_len, which vLLM refuses.
+    """Return the bytes that a KV cache lacks for one sequence of max_model_len; vLLM refuses to start without them.
 
     The value is negative if the cache is large enough.
     """

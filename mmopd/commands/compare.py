@@ -134,9 +134,7 @@ def resolve(comparison: Comparison, run: Run) -> Recipe:
 
 
 def what_is_served(recipe: Recipe) -> list[Any]:
-    """Return what determines the servers of a run: the student, its engine, the fleet, and the teachers that are
-    references.
-    """
+    """Return the settings that determine the servers of a run: student, its engine, fleet, and reference teachers."""
     references = recipe.algorithm.objective.references()
     return [recipe.student.model_dump(mode="json"), str(recipe.fleet), references]
 
@@ -278,10 +276,10 @@ def draw(path: Path, table: ComparisonTable, columns: Sequence[str], rows: Seque
 
 
 def warnings_of(engines: Collection[str]) -> list[str]:
-    """Return the line of a page that says why last bits differ where nothing else does, if they do.
+    """Return a warning for the page if the kernels of the runs' engines differ, or if their answers do not repeat.
 
     Args:
-        engines: what decides the last bits of the engines' answers, for all runs (`serving.repeatable.kernels`).
+        engines: the kernels of the engines of all runs (`serving.repeatable.kernels`).
     """
     found = " | ".join(sorted(engines))
     if len(engines) > 1:

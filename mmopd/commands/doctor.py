@@ -135,7 +135,7 @@ def gpus() -> Check:
 
 
 def repeatable() -> Check:
-    """An engine with default settings answers alike, to the last bit, whatever else is asked of it."""
+    """Check that answers of an engine with default settings do not depend on concurrent requests, to the last bit."""
     from mmopd.config import Engine
     from mmopd.serving.repeatable import MKL, holds, kernels
 

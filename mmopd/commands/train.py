@@ -99,9 +99,7 @@ def say_left_out(job: Job, console: Console) -> None:
 
 
 def say_kernels(engines: Sequence[Engine], run: RunFolder, console: Console) -> None:
-    """Record what decides the last bits of the engines' answers; say so if a resumed run cannot repeat those of an
-    uninterrupted one.
-    """
+    """Record the kernels that decide the last bits of the engines' answers; warn if a resume changes them."""
     gpu = torch.cuda.is_available()
     now = " and ".join(sorted({repeatable.kernels(engine, gpu=gpu) for engine in engines}))
     resumed = bool(read_lines(run.metrics))

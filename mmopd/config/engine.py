@@ -52,7 +52,7 @@ class Engine(Config):
     )
     repeatable: bool | None = Field(
         None,
-        description="True gives answers whose last bits do not depend on what else is asked. `null` is true on CPU and "
+        description="Answers whose last bits do not depend on concurrent requests. `null` is true on CPU and "
         "false on GPU, where it is vLLM's batch invariance and costs speed",
     )
     port: int | None = Field(

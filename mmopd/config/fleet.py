@@ -1,4 +1,4 @@
-"""Models of teachers/*.yaml: teachers, what each is shown, and which prompts each scores."""
+"""Models of teachers/*.yaml: teachers, their views, and the routes of prompts to them."""
 
 from collections.abc import Mapping
 from pathlib import Path

@@ -42,7 +42,7 @@ CACHE_BYTES = 1 << 26  # of redrawn images, which the responses of a group share
 
 @dataclass(frozen=True, slots=True)
 class PixelPolicy:
-    """The rule by which an image is resized and cut into patches."""
+    """The rule for resizing an image and cutting it into patches."""
 
     patch: int
     merge: int

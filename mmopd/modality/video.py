@@ -58,7 +58,7 @@ def _frame_size(frames: Sequence[bytes], i: int) -> tuple[int, int]:
 
 @dataclass(frozen=True, slots=True)
 class VideoPolicy:
-    """The rule by which frames are resized, and cut into patches of `temporal` frames."""
+    """The rule for resizing frames and cutting them into patches of `temporal` frames."""
 
     patch: int
     merge: int

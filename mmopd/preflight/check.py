@@ -24,7 +24,7 @@ class Check:
 
 
 def ok(found: str, **numbers: float) -> Check:
-    """Return a check that has passed; its `name` and `of` are filled in later, as for `fail`."""
+    """Return a check that has passed; its `name` and `of` are set later, as for `fail`."""
     return Check("", "ok", found, numbers=numbers)
 
 

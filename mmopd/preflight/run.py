@@ -119,7 +119,7 @@ def showable(teacher: str, asked: Questions) -> list[Check]:
 
 
 def heights(name: str, teacher: Teacher, encoder: Encoder) -> list[Check]:
-    """Say how high the heads of teacher and student are, if that is known and they differ."""
+    """Return the heights of the output heads of teacher and student if they are known and differ."""
     rows = head_rows(teacher.model) if teacher.model is not None else None
     if rows is None or rows == encoder.head:
         return []

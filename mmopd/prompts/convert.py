@@ -1,4 +1,4 @@
-"""Helpers for the converters of `data/`: read public data where it lies, take columns by name, keep images encoded."""
+"""Helpers for the converters of `data/`: read public data in place, take columns by name, keep images encoded."""
 
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence

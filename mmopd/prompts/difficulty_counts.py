@@ -40,7 +40,7 @@ class Measured:
 
 
 def origin(shards: Shards, student: str, settings: Difficulty, *, max_tokens: int, threshold: float) -> dict[str, Any]:
-    """Return what the counts of a source are made from, without what is done with them later (policy, shape, cap).
+    """Return the inputs of a source's counts, without the settings that only use them (policy, shape, cap).
 
     Args:
         student: hash of the model's files.

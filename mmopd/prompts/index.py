@@ -1,4 +1,4 @@
-"""The index next to a tar: the positions of each row's members, and what can be known without decoding anything.
+"""The index next to a tar: the positions of each row's members, and facts that need no decoding.
 
 `NAME.tar` has `NAME.index.safetensors`. Filters, budgets and the plan read only the index; reading a row takes one
 `pread` for each of its members. The tar itself is plain WebDataset (`mmopd.prompts.rows`): `KEY.json`, `KEY.0.png`,

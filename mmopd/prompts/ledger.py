@@ -1,4 +1,4 @@
-"""Findings about the rows of a source, kept next to its shards in an append-only file that a stopped pass resumes from.
+"""Findings about the rows of a source, in an append-only file next to its shards, from which a stopped pass resumes.
 
 The file name is a hash of what the findings are made from, so all mixtures, recipes and runs share them. The first line
 states it in full, and the file is refused for anything else. Each further line is one row.

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def prepared(shards: Shards, count: "Count") -> RenderableType:
-    """Render what a call of `mmopd prepare` wrote: totals, and what was left out, with the first few of each cause."""
+    """Render the result of `mmopd prepare`: totals, and the rows left out, with the first few of each cause."""
     made = f"{shards.folder}: {contents(shards.totals())}, {shards.bytes / 2**20:,.1f} MiB"
     bad = sum(count.left_out.values())
     of = (

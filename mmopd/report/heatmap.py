@@ -128,7 +128,7 @@ def choose(rows: Sequence[TokenRow], limit: int = 12) -> list[TokenRow]:
 
 
 def cells(row: TokenRow) -> Iterable[Mapping[str, Any]]:
-    """Yield what the page needs of each token: text, colour from -1 (student likelier) to 1 (teacher likelier), values.
+    """Yield each token for the page: text, colour from -1 (student likelier) to 1 (teacher likelier), values.
 
     `visual` is None if not requested; `line` is its colour, from -1 (likelier without the image) to 1 (with it).
     """

@@ -174,7 +174,7 @@ def stages(seconds: Mapping[str, float]) -> list[dict[str, Any]]:
 
 
 def sample_view(row: heatmap.TokenRow) -> dict[str, Any]:
-    """Return a response in the form that the page needs."""
+    """Return a response for the template of the page."""
     pictures = [dict(zip(("url", "width", "height"), heatmap.picture(image), strict=True)) for image in row.images]
     advantages = [a for a in row.advantage if math.isfinite(a)]
     return {

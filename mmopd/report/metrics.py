@@ -67,8 +67,7 @@ METRICS: Mapping[str, str] = {
     "mismatch": "largest |log-prob by the engine - log-prob by the trainer| of a trained token, before the update; "
     "nats",
     "mismatch_mean": "mean of the same over those tokens; nats",
-    "staleness": "mean number of updates by which the weights that sampled a token are older than those that learn "
-    "from it",
+    "staleness": "mean age of the weights that sampled a token, in updates",
     "rollout_seconds": "wall time of the step's rollouts, first request to last score, including the time in which the "
     "previous step is trained",
     "probe": "largest |log-prob by the engine - log-prob by the trainer| of the probe, after the weight sync; nats",

@@ -84,7 +84,7 @@ class StudentClient:
         """Return n responses to a prompt, from one request.
 
         The same (weights, prompt, seed) gives the same responses where engines repeat (docs/repetition.md); elsewhere
-        the last bits depend on what else the engine computes in the same pass.
+        the last bits depend on what the engine computes in the same pass.
 
         Args:
             seed: response i is drawn with `seed + i`, so seeds of different prompts should be far apart.

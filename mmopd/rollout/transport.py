@@ -44,7 +44,7 @@ def join(port: int, rank: int, size: int, device: torch.device, *, timeout: floa
 
 
 def broadcast(group: Any, data: torch.Tensor) -> dist.Work:
-    """Start sending rank 0's `data` into the `data` of the others; all have the same size."""
+    """Start a broadcast of rank 0's `data` into the `data` of the others; all have the same size."""
     work: dist.Work = group.broadcast([data], dist.BroadcastOptions())
     return work
 

@@ -76,16 +76,12 @@ class RunFolder:
         self.versions.write_text(json.dumps(versions(), indent=1), encoding="utf-8")
 
     def kernels(self) -> str:
-        """Return what decided the last bits of the engines' answers, as `note_kernels` recorded it; empty if nothing
-        is.
-        """
+        """Return the kernels that `note_kernels` recorded; empty if it recorded none."""
         known: dict[str, str] = json.loads(self.versions.read_text(encoding="utf-8")) if self.versions.is_file() else {}
         return known.get(ENGINES, "")
 
     def note_kernels(self, kernels: str) -> str:
-        """Add what decides the last bits of the engines' answers to the versions; return what it was before, if that
-        differs.
-        """
+        """Record the kernels that decide the last bits of the engines' answers; return earlier ones that differ."""
         so_far = self.kernels()
         before = so_far.rpartition(THEN)[2]
         if before == kernels:

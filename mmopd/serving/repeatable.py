@@ -1,4 +1,4 @@
-"""Servers whose answers do not depend, to the last bit, on what else is asked of them.
+"""Servers whose answers do not depend on concurrent requests, to the last bit.
 
 Intel's MKL chooses a kernel by the number of rows of a product: on CPUs with AVX-512 an image that is encoded together
 with others gets other last bits than alone. `MKL_CBWR=BRANCH,STRICT` asks for one kernel. On CPUs that are not Intel's,
@@ -42,7 +42,7 @@ def this_cpu(cpuinfo: Path = Path("/proc/cpuinfo")) -> Cpu:
 
 
 def mkl_branch(vendor: str, flags: Collection[str]) -> str:
-    """Return the cheapest value of MKL_CBWR that fixes the kernels of a CPU; it is empty where MKL has none for it."""
+    """Return the cheapest value of MKL_CBWR that fixes the kernels of a CPU; it is empty if MKL has none."""
     if vendor != INTEL:
         return ""
     return "AVX512,STRICT" if set(flags) >= AVX512 else "AVX2,STRICT"
@@ -54,7 +54,7 @@ def environment(engine: Engine, *, gpu: bool) -> dict[str, str]:
 
 
 def holds(engine: Engine, *, gpu: bool) -> bool:
-    """Return whether a server of this machine answers alike, whatever else is asked of it."""
+    """Return true if the answers of a server of this machine do not depend on concurrent requests."""
     asked = engine.repeatable if gpu else engine.repeatable is not False
     return bool(asked) and all(os.environ.get(name, value) == value for name, value in _wanted(engine, gpu=gpu).items())
 
@@ -75,7 +75,7 @@ def kernels(engine: Engine, *, gpu: bool) -> str:
 
 
 def _wanted(engine: Engine, *, gpu: bool) -> dict[str, str]:
-    """Return the variables that make an engine's answers repeatable, if that is asked for.
+    """Return the variables that make an engine's answers repeatable, if the setting asks for it.
 
     An empty value leaves MKL its own choice.
     """

@@ -1,4 +1,4 @@
-"""Routes: which teachers score a prompt and what each is shown; all checks run before training starts."""
+"""Routes: the teachers of a prompt and their views; all checks run before training starts."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass

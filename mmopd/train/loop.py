@@ -56,7 +56,7 @@ async def train(
         changed: sources that were added to or removed from the mixture on purpose since the checkpoint.
         stop: stop request. Once it is set on a rank, or the run has a file `stop`, or its time is nearly over, all
             ranks finish the current step, save a checkpoint and return without an export.
-        watchdog: is told of all progress.
+        watchdog: notified of all progress.
 
     Raises:
         ServerError: too many responses lack a score.

@@ -102,7 +102,7 @@ class Recorder:
 
 
 def sampled(samples: Sequence[Sample]) -> dict[str, float]:
-    """Return what was sampled, and why outcomes are unknown and scores absent."""
+    """Return statistics of the samples, with the causes of unknown outcomes and absent scores."""
     unknown = Counter(s.outcome.cause for s in samples if not s.outcome.known)
     absent = Counter(s.score.cause for s in samples if isinstance(s.score, Absent))
     return {

@@ -34,7 +34,7 @@ class SkippingUpdater:
         self._skipped: deque[bool] = deque(maxlen=WINDOW)  # for each of the last updates
 
     def state(self) -> list[bool]:
-        """Return the state that a resumed run needs."""
+        """Return the state for a resumed run."""
         return list(self._skipped)
 
     def restore(self, state: Sequence[bool]) -> None:

@@ -24,7 +24,7 @@ ENCODED = TypeAdapter(Encoded)
 
 
 def write_batch(folder: Path, items: Sequence[Item], **about: str | int) -> None:
-    """Write what an update was given; a prompt that several responses share is written once."""
+    """Write the inputs of an update; a prompt that several responses share is written once."""
     tensors: dict[str, Tensor] = {}
     prompts = {id(item.encoded): item.encoded for item in items}
     number = {one: i for i, one in enumerate(prompts)}

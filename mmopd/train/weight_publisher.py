@@ -123,7 +123,7 @@ class WeightPublisher:
 def publish(
     trainer: Trainer, link: WeightSync[Any] | None, version: str, *, everything: bool = False
 ) -> SyncError | None:
-    """Gather the weights on all ranks and send them from the rank with a link, which returns what went wrong."""
+    """Gather the weights on all ranks and send them from the rank with a link, which returns the error, if any."""
     partial = trainer.keeps_some and not everything
     error = None
     weights = trainer.named_weights(trained=partial)
