@@ -267,7 +267,7 @@ def test_a_server_that_says_it_is_ready_and_cannot_be_reached_is_named_with_the_
     log.write_text("INFO: Application startup complete.\n", encoding="utf-8")  # of an earlier start
     servers = servers_of(at(DEAD), tmp_path)
     servers._http = httpx.Client(transport=Refuses(fate))
-    with pytest.raises(ServerError, match=r"server 't\.0' was not ready in time \(.*" + reason):
+    with pytest.raises(ServerError, match=r"server 't\.0' is not ready, .* not grown for 0 s \(.*" + reason):
         servers.await_ready(0.0)
     servers._on_event = lambda *event: log.write_text("INFO: Application startup complete.\n" * 2, encoding="utf-8")
     with pytest.raises(ServerError, match=r"t\.0\.log that it is ready, but cannot be reached: .*" + reason):
@@ -280,6 +280,7 @@ def test_a_server_that_is_only_slow_is_waited_for(tmp_path: Path, monkeypatch: p
     awaited = Awaited([at(DEAD)], tmp_path / "t.0.log")
     (tmp_path / "t.0.log").write_text("Application startup complete.\n", encoding="utf-8")
     assert not awaited.ready(httpx.Client(transport=Refuses(httpx.ReadTimeout("timed out"))))
+    assert awaited.read_log().startswith("answering its first request, ")
     assert not awaited.unreachable()
     assert awaited.reason == "it accepts connections, but does not answer"
 

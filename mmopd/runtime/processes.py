@@ -47,6 +47,7 @@ class Child:
         self.log = log
         guard = [sys.executable, "-I", "-S", __file__, str(os.getpid()), *argv]
         with log.open("ab") as out:
+            self.begin = out.tell()  # bytes of earlier processes in the log
             self._guard = subprocess.Popen(
                 guard,
                 env={**os.environ, **python.environment(), **env},
@@ -76,13 +77,6 @@ class Child:
         with contextlib.suppress(subprocess.TimeoutExpired):
             self._guard.wait(timeout)
         return self.returncode
-
-    def tail(self, lines: int = 20) -> str:
-        """Return the last lines of the log."""
-        with self.log.open("rb") as file:
-            size = file.seek(0, os.SEEK_END)
-            file.seek(max(0, size - 400 * lines))
-            return "\n".join(file.read().decode(errors="replace").splitlines()[-lines:])
 
     def terminate(self) -> None:
         """Ask the command to end; a second call kills the whole process tree."""

@@ -12,6 +12,7 @@ from typing import Any
 
 from mmopd.errors import KINDS, UserError, kind_of
 from mmopd.runtime import python
+from mmopd.runtime.causes import why
 from mmopd.runtime.network import HOST, free_port
 from mmopd.runtime.processes import STOPS, Child, Children
 from mmopd.runtime.watchdog import HUNG, LAST, LATER, LEFT, TOGETHER, WAITED, pulse_of
@@ -37,7 +38,7 @@ def check_ranks(running: Sequence[Child], timeout: float, *, stopping: bool) -> 
 
     Raises:
         UserError: a rank has failed. The error has the kind of its exit status, names the rank that is to blame, and
-            has the last lines of its log.
+            has its error or, without one, the last lines of its log.
     """
     fine = {None, 0, *(128 + number for number in STOPS)} if stopping else {None, 0}
     if all(rank.returncode in fine for rank in running):
@@ -60,7 +61,8 @@ def check_ranks(running: Sequence[Child], timeout: float, *, stopping: bool) -> 
         if not blamed.alive
         else f"has not answered for train.timeout = {timeout:.0f} s"
     )
-    raise kind_of(blamed.returncode)(f"{blamed.name} {ended}; the last lines of {blamed.log}:\n{blamed.tail()}")
+    killed = blamed.returncode is None or blamed.returncode > 128
+    raise kind_of(blamed.returncode)(f"{blamed.name} {ended}; {why(blamed.log, blamed.begin, by_signal=killed)}")
 
 
 class Pulses:
@@ -93,7 +95,7 @@ class Pulses:
                 self._seen[rank] = latest, now
             elif rank.alive and now - since > LAST * self._timeout:
                 silent = f"has given no sign of life for {now - since:.0f} s (train.timeout = {self._timeout:g})"
-                raise UserError(f"{rank.name} {silent}; the last lines of {rank.log}:\n{rank.tail()}")
+                raise UserError(f"{rank.name} {silent}; {why(rank.log, rank.begin, by_signal=True)}")
 
 
 def _waited(rank: Child) -> bool:

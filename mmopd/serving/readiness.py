@@ -1,4 +1,6 @@
-"""Readiness of a server: ask it, and find the reason if it says that it is ready and still cannot be reached."""
+"""Readiness of a server: ask it, read from its log how far it is, and find the reason if it cannot be reached although
+it says that it is ready.
+"""
 
 import errno
 import time
@@ -11,6 +13,17 @@ from mmopd.serving.endpoint import Endpoint
 
 SAYS_READY = b"Application startup complete."  # uvicorn, before it accepts the first request
 PATIENCE = 20.0  # seconds; a server that says it is ready answers within milliseconds
+# What vLLM 0.32 does after it has logged these words. Both model runners and the CPU's are covered.
+PHASES = {
+    b"Resolved architecture": "starting the engine",
+    b"Starting to load model": "loading weights",
+    b"Loading model from scratch": "loading weights",
+    b"Model loading took": "profiling memory",
+    b"Using cache directory": "compiling",
+    b"KV cache size": "warming up, capturing graphs",
+    b"init engine (": "starting the API server",
+    SAYS_READY: "answering its first request",
+}
 
 
 class Awaited:
@@ -22,16 +35,20 @@ class Awaited:
 
     Attributes:
         since: time on the monotonic clock since which it is awaited.
+        heard: time when its log had grown last.
+        begin: bytes of its log that are from earlier starts.
         reason: why it was not ready when it was last asked.
     """
 
     def __init__(self, endpoints: Sequence[Endpoint], log: Path) -> None:
-        self.since = time.monotonic()
+        self.since = self.heard = time.monotonic()
         self.reason = "it has not been asked"
         self._endpoints = endpoints
         self._log = log
-        self._read = log.stat().st_size if log.is_file() else 0  # bytes
+        self.begin = self._read = self._size = log.stat().st_size if log.is_file() else 0
         self._busy = False
+        self._phase = "importing"
+        self._phase_since = self.since
         self._said_ready: float | None = None  # time when that line was found in the log
 
     def ready(self, http: httpx.Client) -> bool:
@@ -44,18 +61,29 @@ class Awaited:
             self.reason = "it accepts connections, but does not answer"
         return not self.reason
 
-    def unreachable(self) -> bool:
-        """Return true if its log has said for `PATIENCE` that it is ready, and it refused when it was last asked.
-
-        A server that is only slow, on a busy machine, is waited for.
-        """
-        if self._said_ready is None and self._log.is_file():
+    def read_log(self) -> str:
+        """Read what its log has gained; return what it does now, and for how many seconds."""
+        size = self._log.stat().st_size if self._log.is_file() else 0
+        if size != self._size:
+            self._size = size
+            self.heard = time.monotonic()
             with self._log.open("rb") as file:
                 file.seek(self._read)
                 new = file.read()
             self._read += new.rfind(b"\n") + 1  # the rest of a line is read again
             if SAYS_READY in new:
-                self._said_ready = time.monotonic()
+                self._said_ready = self.heard
+            words = max(PHASES, key=new.rfind)
+            if words in new and PHASES[words] != self._phase:
+                self._phase = PHASES[words]
+                self._phase_since = self.heard
+        return f"{self._phase}, {time.monotonic() - self._phase_since:.0f} s"
+
+    def unreachable(self) -> bool:
+        """Return true if its log has said for `PATIENCE` that it is ready, and it refused when it was last asked.
+
+        A server that is only slow, on a busy machine, is waited for.
+        """
         late = self._said_ready is not None and time.monotonic() - self._said_ready > PATIENCE
         return late and not self._busy
 

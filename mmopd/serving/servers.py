@@ -20,6 +20,7 @@ from pathlib import Path
 
 from mmopd.errors import CheckpointError, ConfigError, ServerError
 from mmopd.runtime import python
+from mmopd.runtime.causes import why
 from mmopd.runtime.http import client
 from mmopd.runtime.logs import message_of
 from mmopd.runtime.network import HOST, local
@@ -34,11 +35,9 @@ from mmopd.serving.supervisor import KEY_VARIABLE, READY, Server
 
 logger = logging.getLogger(__name__)
 
-TIMEOUT = 1800.0  # seconds until all servers are ready; large checkpoints take minutes
-LAST_LINES = 12
+TIMEOUT = 1800.0  # seconds for which a server that is not ready may log nothing; large checkpoints take minutes
 _PID = re.compile(r"supervisor: (\d+)")
 _SAID = re.compile(r"server (?P<what>restarted|ended): (?P<name>.+) \(status (?P<status>-?\d+)\)")
-_LOG_PREFIX = re.compile(r"^\(\S+ pid=\d+\) (?:[A-Z]+ \S+ \S+ \[[^\]]*\] )?")
 
 CPU_ENV = {
     "OMP_NUM_THREADS": "1",
@@ -74,31 +73,40 @@ class Servers(dict[str, Endpoint]):
         self._on_event = on_event
         self._supervisors: list[_Supervisor] = []
         self._away: dict[str, Awaited] = {}  # servers that do not answer yet, by name
+        self._begin: dict[str, int] = {}  # bytes of each server's log that are from earlier starts
         self._http = client(timeout=5.0)
 
     def start(self, groups: Sequence[list[Server]], children: Children, key: str, preload: bool) -> None:
         """Start a supervisor for each group of servers."""
         self._supervisors += [_Supervisor(group, children, self._logs, key, preload) for group in groups]
 
-    def await_ready(self, deadline: float) -> None:
+    def await_ready(self, timeout: float) -> None:
         """Wait until every server answers; a server that dies later is restarted.
 
+        Args:
+            timeout: seconds for which a server may log nothing.
+
         Raises:
-            ServerError: a server has ended or does not answer in time; the message has the last lines of its log.
+            ServerError: a server has ended, or neither answers nor logs anything; the message has its error or the
+                last lines of its log.
         """
         for name in self._endpoints:
             self._await(name)
             self._on_event(name, "starting")
+        shown: dict[str, str] = {}
         while True:
             self.check()
             if not self._away:
                 break
-            if time.monotonic() > deadline:
-                name, away = next(iter(self._away.items()))
-                raise ServerError(
-                    f"server {name!r} was not ready in time ({away.reason}); the last lines of its log:\n"
-                    f"{_last_words(self.log(name))}"
-                )
+            for name, away in self._away.items():
+                if (does := away.read_log()) != shown.get(name):
+                    shown[name] = does
+                    self._on_event(name, does)
+                if (silent := time.monotonic() - away.heard) > timeout:
+                    raise ServerError(
+                        f"server {name!r} is not ready, and its log has not grown for {silent:.0f} s ({away.reason}); "
+                        f"{why(self.log(name), away.begin, by_signal=True)}"
+                    )
             time.sleep(0.1)
         for supervisor in self._supervisors:
             supervisor.all_ready()
@@ -108,15 +116,16 @@ class Servers(dict[str, Endpoint]):
 
         Raises:
             ServerError: a server has ended permanently, or says that it is ready and cannot be reached; the message has
-                the last lines of its log, or the reason.
+                its error or the last lines of its log, or the reason.
         """
         for supervisor in self._supervisors:
             status = supervisor.child.returncode  # read first, so that the log is complete
             for said in supervisor.hear():
                 self._heed(said["what"], said["name"], said["status"])
             if status is not None:
-                raise self._lost(supervisor.child.name, status, supervisor.child.log)
+                raise self._lost(supervisor.child.name, status, supervisor.child.log, supervisor.child.begin)
         for name, away in list(self._away.items()):
+            away.read_log()
             if away.ready(self._http):
                 self._on_event(name, f"ready after {time.monotonic() - self._away.pop(name).since:.1f} s")
             elif away.unreachable():
@@ -135,20 +144,20 @@ class Servers(dict[str, Endpoint]):
 
     def _await(self, name: str) -> None:
         self._away[name] = Awaited(self._endpoints[name], self.log(name))
+        self._begin[name] = self._away[name].begin
 
     def _heed(self, what: str, name: str, status: str) -> None:
         if what == "ended":
-            raise self._lost(name, int(status), self.log(name))
+            raise self._lost(name, int(status), self.log(name), self._begin.get(name, 0))
         self.restarts[name] += 1
         self._await(name)
         logger.warning("server %s ended with status %s and is being restarted", name, status)
         self._on_event(name, f"ended with status {status}, started again")
 
-    def _lost(self, name: str, status: int, log: Path) -> ServerError:
+    def _lost(self, name: str, status: int, log: Path, begin: int) -> ServerError:
         again = f", after {self.restarts[name]} restarts" if self.restarts[name] else ""
-        return ServerError(
-            f"server {name!r} ended with status {status}{again}; the last lines of {log}:\n{_last_words(log)}"
-        )
+        killed = status < 0 or status > 128
+        return ServerError(f"server {name!r} ended with status {status}{again}; {why(log, begin, by_signal=killed)}")
 
 
 class _Supervisor:
@@ -213,13 +222,13 @@ def serve(
         logs: folder for one log per server and one per supervisor.
         on_event: called with the server's name and what happened, for a display; after the start it is called from
             `Servers.check`.
-        timeout: seconds until all must be ready.
+        timeout: seconds for which a server that is not ready may log nothing.
         host: address that the servers listen on.
         key: the API key; a new one by default.
 
     Raises:
         CheckpointError: a model folder is missing, or an adapter does not fit its model.
-        ServerError: a port is taken, memory is short, or a server ended or was not ready in time.
+        ServerError: a port is taken, memory is short, or a server ended or hangs during its start.
     """
     import torch  # takes seconds, and `mmopd plan` only places servers
 
@@ -256,7 +265,7 @@ def serve(
         servers = Servers(endpoints, {name: gpus[spec.name] for spec in specs for name in spec.served}, logs, on_event)
         try:
             servers.start([to_run] if cpu else [[server] for server in to_run], children, key, preload=cpu)
-            servers.await_ready(time.monotonic() + timeout)
+            servers.await_ready(timeout)
             yield servers
         finally:
             servers.stop()
@@ -278,14 +287,18 @@ def serve_in_stage(
             stage.total(len(specs))
             stage.outcome = f"{len(specs)} vLLM servers"
             up = False
+            starting: dict[str, str] = {}
 
             def show(name: str, what: str) -> None:
                 if up:
                     stages.console.print(f"{datetime.now():%H:%M:%S} {name}: {what}", markup=False, highlight=False)
                     return
-                stage.note(f"{name}: {what}")
                 if what.startswith("ready"):
+                    starting.pop(name, None)
                     stage.advance()
+                else:
+                    starting[name] = what
+                stage.note("\n".join(f"{one}: {does}" for one, does in starting.items()))
 
             servers = stack.enter_context(serve(specs, children, logs, show, host=host, key=key))
             up = True
@@ -311,16 +324,3 @@ def _reserve(spec: ServerSpec, host: str) -> Iterator[int]:
                 "set engine.port to another port, or remove it to use a free one"
             ) from None
         yield int(held.getsockname()[1])
-
-
-def _last_words(log: Path) -> str:
-    """Return the last lines of a log without traceback frames: vLLM prints dozens of them after the line with the
-    cause.
-    """
-    if not log.is_file():
-        return "(there is no log)"
-    lines = [
-        _LOG_PREFIX.sub("", message_of(line)) for line in log.read_text(encoding="utf-8", errors="replace").splitlines()
-    ]
-    said = [line for line in lines if line.strip() and not line.startswith((" ", "Traceback"))]
-    return "\n".join(list(dict.fromkeys(said))[-LAST_LINES:])
