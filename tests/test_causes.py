@@ -39,7 +39,10 @@ def log(tmp_path: Path) -> Path:
 
 
 def test_an_error_of_the_user_is_shown_whole_and_nothing_else(log: Path) -> None:
-    log.write_text(record(logging.WARNING, "slow") + record(logging.ERROR, "shard a.tar: cut\nset x to y") + "noise\n", encoding="utf-8")
+    log.write_text(
+        record(logging.WARNING, "slow") + record(logging.ERROR, "shard a.tar: cut\nset x to y") + "noise\n",
+        encoding="utf-8",
+    )
     assert why(log) == f"its error, in {log}:\nshard a.tar: cut\nset x to y"
 
 
@@ -55,14 +58,16 @@ def test_the_error_of_an_engine_is_shown_and_not_that_of_its_server_which_refers
     log.write_text(
         vllm(ENGINE, cause, "ERROR 11-30 22:09:57 [core.py:1100] ")
         + vllm(SERVER, f"{TRACE}RuntimeError: Engine core initialization failed. See root cause above. Failed: {{}}")
-        + f"{TRACE}SystemExit: 1\n", encoding="utf-8"
+        + f"{TRACE}SystemExit: 1\n",
+        encoding="utf-8",
     )
     assert why(log).endswith(":\nSafetensorError: the header is cut")
 
 
 def test_a_refused_flag_has_no_exception_and_is_in_the_last_lines(log: Path) -> None:
     log.write_text(
-        f"usage: vllm [-h]\n  [--many]\nvllm: error: unrecognized arguments: --no-such-flag\n{TRACE}SystemExit: 2\n", encoding="utf-8"
+        f"usage: vllm [-h]\n  [--many]\nvllm: error: unrecognized arguments: --no-such-flag\n{TRACE}SystemExit: 2\n",
+        encoding="utf-8",
     )
     assert why(log).startswith(f"the last lines of {log}:\n")
     assert "unrecognized arguments: --no-such-flag" in why(log)

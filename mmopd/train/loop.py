@@ -109,17 +109,20 @@ async def train(
                     )
                 with clock("sync"):
                     gap = await weight_publisher.publish(version_of(step + 1))
-                counts = rollouts.spent()
+                cost = scoring(rollouts.spent())
                 if recorder is not None:
-                    more |= {"probe": gap, "rollout_seconds": seconds} | clock.metrics()
-                    more |= scoring(counts) | stream.metrics()
+                    more |= {"probe": gap, "rollout_seconds": seconds} | clock.metrics() | cost | stream.metrics()
                     recorder.step(step, rolling.prompts, samples, batch, updates=updates, more=more)
                 stopping = any(ranks.all_max([limit.is_over(*clock.step) or stop.is_set() or run.stop.exists()]))
                 clock = Clock(watchdog)  # checkpoint time is reported with the next step
                 if (step + 1) % recipe.train.checkpoint_every == 0 or last or stopping:
                     with clock("checkpoint"):
-                        score = share_right(outcomes_since_checkpoint, recipe.algorithm)
-                        checkpoints.save(trainer, step + 1, state | {"skipped": updater.state()}, score)
+                        checkpoints.save(
+                            trainer,
+                            step + 1,
+                            state | {"skipped": updater.state()},
+                            share_right(outcomes_since_checkpoint, recipe.algorithm),
+                        )
                         rollouts.kept.clear()
                         outcomes_since_checkpoint.clear()
                 if stopping and not last:
