@@ -18,6 +18,7 @@ from mmopd.errors import CheckpointError
 from mmopd.records import Prompt
 from mmopd.runtime import python
 from mmopd.runtime.http import SPELLINGS
+from mmopd.serving.readiness import SAYS_READY
 from mmopd.task.verifier_pool import VerifierPool
 
 ROOT = Path(__file__).parents[1]
@@ -160,7 +161,7 @@ def test_a_whole_run_imports_nothing_from_its_folder_and_asks_no_proxy(
     shutil.copytree(workspace, folder, ignore=shutil.ignore_patterns("runs", "commands"))
     set_traps(folder)
     env = os.environ | dict.fromkeys(SPELLINGS, "http://127.0.0.1:9") | {"NO_PROXY": "", "no_proxy": ""}
-    settings = ["train.steps=1", "rollout.prompts=4", "rollout.group=2", "algorithm.difficulty.attempts=2"]
+    settings = ["train.steps=1", "rollout.prompts=6", "rollout.group=4", "algorithm.difficulty.attempts=2"]
 
     def start(name: str, *command: str) -> "subprocess.Popen[bytes]":
         with (folder / f"{name}.log").open("wb") as log:
@@ -169,7 +170,8 @@ def test_a_whole_run_imports_nothing_from_its_folder_and_asks_no_proxy(
     train = start("train", "train", "recipes/small.yaml", *settings, "--run", "runs/one")
     (status,) = wait_for_exit([train], [folder])
     assert status == 0, (folder / "train.log").read_text(encoding="utf-8")
-    (folder / "teachers").mkdir(exist_ok=True)
+    for name in ("student", "text_teacher.0"):
+        assert SAYS_READY in (folder / "runs" / "one" / "logs" / f"{name}.log").read_bytes()
     serve = start("serve", "serve", "teachers/demo.yaml")
     said = folder / "serve.log"
     wait_for(lambda: "Ctrl-C stops." in said.read_text(encoding="utf-8") or serve.poll() is not None, [folder])

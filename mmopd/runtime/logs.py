@@ -59,7 +59,7 @@ def start(process: str) -> None:
 @contextmanager
 def to_file(path: Path, process: str) -> Iterator[None]:
     """Append the log of this block to a file, and the exception that ends the block."""
-    handler = logging.FileHandler(path, encoding="utf-8")
+    handler = logging.FileHandler(path, encoding="utf-8", errors="backslashreplace")
     handler.setFormatter(Lines(process))
     root = logging.getLogger()
     ours = logging.getLogger(OURS)
@@ -85,7 +85,7 @@ def to_file(path: Path, process: str) -> Iterator[None]:
 def last_words(process: str, text: str) -> None:
     """Write to stderr immediately and without a lock: a thread that hangs may hold the lock of `logging`."""
     record = logging.LogRecord(OURS, logging.ERROR, "", 0, text, None, None)
-    os.write(2, (Lines(process).format(record) + "\n").encode())
+    os.write(2, (Lines(process).format(record) + "\n").encode(errors="backslashreplace"))
 
 
 def message_of(line: str) -> str:

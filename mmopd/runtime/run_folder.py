@@ -62,7 +62,9 @@ class RunFolder:
 
         Raises:
             UserError: the folder exists.
+            UnicodeEncodeError: this locale cannot express its name, which the files of the run contain.
         """
+        str(self.root).encode()
         try:
             self.root.mkdir(parents=True)
         except FileExistsError:
