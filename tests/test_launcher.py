@@ -26,7 +26,7 @@ def test_a_launcher_is_given_the_module_the_run_and_where_to_meet(host: str, tmp
     with Children() as children:
         (launcher,) = start_ranks(what, 2, tmp_path, children, launcher=[sys.executable, "-c", ECHO], host=host)
         assert launcher.wait(60) == 0
-    arguments, env = json.loads(launcher.log.read_text())
+    arguments, env = json.loads(launcher.log.read_text(encoding="utf-8"))
     assert arguments == ["mmopd.train.rank", str(tmp_path), "added"]
     assert (env["MASTER_ADDR"] == "127.0.0.1") == (host == "127.0.0.1")
     assert env["MASTER_PORT"].isdecimal()

@@ -76,7 +76,7 @@ def test_the_exit_status_and_the_output_of_a_command_come_back(tmp_path: Path) -
     with Children() as children:
         child = children.start("x", ["sh", "-c", "echo $GREETING; exit 7"], tmp_path / "log", {"GREETING": "hello"})
         assert child.wait(30) == 7
-    assert child.log.read_text() == "hello\n"
+    assert child.log.read_text(encoding="utf-8") == "hello\n"
 
 
 def test_a_signal_and_a_missing_command_have_the_status_of_a_shell(tmp_path: Path) -> None:
@@ -85,7 +85,7 @@ def test_a_signal_and_a_missing_command_have_the_status_of_a_shell(tmp_path: Pat
         missing = children.start("y", ["/nonexistent/command"], tmp_path / "missing")
         assert killed.wait(30) == 128 + signal.SIGKILL
         assert missing.wait(30) == 127
-    assert "No such file or directory" in missing.log.read_text()
+    assert "No such file or directory" in missing.log.read_text(encoding="utf-8")
 
 
 def test_processes_that_a_command_leaves_end_with_it(tmp_path: Path) -> None:

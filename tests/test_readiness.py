@@ -25,12 +25,12 @@ def test_a_server_that_starts_says_what_it_does_and_for_how_long(
 ) -> None:
     log, now = tmp_path / "t.0.log", [100.0]
     monkeypatch.setattr(readiness.time, "monotonic", lambda: now[0])
-    log.write_text("\n".join(PHASES) + "\n")  # of an earlier start
+    log.write_text("\n".join(PHASES) + "\n", encoding="utf-8")  # of an earlier start
     awaited = Awaited([], log)
     assert awaited.read_log() == "importing, 0 s"
     for line, phase in PHASES.items():
         now[0] += 5
-        with log.open("a") as file:
+        with log.open("a", encoding="utf-8") as file:
             file.write(f"(EngineCore pid=7) {line}\nanother line\n")
         assert awaited.read_log() == f"{phase}, 0 s"
         assert awaited.heard == now[0]
@@ -42,8 +42,8 @@ def test_a_server_that_starts_says_what_it_does_and_for_how_long(
 def test_a_line_counts_when_it_is_whole(tmp_path: Path) -> None:
     log = tmp_path / "t.0.log"
     awaited = Awaited([], log)
-    log.write_text("INFO Starting to lo")
+    log.write_text("INFO Starting to lo", encoding="utf-8")
     assert awaited.read_log().startswith("importing, ")
-    log.write_text("INFO Starting to load model /models/x...\n")
+    log.write_text("INFO Starting to load model /models/x...\n", encoding="utf-8")
     assert awaited.read_log().startswith("loading weights, ")
     assert time.monotonic() - awaited.heard < 60
