@@ -76,9 +76,7 @@ async def train(
     ahead = recipe.rollout.async_steps > 0
     in_trainer_thread = TrainerThread(ranks, watchdog, ahead=ahead)
     link = connect_engines(run, recipe, ranks)
-    recorder = (
-        Recorder(run, recipe.algorithm, encoder, steps=recipe.train.steps, done=done) if ranks.rank == 0 else None
-    )
+    recorder = open_recorder(run, recipe, encoder, done) if ranks.rank == 0 else None
     async with open_rollouts(run, recipe, stream.sources, encoder, ranks) as rollouts:
         weight_publisher = WeightPublisher(
             trainer, rollouts.engines, link, probe_items(list(stream.sources.values()), encoder), in_trainer_thread
@@ -151,6 +149,11 @@ def open_stream(run: RunFolder, recipe: Recipe, encoder: Encoder) -> Stream:
     if recipe.algorithm.difficulty is not None:
         measured = difficulty_counts.load(run.difficulty / difficulty_counts.FILE)
     return Stream(mixture, sources, encoder, prompts=recipe.rollout.prompts, seed=recipe.seed, measured=measured)
+
+
+def open_recorder(run: RunFolder, recipe: Recipe, encoder: Encoder, done: int) -> Recorder:
+    """Return the recorder of a run that continues after `done` steps."""
+    return Recorder(run, recipe.algorithm, encoder, steps=recipe.train.steps, done=done)
 
 
 def open_rollouts(
