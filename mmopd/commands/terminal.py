@@ -1,4 +1,4 @@
-"""What commands print: spelled out in the encoding of the terminal, and a quiet end when nobody reads it."""
+"""Output of commands: spelled out in the encoding of the terminal, and a quiet end if nobody reads it."""
 
 import codecs
 import io

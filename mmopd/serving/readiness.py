@@ -13,7 +13,7 @@ from mmopd.serving.endpoint import Endpoint
 
 SAYS_READY = b"Application startup complete."  # uvicorn, before it accepts the first request
 PATIENCE = 20.0  # seconds; a server that says it is ready answers within milliseconds
-# What vLLM 0.32 does after it has logged these words. Both model runners and the CPU's are covered.
+# Phase of the start of vLLM 0.32 after it has logged these words. Both model runners and the CPU's are covered.
 PHASES = {
     b"Resolved architecture": "starting the engine",
     b"Starting to load model": "loading weights",
