@@ -5,7 +5,6 @@ this machine, `warn` that a part of it cannot. No large package is imported, exc
 source for the GPUs that it can use. `mmopd.preflight.run` checks the servers of a recipe with the same `Check` class.
 """
 
-import importlib.metadata
 import importlib.util
 import os
 import shutil
@@ -18,6 +17,7 @@ from pathlib import Path
 import psutil
 
 from mmopd import repair
+from mmopd.commands.gpus import gpu_report, version_of
 from mmopd.errors import UserError
 from mmopd.preflight.check import Check, State
 
@@ -56,7 +56,7 @@ def machine_report(folder: Path | None = None) -> list[Check]:
         ports,
         sandbox,
     ]
-    return [check() for check in checks]
+    return [check() for check in checks] + gpu_report()
 
 
 def python() -> Check:
@@ -238,14 +238,6 @@ def sandbox() -> Check:
             "see docs/verifiers.md",
         )
     return Check("sandbox", "ok", "programs are kept apart by namespaces")
-
-
-def version_of(distribution: str) -> str | None:
-    """Return the installed version, from metadata only."""
-    try:
-        return importlib.metadata.version(distribution)
-    except importlib.metadata.PackageNotFoundError:
-        return None
 
 
 def gpu_names() -> list[str]:

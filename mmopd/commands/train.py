@@ -31,6 +31,7 @@ from mmopd.runtime.run_folder import RunFolder, alone_in
 from mmopd.runtime.time_limit import start_limit
 from mmopd.serving import endpoint, repeatable
 from mmopd.serving.endpoint import Endpoint
+from mmopd.serving.placement import check_gpus
 from mmopd.serving.servers import Servers
 from mmopd.teacher.fleet import Standing, warn_of
 
@@ -65,6 +66,8 @@ def launch(
         # Otherwise DeepSpeed, which transformers imports, warns that it found no other accelerator.
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     warn_of(host, console)
+    if recipe.algorithm.objective.trains:
+        check_gpus(recipe, elsewhere=bool(launcher))
     with (
         alone_in(run.root),
         logs.to_file(run.logs / "launcher.log", "launcher"),

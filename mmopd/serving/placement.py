@@ -5,8 +5,9 @@ import json
 import os
 from collections.abc import Collection, Sequence
 
-from mmopd.errors import ServerError
-from mmopd.serving.specs import KV_CACHE_MIB, ServerSpec
+from mmopd.config import Recipe
+from mmopd.errors import ConfigError, ServerError
+from mmopd.serving.specs import KV_CACHE_MIB, ServerSpec, student_specs
 
 SHARED_MIB = 700  # measured: the process that has imported vLLM
 SERVER_MIB = 600  # measured: added by each server under load, without weights and KV cache
@@ -30,16 +31,67 @@ def place(sizes: Sequence[int], gpus: int, sharing: Collection[int] = ()) -> lis
 def assign_gpus(specs: Sequence[ServerSpec]) -> dict[str, str]:
     """Return the GPUs of each server, chosen from those that this process may use.
 
-    Training ranks take GPUs from the first one up. Not run on a GPU.
-    """
-    import torch  # takes seconds, and `mmopd plan` only calls `place`
+    Training ranks take GPUs from the first one up.
 
-    sharing = [i for i, spec in enumerate(specs) if spec.sync == "ipc"]
-    places = place([spec.engine.tensor_parallel for spec in specs], torch.cuda.device_count(), sharing)
+    Raises:
+        ConfigError: a server needs more GPUs than there are.
+    """
+    for spec in specs:
+        if spec.engine.tensor_parallel > count_gpus():
+            raise ConfigError(
+                f"engine.tensor_parallel of server {spec.name!r} is {spec.engine.tensor_parallel}, and this machine "
+                f"has {_gpus(count_gpus())}: lower it, or serve the model on another machine (`mmopd serve`)"
+            )
+    places = _places(specs)
     # These are numbers or UUIDs. CUDA_VISIBLE_DEVICES of a server refers to the GPUs of the machine.
     mine = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
-    names = mine if mine != [""] else [str(i) for i in range(torch.cuda.device_count())]
+    names = mine if mine != [""] else [str(i) for i in range(count_gpus())]
     return {spec.name: ",".join(names[i] for i in gpus) for spec, gpus in zip(specs, places, strict=True)}
+
+
+def check_gpus(recipe: Recipe, *, elsewhere: bool) -> None:
+    """Check that ranks and engines have the GPUs that they need; without any GPU all run on the CPU.
+
+    Args:
+        recipe: the recipe.
+        elsewhere: a launcher starts the ranks, so that they may run on other machines; rank 0 is here.
+
+    Raises:
+        ConfigError: there are too few GPUs.
+    """
+    gpus = count_gpus()
+    if not gpus:
+        return
+    ranks = recipe.train.ranks
+    if ranks > gpus and not elsewhere:
+        raise ConfigError(
+            f"train.ranks is {ranks}, and this machine has {_gpus(gpus)}, one for each rank: set train.ranks={gpus}, "
+            "or start the ranks on several machines with --launcher"
+        )
+    used = [0, *itertools.chain.from_iterable(_places(student_specs(recipe.student)))]
+    if recipe.student.sync == "broadcast" and len(set(used)) < len(used):
+        raise ConfigError(
+            f"student.sync: broadcast needs {len(used)} GPUs, one for rank 0 and {len(used) - 1} for the student's "
+            f"engines, and this machine has {_gpus(gpus)}; NCCL does not share one. Set student.sync=file, "
+            "or ipc for one engine"
+        )
+
+
+def count_gpus() -> int:
+    """Return the number of GPUs that torch can use."""
+    import torch  # takes seconds, and `mmopd plan` only calls `place`
+
+    return torch.cuda.device_count()
+
+
+def _places(specs: Sequence[ServerSpec]) -> list[list[int]]:
+    """Return the GPUs of each server on this machine."""
+    sharing = [i for i, spec in enumerate(specs) if spec.sync == "ipc"]
+    return place([spec.engine.tensor_parallel for spec in specs], count_gpus(), sharing)
+
+
+def _gpus(number: int) -> str:
+    return f"{number} GPU{'s' * (number > 1)}"
 
 
 def check_memory(specs: Sequence[ServerSpec]) -> None:
