@@ -36,6 +36,7 @@ from mmopd.train.batch import Batch, build_batch, minibatches
 from mmopd.train.checkpoint import Checkpoints, load
 from mmopd.train.distributed import Ranks
 from mmopd.train.export import export
+from mmopd.train.image_proof import prove_sight
 from mmopd.train.recompute import recompute
 from mmopd.train.recorder import Recorder
 from mmopd.train.rollouts import Rollouts
@@ -60,7 +61,7 @@ async def train(
 
     Raises:
         ServerError: too many responses lack a score.
-        UserError: too many updates were skipped.
+        UserError: the trainer does not see images, or too many updates were skipped.
         CheckpointError: the checkpoint is of other sources, or cannot be read.
         DataError: the content of a source has changed since the checkpoint.
         EngineError: the student's engine is lost permanently.
@@ -68,11 +69,11 @@ async def train(
     """
     encoder = Encoder(recipe.student.model)
     stream = open_stream(run, recipe, encoder)
-    trainer = Trainer(recipe.student.model, encoder, recipe.train, recipe.algorithm, ranks)
-    trainer.student.register_forward_pre_hook(lambda *_: watchdog.beat())
+    trainer = open_trainer(recipe, encoder, ranks, watchdog)
     checkpoints = Checkpoints(run.checkpoints, recipe.train.keep_checkpoints, recipe.train.keep_best)
     updater = SkippingUpdater(run, trainer)
     done = restore(checkpoints, trainer, stream, updater, changed)
+    prove_sight(trainer.logprobs, list(stream.sources.values()), encoder)
     ahead = recipe.rollout.async_steps > 0
     in_trainer_thread = TrainerThread(ranks, watchdog, ahead=ahead)
     link = connect_engines(run, recipe, ranks)
@@ -176,6 +177,13 @@ def open_rollouts(
         timeout=recipe.train.timeout,
         seed=recipe.seed,
     )
+
+
+def open_trainer(recipe: Recipe, encoder: Encoder, ranks: Ranks, watchdog: Watchdog) -> Trainer:
+    """Return the trainer; each of its forward passes is progress to the watchdog."""
+    trainer = Trainer(recipe.student.model, encoder, recipe.train, recipe.algorithm, ranks)
+    trainer.student.register_forward_pre_hook(lambda *_: watchdog.beat())
+    return trainer
 
 
 def restore(

@@ -8,19 +8,20 @@ from torch import Tensor
 
 from mmopd.modality import Encoder
 from mmopd.prompts.shards import Shards
+from mmopd.records import Prompt
 from mmopd.rollout.student_client import StudentClient
 from mmopd.train.prefix_tree import Item
 
 
 def probe_items(sources: Sequence[Shards], encoder: Encoder) -> list[Item]:
     """Return the right answer to the first prompt of each source, text and images; the same items throughout a run."""
-    end = encoder.tokenizer.eos_token_id
-    items = []
-    for shards in sources:
-        prompt = shards[0]
-        tokens = (*encoder.tokenizer.encode(prompt.answer, add_special_tokens=False), end)
-        items.append(Item.to_score(encoder.encode(prompt), tokens))
-    return items
+    return [to_probe(shards[0], encoder) for shards in sources]
+
+
+def to_probe(prompt: Prompt, encoder: Encoder) -> Item:
+    """Return the right answer to a prompt as an item that only needs log-probs."""
+    answer = encoder.tokenizer.encode(prompt.answer, add_special_tokens=False)
+    return Item.to_score(encoder.encode(prompt), (*answer, encoder.tokenizer.eos_token_id))
 
 
 class ProbeError(Exception):
