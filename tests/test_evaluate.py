@@ -22,6 +22,7 @@ from mmopd.catalog import shipped
 from mmopd.config import Benchmark, Suite
 from mmopd.errors import UserError
 from mmopd.evaluate import BenchmarkScore, evaluate
+from mmopd.evaluate.served import Served
 from mmopd.serving.endpoint import Endpoint
 
 TASKS = shipped() / "eval" / "tasks"
@@ -119,6 +120,8 @@ def test_planted_wrong_answers_lower_the_score_by_just_their_share(
     assert record.versions["lmms-eval"] == "0.7.3"
     assert record.weights == "w0"
     assert record.data
+    asked = ("family", "prompt_variant", "max_pixels", "max_tokens", "temperature", "responses")
+    assert [record.settings[key] for key in asked] == ["unknown", "default", None, 7, 0, 1]
 
 
 def test_images_reach_the_model_and_a_limit_is_kept(measured: tuple[dict[str, BenchmarkScore], Server, Path]) -> None:
@@ -185,7 +188,7 @@ def test_a_valid_record_is_reused_and_a_failed_one_is_not(
     assert len(list((out / "cache").iterdir())) == sum(r.status == "ok" for r in first.values())
 
 
-def test_other_weights_or_other_rows_are_measured_again_and_a_timeout_leaves_nothing_behind(
+def test_other_weights_other_rows_or_other_pixels_are_measured_again_and_a_timeout_leaves_nothing_behind(
     measured: tuple[dict[str, BenchmarkScore], Server, Path], suite: Suite, tmp_path: Path
 ) -> None:
     def slow(question: str, images: list[Image.Image]) -> str:
@@ -196,10 +199,17 @@ def test_other_weights_or_other_rows_are_measured_again_and_a_timeout_leaves_not
     rows = write_rows(tmp_path / "other.parquet", ["What is 1+1?"], ["2"])
     other = Benchmark(column="planted", task=ADDITIONS, metric="accuracy,none", data=rows, max_tokens=7)
     short = suite.model_copy(update={"timeout": 1})
-    for weights, benchmark in (("w1", suite.benchmarks[0]), ("w0", other)):
+    planted = suite.benchmarks[0]
+    for weights, benchmark, served in (
+        ("w1", planted, Served()),
+        ("w0", other, Served()),
+        ("w0", planted, Served("qwen3_vl", 1024, 65536, 1024)),
+    ):
         one = short.model_copy(update={"benchmarks": (benchmark,)})
         with Server(slow) as server:
-            [record] = evaluate(server.endpoint, one, out=tmp_path / "out", weights=weights, cache=out / "cache")
+            [record] = evaluate(
+                server.endpoint, one, out=tmp_path / "out", weights=weights, served=served, cache=out / "cache"
+            )
         assert record.status == "failed"
         assert "not finished after 1 s" in record.reason
     assert all(

@@ -24,6 +24,7 @@ def write_run(folder: Path, *, score: object = 0.5, asked: int = 2, answers: tup
         "results": {"t": {"accuracy,none": score, "accuracy_stderr,none": "N/A"}},
         "n-samples": {"t": {"original": 2, "effective": asked}},
         "versions": {"t": 1},
+        "configs": {"t": {"generation_kwargs": {"max_new_tokens": 7}, "repeats": 1}},
     }
     folder.mkdir(exist_ok=True)
     (folder / "1_results.json").write_text(json.dumps(results), encoding="utf-8")
@@ -39,6 +40,7 @@ ROW = Benchmark(column="c", task="t", metric="accuracy,none")
 def test_a_whole_run_counts_even_with_odd_line_breaks_in_an_answer(tmp_path: Path) -> None:
     measured = validate(write_run(tmp_path, answers=("4\u2028", "5\r")), "t", ROW, rows=2)
     assert (measured.score, measured.stderr, measured.n) == (50.0, None, 2)
+    assert measured.sent == {"max_tokens": 7, "temperature": 0, "responses": 1}
 
 
 @pytest.mark.parametrize(
@@ -166,7 +168,7 @@ def record(model: str, column: str, score: float | None) -> BenchmarkScore:
         n=None if score is None else 400,
         weights="w",
         data="d",
-        settings={},
+        settings={"prompt_variant": "qwen3_vl", "max_pixels": 65536, "max_tokens": 32},
         versions={},
         seconds=1.0,
     )
@@ -206,7 +208,10 @@ def test_a_failed_benchmark_shows_as_failed_and_never_as_a_number(results: Resul
     assert lines[3].endswith("| failed |")
     assert lines[6] == "| *gap closed* | – | 61% | – |"
     assert "text_teacher, Other: failed: 1 of 2 requests failed" in lines
-    assert "text_teacher,teacher,Other,t,m,failed,,,,1.0,w,d,1 of 2 requests failed" in results.csv().splitlines()
+    assert (
+        "text_teacher,teacher,Other,t,m,failed,,,,1.0,w,d,1 of 2 requests failed,,qwen3_vl,,65536,,32,,,,"
+        in results.csv().splitlines()
+    )
 
 
 def test_results_survive_the_way_through_a_file(results: Results, tmp_path: Path) -> None:

@@ -33,7 +33,8 @@ def evaluate_models(suite: Path, models: Sequence[Path], recipe: Recipe, out: Pa
             name = model.resolve().name
             spec = ServerSpec(name, model, recipe.student.engine, updatable=False)
             with serve_in_stage([spec], children, logs, stages) as servers:
-                rows += evaluate_all(resolved, [Candidate(str(model), "base", servers[name], model)], out, stages)
+                candidate = Candidate(str(model), "base", servers[name], model, spec.engine)
+                rows += evaluate_all(resolved, [candidate], out, stages)
     results = Results.of(rows)
     results.write(out)
     print_results(results, console)

@@ -87,7 +87,7 @@ def launch(
             rows = evaluate_all(job.suite, starting_points(job, servers), run.evaluation, stages)
             learn = distil if recipe.algorithm.objective.trains else extrapolate
             learn(job, run, children, servers, stages)
-            rows += evaluate_all(job.suite, [distilled(servers, run)], run.evaluation, stages)
+            rows += evaluate_all(job.suite, [distilled(job, servers, run)], run.evaluation, stages)
         finish(run, rows, stages)
 
 
@@ -174,17 +174,23 @@ def sample_answers(job: Job, servers: Servers, run: RunFolder, stages: Stages) -
 
 def starting_points(job: Job, servers: Mapping[str, Endpoint]) -> list[Candidate]:
     """Return the student before training, and the first replica of each teacher."""
-    unknown = {endpoint.teacher for endpoint in job.elsewhere} | {
-        name for name, t in job.fleet.teachers.items() if t.adapter
-    }
+    student = job.recipe.student
+    elsewhere = {endpoint.teacher for endpoint in job.elsewhere}
     teachers = [
-        Candidate(name, "teacher", servers[f"{name}.0"], None if name in unknown else teacher.model)
+        Candidate(
+            name,
+            "teacher",
+            servers[f"{name}.0"],
+            None if name in elsewhere else teacher.model,
+            teacher.engine,
+            adapter=teacher.adapter is not None,
+        )
         for name, teacher in job.fleet.teachers.items()
     ]
-    return [Candidate("base", "base", servers["student"], job.recipe.student.model), *teachers]
+    return [Candidate("base", "base", servers["student"], student.model, student.engine), *teachers]
 
 
-def distilled(servers: Servers, run: RunFolder) -> Candidate:
+def distilled(job: Job, servers: Servers, run: RunFolder) -> Candidate:
     """Return the student's engine with the trained weights as a candidate.
 
     An engine that was restarted has other weights, which its objection reports.
@@ -200,7 +206,7 @@ def distilled(servers: Servers, run: RunFolder) -> Candidate:
         again = f"`mmopd train --resume {run.root}` measures again"
         return f"the student's engine has died ({servers.log('student')}); {again}" if lost else ""
 
-    return Candidate("distilled", "distilled", student, run.export, objection)
+    return Candidate("distilled", "distilled", student, run.export, job.recipe.student.engine, objection=objection)
 
 
 def finish(run: RunFolder, rows: Sequence[Row], stages: Stages) -> None:

@@ -7,6 +7,8 @@ from pydantic import Field
 
 from mmopd.settings_file import Config, Positive
 
+PromptVariant = Literal["default", "qwen2_5_vl", "qwen3_vl", "qwen3_5"]
+
 
 class Benchmark(Config):
     """One row of a suite, one column of the results table."""
@@ -46,4 +48,10 @@ class Suite(Config):
         1800,
         description="Seconds for one benchmark; one that takes longer has no score. 1,800 suits a few hundred short "
         "answers",
+    )
+    prompt_variant: PromptVariant | None = Field(
+        None,
+        description="Whose prompts the tasks use: their part of this name in `lmms_eval_specific_kwargs`, or `default` "
+        "where they have none. `null` takes the family of each model, and `default` for a model that is served "
+        "elsewhere. Set it for such a model, or to measure all models with the same prompts",
     )

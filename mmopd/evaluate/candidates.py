@@ -7,9 +7,10 @@ from pathlib import Path
 
 from rich.console import Console
 
-from mmopd.config import Benchmark, Suite
+from mmopd.config import Benchmark, Engine, Suite
 from mmopd.errors import UserError
 from mmopd.evaluate.lmms import BenchmarkScore, evaluate
+from mmopd.evaluate.served import Served
 from mmopd.evaluate.table import Kind, Results, Row
 from mmopd.runtime.fingerprint import hash_model
 from mmopd.runtime.progress import Stages
@@ -25,7 +26,9 @@ class Candidate:
     name: str
     kind: Kind
     endpoint: Endpoint
-    model: Path | None  # the folder with exactly its weights; None for a remote model or one with an adapter
+    model: Path | None  # its folder; None if it is served elsewhere
+    engine: Engine  # with which it is served here
+    adapter: bool = False  # it is served with an adapter: the folder does not have all of its weights
     objection: Callable[[], str] = lambda: ""  # returns why a measurement does not count, or ""
 
 
@@ -47,9 +50,16 @@ def evaluate_all(suite: Suite | None, candidates: Sequence[Candidate], out: Path
 
         for candidate in candidates:
             endpoint = dataclasses.replace(candidate.endpoint, name=candidate.name)
-            weights = hash_model(candidate.model) if candidate.model else ""
+            model = candidate.model
             records = evaluate(
-                endpoint, suite, out=out, weights=weights, cache=CACHE, objection=candidate.objection, on_event=show
+                endpoint,
+                suite,
+                out=out,
+                weights=hash_model(model) if model and not candidate.adapter else "",
+                served=Served.of(model, candidate.engine) if model else None,
+                cache=CACHE,
+                objection=candidate.objection,
+                on_event=show,
             )
             rows.append(Row(candidate.name, candidate.kind, tuple(records)))
         reused = sum(record.reused for row in rows for record in row.records)

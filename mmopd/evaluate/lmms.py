@@ -23,6 +23,7 @@ from mmopd import settings_file
 from mmopd.config import Benchmark, Suite
 from mmopd.errors import ConfigError, UserError
 from mmopd.evaluate.calls import Calls
+from mmopd.evaluate.served import Served
 from mmopd.evaluate.tasks import Task, prepare
 from mmopd.evaluate.validate import InvalidRunError, Measured, last_words, validate
 from mmopd.runtime import http
@@ -64,7 +65,7 @@ class BenchmarkScore:
     n: int | None  # questions
     weights: str  # hash of the model's files, or empty
     data: str  # hash of the local data, or empty for the task's own
-    settings: Mapping[str, Any]
+    settings: Mapping[str, Any]  # how it was asked; of a failed benchmark, as far as the suite says it
     versions: Mapping[str, str]
     seconds: float
     reused: bool = False
@@ -112,6 +113,7 @@ def evaluate(
     *,
     out: Path,
     weights: str = "",
+    served: Served | None = None,
     cache: Path | None = None,
     objection: Callable[[], str] = lambda: "",
     on_event: OnEvent = lambda benchmark, record: None,
@@ -122,6 +124,7 @@ def evaluate(
         out: gets a folder per benchmark with the log, lmms-eval's own results and the record; an earlier folder is
             replaced.
         weights: hash of the served model's files (`hash_model`), part of the key under which a record is reused.
+        served: what is known of the model; its family decides the prompts, unless the suite does.
         cache: folder where valid records are kept and found again; only used with `weights`.
         objection: called after each measurement; returns a reason why it does not count, or "".
         on_event: called from two threads.
@@ -136,6 +139,7 @@ def evaluate(
     """
     versions = _versions()
     _check_name(endpoint.model)
+    known = served or Served()
     jobs = []
     for benchmark in suite.benchmarks:
         folder = out / _slug(endpoint.name) / _slug(benchmark.column)
@@ -145,9 +149,10 @@ def evaluate(
                 endpoint,
                 suite,
                 benchmark,
-                prepare(benchmark, folder / "task"),
+                prepare(benchmark, folder / "task", suite.prompt_variant or known.variant),
                 folder,
                 weights,
+                known,
                 versions,
                 cache,
                 objection,
@@ -175,6 +180,7 @@ class _Job:
     task: Task
     folder: Path
     weights: str
+    served: Served
     versions: Mapping[str, str]
     cache: Path | None
     objection: Callable[[], str]
@@ -219,7 +225,7 @@ class _Job:
             n=measured.n if measured else None,
             weights=self.weights,
             data=self.task.data,
-            settings=self._settings(),
+            settings={**self._settings(), **(measured.sent if measured else {})},
             versions={**self.versions, **(measured.versions if measured else {})},
             seconds=round(time.monotonic() - begin, 2),
         )
@@ -263,11 +269,17 @@ class _Job:
         return {
             "OPENAI_API_KEY": self.endpoint.api_key or "none",
             "OPENAI_API_BASE": url if url.endswith("/v1") else f"{url}/v1",
+            "LMMS_IMAGE_ENCODE_FORMAT": "PNG",  # images reach the server with their own size and pixels
             **http.environment(url, self.endpoint.proxy),
         }
 
     def _settings(self) -> dict[str, Any]:
-        return {k: getattr(self.benchmark, k) for k in ("metric", "scale", "max_tokens", "reasoning_tags", "limit")}
+        wanted = ("metric", "scale", "max_tokens", "reasoning_tags", "limit")
+        return {
+            **{key: getattr(self.benchmark, key) for key in wanted},
+            **dataclasses.asdict(self.served),
+            "prompt_variant": self.task.variant,
+        }
 
     def _key(self) -> str:
         parts = [self.weights, self.task.name, self.task.code, self.task.data, self._settings(), self.versions]

@@ -18,6 +18,11 @@ Kind = Literal["base", "teacher", "distilled"]
 NO_GAP = 1.0  # points; with a smaller lead of the best teacher there is no gap to close
 GAP_CLOSED = "gap closed"
 NONE = "–"
+# Settings of a record that decide which other numbers its score can be compared with, as columns of the CSV.
+ASKED = (
+    *("family", "prompt_variant", "min_pixels", "max_pixels", "pixels_per_token"),
+    *("max_tokens", "temperature", "responses", "limit", "reasoning_tags"),
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,9 +127,11 @@ class Results:
         file = io.StringIO()
         fields = ("column", "task", "metric", "status", "score", "stderr", "n", "seconds", "weights", "data", "reason")
         writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(["model", "kind", *fields])
+        writer.writerow(["model", "kind", *fields, *ASKED])
         for row in self.rows:
-            writer.writerows([row.name, row.kind, *(getattr(r, f) for f in fields)] for r in row.records)
+            for r in row.records:
+                asked = (r.settings.get(key) for key in ASKED)
+                writer.writerow([row.name, row.kind, *(getattr(r, f) for f in fields), *asked])
         return file.getvalue()
 
     def _best(self, kind: Kind, column: str) -> float | None:

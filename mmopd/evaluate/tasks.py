@@ -1,5 +1,6 @@
-"""Task files of lmms-eval: where they are, what they consist of, and how they are pointed at local data."""
+"""Task files of lmms-eval: where they are, what they consist of, and how they get local data and a family's prompts."""
 
+import functools
 import importlib.util
 import re
 from dataclasses import dataclass
@@ -11,9 +12,14 @@ import yaml
 
 import mmopd
 from mmopd.config import Benchmark
+from mmopd.config.suite import PromptVariant
 from mmopd.errors import ConfigError, DataError, UserError
 from mmopd.runtime.fingerprint import hash_files
 from mmopd.settings_file import text_of
+
+# Parts of a task file with a setting for each of several models, and one called `default`.
+BY_MODEL = ("lmms_eval_specific_kwargs", "model_specific_target_kwargs", "model_specific_generation_kwargs")
+NAME = re.compile(r"^task:[ \t]*[\"']?([^\s\"'#\[]+)", re.MULTILINE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,6 +31,7 @@ class Task:
     rows: int | None  # rows of the local data, if each of them is asked
     code: str  # hash of the task's files; empty for a built-in task, which changes only with lmms-eval
     data: str  # hash of the local data, or empty
+    variant: PromptVariant  # whose prompts it has
 
 
 class _Loader(yaml.SafeLoader):
@@ -34,22 +41,31 @@ class _Loader(yaml.SafeLoader):
 _Loader.add_constructor("!function", lambda loader, node: str(node.value))
 
 
-def prepare(benchmark: Benchmark, folder: Path) -> Task:
+def prepare(benchmark: Benchmark, folder: Path, variant: PromptVariant = "default") -> Task:
     """Write what lmms-eval needs to find the task of a benchmark into `folder`, which is created.
 
-    A task with local data, or one that is not built in, becomes a file that includes the original by its absolute path.
-    It gets another name, since lmms-eval prefers a built-in task to another task of the same name.
+    A task with local data, one that has the variant, or one that is not built in, becomes a file that includes the
+    original by its absolute path. It gets another name, since lmms-eval prefers a built-in task to another task of the
+    same name. The variant becomes its `default`: lmms-eval itself chooses by the name of its client, `openai`.
+
+    Args:
+        benchmark: the row of a suite.
+        folder: where the file is written.
+        variant: whose prompts are wanted; a task that has none of them keeps its `default`.
 
     Raises:
         ConfigError: the task does not exist.
         DataError: its data is missing or not a parquet file.
     """
     own = benchmark.task.endswith((".yaml", ".yml"))
-    if not own and benchmark.data is None:
-        return Task(benchmark.task, None, None, "", "")
     source = Path(benchmark.task).absolute() if own else builtin(benchmark.task)
     settings = read_task(source)
-    generated: dict[str, Any] = {"include": str(source), "task": f"mmopd_{settings.get('task', source.stem)}"}
+    chosen = {part: {"default": of[variant]} for part in BY_MODEL if variant in (of := settings.get(part) or {})}
+    used: PromptVariant = variant if chosen else "default"
+    if not own and benchmark.data is None and used == "default":
+        return Task(benchmark.task, None, None, "", "", used)
+    name = f"mmopd_{settings.get('task', source.stem)}"
+    generated: dict[str, Any] = {"include": str(source), "task": name, **chosen}
     rows = None
     if benchmark.data is not None:
         split = settings.get("test_split") or settings.get("validation_split") or "test"
@@ -62,7 +78,7 @@ def prepare(benchmark: Benchmark, folder: Path) -> Task:
     folder.mkdir(parents=True)
     (folder / "task.yaml").write_text(yaml.safe_dump(generated, sort_keys=False), encoding="utf-8")
     code = hash_files(_sources(source)) if own else ""
-    return Task(generated["task"], folder, rows, code, hash_files([benchmark.data]) if benchmark.data else "")
+    return Task(name, folder, rows, code, hash_files([benchmark.data]) if benchmark.data else "", used)
 
 
 def read_task(path: Path) -> dict[str, Any]:
@@ -93,25 +109,25 @@ def builtin(name: str) -> Path:
         UserError: lmms-eval is not installed.
         ConfigError: it ships no such task.
     """
+    found = _builtins().get(name)
+    if found is None:
+        raise ConfigError(
+            f"lmms-eval has no task {name!r}; `python -m lmms_eval tasks list` lists them (a group of tasks is none); "
+            "name your own task by its .yaml file"
+        )
+    return found
+
+
+@functools.cache
+def _builtins() -> dict[str, Path]:
+    """Return the files of all tasks that lmms-eval ships, by name; reads two thousand files once."""
     spec = importlib.util.find_spec("lmms_eval")
     if spec is None or not spec.submodule_search_locations:
         raise UserError("lmms-eval is not installed; `pip install 'mmopd[eval]'` installs it")
     here = Path(spec.submodule_search_locations[0]) / "tasks"
-    line = re.compile(rf"^task:\s*[\"']?{re.escape(name)}[\"']?\s*(#.*)?$", re.MULTILINE)
-    found = next(
-        (
-            path
-            for path in sorted(here.rglob("*.yaml"))
-            if line.search(path.read_text(encoding="utf-8", errors="replace"))
-        ),
-        None,
-    )
-    if found is None:
-        raise ConfigError(
-            f"lmms-eval has no task {name!r}; `python -m lmms_eval tasks list` lists them; name your own task by "
-            "its .yaml file"
-        )
-    return found
+    files = sorted(here.rglob("*.yaml"), reverse=True)  # of two with the same name, the first is kept
+    texts = ((path, path.read_text(encoding="utf-8", errors="replace")) for path in files)
+    return {found[1]: path for path, text in texts if (found := NAME.search(text))}
 
 
 def count_rows(data: Path) -> int:

@@ -21,12 +21,16 @@ class InvalidRunError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """Result of a valid run: score and standard error on 0-100, over n questions."""
+    """Result of a valid run: score and standard error on 0-100, over n questions.
+
+    `sent` has what was sent with each question: max_tokens, temperature, and how many responses were wanted.
+    """
 
     score: float
     stderr: float | None
     n: int
     versions: dict[str, str]
+    sent: dict[str, Any]
 
 
 def validate(output: Path, task: str, benchmark: Benchmark, rows: int | None) -> Measured:
@@ -56,6 +60,7 @@ def validate(output: Path, task: str, benchmark: Benchmark, rows: int | None) ->
         stderr=round(stderr * to_percent, 6) if _is_number(stderr) else None,
         n=n,
         versions={"task": str(results.get("versions", {}).get(task, ""))},
+        sent=_sent(results["configs"][task]),
     )
 
 
@@ -63,6 +68,16 @@ def last_words(log: Path) -> str:
     """Return the last line of a log that is not empty, to be used in a reason."""
     lines = [ANSI.sub("", line).strip() for line in log.read_text(encoding="utf-8", errors="replace").splitlines()]
     return next((line[:300] for line in reversed(lines) if line), "nothing was logged")
+
+
+def _sent(task: dict[str, Any]) -> dict[str, Any]:
+    """Return what lmms-eval's client `openai` sends for a task, with its defaults where the task says nothing."""
+    settings = {"max_new_tokens": 1024, "temperature": 0, **(task.get("generation_kwargs") or {})}
+    return {
+        "max_tokens": settings["max_new_tokens"],
+        "temperature": settings["temperature"],
+        "responses": task.get("repeats", 1),
+    }
 
 
 def _number(results: dict[str, Any], task: str, metric: str) -> float:
