@@ -223,7 +223,7 @@ async def overlap(work: Work, student: Endpoint, teacher: Endpoint, encoder: Enc
         scoring = await score_all(Work(work.encoded, responses), teacher, encoder)
         async with Scorer(FLEET, {}, {"t": [teacher]}, encoder) as scorer:
             began = time.perf_counter()
-            samples = await collect(
+            samples, _ = await collect(
                 share,
                 rollout=recipe.rollout,
                 seed=recipe.seed,

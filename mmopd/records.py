@@ -106,6 +106,7 @@ class Absent:
     teacher: str
     cause: str  # a short, countable word: timeout, status, ids, non_finite, connection, malformed, view
     detail: str = ""
+    of_prompt: bool = False  # the teacher answers, and refuses this prompt; or its view cannot show the prompt
 
 
 @dataclass(frozen=True, slots=True)

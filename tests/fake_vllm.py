@@ -16,7 +16,7 @@ from typing import Any, Self
 
 from mmopd.modality import Encoder, PixelPolicy
 from mmopd.modality.encode import expand
-from mmopd.modality.pixels import open_image
+from mmopd.modality.pixels import open_image, to_rgb
 from mmopd.records import Grid
 from mmopd.serving.endpoint import Endpoint
 
@@ -59,6 +59,7 @@ class FakeVLLM:
         encoder: expands placeholders as the real server would.
         faults: maps the number of a request to the name of its fault, or None.
         delay: seconds before a reply.
+        limit: tokens of its context; it refuses longer requests, and images that do not decode.
         pause: seconds that an overloaded server asks the client to wait.
     """
 
@@ -70,8 +71,10 @@ class FakeVLLM:
         key: str = "k",
         delay: float = 0.0,
         pause: int = 1,
+        limit: int = 2048,
     ) -> None:
         self.encoder, self.faults, self.key, self.delay, self.pause = encoder, faults, key, delay, pause
+        self.limit = limit
         self.requests: list[dict[str, Any]] = []
         self.in_flight = self.most_in_flight = 0
         self.port = 0
@@ -139,7 +142,7 @@ class FakeVLLM:
             return 401, b'{"error":"Unauthorized"}'
         if line == "GET /v1/models HTTP/1.1":
             return 200, json.dumps(
-                {"object": "list", "data": [{"id": "tiny", "object": "model", "max_model_len": 2048}]}
+                {"object": "list", "data": [{"id": "tiny", "object": "model", "max_model_len": self.limit}]}
             ).encode()
         if line == "POST /detokenize HTTP/1.1":
             return 200, json.dumps({"prompt": self.encoder.tokenizer.decode(request["tokens"])}).encode()
@@ -152,7 +155,15 @@ class FakeVLLM:
         if fault == "garbage":
             return 200, b"<html>gateway</html>"
         images = [base64.b64decode(part["url"].partition(",")[2]) for part in request.get("content_parts", ())]
+        try:
+            for image in images:
+                to_rgb(open_image(image))
+        except OSError as error:
+            return 400, _error(f"Failed to load image: {error}", "BadRequestError", 400)
         ids = self._expand(request["token_ids"], images)
+        if len(ids) >= self.limit:
+            message = f"The decoder prompt (length {len(ids)}) is longer than the maximum model length of {self.limit}."
+            return 400, _error(message, "BadRequestError", 400)
         images = [] if fault == "blind" else images
         reply = _empty(headers.get("x-request-id", "?"), ids)
         settings = request["sampling_params"]

@@ -69,7 +69,7 @@ def step(encoder, prompts, *, student, group=4, max_tokens=SHORT + 1, visual=Non
         ):
             began = time.monotonic()
             share = list(enumerate(prompts))
-            samples = await collect(
+            samples, _ = await collect(
                 share,
                 rollout=recipe.rollout,
                 seed=recipe.seed,

@@ -2,7 +2,7 @@
 
 import asyncio
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import pytest
@@ -10,6 +10,7 @@ from fake_vllm import FakeVLLM
 
 from mmopd.config import Recipe
 from mmopd.modality import Encoder
+from mmopd.prompts.rows import RowError
 from mmopd.records import Encoded, Prompt, Sample
 from mmopd.rollout.collect import version_of
 from mmopd.rollout.student_client import EngineError
@@ -55,6 +56,10 @@ class Stubborn(Restarted):
         return await super().publish("of-somebody-else")
 
 
+def no_others(asked: Mapping[int, Encoded], refused: Mapping[int, RowError]) -> dict[int, Encoded]:
+    pytest.fail(f"refused: {refused}")
+
+
 async def roll(
     folder: Path, encoder: Encoder, prompts: Sequence[Encoded], kind: type[Restarted], *, ahead: int
 ) -> tuple[list[Sample], Restarted, FakeVLLM]:
@@ -75,7 +80,7 @@ async def roll(
                 if ahead:
                     assert (await rolling.end(ranks)).failed
                     await publisher.publish(version_of(STEP))
-                samples, _ = await rollouts.finish(rolling, publisher)
+                _, samples, _ = await rollouts.finish(rolling, publisher, no_others)
                 return samples, publisher, engine
     finally:
         distributed.stop()

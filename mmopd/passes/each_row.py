@@ -9,12 +9,14 @@ from typing import Any
 from mmopd.errors import ServerError
 from mmopd.modality import Encoder
 from mmopd.prompts.ledger import Ledger
+from mmopd.prompts.prompt_plan import MAX_BAD
 from mmopd.prompts.rows import RowError
 from mmopd.prompts.shards import Shards
 from mmopd.records import Encoded
-from mmopd.rollout.student_client import EngineError
+from mmopd.rollout.student_client import EngineError, PromptRefusedError
 from mmopd.runtime.progress import Stage
 from mmopd.serving.servers import Servers
+from mmopd.teacher.view import ViewError
 
 Find = Callable[[Encoded], Awaitable[Sequence[Any]]]
 
@@ -31,29 +33,55 @@ async def each_row(
 ) -> int:
     """Store the result of `find` for every row that is not in its ledger yet; return how many rows could not be read.
 
+    A row that the engine refuses, or that cannot be shown to its teacher, counts as unreadable if another one works.
+
     Args:
         nothing: stored for a row that cannot be read.
         at_once: rows processed in parallel.
+
+    Raises:
+        PromptRefusedError, ViewError: no row works, or MAX_BAD consecutive ones do not.
     """
     unreadable = 0
+    works = any(len(ledger) for ledger in ledgers.values())
+    refused: list[tuple[str, int, Exception]] = []  # since a row worked
     todo: Iterator[tuple[str, int]] = (
         (name, row) for name, shards in sources.items() for row in range(len(shards)) if row not in ledgers[name]
     )
 
-    async def next_one_by_one() -> None:
+    def bad(name: str, row: int, error: Exception) -> None:
         nonlocal unreadable
+        unreadable += 1
+        stage.note(f"{name}/{row} cannot be read: {error}")
+        ledgers[name].add(row, *nothing)
+
+    def store_refused() -> None:
+        for one in refused:
+            bad(*one)
+        refused.clear()
+
+    async def next_one_by_one() -> None:
+        nonlocal works
         for name, row in todo:  # the iterator is shared: a row is read when a task is free for it
             try:
                 encoded = encoder.encode(sources[name][row])
             except (RowError, ValueError) as error:  # a bad row is skipped; an unreadable source ends the pass
-                unreadable += 1
-                stage.note(f"{name}/{row} cannot be read: {error}")
-                ledgers[name].add(row, *nothing)
+                bad(name, row, error)
             else:
-                ledgers[name].add(row, *await find(encoded))
+                try:
+                    ledgers[name].add(row, *await find(encoded))
+                    works = True
+                    store_refused()
+                except (PromptRefusedError, ViewError) as error:
+                    refused.append((name, row, error))
+                    if len(refused) >= MAX_BAD:
+                        raise
             stage.advance()
 
     await asyncio.gather(*(next_one_by_one() for _ in range(at_once)))
+    if len(refused) > 1 and not works:
+        raise refused[0][2]
+    store_refused()
     return unreadable
 
 

@@ -14,7 +14,7 @@ from mmopd.config import Fleet, Teacher, View
 from mmopd.errors import ConfigError, DataError, UserError
 from mmopd.modality import Encoder, Medium
 from mmopd.modality.pixels import draw
-from mmopd.modality.registry import MEDIA, shown_items
+from mmopd.modality.registry import MEDIA, check_items, shown_items
 from mmopd.prompts.shards import Shards
 from mmopd.records import Encoded, Prompt
 from mmopd.task.base import Task
@@ -66,14 +66,17 @@ def look(sources: Mapping[str, Sequence[Prompt]], encoder: Encoder) -> list[Kind
             try:
                 prompt = shards[row]
                 size = _size(prompt, encoder)
+                key = (prompt.task, prompt.modality)
+                show = row in typical or key not in kinds or not kinds[key].shown
+                if show:
+                    check_items(prompt)
             except BAD_ROW:
                 unreadable += 1
                 continue
-            key = (prompt.task, prompt.modality)
             kind = kinds.setdefault(key, Kind(*key))
             heap = here.setdefault(key, [])
             kind.rows += 1
-            if row in typical or not kind.shown:
+            if show:
                 kind.shown.append(prompt)
             heapq.heappush(heap, (size, -row, prompt))
             if len(heap) > LONGEST:
@@ -278,6 +281,8 @@ def _find_longest(asked: Questions, encoder: Encoder, routed: Sequence[tuple[Kin
         for prompt in kind.longest:
             try:
                 shown = _through(encoder, prompt, view)
+                if asked.longest is None or len(shown.expanded) > len(asked.longest.expanded):
+                    check_items(prompt)
             except BAD_ROW as error:
                 asked.unusable[prompt.key] = str(error)
                 continue

@@ -129,6 +129,23 @@ class PromptPlan:
                 stream.bad = 0
                 return value
 
+    def replace(self, source: str, why: RowError, read: Callable[[str, int], T]) -> T:
+        """Return `read(source, row)` of the next row in place of one that was drawn, and broke when it was used.
+
+        Raises:
+            DataError: as `read` does, or MAX_BAD consecutive rows of the source broke (or all its rows).
+        """
+        stream = self._streams[source]
+        self.replaced[source, why.cause] += 1
+        stream.broken += 1
+        if stream.broken >= min(MAX_BAD, stream.count):
+            raise DataError(f"source {source!r}: {stream.broken} consecutive rows cannot be used; the last one: {why}")
+        return self._usable(source, read)
+
+    def worked(self, source: str) -> None:
+        """Report that a row of a source could be used to the end."""
+        self._streams[source].broken = 0
+
     def epochs(self) -> dict[str, float]:
         """Return how many epochs of each source have been drawn."""
         return {name: stream.epochs() for name, stream in self._streams.items()}
@@ -213,7 +230,8 @@ class _Stream:
         self._seed = seed
         self._fingerprint = rows.fingerprint
         self.count = rows.count
-        self.bad = 0  # consecutive rows that could not be used
+        self.bad = 0  # consecutive rows that could not be read
+        self.broken = 0  # consecutive rows that could be read, and broke when they were used
         self._weights = None if rows.weights is None else _fixed_point(name, rows.count, rows.weights)
         self._epoch = 0
         self._position = 0

@@ -7,18 +7,32 @@ a group are requested together: for them a request costs more than waiting for t
 import asyncio
 import hashlib
 from collections.abc import Coroutine, Sequence
+from dataclasses import dataclass
 from itertools import chain
 from typing import Any, Protocol, TypeVar
 
 from mmopd.algorithm.settings import Visual
 from mmopd.config import Rollout
+from mmopd.errors import ServerError
+from mmopd.modality.registry import check_items
+from mmopd.prompts.rows import RowError
 from mmopd.records import Absent, Encoded, Response, Sample, Score
-from mmopd.rollout.student_client import EngineError, StudentClient
+from mmopd.rollout.student_client import EngineError, PromptRefusedError, StudentClient
 from mmopd.task.verifier_pool import VerifierPool
 
 UNNAMED = (("", 0),)  # versions of a response whose server does not name them
 SHORT = 256  # tokens; up to this limit a group is one request
 T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class Refusal:
+    """A prompt that broke when it was used."""
+
+    group: int
+    row: RowError  # why its row cannot be used
+    # What is wrong if no prompt can be used: the engine or a teacher; None if only the row can be wrong.
+    server: EngineError | ServerError | None = None
 
 
 class ResponseScorer(Protocol):
@@ -56,8 +70,11 @@ async def collect(
     visual: Visual | None = None,
     scorer: ResponseScorer | None = None,
     reference: ResponseScorer | None = None,
-) -> list[Sample]:
+) -> tuple[list[Sample], list[Refusal]]:
     """Return G samples of each prompt of this rank's share, (group number over all ranks, prompt), in its order.
+
+    A prompt without samples is among the refusals: its images do not decode, the engine refuses it, or its teachers
+    refuse all of its responses.
 
     Args:
         seed: of the run.
@@ -83,7 +100,7 @@ async def collect(
         task.add_done_callback(running.discard)
         return task
 
-    async def one_group(number: int, encoded: Encoded) -> list[Sample]:
+    async def one_group(number: int, encoded: Encoded) -> list[Sample] | Refusal:
         first_seed = seed_of(seed, step, encoded.prompt.key)
         engine = engines[number % len(engines)]
 
@@ -95,9 +112,15 @@ async def collect(
                 )
             return [spawn(assess(number, encoded, first + i, response)) for i, response in enumerate(responses)]
 
-        async with gate:
-            assessed = await asyncio.gather(*(spawn(some(first)) for first in range(0, G, at_once)))
-        return await asyncio.gather(*chain.from_iterable(assessed))
+        try:
+            async with gate:
+                if undecodable := await find_undecodable(number, encoded):
+                    return undecodable
+                assessed = await asyncio.gather(*(spawn(some(first)) for first in range(0, G, at_once)))
+        except PromptRefusedError as error:
+            return Refusal(number, RowError("refused by the engine", str(error)), error)
+        samples = await asyncio.gather(*chain.from_iterable(assessed))
+        return _refused_by_teachers(number, encoded, samples) or samples
 
     async def assess(number: int, encoded: Encoded, i: int, response: Response) -> Sample:
         prompt = encoded.prompt
@@ -118,7 +141,29 @@ async def collect(
         for task in running:
             task.cancel()
         await asyncio.gather(*running, return_exceptions=True)
-    return [sample for group in groups for sample in group]
+    refused = [group for group in groups if isinstance(group, Refusal)]
+    return [sample for group in groups if not isinstance(group, Refusal) for sample in group], refused
+
+
+async def find_undecodable(number: int, encoded: Encoded) -> Refusal | None:
+    """Return a refusal if an item of a prompt does not decode to the size that its grid was counted from."""
+    if not encoded.prompt.is_visual:
+        return None
+    try:
+        await asyncio.to_thread(check_items, encoded.prompt)
+    except ValueError as error:
+        return Refusal(number, RowError("undecodable", str(error)))
+    return None
+
+
+def _refused_by_teachers(number: int, encoded: Encoded, samples: Sequence[Sample]) -> Refusal | None:
+    """Return a refusal if teachers refuse each response to a prompt; long responses alone may be refused too."""
+    absent = [s.score for s in samples if isinstance(s.score, Absent) and s.score.of_prompt]
+    if len(absent) < len(samples):
+        return None
+    first = absent[0]
+    why = f"teacher {first.teacher} refuses prompt {encoded.prompt.key}: {first.cause}: {first.detail}"
+    return Refusal(number, RowError(f"refused by {first.teacher}", why), ServerError(why))
 
 
 def _draw(*parts: object) -> float:

@@ -25,6 +25,10 @@ class EngineError(Exception):
     """The student's engine does not answer, or gives an unexpected answer."""
 
 
+class PromptRefusedError(EngineError):
+    """The engine answers, and refuses one prompt or reads it in another way."""
+
+
 class StudentClient:
     """One vLLM server that holds the student's weights. An async context manager, bound to one event loop.
 
@@ -90,7 +94,8 @@ class StudentClient:
             seed: response i is drawn with `seed + i`, so seeds of different prompts should be far apart.
 
         Raises:
-            EngineError: the engine is lost, refuses, or gives an unexpected answer.
+            PromptRefusedError: the engine does not take this prompt.
+            EngineError: the engine is lost, or gives an unexpected answer.
         """
         sampling = wire.Sampling(n, seed, temperature, top_p, top_k, max_tokens, self.banned)
 
@@ -129,4 +134,5 @@ class StudentClient:
                 f"; with {medium.items} it needs student.engine.{medium.limit}={n}" for medium, n in needed.items() if n
             )
             failed = f"engine {self._endpoint.name} could not {what} prompt {encoded.prompt.key}: {fault}"
-            raise EngineError(f"the student's {failed}; see its log{hint}") from fault
+            kind = PromptRefusedError if fault.of_prompt else EngineError
+            raise kind(f"the student's {failed}; see its log{hint}") from fault

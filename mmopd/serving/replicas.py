@@ -34,6 +34,9 @@ from mmopd.runtime.http import session
 from mmopd.serving.endpoint import Endpoint
 from mmopd.serving.wire import PATH, REQUEST_ID, ReplyError
 
+REFUSED = frozenset(  # statuses of a server that works, and does not take this prompt
+    {HTTPStatus.BAD_REQUEST, HTTPStatus.REQUEST_ENTITY_TOO_LARGE, HTTPStatus.UNPROCESSABLE_ENTITY}
+)
 TRIES = 4  # attempts of a request to which replicas answer with an error
 BREAK_AFTER = 5  # consecutive failures that open a replica's circuit
 COOLDOWN = (0.5, 30.0)  # seconds for which the circuit stays open: first time, maximum
@@ -205,11 +208,13 @@ class ReplicaPool:
         except ReplyError as fault:
             self._counts[f"failed/{fault.cause}"] += 1
             now = time.monotonic()
+            refused = fault.of_prompt and fault.cause == "status"
             # A single replica is not penalised for what may be the fault of the request.
-            if fault.transient or len(self.replicas) > 1:
+            if not refused and (fault.transient or len(self.replicas) > 1):
                 replica.failed(now, fault.pause)
-            self._silent_since = min(self._silent_since, now)
-            self._last_failure = (now, fault)
+            if not refused:
+                self._silent_since = min(self._silent_since, now)
+                self._last_failure = (now, fault)
             raise
         except asyncio.CancelledError:
             self._counts["cancelled"] += 1
@@ -246,7 +251,8 @@ class ReplicaPool:
         if status != HTTPStatus.OK:
             away = status == HTTPStatus.TOO_MANY_REQUESTS or status >= HTTPStatus.INTERNAL_SERVER_ERROR
             detail = f"{name}: {status}: {reply[:300].decode(errors='replace')}"
-            raise ReplyError("status", detail, transient=away, pause=float(pause) if pause.isdecimal() else 0.0)
+            seconds = float(pause) if pause.isdecimal() else 0.0
+            raise ReplyError("status", detail, transient=away, pause=seconds, of_prompt=status in REFUSED)
         return reply
 
     async def _lease(self, call: "_Call") -> Replica:

@@ -33,14 +33,18 @@ class ReplyError(Exception):
         detail: message for a person; contains no key.
         transient: true if the same replica may succeed a little later.
         pause: seconds for which the server asks to get no requests.
+        of_prompt: true if the server answers, and refuses this prompt or reads it in another way.
     """
 
-    def __init__(self, cause: str, detail: str, *, transient: bool = False, pause: float = 0.0) -> None:
+    def __init__(
+        self, cause: str, detail: str, *, transient: bool = False, pause: float = 0.0, of_prompt: bool = False
+    ) -> None:
         super().__init__(f"{cause}: {detail}")
         self.cause = cause
         self.detail = detail
         self.transient = transient
         self.pause = pause
+        self.of_prompt = of_prompt
 
 
 @dataclass(frozen=True, slots=True)
@@ -218,7 +222,9 @@ def _check_ids(reply: _Reply, request_id: str, expected: list[int]) -> None:
             (i for i, (a, b) in enumerate(zip(got, expected, strict=False)) if a != b), min(len(got), len(expected))
         )
         raise ReplyError(
-            "ids", f"the server saw {len(got)} prompt tokens, expected {len(expected)}; the first difference is at {at}"
+            "ids",
+            f"the server saw {len(got)} prompt tokens, expected {len(expected)}; the first difference is at {at}",
+            of_prompt=True,
         )
 
 

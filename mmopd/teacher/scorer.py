@@ -157,7 +157,7 @@ class Scorer:
         try:
             shown = await self._show(encoded, blinded(teacher.view) if blind else teacher.view)
         except ViewError as fault:
-            return Absent(teacher.name, "view", str(fault))
+            return Absent(teacher.name, "view", str(fault), of_prompt=True)
         others = (files for items in shown.prompt.others.values() for files in items)
         images = _digest([*shown.prompt.images, *map(_digest, others)])
         key = _digest([teacher.name.encode(), images, array("q", shown.ids).tobytes(), array("q", tokens).tobytes()])
@@ -197,7 +197,7 @@ class Scorer:
         try:
             scored = await self._pools[teacher].call(build, parse, affinity=images if shown.prompt.is_visual else b"")
         except wire.ReplyError as fault:
-            return Absent(teacher, fault.cause, fault.detail)
+            return Absent(teacher, fault.cause, fault.detail, fault.of_prompt)
         return scored if scored.top is None else self._within_head(scored, scored.top)
 
     def _within_head(self, scored: wire.Scored, top: Sequence[Mapping[int, float]]) -> wire.Scored:

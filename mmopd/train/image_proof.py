@@ -13,7 +13,7 @@ from torch import Tensor
 
 from mmopd.errors import UserError
 from mmopd.modality import Encoder
-from mmopd.modality.registry import MEDIA
+from mmopd.modality.registry import MEDIA, check_items
 from mmopd.prompts.rows import RowError
 from mmopd.prompts.shards import Shards
 from mmopd.records import Prompt
@@ -65,6 +65,7 @@ def _showing(medium: str, sources: Sequence[Shards]) -> Iterator[Prompt]:
     for shards in sources:
         if any(modality != "text" for _, modality in shards.kinds):
             for row in range(len(shards)):
-                with suppress(RowError):  # it is replaced when it is drawn
+                with suppress(RowError, ValueError):  # it is replaced when it is drawn
                     if (prompt := shards[row]).items(medium):
+                        check_items(prompt)
                         yield prompt

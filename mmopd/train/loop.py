@@ -94,9 +94,9 @@ async def train(
                 last = step + 1 == recipe.train.steps
                 rolling = next_rollout or rollouts.begin(step, stream.draw(step))
                 with clock("rollout"):
-                    samples, seconds = await rollouts.finish(rolling, weight_publisher)
+                    prompts, samples, seconds = await rollouts.finish(rolling, weight_publisher, stream.replace)
                     weight_publisher.sleep_engine()
-                    stream.observe(rolling.prompts, samples)
+                    stream.observe(prompts, samples)
                 outcomes_since_checkpoint += [sample.outcome for sample in samples]
                 stream.check_same(ranks)
                 check_absent(samples, recipe.train.max_absent, step)
@@ -104,14 +104,14 @@ async def train(
                 next_rollout = rollouts.begin(step + 1, stream.draw(step + 1)) if ahead and not last else None
                 with clock("update"):
                     batch, updates, more = await in_trainer_thread(
-                        learn, recipe, trainer, updater, samples, rolling.prompts, step=step
+                        learn, recipe, trainer, updater, samples, prompts, step=step
                     )
                 with clock("sync"):
                     gap = await weight_publisher.publish(version_of(step + 1))
                 cost = scoring(rollouts.spent())
                 if recorder is not None:
                     more |= {"probe": gap, "rollout_seconds": seconds} | clock.metrics() | cost | stream.metrics()
-                    recorder.step(step, rolling.prompts, samples, batch, updates=updates, more=more)
+                    recorder.step(step, prompts, samples, batch, updates=updates, more=more)
                 stopping = any(ranks.all_max([limit.is_over(*clock.step) or stop.is_set() or run.stop.exists()]))
                 clock = Clock(watchdog)  # checkpoint time is reported with the next step
                 if (step + 1) % recipe.train.checkpoint_every == 0 or last or stopping:

@@ -3,7 +3,7 @@
 import asyncio
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from itertools import chain
@@ -14,9 +14,10 @@ from mmopd.algorithm.settings import Algorithm
 from mmopd.config import Fleet, Rollout
 from mmopd.modality import Encoder
 from mmopd.passes.answers import Library
+from mmopd.prompts.rows import RowError
 from mmopd.prompts.shards import Shards
 from mmopd.records import Encoded, Sample
-from mmopd.rollout.collect import collect, version_of
+from mmopd.rollout.collect import Refusal, collect, find_undecodable, version_of
 from mmopd.rollout.student_client import EngineError, StudentClient
 from mmopd.runtime.run_folder import RunFolder
 from mmopd.serving import endpoint
@@ -30,6 +31,7 @@ from mmopd.train.distributed import Ranks
 from mmopd.train.weight_publisher import WeightPublisher
 
 LOOK_EVERY = 1.0  # seconds
+Replace = Callable[[Mapping[int, Encoded], Mapping[int, RowError]], Mapping[int, Encoded]]
 
 
 class Rollouts:
@@ -103,12 +105,48 @@ class Rollouts:
 
     def begin(self, step: int, prompts: Sequence[Encoded]) -> "Rolling":
         """Start the rollouts of a step: this rank's share of its groups."""
-        share = list(enumerate(prompts))[self._ranks.rank :: self._ranks.size]
+        return self._begin(step, dict(enumerate(prompts)))
+
+    async def finish(self, rolling: "Rolling", weight_publisher: WeightPublisher, replace: Replace) -> "Rolled":
+        """Return prompts and samples of a step, the same on all ranks. Collective.
+
+        A prompt that cannot be used is replaced by the next one of its source.
+
+        Args:
+            replace: returns other prompts, by group, for those that cannot be used; see `Stream.replace`.
+
+        Raises:
+            EngineError: an engine is lost permanently, does not answer as expected, or refuses every prompt.
+            ServerError: teachers refuse every prompt.
+            DataError: too many consecutive rows of a source cannot be used.
+        """
+        prompts = dict(rolling.prompts)
+        samples: list[Sample] = []
+        refused: list[Refusal] = []
+        seconds = 0.0
+        while True:
+            parts = await self._end(rolling, weight_publisher)
+            samples += chain.from_iterable(part.samples for part in parts)
+            seconds += max(part.seconds for part in parts)
+            now = {refusal.group: refusal for part in parts for refusal in part.refused}
+            refused += now.values()
+            if not samples:
+                check_alive(refused)
+            if not now:
+                break
+            others = replace(rolling.prompts, {group: refusal.row for group, refusal in now.items()})
+            prompts |= others
+            rolling = self._begin(rolling.step, others)
+        in_order = [prompts[group] for group in sorted(prompts)]
+        return Rolled(in_order, sorted(samples, key=lambda sample: sample.group), seconds)
+
+    def _begin(self, step: int, prompts: Mapping[int, Encoded]) -> "Rolling":
+        share = list(prompts.items())[self._ranks.rank :: self._ranks.size]
         self._rolling = Rolling(step, prompts, asyncio.create_task(self._roll(step, share)))
         return self._rolling
 
-    async def finish(self, rolling: "Rolling", weight_publisher: WeightPublisher) -> tuple[list[Sample], float]:
-        """Return the samples in order of their groups, the same on all ranks, and the seconds they took. Collective.
+    async def _end(self, rolling: "Rolling", weight_publisher: WeightPublisher) -> "list[Part]":
+        """Return what each rank rolled out. Collective.
 
         If an engine was lost, it gets its weights again, and the step is rolled out once more with the same seeds.
         Rollouts that ran ahead of a weight sync may have used an engine that was replaced since: they are repeated once
@@ -125,10 +163,8 @@ class Rollouts:
                 await weight_publisher.wait_for_engine(version, ended.error)
                 await weight_publisher.publish(version, everything=True)
             excused = False
-            rolling = self.begin(rolling.step, rolling.prompts)
-        parts = self._ranks.gather_objects(rolling.task.result())
-        samples = sorted(chain.from_iterable(samples for samples, _ in parts), key=lambda sample: sample.group)
-        return samples, max(seconds for _, seconds in parts)
+            rolling = self._begin(rolling.step, rolling.prompts)
+        return self._ranks.gather_objects(rolling.task.result())
 
     def spent(self) -> Counter[str]:
         """Return what the scorers of all ranks have counted since the last call. Collective."""
@@ -137,13 +173,15 @@ class Rollouts:
         self._counted = now
         return sum(self._ranks.gather_objects(since), Counter[str]())
 
-    async def _roll(self, step: int, share: Sequence[tuple[int, Encoded]]) -> tuple[list[Sample], float]:
-        """Return the samples, and the seconds they took."""
+    async def _roll(self, step: int, share: Sequence[tuple[int, Encoded]]) -> "Part":
         begin = time.perf_counter()
         if self._library is not None:
-            samples = [sample for number, encoded in share for sample in self._library.samples(number, encoded, step)]
+            found = [await find_undecodable(number, encoded) for number, encoded in share]
+            refused = [refusal for refusal in found if refusal is not None]
+            usable = [one for one, refusal in zip(share, found, strict=True) if refusal is None]
+            samples = [sample for number, encoded in usable for sample in self._library.samples(number, encoded, step)]
         else:
-            samples = await collect(
+            samples, refused = await collect(
                 share,
                 rollout=self._rollout,
                 seed=self._seed,
@@ -153,7 +191,34 @@ class Rollouts:
                 verifiers=self._verifiers,
                 **self._scorers,
             )
-        return samples, time.perf_counter() - begin
+        return Part(samples, refused, time.perf_counter() - begin)
+
+
+def check_alive(refused: Sequence[Refusal]) -> None:
+    """Raise if an engine or a teacher has refused two prompts or more of a step; call it while no prompt was usable.
+
+    Raises:
+        EngineError, ServerError: what it said about the first prompt.
+    """
+    servers = [refusal.server for refusal in refused if refusal.server is not None]
+    if len(servers) > 1:
+        raise servers[0]
+
+
+class Part(NamedTuple):
+    """What one rank rolled out."""
+
+    samples: list[Sample]
+    refused: list[Refusal]
+    seconds: float
+
+
+class Rolled(NamedTuple):
+    """A step that was rolled out."""
+
+    prompts: list[Encoded]  # by group
+    samples: list[Sample]  # in the order of their groups
+    seconds: float
 
 
 class End(NamedTuple):
@@ -168,8 +233,8 @@ class Rolling:
     """The rollouts of a step, in progress."""
 
     step: int
-    prompts: Sequence[Encoded]  # by group
-    task: asyncio.Task[tuple[list[Sample], float]]
+    prompts: Mapping[int, Encoded]  # by group
+    task: asyncio.Task[Part]
 
     async def end(self, ranks: Ranks) -> "End":
         """Wait until they have ended on all ranks, or an engine has failed on one. Collective.

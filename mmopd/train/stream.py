@@ -9,6 +9,7 @@ from mmopd.errors import DataError
 from mmopd.modality import Encoder
 from mmopd.prompts.difficulty_counts import Measured
 from mmopd.prompts.prompt_plan import PromptPlan, Rows
+from mmopd.prompts.rows import RowError
 from mmopd.prompts.schedule import Schedule
 from mmopd.prompts.shards import Shards
 from mmopd.records import Encoded, Sample
@@ -50,7 +51,25 @@ class Stream:
     def draw(self, step: int) -> list[Encoded]:
         """Return the prompts of a step, by group; call it once for each step, in order."""
         self._plan.reweight(self._schedule.weights(step))
-        return self._plan.read(self._prompts, lambda name, row: self._encoder.encode(self.sources[name][row]))
+        return self._plan.read(self._prompts, self._read)
+
+    def replace(self, asked: Mapping[int, Encoded], refused: Mapping[int, RowError]) -> dict[int, Encoded]:
+        """Return the next prompt of the same source for each prompt that cannot be used; they are counted.
+
+        Args:
+            asked: prompts by group, with those that cannot be used.
+            refused: why, by group; the same on every rank.
+
+        Raises:
+            DataError: too many consecutive rows of a source cannot be used; names it and the last cause.
+        """
+        source_of = {group: encoded.prompt.key.rpartition("/")[0] for group, encoded in asked.items()}
+        for source in {source for group, source in source_of.items() if group not in refused}:
+            self._plan.worked(source)
+        return {group: self._plan.replace(source_of[group], why, self._read) for group, why in sorted(refused.items())}
+
+    def _read(self, name: str, row: int) -> Encoded:
+        return self._encoder.encode(self.sources[name][row])
 
     def observe(self, prompts: Sequence[Encoded], samples: Sequence[Sample]) -> None:
         """Report the outcomes of a step, for weights that adapt to them."""

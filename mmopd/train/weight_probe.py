@@ -6,7 +6,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from mmopd.errors import DataError
 from mmopd.modality import Encoder
+from mmopd.modality.registry import check_items
+from mmopd.prompts.prompt_plan import MAX_BAD
+from mmopd.prompts.rows import RowError
 from mmopd.prompts.shards import Shards
 from mmopd.records import Prompt
 from mmopd.rollout.student_client import StudentClient
@@ -14,14 +18,31 @@ from mmopd.train.prefix_tree import Item
 
 
 def probe_items(sources: Sequence[Shards], encoder: Encoder) -> list[Item]:
-    """Return the right answer to the first prompt of each source, text and images; the same items throughout a run."""
-    return [to_probe(shards[0], encoder) for shards in sources]
+    """Return the right answer to the first usable prompt of each source; the same items throughout a run.
+
+    Raises:
+        DataError: none of the first prompts of a source can be used; names the source and the last cause.
+    """
+    return [_first_usable(shards, encoder) for shards in sources]
 
 
 def to_probe(prompt: Prompt, encoder: Encoder) -> Item:
     """Return the right answer to a prompt as an item that only needs log-probs."""
     answer = encoder.tokenizer.encode(prompt.answer, add_special_tokens=False)
     return Item.to_score(encoder.encode(prompt), (*answer, encoder.tokenizer.eos_token_id))
+
+
+def _first_usable(shards: Shards, encoder: Encoder) -> Item:
+    tried = min(MAX_BAD, len(shards))
+    last: Exception | None = None
+    for row in range(tried):
+        try:
+            prompt = shards[row]
+            check_items(prompt)
+            return to_probe(prompt, encoder)
+        except (RowError, ValueError) as error:
+            last = error
+    raise DataError(f"source {shards.name!r}: none of its first {tried} rows can be used; the last one: {last}")
 
 
 class ProbeError(Exception):
