@@ -35,6 +35,7 @@ FAMILIES = (KERNELS, "demo", "demo bf16", "adapter", "qwen3_vl_moe", "qwen2_5_vl
 KERNEL_SHAPES = [(64, 192), (128, 128), (128, 1024), (384, 128), (1536, 64), (512, 512)]  # K, N
 ROWS = [*range(1, 34), 40, 48, 63, 64, 65, 96, 127, 128, 129, 200, 255]
 TOKENS = 12  # sampled for each item
+ADAPTED = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 Answers = list[tuple[Any, ...]]  # of each item
 
@@ -174,7 +175,8 @@ class Asked:
             from vllm.lora.request import LoRARequest
 
             self._lora = LoRARequest("words", 1, str(make_adapter(model, folder / "adapter")))
-            more = {"enable_lora": True, "max_lora_rank": 8}
+            # With all modules, vLLM adapts the output layer, too, and then fails at the second request in a pass.
+            more = {"enable_lora": True, "max_lora_rank": 8, "lora_target_modules": list(ADAPTED)}
         for architecture in json.loads((model / "config.json").read_text(encoding="utf-8"))[
             "architectures"
         ]:  # else vLLM inspects it in another process
@@ -286,7 +288,7 @@ def make_adapter(model: Path, folder: Path) -> Path:
     from transformers import Qwen3VLForConditionalGeneration
 
     torch.manual_seed(0)
-    target = r".*language_model.*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
+    target = rf".*language_model.*\.({'|'.join(ADAPTED)})"
     base = Qwen3VLForConditionalGeneration.from_pretrained(model, dtype=torch.float32)
     get_peft_model(
         base, LoraConfig(r=4, lora_alpha=16, target_modules=target, init_lora_weights=False)
