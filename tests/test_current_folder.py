@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from test_locales import ASCII
 from waiting import wait_for, wait_for_exit
 
 import mmopd
@@ -154,22 +155,26 @@ def test_every_python_process_is_started_by_the_one_function() -> None:
                 assert 'get_context("fork")' in line
 
 
-def test_a_whole_run_imports_nothing_from_its_folder_and_asks_no_proxy(
+def test_a_whole_run_imports_nothing_from_its_folder_asks_no_proxy_and_needs_no_utf_8_of_the_locale(
     server: None, workspace: Path, tmp_path: Path
 ) -> None:
     folder = tmp_path / "workspace"
     shutil.copytree(workspace, folder, ignore=shutil.ignore_patterns("runs", "commands"))
     set_traps(folder)
-    env = os.environ | dict.fromkeys(SPELLINGS, "http://127.0.0.1:9") | {"NO_PROXY": "", "no_proxy": ""}
+    recipe = (folder / "recipes" / "small.yaml").read_text(encoding="utf-8")
+    (folder / "recipes" / "übung.yaml").write_text(f"# für Übungen …\n{recipe}", encoding="utf-8")
+    env = os.environ | dict.fromkeys(SPELLINGS, "http://127.0.0.1:9") | {"NO_PROXY": "", "no_proxy": ""} | ASCII
     settings = ["train.steps=1", "rollout.prompts=6", "rollout.group=4", "algorithm.difficulty.attempts=2"]
 
     def start(name: str, *command: str) -> "subprocess.Popen[bytes]":
         with (folder / f"{name}.log").open("wb") as log:
             return subprocess.Popen([SCRIPT, *command], cwd=folder, env=env, stdout=log, stderr=log)
 
-    train = start("train", "train", "recipes/small.yaml", *settings, "--run", "runs/one")
+    train = start("train", "train", "recipes/übung.yaml", *settings, "--run", "runs/one")
     (status,) = wait_for_exit([train], [folder])
-    assert status == 0, (folder / "train.log").read_text(encoding="utf-8")
+    assert status == 0, (folder / "train.log").read_text(encoding="utf-8", errors="replace")
+    logs = [path.read_bytes() for path in (folder / "runs" / "one" / "logs").glob("*.log")]
+    assert not any(b"UnicodeEncodeError" in text or b"UnicodeDecodeError" in text for text in logs)
     for name in ("student", "text_teacher.0"):
         assert SAYS_READY in (folder / "runs" / "one" / "logs" / f"{name}.log").read_bytes()
     serve = start("serve", "serve", "teachers/demo.yaml")

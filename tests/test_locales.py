@@ -12,7 +12,6 @@ from pathlib import Path
 
 import pytest
 from rich.console import Console
-from waiting import wait_for_exit
 
 import mmopd
 from mmopd import catalog
@@ -103,22 +102,6 @@ def test_a_run_folder_that_the_locale_cannot_express_is_an_error_before_anything
     assert done.returncode == UserError.exit_status
     assert b"set LC_ALL=C.UTF-8, or PYTHONUTF8=1" in done.stderr
     assert not Path("läufe").exists()
-
-
-def test_a_whole_run_works_in_a_locale_without_utf_8(server: None, workspace: Path) -> None:
-    recipe = (workspace / "recipes" / "small.yaml").read_text(encoding="utf-8")
-    (workspace / "recipes" / "übung.yaml").write_text(f"# für Übungen …\n{recipe}", encoding="utf-8")
-    settings = ["train.steps=1", "rollout.prompts=6", "rollout.group=4", "algorithm.difficulty.attempts=2"]
-    arguments = ["train", "recipes/übung.yaml", *settings, "--run", "runs/ascii"]
-    with (workspace / "ascii.log").open("wb") as log:
-        train = subprocess.Popen(
-            command("-m", "mmopd", *arguments), cwd=workspace, env=os.environ | ASCII, stdout=log, stderr=log
-        )
-    (status,) = wait_for_exit([train], [workspace])
-    said = (workspace / "ascii.log").read_bytes()
-    assert status == 0, said.decode(errors="replace")
-    logs = [path.read_bytes() for path in (workspace / "runs" / "ascii" / "logs").glob("*.log")]
-    assert not any(b"UnicodeEncodeError" in text or b"UnicodeDecodeError" in text for text in logs)
 
 
 def test_files_are_the_same_in_any_locale(here: Path) -> None:
