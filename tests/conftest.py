@@ -15,11 +15,14 @@ from rich.console import Console
 from mmopd import catalog
 from mmopd.demo.world import build_student
 from mmopd.modality import Encoder
+from mmopd.runtime.http import SPELLINGS
 from mmopd.runtime.progress import Stages
 from mmopd.serving import supervisor
 
 # Set before any test starts a process: servers, ranks and the tests themselves share the machine's few cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+for name in SPELLINGS:  # the tests' own requests are all for 127.0.0.1
+    os.environ.pop(name, None)
 torch.set_num_threads(1)
 # In the background or under nohup these signals are ignored, and every process that a test starts would inherit that.
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
