@@ -109,8 +109,9 @@ def run_answers(
         total = sum(map(len, sources.values()))
         done = sum(map(len, answers.values()))
         stage.total(total, done=done)
+        foreign = 0
         if done < total:
-            asyncio.run(
+            foreign = asyncio.run(
                 _ask(
                     sources,
                     answers,
@@ -132,6 +133,8 @@ def run_answers(
         empty = sum(not one[row] for name, one in answers.items() for row in range(len(sources[name])))
     asked = total * attempts_of(algorithm.objective)
     stage.outcome = f"{sum(right.values()):,} right answers of {asked:,}, {empty:,} prompts without one"
+    if foreign:
+        stage.outcome += f"; {foreign:,} right answers left out: they have tokens that the student lacks"
 
 
 async def _ask(
@@ -145,7 +148,9 @@ async def _ask(
     rollout: Rollout,
     algorithm: Algorithm,
     timeout: float,
-) -> None:
+) -> int:
+    """Return the number of right answers that are left out, since they have tokens that the student lacks."""
+    foreign = 0
     encoder = Encoder(student.model)
     ours = frozenset(encoder.tokenizer.get_vocab().values())  # a teacher may have more tokens
     n = attempts_of(algorithm.objective)
@@ -158,6 +163,7 @@ async def _ask(
         verifiers = stack.enter_context(VerifierPool())
 
         async def right_of(encoded: Encoded) -> list[Any]:
+            nonlocal foreign
             prompt = encoded.prompt
             draw = Random(seed_of("answers", encoded.prompt.key))
             routed = find_teachers(fleet, tasks, prompt.task, prompt.modality)
@@ -180,16 +186,18 @@ async def _ask(
                 outcomes = await asyncio.gather(
                     *(verifiers.verify(prompt.task, r.text, prompt.answer) for r in responses)
                 )
-                kept += [
-                    [teacher.name, teacher.weight, r.tokens, [round(x, 6) for x in r.logprobs]]
-                    for r, outcome in zip(responses, outcomes, strict=True)
-                    if outcome.known
-                    and outcome.value >= algorithm.outcome_threshold
-                    and all(token in ours for token in r.tokens)
+                right = [
+                    response
+                    for response, outcome in zip(responses, outcomes, strict=True)
+                    if outcome.known and outcome.value >= algorithm.outcome_threshold
                 ]
+                usable = [response for response in right if ours.issuperset(response.tokens)]
+                foreign += len(right) - len(usable)
+                kept += [[teacher.name, teacher.weight, r.tokens, [round(x, 6) for x in r.logprobs]] for r in usable]
             return kept
 
         await each_row(sources, answers, encoder, right_of, (), at_once=rollout.concurrency, stage=stage)
+    return foreign
 
 
 class Library:
