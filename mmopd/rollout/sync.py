@@ -31,7 +31,7 @@ from mmopd.serving.endpoint import Endpoint
 
 BUCKET_BYTES = 256 << 20
 TIMEOUT = 300.0  # seconds for a step of the protocol
-LOOK = 30.0  # seconds to read the version
+LOOK = 300.0  # seconds to read the version; a server that is gone refuses at once
 FRESH = "default"  # vLLM's name for the weights of the folder that it was started with
 T = TypeVar("T")
 

@@ -24,7 +24,7 @@ COUNTS = {
     "absent": "failed",
     "unknown": "unknown",
 }
-DYING = 5.0  # seconds in which a rank that is ending must be gone
+DYING = 30.0  # seconds in which a rank that is ending must be gone, on a busy machine too
 NCCL_SAYS = b"Watchdog caught collective operation timeout"
 
 

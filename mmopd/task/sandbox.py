@@ -23,7 +23,7 @@ from mmopd.errors import UserError
 from mmopd.task import jail
 
 KERNEL = (5, 14)  # the first that counts processes separately in each user namespace
-START = 60.0  # seconds for the process to confine itself
+START = 600.0  # seconds for the process to confine itself; one that ends is noticed at once
 GRACE = 10.0  # seconds for its answer, beyond the program's time
 WAY_OUT = (
     "Model-written programs run in Linux namespaces, and this machine does not allow them. Allow user namespaces "

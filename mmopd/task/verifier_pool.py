@@ -24,7 +24,7 @@ from mmopd.settings_file import suggest
 from mmopd.task.base import Task
 from mmopd.task.load import load_tasks
 
-START = 120.0  # seconds for a worker to load the tasks
+START = 1800.0  # seconds for a worker to load the tasks; a worker that ends is noticed at once
 
 
 class VerifierPool:
