@@ -8,8 +8,8 @@ r"""Any JSONL, JSON or Parquet file, a folder of them, a data set of the hub, or
 
 The settings name the columns; `a.b` is `b` inside of `a`. A folder without tables but with images has the columns
 `file_name`, `name` (of the file) and `label` (the folder that it is in). Images stand where `<image>` occurs in a
-question, or else before it. An answer that is a list or an object becomes JSON, as verifiers of several right answers
-take it.
+question, or else before it. An answer that is a list, of texts or of numbers, becomes the JSON of several right
+answers; an object becomes its JSON.
 """
 
 import json
@@ -40,11 +40,12 @@ def examples(settings: Settings) -> Iterable[Any]:
 
 def convert(example: dict[str, Any], settings: Settings, task: Task) -> Prompt:
     value = columns.column(example, settings.answer)
-    answer = (
-        json.dumps(value, ensure_ascii=False)
-        if isinstance(value, list | dict)
-        else columns.text(example, settings.answer)
-    )
+    if isinstance(value, list):
+        answer = columns.answers(example, settings.answer)
+    elif isinstance(value, dict):
+        answer = json.dumps(value, ensure_ascii=False)
+    else:
+        answer = columns.text(example, settings.answer)
     files = columns.images(example, settings.images, settings) if settings.images else []
     key = columns.text(example, settings.number) if settings.number else ""
     extra = {name: columns.text(example, name) for name in settings.extra}

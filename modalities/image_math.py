@@ -1,4 +1,4 @@
-"""Mathematics with figures, with an answer that math-verify can compare (MMK12, WeMath and the like)."""
+"""Mathematics with figures, with an answer that can be compared as mathematics (MMK12, WeMath and the like)."""
 
 from mmopd.task import Task, verify
 from mmopd.task.base import user_turn

@@ -1,4 +1,4 @@
-"""Mathematics in words, with an answer that math-verify can compare (DeepMath-103K and the like)."""
+"""Mathematics in words, with an answer that can be compared as mathematics (DeepMath-103K and the like)."""
 
 from mmopd.task import Task, verify
 from mmopd.task.base import user_turn

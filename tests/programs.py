@@ -25,6 +25,18 @@ HONEST = {
     "bytes": "import os\nn = int(open(0, 'rb').read())\nos.write(1, str(n * n).encode())",
     "own stdout": "import sys, io\nn = int(sys.stdin.buffer.read())\n"
     "sys.stdout = io.TextIOWrapper(open(1, 'wb', closefd=False))\nprint(n * n)",
+    "fast output": "import os, sys\nfrom io import BytesIO, IOBase\n"
+    "class Out(IOBase):\n    def __init__(self):\n        self.bytes = BytesIO()\n"
+    "    def write(self, text):\n        self.bytes.write(text.encode())\n"
+    "    def flush(self):\n        os.write(1, self.bytes.getvalue())\n        self.bytes = BytesIO()\n"
+    "sys.stdout = Out()\nn = int(input())\nprint(n * n)",
+    "asyncio": "import asyncio\nasync def main():\n    n = int(input())\n"
+    "    print(await asyncio.to_thread(lambda: n * n))\nasyncio.run(main())",
+    "devices": "n = int(open('/dev/stdin').read())\nopen('/dev/stdout', 'w').write(str(n * n))",
+    "judges' names": "def f(n: Optional[int]) -> List[int]:\n    return [pow(n, 2)]\nprint(*f(int(stdin.readline())))",
+    "own file": "import os\nprint(os.path.basename(__file__) and int(input()) ** 2)",
+    "many digits": "n = int(input())\nassert len(str(10 ** 5000)) == 5001\nprint(n * n)",
+    "recursion": "def f(n, k):\n    return n * n if k == 0 else f(n, k - 1)\nprint(f(int(input()), 20000))",
     "left open": "out = open(1, 'w')\nn = int(input())\nout.write(str(n * n))",
     "exit": "n = int(input())\nprint(n * n)\nexit()",
     "at exit": "import atexit\nn = int(input())\natexit.register(print, n * n)",

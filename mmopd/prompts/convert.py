@@ -1,8 +1,10 @@
 """Helpers for the converters of `data/`: read public data in place, take columns by name, keep images encoded."""
 
 import json
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from decimal import Decimal
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -105,9 +107,16 @@ def text(example: Mapping[str, Any], name: str) -> str:
         RowError: the column is missing or empty.
     """
     value = column(example, name)
-    if isinstance(value, Mapping | list) or not (stripped := str(value).strip()):
+    if isinstance(value, Mapping | list) or not (stripped := written(value)):
         raise RowError(f"no {name}", f"the column {name!r} has {value!r}; it must have text")
     return stripped
+
+
+def written(value: object) -> str:
+    """Return a value of a table as text: NaN, which stands for a missing value, is empty, and 1e-07 is 0.0000001."""
+    if isinstance(value, float):
+        return "" if math.isnan(value) else format(Decimal(repr(value)), "f")
+    return str(value).strip()
 
 
 def answers(example: Mapping[str, Any], name: str) -> str:
@@ -117,7 +126,7 @@ def answers(example: Mapping[str, Any], name: str) -> str:
         RowError: the column has no answer.
     """
     value = column(example, name)
-    given = [str(one).strip() for one in (value if isinstance(value, list | tuple) else [value]) if one is not None]
+    given = [written(one) for one in (value if isinstance(value, list | tuple) else [value]) if one is not None]
     if not (known := [one for one in given if one]):
         raise RowError(f"no {name}", f"the column {name!r} has {value!r}; it must have an answer")
     return json.dumps(list(dict.fromkeys(known)), ensure_ascii=False)

@@ -23,6 +23,7 @@ from mmopd.records import Prompt
 from mmopd.runtime.python import fork_server
 from mmopd.task import Task
 from mmopd.task.base import unverified
+from mmopd.task.keys import fault
 from mmopd.task.load import load_tasks
 
 CHUNK = 16  # examples that a worker gets at a time
@@ -141,3 +142,5 @@ def _fits(prompt: Prompt, task: Task) -> None:
         raise RowError("wrong task", f"a row of task {made}, but the source has task {wanted}")
     if task.verify is not unverified and isinstance(prompt.answer, str) and not prompt.answer.strip():
         raise RowError("no answer", "its answer is empty")
+    if isinstance(prompt.answer, str) and (bad := fault(task, prompt.answer)):
+        raise RowError(*bad)

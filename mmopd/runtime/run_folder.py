@@ -23,6 +23,7 @@ PACKAGES = [
     "liger-kernel",
     "lmms-eval",
     "math-verify",
+    "mpmath",
     "webdataset",
     "qwen-vl-utils",
     "numpy",

@@ -9,30 +9,31 @@ function and what the function (or `Solution().add`) must return:
 
 The arguments of a function may also be text with one JSON value per line, with JSON text as its output (LiveCodeBench),
 and an output may be a list that holds only the value (APPS). A text may be given as a list of its lines.
+
+`mmopd.task.outputs` compares. Decimal fractions may differ as in PRIME, from which Eurus-2-RL-Data comes; with
+`"exact": true` in the key they may not, as in LiveCodeBench.
 """
 
 import functools
 import json
-import math
 import re
+import textwrap
 import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from mmopd.records import UNKNOWN, Outcome
-from mmopd.task.base import Verify
-from mmopd.task.verify import RIGHT, without_thoughts
+from mmopd.task import outputs as compare
+from mmopd.task.response import without_thoughts
+from mmopd.task.verify import RIGHT
 
 if TYPE_CHECKING:  # tasks are also loaded by commands that run no program
     from mmopd.task.sandbox import Limits, Run, Sandbox
 
 TOTAL = 45.0  # seconds for all tests of a program
 TIMEOUT = 60.0  # seconds, for a task's `timeout`: longer than TOTAL, so that the sandbox decides before the pool
-TOLERANCE = 1e-6
-FENCE = re.compile(r"[ \t]*```[ \t]*([^\s`]*)[^`]*")
+FENCE = re.compile(r"[ \t]*(?:(?:[-*+]|\d+[.)])[ \t]+)*(`{3,}|~{3,})[ \t]*([^\s`]*)[^`]*")
 PYTHON = frozenset({"python", "python3", "py", "py3"})
-DECIMAL = re.compile(r"[+-]?(?:\d+\.\d*|\.\d+|\d+(?=[eE]))(?:[eE][+-]?\d+)?")
-NUMBER = re.compile(r"[+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?")
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,46 +43,64 @@ class Tests:
     function: str | None
     inputs: list[Any]
     outputs: list[Any]
+    exact: bool  # decimal fractions may not differ
 
 
-def verifier(limits: "Limits | None" = None, *, namespaces: bool = True) -> Verify:
+@dataclass(frozen=True)
+class Programs:
+    """The verifier that `verifier` returns."""
+
+    limits: "Limits | None"
+    namespaces: bool
+
+    def __call__(self, response: str, answer: str) -> Outcome:
+        """Judge the last Python block of a response by the tests of the key."""
+        try:
+            tests = read_key(answer)
+        except (ValueError, RecursionError) as error:
+            return Outcome(UNKNOWN, f"the answer key has no tests: {error}")
+        source = program(response)
+        if source is None:
+            return Outcome(0.0, "no program")
+        return _judge(source, tests, _sandbox(self.limits, self.namespaces))
+
+
+def verifier(limits: "Limits | None" = None, *, namespaces: bool = True) -> Programs:
     """Return a task's `verify`: the last Python block of the response must pass every test.
 
     Args:
         limits: limits of each test; those of `Limits()` by default.
         namespaces: see `Sandbox`; False is the weaker mode, for a machine without namespaces.
     """
-
-    def verify(response: str, answer: str) -> Outcome:
-        try:
-            tests = read_key(answer)
-        except ValueError as error:
-            return Outcome(UNKNOWN, f"the answer key has no tests: {error}")
-        source = program(response)
-        if source is None:
-            return Outcome(0.0, "no program")
-        return _judge(source, tests, _sandbox(limits, namespaces))
-
-    return verify
+    return Programs(limits, namespaces)
 
 
 def program(response: str) -> str | None:
-    """Return the last fenced block marked as Python, or else the last block without a mark; None if there is none."""
+    """Return the last fenced block marked as Python, or else the last block without a mark; None if there is none.
+
+    A block may be indented, in an item of a list, and fenced by more than three backticks, or by tildes.
+    """
     blocks: list[tuple[str, str]] = []
-    mark = None  # mark of the open block; None outside of blocks
+    opened = mark = ""  # fence and mark of the open block; no fence outside of blocks
     body = list[str]()
     for line in without_thoughts(response).split("\n"):
-        fence = FENCE.fullmatch(line)
-        if fence is None:
+        fence = FENCE.fullmatch(line.rstrip("\r"))
+        if fence is None or not fence[1].startswith(opened):
             body.append(line)
-        elif mark is None or fence[1]:
-            mark = fence[1].lower()
+        elif not opened or fence[2]:
+            opened, mark = fence[1], fence[2].lower().strip("{.}")
             body = []
         else:
-            blocks.append((mark, "\n".join(body)))
-            mark = None
+            blocks.append((mark, _dedented(body)))
+            opened = ""
     python = [text for marked, text in blocks if marked in PYTHON] or [text for marked, text in blocks if not marked]
     return python[-1] if python else None
+
+
+def _dedented(lines: list[str]) -> str:
+    text = "\n".join(lines)
+    first = next((line for line in lines if line.strip()), "")
+    return textwrap.dedent(text) if first[:1].isspace() else text
 
 
 def read_key(answer: str) -> Tests:
@@ -90,7 +109,7 @@ def read_key(answer: str) -> Tests:
     Raises:
         ValueError: the key has another form, or no test can tell a right program from one that does nothing.
     """
-    key = json.loads(answer)
+    key = compare.read_json(answer)
     if not isinstance(key, dict):
         raise ValueError("it must be an object with inputs and outputs")
     inputs = key.get("inputs")
@@ -103,37 +122,15 @@ def read_key(answer: str) -> Tests:
         outputs = [_text(one) for one in outputs]
         if not any(output.strip() for output in outputs):
             raise ValueError("no test expects an output")
+    elif not isinstance(function, str) or not function.isidentifier():
+        raise ValueError(f"fn_name is {function!r}, which is no name of a function")
     else:
         pairs = [_call(given, expected) for given, expected in zip(inputs, outputs, strict=True)]
         inputs = [given for given, _ in pairs]
         outputs = [expected for _, expected in pairs]
-        if not isinstance(function, str) or all(expected in (None, [None]) for expected in outputs):
+        if all(expected in (None, [None]) for expected in outputs):
             raise ValueError("no test expects a value")
-    return Tests(function, inputs, outputs)
-
-
-def same_output(said: str, expected: str) -> bool:
-    """Compare two outputs line by line and word by word.
-
-    Empty lines and blanks do not count, and decimal fractions may differ by 1e-6.
-    """
-    lines = [[line.split() for line in text.splitlines() if line.strip()] for text in (said, expected)]
-    return len(lines[0]) == len(lines[1]) and all(
-        len(ours) == len(theirs) and all(map(_same_word, ours, theirs)) for ours, theirs in zip(*lines, strict=True)
-    )
-
-
-def same_value(said: Any, expected: Any) -> bool:
-    """Compare two JSON values; fractions may differ by 1e-6, and true is not 1."""
-    if isinstance(said, bool) or isinstance(expected, bool):
-        return said is expected
-    if isinstance(said, float) or isinstance(expected, float):
-        return isinstance(said, int | float) and isinstance(expected, int | float) and _near(said, expected)
-    if isinstance(said, list) and isinstance(expected, list):
-        return len(said) == len(expected) and all(map(same_value, said, expected))
-    if isinstance(said, dict) and isinstance(expected, dict):
-        return said.keys() == expected.keys() and all(same_value(said[key], expected[key]) for key in said)
-    return type(said) is type(expected) and bool(said == expected)
+    return Tests(function, inputs, outputs, key.get("exact") is True)
 
 
 @functools.cache
@@ -149,10 +146,10 @@ def _judge(source: str, tests: Tests, sandbox: "Sandbox") -> Outcome:
     for number, (given, expected) in enumerate(zip(tests.inputs, tests.outputs, strict=True), start=1):
         if tests.function is None:
             run = sandbox.run(source, given)
-            passed = same_output(run.output.decode(errors="replace"), expected)
+            passed = compare.same_output(run.output.decode(errors="replace"), expected, exact=tests.exact)
         else:
             run = sandbox.run(source, function=tests.function, arguments=given)
-            passed = _returned(run, expected)
+            passed = _returned(run, expected, tests.exact)
         why = (
             run.failure
             or ("" if passed else "another output")
@@ -163,14 +160,14 @@ def _judge(source: str, tests: Tests, sandbox: "Sandbox") -> Outcome:
     return RIGHT
 
 
-def _returned(run: "Run", expected: Any) -> bool:
+def _returned(run: "Run", expected: Any, exact: bool) -> bool:
     try:
-        said = json.loads(run.result)
+        said = compare.read_json(run.result)
     except (ValueError, RecursionError):
         return False
     if isinstance(expected, Wrapped):
-        return same_value(said, expected.value) or same_value(said, [expected.value])
-    return same_value(said, expected)
+        return any(compare.same_value(said, right, exact=exact) for right in (expected.value, [expected.value]))
+    return compare.same_value(said, expected, exact=exact)
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,25 +179,20 @@ class Wrapped:
 
 def _call(given: Any, expected: Any) -> tuple[list[Any], Any]:
     if isinstance(given, str):
-        return [json.loads(line) for line in given.splitlines() if line.strip()], json.loads(expected)
+        return [json.loads(line) for line in given.splitlines() if line.strip()], compare.read_json(expected)
     if not isinstance(given, list):
         raise ValueError(f"the arguments {str(given)[:100]} are not a list")
     return given, Wrapped(expected[0]) if isinstance(expected, list) and len(expected) == 1 else expected
 
 
 def _text(value: Any) -> str:
-    if isinstance(value, list) and all(isinstance(line, str) for line in value):
-        return "\n".join(value)
-    if not isinstance(value, str):
+    """Return a text of standard input or output, which may be given as a list of its lines; numbers are their text."""
+    if isinstance(value, list) and all(_is_line(line) for line in value):
+        return "\n".join(map(str, value))
+    if not _is_line(value):
         raise ValueError(f"{str(value)[:100]} is neither a text nor a list of lines")
-    return value
+    return str(value)
 
 
-def _same_word(said: str, expected: str) -> bool:
-    if said == expected:
-        return True
-    return bool(DECIMAL.fullmatch(expected) and NUMBER.fullmatch(said)) and _near(float(said), float(expected))
-
-
-def _near(said: float, expected: float) -> bool:
-    return math.isclose(said, expected, rel_tol=TOLERANCE, abs_tol=TOLERANCE)
+def _is_line(value: Any) -> bool:
+    return isinstance(value, str | int | float | compare.Digits) and not isinstance(value, bool)

@@ -1,12 +1,23 @@
 """Verifiers of short answers on charts and pages, following the metrics published with the data sets."""
 
 import re
-from decimal import Decimal
+from fractions import Fraction
 
 from mmopd.records import UNKNOWN, Outcome
-from mmopd.task.verify import NUMBER, RIGHT, WRONG, final_answer, gold_answers, marked_answer, normalised, plain
+from mmopd.task import expression, forms, units, values
+from mmopd.task.normal import normalised, undressed
+from mmopd.task.response import final_answer, gold_answers, marked_answer
+from mmopd.task.verify import RIGHT, WRONG
 
-TOLERANCE = Decimal("0.05")
+TOLERANCE = Fraction(5, 100)
+SPELT = re.compile(r"\b(?:percent|per cent|pct)\.?(?![a-z])", re.IGNORECASE)
+SCALES = {"k": 10**3, "thousand": 10**3, "m": 10**6, "mn": 10**6, "mio": 10**6, "million": 10**6, "millions": 10**6,
+          "b": 10**9, "bn": 10**9, "billion": 10**9, "billions": 10**9, "trillion": 10**12, "tn": 10**12,
+          "hundred": 100, "lakh": 10**5, "crore": 10**7}  # fmt: skip
+SCALE = re.compile(
+    rf"(.*[\d}}])\s*(?i:({'|'.join(name for name in SCALES if len(name) > 1)}|(?-i:[kKMB])))\.?", re.DOTALL
+)
+YEARS = re.compile(r"\d{4} ?/ ?\d")  # 2019/20 is a year of a business, not a fraction
 SHORTEST = 0.5  # ANLS below which an answer counts for nothing
 LONGEST = 2000  # characters of a gold answer
 
@@ -21,7 +32,7 @@ def relaxed_number(response: str, answer: str) -> Outcome:
     golds = [gold for gold in gold_answers(answer) if normalised(gold)]
     if not golds:
         return Outcome(UNKNOWN, f"the answer key {answer!r} is empty")
-    said = plain(final_answer(response))
+    said = final_answer(response)
     return RIGHT if any(_close(said, gold) for gold in golds) else WRONG
 
 
@@ -35,35 +46,50 @@ def anls(response: str, answer: str) -> Outcome:
     golds = [_folded(gold) for gold in gold_answers(answer)]
     if not any(golds) or max(map(len, golds)) > LONGEST:
         return Outcome(UNKNOWN, f"the answer key {answer[:100]!r} is empty or too long")
-    said = _folded(plain(final_answer(response)))
+    said = _folded(final_answer(response))
     if marked_answer(response) is None and not any(gold.endswith(".") for gold in golds):
         said = said.removesuffix(".")  # the full stop of a sentence
     return Outcome(max(_similarity(said, gold) for gold in golds if gold))
 
 
 def _close(said: str, gold: str) -> bool:
-    right = _values(gold)
-    if not right:
-        return normalised(said) == normalised(gold)
-    if not (found := _values(said)):
+    if normalised(said) == normalised(gold):
+        return True
+    found, right = _quantity(said), _quantity(gold)
+    if found is None or right is None:
         return False
-    (value, percent), (target, of_hundred) = found, right
+    (value, percent, unit), (target, of_hundred, wanted) = found, right
+    if unit is not None and wanted is not None:
+        if unit.bases != wanted.bases:
+            return False
+        value, target = value * unit.factor, target * wanted.factor
     candidates = {value} if percent == of_hundred else {value, value / 100 if percent else value * 100}
     return any(abs(one - target) <= TOLERANCE * abs(target) for one in candidates)
 
 
-def _values(text: str) -> tuple[Decimal, bool] | tuple[()]:
-    """Return a number and True if it is in percent; an empty tuple if the text is not a number."""
-    bare = normalised(text).replace("−", "-").replace("\\%", "%").replace("\\", "").replace("{,}", ",")
-    found = re.fullmatch(rf"(-?)\s*(?:[$€£¥]|usd)?\s*({NUMBER}|\.\d+)\s*(%|percent|per cent)?", bare)
-    if not found:
-        return ()
-    value = Decimal(found[2].replace(",", ""))
-    return (-value if found[1] else value), found[3] is not None
+def _quantity(text: str) -> tuple[Fraction, bool, units.Unit | None] | None:
+    """Return a number, True if it is in percent, and its unit; None if the text is not one number."""
+    bare, unit = units.split(SPELT.sub("%", forms.latex(text)))
+    scale = SCALE.fullmatch(bare)
+    if scale:
+        bare, inner = units.split(scale[1])
+        unit = unit or inner
+    percent = bare.endswith("%")
+    bare = bare.removesuffix("%").strip()
+    if forms.DATE.fullmatch(bare) or YEARS.search(bare):
+        return None
+    try:
+        node = expression.read(bare)
+        value = None if values.has(node, ("+",)) else values.exact(node)
+    except (expression.UnreadableError, RecursionError):
+        return None
+    if value is None:
+        return None
+    return value * (SCALES[scale[2].lower()] if scale else 1), percent, unit
 
 
 def _folded(text: str) -> str:
-    return " ".join(text.lower().split())
+    return undressed(text).lower()
 
 
 def _similarity(said: str, gold: str) -> float:

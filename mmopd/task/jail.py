@@ -14,7 +14,11 @@ import atexit
 import builtins
 import contextlib
 import ctypes
+import decimal
+import fractions
+import functools
 import gc
+import io
 import json
 import os
 import platform
@@ -36,49 +40,25 @@ from typing import Any
 Request = dict[str, Any]
 
 LIBRARIES = ("/lib", "/lib64", "/usr/lib", "/usr/lib64")  # needed for what the interpreter loads while a program runs
-# Modules that programs often import: imported once here instead of in each program.
-PRELOADED = [
-    "bisect",
-    "cmath",
-    "collections",
-    "copy",
-    "dataclasses",
-    "datetime",
-    "decimal",
-    "fractions",
-    "functools",
-    "heapq",
-    "io",
-    "itertools",
-    "math",
-    "operator",
-    "queue",
-    "random",
-    "re",
-    "statistics",
-    "string",
-    "threading",
-    "typing",
-]
+PRELOADED = ("cmath", "dataclasses", "queue", "threading")  # imported once instead of in each program, as STARRED is
+STARRED = (  # in the order of LiveCodeBench; the modules hide functions of the same names
+    "string", "re", "datetime", "collections", "heapq", "bisect", "copy", "math", "random", "statistics", "itertools",
+    "functools", "operator", "io", "sys", "json")  # fmt: skip
+DEPTH = 50_000  # of recursion, as LiveCodeBench has it
+DEVICES = {"/dev/stdin": 0, "/dev/stdout": 1, "/dev/stderr": 2, "/dev/fd/0": 0, "/dev/fd/1": 1, "/dev/fd/2": 2}
 ROOM = "/room"  # the programs' directory, inside of the new root
 NOBODY = 65534
 JOB, INPUT, OUTPUT, ERRORS, RESULT = range(5)  # the files of a request, in this order
 
-NEWNS, NEWCGROUP, NEWUTS, NEWIPC, NEWUSER, NEWPID, NEWNET = (
-    1 << 17,
-    1 << 25,
-    1 << 26,
-    1 << 27,
-    1 << 28,
-    1 << 29,
-    1 << 30,
-)
+NEWNS, NEWCGROUP, NEWUTS, NEWIPC, NEWUSER, NEWPID, NEWNET = (1 << bit for bit in (17, 25, 26, 27, 28, 29, 30))
 NOSUID, NODEV, BIND, DETACH, RECURSIVE, PRIVATE = 2, 4, 1 << 12, 2, 1 << 14, 1 << 18
 CLONE_THREAD = 1 << 16
 PDEATHSIG, DUMPABLE, SECCOMP, NO_NEW_PRIVS = 1, 4, 22, 38
 MOUNT_SETATTR = 442
 NONE, EVERYTHING, CWD = None, 0x8000, -100
 
+_given: Request = {}  # names that every program finds defined
+_builtin_open = open
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
@@ -203,12 +183,9 @@ def forbid() -> None:
     ]  # its flags are in memory; the C library falls back to clone
     spaces = NEWNS | NEWCGROUP | NEWUTS | NEWIPC | NEWUSER | NEWPID | NEWNET
     thread = [
-        (LOAD, 0, 0, 16),
-        (AND, 0, 0, CLONE_THREAD | spaces),
-        (EQUAL, 1, 0, CLONE_THREAD),
-        (RETURN, 0, 0, EPERM),
+        (LOAD, 0, 0, 16), (AND, 0, 0, CLONE_THREAD | spaces), (EQUAL, 1, 0, CLONE_THREAD), (RETURN, 0, 0, EPERM),
         (RETURN, 0, 0, ALLOW),
-    ]
+    ]  # fmt: skip
     rules += [(EQUAL, 0, len(thread), CLONE[column]), *thread]
     for numbers, who in [*((numbers, os.getpid()) for numbers in ONLY_ON_ITSELF.values()), (PRLIMIT, 0)]:
         same = [(LOAD, 0, 0, 16), (EQUAL, 1, 0, who), (RETURN, 0, 0, EPERM), (RETURN, 0, 0, ALLOW)]
@@ -231,14 +208,8 @@ def serve(channel: socket.socket, room: str, apart: bool) -> Request | None:
             return None
         request = json.loads(message)
         if apart:
-            check(
-                "mount",
-                b"room",
-                room.encode(),
-                b"tmpfs",
-                NOSUID | NODEV,
-                f"mode=700,nr_inodes=1k,size={request['disk']}".encode(),
-            )
+            options = f"mode=700,nr_inodes=1k,size={request['disk']}".encode()
+            check("mount", b"room", room.encode(), b"tmpfs", NOSUID | NODEV, options)
         else:
             Path(room).mkdir(mode=0o700, exist_ok=True)
         begin = time.monotonic()
@@ -314,17 +285,52 @@ def _contents(file: int) -> bytes:
 
 def execute(job: Request) -> None:
     """Run the program as a script; then call its function, if one is named, and write the result to file 3 as JSON."""
-    module = types.ModuleType("__main__")
-    sys.modules["__main__"] = module
+    module = types.ModuleType("__main__" if job["function"] is None else "program")
+    sys.modules["__main__"] = sys.modules[module.__name__] = module
     sys.argv = ["program.py"]
     sys.path.insert(0, "")
     space = module.__dict__
+    space.update(_given, __file__="program.py")
     exec(compile(job["program"], "program.py", "exec"), space)
     if (name := job["function"]) is not None:
-        function = getattr(space["Solution"](), name) if hasattr(space.get("Solution"), name) else space[name]
-        text = json.dumps(function(*job["arguments"]), default=list).encode()
+        own = {name: value for name, value in space.items() if value is not _given.get(name, space)}
+        function = getattr(own["Solution"](), name) if hasattr(own.get("Solution"), name) else own[name]
+        text = json.dumps(function(*job["arguments"]), default=_plain).encode()
         while text:
             text = text[os.write(3, text) :]
+
+
+def _plain(value: Any) -> Any:
+    """Return what JSON knows for a result that it does not: a number for a fraction, a list for another iterable."""
+    if isinstance(value, decimal.Decimal | fractions.Fraction):
+        return int(value) if value == value // 1 else float(value)
+    return list(value)
+
+
+def _judges_names() -> dict[str, Any]:
+    """Return the names that the judges of TACO, LiveCodeBench and LeetCode import before a program, such as `List`."""
+    space: dict[str, Any] = {}
+    for name in [*STARRED, "builtins", "typing"]:
+        exec(f"from {name} import *", space)
+    for name in STARRED:
+        exec(f"import {name}", space)
+    return {name: value for name, value in space.items() if not name.startswith("__")}
+
+
+def _open(file: Any, *arguments: Any, **settings: Any) -> Any:
+    """Open a file; the standard streams are also found by their names, though there is no /dev."""
+    number = DEVICES.get(os.fspath(file)) if isinstance(file, str | os.PathLike) else None
+    return _builtin_open(file if number is None else os.dup(number), *arguments, **settings)
+
+
+def _pair(*_: object) -> tuple[Any, ...]:
+    """Return a pipe instead of two sockets, which programs may not have; asyncio wakes its own loop through it."""
+    names: Request = {"fileno": int, "setblocking": os.set_blocking, "recv": os.read, "send": os.write}
+    names["close"] = os.close
+    return tuple(
+        types.SimpleNamespace(**{name: functools.partial(call, file) for name, call in names.items()})
+        for file in os.pipe()
+    )
 
 
 def end(job: Request) -> None:
@@ -344,10 +350,12 @@ def end(job: Request) -> None:
             traceback.print_exc()
         threading._shutdown()  # type: ignore[attr-defined]  # waits for the program's threads
         atexit._run_exitfuncs()
-        sys.modules["__main__"].__dict__.clear()  # closes the files that the program left open
-        for stream in (sys.stdout, sys.stderr, sys.__stdout__):
-            if stream is not None and not stream.closed:
+        for stream in (sys.stdout, sys.stderr):  # they may be the program's own, and need its names
+            if stream is not None and not getattr(stream, "closed", False):
                 stream.flush()
+        sys.modules["__main__"].__dict__.clear()  # closes the files that the program left open
+        if sys.__stdout__ is not None and not sys.__stdout__.closed:
+            sys.__stdout__.flush()
     except BaseException:
         status = 120
     os._exit(status & 255 if isinstance(status, int) else 1)
@@ -363,6 +371,11 @@ def main(file: int, apart: bool) -> Request | None:
         for name in PRELOADED:
             __import__(name)
         builtins.exit = builtins.quit = sys.exit  # type: ignore[assignment]  # `site` is not loaded, which defines them
+        builtins.open = io.open = _open
+        _given.update(_judges_names())
+        socket.socketpair = _pair  # type: ignore[assignment]
+        sys.set_int_max_str_digits(0)
+        sys.setrecursionlimit(DEPTH)
         if apart:
             shut_in()
         room = ROOM if apart else tempfile.mkdtemp(prefix="mmopd-room-")

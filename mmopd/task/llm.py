@@ -21,7 +21,7 @@ from mmopd.config.fleet import check_proxy
 from mmopd.records import UNKNOWN, Outcome
 from mmopd.runtime.http import client
 from mmopd.task.base import Verify
-from mmopd.task.verify import final_answer, without_thoughts
+from mmopd.task.response import final_answer, without_thoughts
 
 LONGEST = 8000  # characters of a response that the judge reads, from its end
 ANSWER_TOKENS = 2048  # room for a judge that thinks before it speaks
