@@ -325,8 +325,7 @@ def _open(file: Any, *arguments: Any, **settings: Any) -> Any:
 
 def _pair(*_: object) -> tuple[Any, ...]:
     """Return a pipe instead of two sockets, which programs may not have; asyncio wakes its own loop through it."""
-    names: Request = {"fileno": int, "setblocking": os.set_blocking, "recv": os.read, "send": os.write}
-    names["close"] = os.close
+    names: Any = {"fileno": int, "setblocking": os.set_blocking, "recv": os.read, "send": os.write, "close": os.close}
     return tuple(
         types.SimpleNamespace(**{name: functools.partial(call, file) for name, call in names.items()})
         for file in os.pipe()
