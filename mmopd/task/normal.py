@@ -53,7 +53,7 @@ RAISED = dict(zip("⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻ⁿ", "0123456789+-n", stric
 LOWERED = dict(zip("₀₁₂₃₄₅₆₇₈₉₊₋", "0123456789+-", strict=True))
 SCRIPTS = re.compile(f"([{''.join(RAISED)}]+)|([{''.join(LOWERED)}]+)")
 VULGAR = "¼½¾⅐⅑⅒⅓⅔⅕⅖⅗⅘⅙⅚⅛⅜⅝⅞"
-FRACTION = re.compile(f"(\\d?)\\s*([{VULGAR}])")
+FRACTION = re.compile(f"(?:(\\d)\\s*)?([{VULGAR}])")
 AROUND = re.compile(r"(\$\$?|\\\(|\\\[|\*\*|__|`+)(.*?)(\$\$?|\\\)|\\\]|\*\*|__|`+)[.。]?", re.DOTALL)
 PAIRS = {"$": "$", "$$": "$$", r"\(": r"\)", r"\[": r"\]", "**": "**", "__": "__"}
 ENDS = re.compile(r"""^(?:[ ,;:!?"'`*$()\[\]]|\.(?!\d))+|[ .,;:!?"'`*$()\[\]]+$""")
@@ -124,6 +124,6 @@ def _script(found: re.Match[str]) -> str:
     return f"{'^' if raised else '_'}{{{inner}}}"
 
 
-def _fraction(before: str, sign: str, form: str) -> str:
+def _fraction(before: str | None, sign: str, form: str) -> str:
     over, _, under = unicodedata.normalize("NFKC", sign).partition("⁄")
-    return f"{before}{' ' if before else ''}{form.format(over, under)}"
+    return f"{before or ''}{' ' if before else ''}{form.format(over, under)}"
