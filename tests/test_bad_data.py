@@ -247,7 +247,7 @@ def test_rows_that_break_during_a_run_are_replaced_and_counted() -> None:
     plan = PromptPlan({"s": Rows(50, shards.fingerprint)}, {"s": 1}, 0)
     drawn = plan.read(48, lambda _, row: shards[row].answer)
     assert sorted(map(int, drawn)) == [i + 1 for i in range(50) if i not in (11, 20)]
-    assert plan.replaced == {("s", "unreadable"): 2}
+    assert plan.replaced == {("s", "damaged"): 2}
     assert plan.epochs() == {"s": 1.0}
 
 

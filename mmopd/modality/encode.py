@@ -85,7 +85,10 @@ class Encoder:
                 processor does not take.
         """
         messages = _with_slots(prompt.messages)
-        text = self.processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        try:
+            text = self.processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        except Exception as error:  # a template may raise anything about messages that it does not expect
+            raise ValueError(f"{prompt.key}: its messages do not fit the chat template: {error}") from error
         ids: list[int] = self.tokenizer.encode(text, add_special_tokens=False)
         self._check_placeholders(prompt, ids)
         shown = [(self.reader(medium), files) for medium, files in shown_items(prompt)]

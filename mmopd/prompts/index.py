@@ -6,15 +6,13 @@
 the row's own images.
 """
 
-import collections
 import json
 import os
-import re
-import tarfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
+from zlib import crc32
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,15 +21,15 @@ from safetensors.numpy import load, save
 
 from mmopd.errors import DataError
 from mmopd.modality.registry import MEDIA, shown_items
+from mmopd.prompts.archive import read_rows
 from mmopd.prompts.rows import RowError, unpack
 from mmopd.prompts.tokens import Counter
 from mmopd.records import Prompt
 from mmopd.runtime.fingerprint import hash_file
 
-VERSION = 2
+VERSION = 3
 SUFFIX = ".index.safetensors"
 OLD_SUFFIX = ".index.json"  # suffix of version 1
-JSON = (-1, 0, 0)  # place of a row's json; it comes first
 
 
 def index_path(tar: Path) -> Path:
@@ -54,6 +52,7 @@ class Index:
     first: NDArray[np.int32]  # [R + 1]: row r has members first[r] to first[r + 1]
     offsets: NDArray[np.int64]  # [M] position in the tar, in bytes
     sizes: NDArray[np.int32]  # [M] bytes
+    checksums: NDArray[np.uint32]  # [M] CRC-32 of the content
     images: NDArray[np.int32]  # [I, 2]: width and height in pixels, turned upright
     processor: str | None  # processor for which tokens were counted (`tokens.hash_processor`)
     text: NDArray[np.int32]  # [R] text tokens; [0] if not counted
@@ -79,7 +78,7 @@ class Index:
 
         Raises:
             OSError: the file cannot be read.
-            RowError: it ends inside the row.
+            RowError: it ends inside the row, or the content is not what was indexed.
         """
         members = slice(self.first[row], self.first[row + 1])
         offsets = self.offsets[members].tolist()
@@ -91,6 +90,8 @@ class Index:
             os.close(file)
         if [len(content) for content in contents] != sizes:
             raise RowError("truncated", "the file ends inside the row")
+        if list(map(crc32, contents)) != self.checksums[members].tolist():
+            raise RowError("damaged", "its content is not what was indexed")
         return contents
 
     @classmethod
@@ -123,7 +124,7 @@ class Index:
             about = json.loads(header["__metadata__"]["index"])
             arrays = load(content)
             if about["version"] != VERSION:
-                raise ValueError(f"version {about['version']}, and this is made for {VERSION}")
+                raise DataError(f"{path}: an index of version {about['version']}; make it again with {_command(tar)}")
             kinds = tuple((task, modality) for task, modality in about["kinds"])
             index = cls(
                 tar=tar,
@@ -151,7 +152,7 @@ class Index:
         counted = rows if self.processor else 0
         right = (
             len(self.kind) == rows
-            and self.first[-1] == len(self.sizes) == members
+            and self.first[-1] == len(self.sizes) == len(self.checksums) == members
             and len(self.images) + rows == members
             and len(self.text) == len(self.visual) == counted
         )
@@ -178,31 +179,34 @@ def index_tar(tar: Path, counter: Counter | None = None, *, decode: bool = False
         decode: decode the pixels of all files, not only their headers.
 
     Raises:
-        DataError: no tar or a truncated one, a row without json, an unknown member, a key that occurs twice, or an
-            image that cannot be used; names the file and the row.
+        DataError: no tar or a truncated one, a row that `pack` would refuse, an unknown member, a key that occurs
+            twice, or an image that cannot be used; names the file and the row.
     """
     kinds: dict[tuple[str, str], int] = {}
     kind: list[int] = []
     first = [0]
-    spans: list[tuple[int, int]] = []
+    spans: list[tuple[int, int, int]] = []
     images: list[tuple[int, int]] = []
     tokens: list[tuple[int, int]] = []
-    for key, infos, contents, counts in _rows(tar):
+    for key, members, contents, counts in read_rows(tar):
         try:
             row = unpack(key, contents[0], contents[1:])
             images += _sizes(row, counts, decode=decode)
             if counter is not None:
                 tokens.append(counter(row))
-        except ValueError as error:
+        except (RowError, ValueError) as error:
             raise DataError(f"{tar}: row {key!r}: {error}") from None
         kind.append(kinds.setdefault((row.task, row.modality), len(kinds)))
-        spans += [(info.offset_data, info.size) for info in infos]
+        spans += [
+            (member.offset, member.size, crc32(content)) for member, content in zip(members, contents, strict=True)
+        ]
         first.append(len(spans))
     arrays: dict[str, NDArray[Any]] = {
         "kind": np.array(kind, dtype=np.int16),
         "first": np.array(first, dtype=np.int32),
-        "offsets": np.array([offset for offset, _ in spans], dtype=np.int64),
-        "sizes": np.array([size for _, size in spans], dtype=np.int32),
+        "offsets": np.array([offset for offset, _, _ in spans], dtype=np.int64),
+        "sizes": np.array([size for _, size, _ in spans], dtype=np.int32),
+        "checksums": np.array([checksum for _, _, checksum in spans], dtype=np.uint32),
         "images": np.array(images, dtype=np.int32).reshape(-1, 2),
         "text": np.array([text for text, _ in tokens], dtype=np.int32),
         "visual": np.array([visual for _, visual in tokens], dtype=np.int32),
@@ -234,91 +238,3 @@ def _sizes(row: Prompt, counts: Mapping[str, list[int]], *, decode: bool) -> lis
 
 def _command(tar: Path) -> str:
     return f"`mmopd index {tar.parent}`"
-
-
-def _rows(tar: Path) -> Iterator[tuple[str, list[tarfile.TarInfo], list[bytes], dict[str, list[int]]]]:
-    """Yield (key, members, contents, medium -> files of each item) of each row.
-
-    The members are the row's json, its images, and the files of other media, by number.
-    """
-    from webdataset.tariterators import base_plus_ext  # imports torch, and reading an index needs neither
-
-    seen: set[str] = set()
-    try:
-        with tarfile.open(tar, "r:", encoding="utf-8") as archive:
-            key = ""
-            row = list[tuple[str, tarfile.TarInfo]]()
-            for info in archive:
-                if not info.isfile():
-                    continue
-                stem, extension = base_plus_ext(info.name)
-                if stem is None:
-                    raise DataError(f"{tar}: the member {info.name!r} has no extension")
-                if stem != key:
-                    if row:
-                        yield _read(tar, archive, key, row)
-                    if stem in seen:
-                        raise DataError(f"{tar}: the key {stem!r} occurs twice")
-                    seen.add(stem)
-                    key = stem
-                    row = []
-                row.append((extension, info))
-            if row:
-                yield _read(tar, archive, key, row)
-            _check_end(tar, archive.offset)
-    except (tarfile.TarError, OSError, EOFError) as error:
-        raise DataError(f"{tar}: not a tar, or a truncated one ({error})") from None
-
-
-def _check_end(tar: Path, offset: int) -> None:
-    """Check that a tar ends in zeros: tarfile takes a broken header for the end too."""
-    with tar.open("rb") as file:
-        file.seek(offset)
-        rest = file.read()
-    if len(rest) < tarfile.BLOCKSIZE or rest.strip(b"\0"):
-        raise tarfile.ReadError(f"no header and no end at byte {offset}")
-
-
-def _read(
-    tar: Path, archive: tarfile.TarFile, key: str, row: list[tuple[str, tarfile.TarInfo]]
-) -> tuple[str, list[tarfile.TarInfo], list[bytes], dict[str, list[int]]]:
-    numbered: dict[tuple[int, int, int], tarfile.TarInfo] = {}
-    for extension, info in row:
-        place = _place(extension)
-        if place is None or place in numbered:
-            forms = ["KEY.json", *(f"KEY.{medium.member_form}" for medium in MEDIA.values())]
-            what = f"is neither {', '.join(forms[:-1])} nor {forms[-1]}, or occurs twice"
-            raise DataError(f"{tar}: row {key!r}: member {info.name!r} {what}")
-        numbered[place] = info
-    found = collections.Counter((medium, item) for medium, item, _ in numbered if medium >= 0)
-    items = collections.Counter(medium for medium, _ in found)
-    counts = [[found[medium, item] for item in range(items[medium])] for medium in range(len(MEDIA))]
-    needed = [
-        (medium, item, file)
-        for medium, each in enumerate(counts)
-        for item, files in enumerate(each)
-        for file in range(files)
-    ]
-    if sorted(numbered) != [JSON, *needed]:
-        names = [info.name for _, info in row]
-        files = ", ".join(f"{medium.files} from 0 on" for medium in MEDIA.values() if medium.counts)
-        raise DataError(
-            f"{tar}: row {key!r}: it has the members {names}; needed are one json, images from 0 on, and {files}"
-        )
-    infos = [numbered[place] for place in sorted(numbered)]
-    contents = [stream.read() if (stream := archive.extractfile(info)) else b"" for info in infos]
-    if short := next(
-        (info.name for info, content in zip(infos, contents, strict=True) if len(content) != info.size), None
-    ):
-        raise DataError(f"{tar}: truncated inside {short!r}")
-    return key, infos, contents, dict(zip(MEDIA, counts, strict=True))
-
-
-def _place(extension: str) -> tuple[int, int, int] | None:
-    """Return (number of the medium, of the item, of the file) of a member, or `JSON`; None if it is neither."""
-    if extension == "json":
-        return JSON
-    for number, medium in enumerate(MEDIA.values()):
-        if found := re.fullmatch(medium.pattern, extension):
-            return number, int(found["item"]), int(found["file"] or 0)
-    return None

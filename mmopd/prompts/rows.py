@@ -3,8 +3,9 @@
 `KEY.json`, and the files of each medium under its own names: images are `KEY.0.png`, `KEY.1.jpg`, ...
 """
 
+import codecs
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import accumulate, pairwise
 from typing import Any
 
@@ -17,7 +18,10 @@ from mmopd.modality.registry import MEDIA
 from mmopd.records import Files, Message, Prompt
 
 FIELDS = ("task", "modality", "messages", "answer")  # required fields of a row's json
+ROLES = ("system", "user", "assistant", "tool")
 MAX_TEXT = 1_000_000  # characters of a row's messages
+MEDIA_KEYS = frozenset({"image", "image_url", "video"})
+SHOWN = 100  # characters of a value in a message to people
 MAX_ANSWER = 16_000_000  # characters of an answer key; unit tests are long
 
 
@@ -45,13 +49,9 @@ def pack(row: Prompt, *, decode: bool = False) -> dict[str, bytes]:
         decode: decode the pixels of all files, not only their headers.
 
     Raises:
-        RowError: no messages or no text, items of a medium that do not match the messages or the modality or cannot be
-            used, or too much text.
+        RowError: as in `check_row`, an item that cannot be used, or a field of another type.
     """
-    if not row.messages:
-        raise RowError("no messages", "it has no messages")
-    _check_parts(row)
-    check_text(row)
+    check_row(row)
     members: dict[str, bytes] = {}
     for medium in MEDIA.values():
         for i, files in enumerate(row.items(medium.name)):
@@ -78,6 +78,47 @@ def pack(row: Prompt, *, decode: bool = False) -> dict[str, bytes]:
     return {"json": content, **members}
 
 
+def check_row(row: Prompt) -> None:
+    """Refuse a row that is not well formed.
+
+    Raises:
+        RowError: no messages or no text, a message that is none of a chat, too much text, or items of a medium that do
+            not match the messages or the modality.
+    """
+    if not row.messages:
+        raise RowError("no messages", "it has no messages")
+    for number, message in enumerate(row.messages):
+        if (fault := _fault(message)) is not None:
+            raise RowError("bad message", f"message {number} {fault}")
+    _check_parts(row)
+    check_text(row)
+
+
+def _fault(message: object) -> str | None:
+    """Return what is wrong with a message of a chat; None if it is right."""
+    if not isinstance(message, Mapping):
+        return f"is {_short(message)}, not an object"
+    if (role := message.get("role")) not in ROLES:
+        return f"has the role {_short(role)}; known are {', '.join(ROLES)}"
+    content = message.get("content")
+    if isinstance(content, str):
+        return None
+    if not isinstance(content, list | tuple):
+        return f"has the content {_short(content)}; it must be text, or a list of parts"
+    for part in content:
+        kind = part.get("type") if isinstance(part, Mapping) else None
+        # Chat templates take a part with such a key for an item of a medium, whatever its type is.
+        is_text = kind == "text" and isinstance(part.get("text"), str) and not MEDIA_KEYS.intersection(part)
+        if not is_text and not (isinstance(kind, str) and kind in MEDIA):
+            return f'has the part {_short(part)}; a part is {{"type": "text", "text": ...}} or names a medium'
+    return None
+
+
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= SHOWN else f"{text[:SHOWN]}... ({len(text):,} characters)"
+
+
 def _check_parts(row: Prompt) -> None:
     """Check that each medium has as many items as the messages have places, and that they fit the modality."""
     if unknown := sorted(set(row.others) - set(MEDIA)):
@@ -91,6 +132,8 @@ def _check_parts(row: Prompt) -> None:
         n = len(row.items(name))
         if medium.counts and (row.modality == name) != bool(n):
             raise RowError(f"{medium.items} do not match", f"{n} {medium.items}, and its modality is {row.modality!r}")
+    if row.modality != "text" and row.modality not in MEDIA:
+        raise RowError("unknown modality", f"its modality is {row.modality!r}; known are text, {', '.join(MEDIA)}")
     if (row.modality == "text") != (not row.is_visual):
         raise RowError("images do not match", f"{len(row.images)} images, and its modality is {row.modality!r}")
 
@@ -107,11 +150,12 @@ def unpack(key: str, content: bytes, files: Sequence[bytes]) -> Prompt:
 
     Raises:
         ValueError: not the json of a row, or more or fewer files than it says.
+        RowError: as in `check_row`.
     """
     data = parse(content)
     counts = {name: data[m.counts] for name, m in MEDIA.items() if m.counts and data.get(m.counts)}
     images, others = _split(files, counts) if counts else (tuple(files), {})
-    return Prompt(
+    row = Prompt(
         key,
         data["task"],
         data["modality"],
@@ -121,6 +165,8 @@ def unpack(key: str, content: bytes, files: Sequence[bytes]) -> Prompt:
         data.get("extra", {}),
         others,
     )
+    check_row(row)
+    return row
 
 
 def _split(
@@ -145,14 +191,17 @@ def parse(content: bytes) -> dict[str, Any]:
     Raises:
         ValueError: not json, or a field is missing or of another type.
     """
-    row = from_json(content)
+    row = from_json(content.removeprefix(codecs.BOM_UTF8))
     if not isinstance(row, dict):
         raise ValueError(f"its json is {type(row).__name__}, not an object")
     for field in FIELDS:
         if not isinstance(row.get(field), list if field == "messages" else str):
             raise ValueError(
-                f"its json has {row[field]!r} as {field!r}" if field in row else f"its json has no {field!r}"
+                f"its json has {_short(row[field])} as {field!r}" if field in row else f"its json has no {field!r}"
             )
+    extra = row.get("extra", {})
+    if not isinstance(extra, dict) or not all(isinstance(text, str) for text in extra.values()):
+        raise ValueError(f"its json has {_short(extra)} as 'extra'; needed are texts by name")
     for medium in MEDIA.values():
         if medium.counts is None:
             continue
@@ -168,13 +217,22 @@ def check_text(row: Prompt) -> None:
     Raises:
         RowError: no text, or too much of it.
     """
-    text = sum(len(part) for part in texts(row.messages))
+    text = sum(map(len, _strings(row.messages)))
     if not any(part.strip() for part in texts(row.messages)):
         raise RowError("no text", "there is no text in its messages")
     if text > MAX_TEXT:
         raise RowError("text too long", f"{text:,} characters of text; at most {MAX_TEXT:,}")
     if isinstance(row.answer, str) and len(row.answer) > MAX_ANSWER:
         raise RowError("answer too long", f"an answer key of {len(row.answer):,} characters; at most {MAX_ANSWER:,}")
+
+
+def _strings(value: object) -> Iterator[str]:
+    """Yield all strings of a JSON value; a chat template may show any of them."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping | list | tuple):
+        for part in value.values() if isinstance(value, Mapping) else value:
+            yield from _strings(part)
 
 
 def count_parts(messages: Iterable[Message], kind: str) -> int:
