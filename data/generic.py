@@ -8,8 +8,8 @@ r"""Any JSONL, JSON or Parquet file, a folder of them, a data set of the hub, or
 
 The settings name the columns; `a.b` is `b` inside of `a`. A folder without tables but with images has the columns
 `file_name`, `name` (of the file) and `label` (the folder that it is in). Images stand where `<image>` occurs in a
-question, or else before it. An answer that is a list, of texts or of numbers, becomes the JSON of several right
-answers; an object becomes its JSON.
+question, or else before it; a row whose image column is empty is not wanted. An answer that is a list, of texts or of
+numbers, becomes the JSON of several right answers; an object becomes its JSON. A folder with `metadata.csv` is a table.
 """
 
 import json
@@ -38,7 +38,9 @@ def examples(settings: Settings) -> Iterable[Any]:
     return columns.read(settings, named if settings.ask else [settings.question, *named])
 
 
-def convert(example: dict[str, Any], settings: Settings, task: Task) -> Prompt:
+def convert(example: dict[str, Any], settings: Settings, task: Task) -> Prompt | None:
+    if settings.images and settings.images in example and example[settings.images] in (None, "", []):
+        return None  # a row without images in a table of both kinds
     value = columns.column(example, settings.answer)
     if isinstance(value, list):
         answer = columns.answers(example, settings.answer)

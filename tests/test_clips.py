@@ -81,6 +81,9 @@ def test_images_and_clips_of_one_row_keep_their_places(tmp_path: Path, model: Pa
     assert library[0]["clip1.003.png"] == rows[0].items("video")[1][3]
 
 
+ASKED = [{"role": "user", "content": [{"type": "video"}, {"type": "text", "text": "?"}]}]
+
+
 @pytest.mark.parametrize(
     ("members", "message"),
     [
@@ -90,7 +93,7 @@ def test_images_and_clips_of_one_row_keep_their_places(tmp_path: Path, model: Pa
         ({"clip.000.png": 0}, "neither KEY.json"),
         (
             {"clip0.000.png": 0, "clip0.001.png": 1, "clip0.002.png": 2},
-            r"says that its clips have \[2\] frames, and its members are \[3\]",
+            "0 image parts in its messages, and 1 images",
         ),
         ({"0.png": 0, "1.png": 1}, r"says that its clips have \[2\] frames, and its members are \[\]"),
         ({"clip0.000.png": 0}, "1 files, and its json says 2 frames"),
@@ -99,7 +102,7 @@ def test_images_and_clips_of_one_row_keep_their_places(tmp_path: Path, model: Pa
 )
 def test_a_tar_whose_frames_do_not_fit_gets_no_index(tmp_path: Path, members: dict[str, int], message: str) -> None:
     frames = [*clip(3), frame(32, 32, 0)]
-    row = json.dumps({"task": "t", "modality": "video", "messages": [], "answer": "1", "frames": [2]}).encode()
+    row = json.dumps({"task": "t", "modality": "video", "messages": ASKED, "answer": "1", "frames": [2]}).encode()
     with tarfile.open(tmp_path / "bad.tar", "w") as archive:
         for name, content in {"json": row, **{name: frames[i] for name, i in members.items()}}.items():
             info = tarfile.TarInfo(f"a.{name}")

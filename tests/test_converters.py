@@ -307,9 +307,9 @@ def test_what_cannot_be_read_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     Path("holes.parquet").write_bytes(whole[:100] + b"\0" * 3000 + whole[3100:])
     with pytest.raises(UserError, match=r"holes\.parquet: cannot be read to its end"):
         run("deepmath", "data=holes.parquet")
-    Path("a.csv").touch()
-    with pytest.raises(UserError, match=r"a\.csv: cannot be read; known files are \.parquet, \.jsonl, \.json"):
-        run("deepmath", "data=a.csv")
+    Path("a.tsv").touch()
+    with pytest.raises(UserError, match=r"a\.tsv: cannot be read; known files are \.parquet, \.jsonl, \.json, \.csv"):
+        run("deepmath", "data=a.tsv")
     Path("empty").mkdir()
     with pytest.raises(UserError, match="empty: it has neither"):
         run("deepmath", "data=empty")

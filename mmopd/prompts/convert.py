@@ -1,7 +1,10 @@
 """Helpers for the converters of `data/`: read public data in place, take columns by name, keep images encoded."""
 
+import base64
+import csv
 import json
 import math
+import stat
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
@@ -25,6 +28,8 @@ TABLES = (".parquet", ".jsonl", ".json")
 PICTURES = frozenset({*(f".{extension}" for extension in FORMATS.values()), ".jpeg", ".tif"})
 BATCH = 64  # examples read at a time
 MAX_FILE = 1 << 26  # bytes of an image file
+MAX_NAME = 500  # characters of a path in a message
+SHOWN = 60  # characters of anything longer
 PLACEHOLDER = "<image>"  # where an image stands in a text
 
 
@@ -41,7 +46,9 @@ class SourceSettings(Config):
     task: str = Field(description="a task of modalities/")
     limit: Positive | None = Field(None, description="read only this many examples, from the start")
     root: Path | None = Field(
-        None, description="folder in which image paths of a column start; the folder of the data if not set"
+        None,
+        description="folder in which image paths of a column start, and out of which none may lead; the folder of the "
+        "data if not set",
     )
 
 
@@ -69,7 +76,7 @@ def read(settings: SourceSettings, columns: Iterable[str] | None = None) -> Exam
         DataError: no such file or folder exists and the hub cannot be reached, or a file cannot be read.
     """
     path = Path(settings.data)
-    wanted = None if columns is None else {name.partition(".")[0] for name in columns}
+    wanted = None if columns is None else set(columns)
     if (path / "dataset_info.json").is_file() or (path / "dataset_dict.json").is_file() or not path.exists():
         found = _hub(settings, path if path.exists() else None, wanted)
     else:
@@ -160,10 +167,12 @@ def ask(
 ) -> Prompt:
     """Return a row in the form of the task: images stand where `<image>` occurs in the question, or else before it.
 
+    In a question of a text task, `<image>` is text like any other.
+
     Raises:
         RowError: the question has more or fewer `<image>` than there are images.
     """
-    if PLACEHOLDER not in question:
+    if PLACEHOLDER not in question or (task.modality == "text" and not files):
         return task.prompt(key, question, answer, files, extra)
     if question.count(PLACEHOLDER) != len(files):
         raise RowError(
@@ -191,13 +200,7 @@ def _image(value: Any, root: Path) -> bytes:
     if isinstance(value, bytes):
         return value
     if isinstance(value, str):
-        path = root / value
-        try:
-            if path.stat().st_size > MAX_FILE:
-                raise RowError("bad image", f"{path}: more than {MAX_FILE} bytes")
-            return path.read_bytes()
-        except OSError as error:
-            raise RowError("no image file", f"{path}: {error.strerror}") from None
+        return _decoded(value) if value.startswith("data:") else _read_file(root, value)
     if isinstance(value, Image.Image):
         try:
             return encode_upright(value)
@@ -206,12 +209,40 @@ def _image(value: Any, root: Path) -> bytes:
     raise RowError("bad image", f"{type(value).__name__} is neither an encoded image nor a path")
 
 
+def _decoded(url: str) -> bytes:
+    head, _, content = url.partition(",")
+    if not head.endswith(";base64"):
+        raise RowError("bad image", f"{url[:SHOWN]!r}: a data URL must be base64")
+    try:
+        return base64.b64decode(content, validate=True)
+    except ValueError as error:
+        raise RowError("bad image", f"{url[:SHOWN]!r}: a data URL that is not base64: {error}") from None
+
+
+def _read_file(root: Path, name: str) -> bytes:
+    """Return the content of an image file in a folder; a pipe or a device might never end."""
+    path = root / name
+    shown = str(path) if len(name) <= MAX_NAME else f"{name[:SHOWN]!r}... ({len(name):,} characters, and no data URL)"
+    try:
+        resolved = path.resolve()
+        if not resolved.is_relative_to(root.resolve()):
+            raise RowError("outside of the data", f"{shown}: outside of {root}; set `root` to a folder above it")
+        about = resolved.stat()
+        if not stat.S_ISREG(about.st_mode):
+            raise RowError("no image file", f"{shown}: not a file")
+        if about.st_size > MAX_FILE:
+            raise RowError("bad image", f"{shown}: more than {MAX_FILE} bytes")
+        return resolved.read_bytes()
+    except OSError as error:
+        raise RowError("no image file", f"{shown}: {error.strerror}") from None
+
+
 def _files(path: Path, settings: SourceSettings) -> list[Path]:
     if path.is_file():
-        if path.suffix not in TABLES:
-            raise DataError(f"{path}: cannot be read; known files are {', '.join(TABLES)}")
+        if path.suffix.lower() not in (*TABLES, ".csv"):
+            raise DataError(f"{path}: cannot be read; known files are {', '.join(TABLES)}, .csv")
         return [path]
-    files = sorted(file for file in path.rglob("*") if file.suffix in TABLES and file.is_file())
+    files = sorted(file for file in path.rglob("*") if _is_table(file))
     if settings.subset is not None:
         files = [file for file in files if file.name.startswith(settings.subset) or file.parent.name == settings.subset]
         if not files:
@@ -219,18 +250,27 @@ def _files(path: Path, settings: SourceSettings) -> list[Path]:
     return [file for file in files if file.name.startswith(settings.split)] or files
 
 
+def _is_table(file: Path) -> bool:
+    """Return true for a table of a folder; other .csv files than metadata.csv often list something else."""
+    if file.name.startswith("._"):  # macOS's notes about a file
+        return False
+    return (file.suffix.lower() in TABLES or file.name.lower() == "metadata.csv") and file.is_file()
+
+
 def _table(path: Path, wanted: set[str] | None) -> Examples:
-    if path.suffix == ".parquet":
+    if path.suffix.lower() == ".parquet":
         try:
             count = pq.read_metadata(path).num_rows
         except (pa.ArrowException, OSError) as error:
             raise DataError(f"{path}: not a parquet file, or a truncated one ({error})") from None
         return Examples(lambda: _parquet(path, wanted), count)
-    if path.suffix == ".jsonl":
+    if path.suffix.lower() == ".jsonl":
         return Examples(lambda: _lines(path), 0)
+    if path.suffix.lower() == ".csv":
+        return Examples(lambda: _csv(path), 0)
     try:
         data = json.loads(path.read_bytes())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DataError(f"{path}: not valid JSON ({error})") from None
     rows = data.get("data") if isinstance(data, dict) else data
     if not isinstance(rows, list):
@@ -241,11 +281,27 @@ def _table(path: Path, wanted: set[str] | None) -> Examples:
 def _parquet(path: Path, wanted: set[str] | None) -> Iterator[Any]:
     try:
         with pq.ParquetFile(path) as file:
-            names = [name for name in file.schema_arrow.names if wanted is None or name in wanted]
+            names = _needed(file.schema_arrow.names, wanted)
             for batch in file.iter_batches(BATCH, columns=names):
                 yield from batch.to_pylist()
     except (pa.ArrowException, OSError) as error:
         raise DataError(f"{path}: cannot be read to its end ({error})") from None
+
+
+def _needed(there: Sequence[str], wanted: set[str] | None) -> list[str]:
+    """Return the columns to read: all of them if a wanted one is missing, so that the message can list them."""
+    if wanted is None:
+        return list(there)
+    needed = {name if name in there else name.partition(".")[0] for name in wanted}
+    return [name for name in there if name in needed] if needed.issubset(there) else list(there)
+
+
+def _csv(path: Path) -> Iterator[Any]:
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        try:
+            yield from csv.DictReader(file)
+        except (csv.Error, UnicodeDecodeError) as error:
+            raise DataError(f"{path}: not a .csv file that can be read to its end ({error})") from None
 
 
 def _lines(path: Path) -> Iterator[bytes]:
@@ -257,7 +313,9 @@ def _lines(path: Path) -> Iterator[bytes]:
 
 def _pictures(folder: Path) -> Examples:
     """Return the image files of a folder as examples: their path, their name, and the folder that they are in."""
-    files = sorted(file for file in folder.rglob("*") if file.suffix.lower() in PICTURES)
+    files = sorted(
+        file for file in folder.rglob("*") if file.suffix.lower() in PICTURES and not file.name.startswith("._")
+    )
     if not files:
         raise DataError(f"{folder}: it has neither {', '.join(TABLES)} files nor images")
     rows = [
@@ -282,6 +340,6 @@ def _hub(settings: SourceSettings, folder: Path | None, wanted: set[str] | None)
     except Exception as error:  # errors of the library, of the hub and of the network
         where = "cannot be read" if folder else "not a local file or folder, and the hub cannot be read"
         raise DataError(f"{settings.data}: {where} ({type(error).__name__}: {error})") from None
-    names = [name for name in data.column_names if wanted is None or name in wanted]
+    names = _needed(data.column_names, wanted)
     stored = data.select_columns(names).with_format("arrow")  # the stored values: nothing is decoded
     return Examples(lambda: (row for table in stored.iter(BATCH) for row in table.to_pylist()), len(data))
