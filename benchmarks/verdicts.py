@@ -3,7 +3,7 @@
     python benchmarks/verdicts.py
 
 lmms-eval and math-verify are called as their projects call them. The graders of PRIME and of OpenMMReasoner are parts
-of trainers (forks of verl) that cannot be installed beside this package, so they are left out.
+of trainers (forks of verl) and no packages, so they are left out.
 """
 
 import math

@@ -24,9 +24,10 @@ def command(*arguments: str) -> list[str]:
 def environment() -> dict[str, str]:
     """Return the variables that hold for a Python process and for all that it starts.
 
-    Its output is UTF-8 in any locale, since mmopd reads it from logs.
+    Files and output are UTF-8 in any locale: vLLM reads its own files in the encoding of the locale, and mmopd reads
+    the output from logs.
     """
-    found = {SAFE_PATH: "1", "PYTHONIOENCODING": "utf-8:backslashreplace"}
+    found = {SAFE_PATH: "1", "PYTHONUTF8": "1", "PYTHONIOENCODING": "utf-8:backslashreplace"}
     if path := os.environ.get("PYTHONPATH"):
         # An empty entry, as in `/some/modules:`, means the current folder.
         found["PYTHONPATH"] = os.pathsep.join(filter(None, path.split(os.pathsep)))

@@ -396,6 +396,5 @@ def main(file: int, apart: bool) -> Request | None:
 
 
 if __name__ == "__main__":
-    _job = main(int(sys.argv[1]), sys.argv[2] == "apart")
-    if _job is not None:
+    if (_job := main(int(sys.argv[1]), sys.argv[2] == "apart")) is not None:
         end(_job)
