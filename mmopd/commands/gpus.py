@@ -153,7 +153,8 @@ def links(count: int) -> dict[str, int]:
     if count < 2:
         return {}
     if shutil.which("nvidia-smi"):
-        said = subprocess.run(["nvidia-smi", "topo", "-m"], capture_output=True, text=True, check=False).stdout
+        asked = ["nvidia-smi", "topo", "-m"]
+        said = subprocess.run(asked, capture_output=True, text=True, encoding="utf-8", check=False).stdout
         rows = [line.split()[1:] for line in said.splitlines() if re.match(r"GPU\d+\s", line)]
         return dict(Counter(rows[i][j] for i, j in itertools.combinations(range(len(rows)), 2)))
     direct = (torch.cuda.can_device_access_peer(i, j) for i, j in itertools.combinations(range(count), 2))
