@@ -22,7 +22,7 @@ from mmopd.prompts import Shards, index_tar
 from mmopd.records import Prompt
 from mmopd.runtime.processes import Children
 from mmopd.runtime.progress import Stages
-from mmopd.runtime.python import command
+from mmopd.runtime.python import command, environment
 
 ROOT = Path(__file__).parents[1]
 SCOPES = ("mmopd", "modalities", "data", "eval", "tests", "benchmarks", "requirements")
@@ -46,7 +46,9 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def run(env: dict[str, str], *arguments: str, **streams: int) -> "subprocess.CompletedProcess[bytes]":
     streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | streams
-    return subprocess.run(command("-m", "mmopd", *arguments), env=os.environ | env, check=False, timeout=600, **streams)
+    # Without the variables that a test leaves that has called `mmopd.cli.main` in this process.
+    own = {name: value for name, value in os.environ.items() if name not in environment()}
+    return subprocess.run(command("-m", "mmopd", *arguments), env=own | env, check=False, timeout=600, **streams)
 
 
 COMMANDS = [

@@ -19,6 +19,7 @@ from fake_vllm import FakeVLLM
 from mmopd.config import Benchmark, Fleet, Suite, Teacher
 from mmopd.errors import ConfigError, ServerError
 from mmopd.evaluate.lmms import _Job
+from mmopd.evaluate.served import Served
 from mmopd.evaluate.tasks import Task
 from mmopd.modality import Encoder
 from mmopd.preflight.run import preflight
@@ -122,7 +123,8 @@ def clients(one: Endpoint, folder: Path) -> dict[str, object]:
 def evaluates(one: Endpoint, monkeypatch: pytest.MonkeyPatch) -> httpx.Response:
     """Ask a server as lmms-eval does, whose client takes proxies from the environment."""
     benchmark = Benchmark(column="c", task="mmmu_val", metric="acc")
-    job = _Job(one, Suite(benchmarks=(benchmark,)), benchmark, Task("t", None, "", "", None), Path(), "", {}, None, str)
+    task = Task("t", None, None, "", "", "default")
+    job = _Job(one, Suite(benchmarks=(benchmark,)), benchmark, task, Path(), "", Served(), {}, None, str)
     for name, value in job._environment().items():
         monkeypatch.setenv(name, value)
     with httpx.Client() as client:
