@@ -19,7 +19,7 @@ from typing import Any
 
 from mmopd.runtime.network import free_port
 
-WORKERS = ("train_worker", "student_worker")
+WORKERS = ("deepspeed", "train_worker", "student_worker")
 ENV = {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
 
 

@@ -12,7 +12,6 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import deepspeed
 import torch
 import transformers
 from forks import start_ranks
@@ -150,6 +149,8 @@ def train(model: Path, out: Path, settings: Train, ranks: Ranks) -> dict[str, An
     """Make two updates, each followed by a sync if there is an engine; then a checkpoint, a third update, and an
     export.
     """
+    import deepspeed  # takes seconds, and tests that only build a model import this module, too
+
     encoder = Encoder(model)
     trainer = Trainer(model, encoder, settings, Algorithm(), ranks)
     items, ran = make_items(encoder, "TiI", 7), watch(trainer)

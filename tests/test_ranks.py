@@ -3,6 +3,7 @@
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 from mmopd.errors import UserError
@@ -20,6 +21,9 @@ def blamed(tmp_path: Path, *ends: str, stopping: bool = False, timeout: float = 
             check_ranks(ranks, timeout=timeout, stopping=stopping)
         except UserError as error:
             return str(error)
+        finally:
+            for process in psutil.Process().children(recursive=True):
+                process.resume()  # a stopped one would not hear that it has to end
     return ""
 
 

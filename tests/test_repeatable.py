@@ -39,7 +39,6 @@ Answer = list[tuple[tuple[int, ...], tuple[float, ...]]]
 @pytest.fixture(scope="module")
 def servers(server: None, model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Servers]:
     """Two of one model."""
-    pytest.importorskip("vllm")
     specs = [ServerSpec(name, model, ENGINE, updatable=True) for name in ("one", "two")]
     with (
         Children() as children,

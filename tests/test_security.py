@@ -22,7 +22,6 @@ from mmopd.demo.world import build_student
 from mmopd.serving import endpoint, wire
 from mmopd.serving.endpoint import Endpoint
 
-pytest.importorskip("vllm")
 KEY = "key-of-this-test-4f1d9a"
 FLEET = """
 teachers:

@@ -24,7 +24,6 @@ from mmopd.serving.lora import read_adapter
 from mmopd.serving.servers import Servers, serve
 from mmopd.serving.specs import ServerSpec
 
-pytest.importorskip("vllm")
 ENGINE = Engine(dtype="float32", max_model_len=256, max_num_seqs=8, kv_cache_mib=32)
 
 

@@ -15,7 +15,6 @@ from mmopd.serving.endpoint import Endpoint
 from mmopd.serving.servers import serve
 from mmopd.serving.specs import ServerSpec
 
-pytest.importorskip("vllm")
 ENGINE = Engine(dtype="float32", max_model_len=256, max_num_seqs=8, kv_cache_mib=32)
 
 

@@ -15,7 +15,6 @@ from types import SimpleNamespace
 from typing import Any
 
 import annotations  # noqa: F401  (checks the annotations of what is imported after it)
-import deepspeed
 import torch
 from forks import start_ranks
 from waiting import wait_for_exit
@@ -351,6 +350,8 @@ def infinite_gradient(trainer: Trainer) -> Iterator[None]:
 
 def spoil(trainer: Trainer) -> None:
     """Set one element of one parameter to NaN."""
+    import deepspeed  # takes seconds, and tests that only need the items import this module, too
+
     weight = trainer.student.model.language_model.layers[0].mlp.down_proj.weight
     with deepspeed.zero.GatheredParameters([weight], modifier_rank=0):
         if trainer.ranks.rank == 0:
