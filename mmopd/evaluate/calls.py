@@ -71,13 +71,15 @@ class Calls:
                 raise RuntimeError("lmms-eval was not called: the other calls of the block have been stopped")
             process.start()
             self._running.add(process)
-        process.join(timeout)
+        # Not `join`: the start of a process in another thread reads the exit status of all that have ended, and of two
+        # that read at once one gets nothing and reports 255. All that reads a status holds the lock.
+        wait([process.sentinel], timeout)
         with self._changing:
             self._running.remove(process)
             late = process.is_alive()
             _kill(process)
-        process.join()
-        return None if late else process.exitcode
+            process.join()
+            return None if late else process.exitcode
 
 
 def _kill(process: ForkServerProcess) -> None:
