@@ -11,8 +11,19 @@ import typer
 from rich.console import Console
 
 from mmopd import __version__
-from mmopd.commands import files, terminal
-from mmopd.commands.options import EndpointsOption, HostOption, Overrides, RecipeArgument, RunOption, console
+from mmopd.commands import files, machines, terminal
+from mmopd.commands.options import (
+    EndpointsOption,
+    HostOption,
+    JsonOption,
+    Overrides,
+    RecipeArgument,
+    RunOption,
+    complete,
+    console,
+    print_json,
+    progress_console,
+)
 from mmopd.errors import STOPPED, UserError
 from mmopd.runtime import python
 from mmopd.runtime.processes import STOPS
@@ -20,7 +31,6 @@ from mmopd.runtime.processes import STOPS
 app = typer.Typer(
     help="Distil a Qwen-VL student from several teachers, on its own rollouts, over text and images.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
 )
@@ -79,7 +89,10 @@ def demo(overrides: Overrides = None, run: RunOption = None) -> None:
 @app.command()
 def train(
     recipe: Annotated[
-        Path | None, typer.Argument(help="A recipe file, such as recipes/demo.yaml.", show_default=False)
+        Path | None,
+        typer.Argument(
+            help="A recipe file, such as recipes/demo.yaml.", show_default=False, autocompletion=complete("recipes")
+        ),
     ] = None,
     overrides: Overrides = None,
     run: RunOption = None,
@@ -132,7 +145,12 @@ def train(
 
 @app.command()
 def serve(
-    fleet: Annotated[Path, typer.Argument(help="A fleet file, such as teachers/demo.yaml.", show_default=False)],
+    fleet: Annotated[
+        Path,
+        typer.Argument(
+            help="A fleet file, such as teachers/demo.yaml.", show_default=False, autocompletion=complete("teachers")
+        ),
+    ],
     *,
     host: HostOption = "127.0.0.1",
     out: Annotated[Path, typer.Option(help="The file of endpoints to write, for `mmopd train --endpoints`.")] = Path(
@@ -177,7 +195,12 @@ def measure_difficulty(
 
 @app.command("eval")
 def evaluate(
-    suite: Annotated[Path, typer.Argument(help="A suite file, such as eval/demo.yaml.", show_default=False)],
+    suite: Annotated[
+        Path,
+        typer.Argument(
+            help="A suite file, such as eval/demo.yaml.", show_default=False, autocompletion=complete("eval")
+        ),
+    ],
     models: Annotated[
         list[Path], typer.Argument(help="HF folders to serve and evaluate, one row each.", show_default=False)
     ],
@@ -185,18 +208,30 @@ def evaluate(
         "recipes/demo.yaml"
     ),
     out: Annotated[Path, typer.Option(help="Folder for the results.")] = Path("results"),
+    as_json: JsonOption = False,
 ) -> None:
     """Serve each of MODELS and run SUITE on it through lmms-eval; prints a table, writes results.{json,md,csv}."""
     from mmopd import catalog
     from mmopd.commands.evaluate import evaluate_models
+    from mmopd.evaluate.candidates import check_results, print_results
 
-    evaluate_models(suite, models, catalog.load_recipe(recipe), out, console)
+    results = evaluate_models(suite, models, catalog.load_recipe(recipe), out, progress_console(as_json))
+    if as_json:
+        print_json(results.to_dict())
+    else:
+        print_results(results, console)
+    check_results(results)
 
 
 @app.command()
 def compare(
     comparison: Annotated[
-        Path, typer.Argument(help="A comparison, such as recipes/compare_demo.yaml.", show_default=False)
+        Path,
+        typer.Argument(
+            help="A comparison, such as recipes/compare_demo.yaml.",
+            show_default=False,
+            autocompletion=complete("recipes"),
+        ),
     ],
     out: Annotated[Path, typer.Option(help="Folder for the runs, the tables and the plots.")] = Path("compare"),
 ) -> None:
@@ -228,7 +263,12 @@ for command in (files.merge, files.prepare, files.index, files.report, files.exp
 @app.command()
 def show(
     recipe: Annotated[
-        Path | None, typer.Argument(help="A recipe, or a mixture such as data/demo.yaml.", show_default=False)
+        Path | None,
+        typer.Argument(
+            help="A recipe, or a mixture such as data/demo.yaml.",
+            show_default=False,
+            autocompletion=complete("recipes", "data"),
+        ),
     ] = None,
     overrides: Overrides = None,
     *,
@@ -247,111 +287,44 @@ def show(
             min=1, help="For a mixture: show the epochs of each source in this many prompts.", show_default=False
         ),
     ] = None,
+    as_json: JsonOption = False,
 ) -> None:
     """Print the resolved RECIPE with every default, and what it would start; or print what is in a mixture.
 
     With --explain, print what a setting of any file of the catalogue means, its type, range and default.
     """
     if key is not None:
-        from mmopd.commands.reference import explain
+        from mmopd.commands import reference
 
-        explain(key, console)
+        if as_json:
+            print_json([one.to_dict() for one in reference.find(key)])
+        else:
+            reference.explain(key, console)
         return
     if recipe is None:
         raise UserError("give a recipe (mmopd show recipes/demo.yaml), a mixture, or --explain KEY")
     from mmopd import catalog
 
     if catalog.is_mixture(catalog.find(recipe)):
-        from mmopd.prompts.mixture_view import mixture_tree
+        from mmopd.prompts.mixture_view import mixture_tree, to_dict
 
-        console.print(mixture_tree(catalog.load_mixture(recipe), str(recipe), prompts))
+        mixture = catalog.load_mixture(recipe)
+        if as_json:
+            print_json(to_dict(mixture, prompts))
+        else:
+            console.print(mixture_tree(mixture, str(recipe), prompts))
     else:
-        from mmopd.commands.show import show as print_recipe
+        from mmopd.commands import show as of_recipe
 
-        print_recipe(catalog.load_recipe(recipe, overrides=overrides or ()), console)
-
-
-@app.command()
-def plan(
-    recipe: RecipeArgument,
-    overrides: Overrides = None,
-    *,
-    gpu: Annotated[
-        str, typer.Option(help="H200-141G, H100-80G, H20-96G, A100-80G, A100-40G or L40S-48G.")
-    ] = "H100-80G",
-    gpu_memory: Annotated[
-        float | None, typer.Option(min=1, help="For another GPU: usable memory in GiB.", show_default=False)
-    ] = None,
-    tflops: Annotated[
-        float | None, typer.Option(min=1, help="For another GPU: dense bfloat16 TFLOP/s.", show_default=False)
-    ] = None,
-    bandwidth: Annotated[
-        float | None, typer.Option(min=1, help="For another GPU: memory bandwidth in GB/s.", show_default=False)
-    ] = None,
-    gpus: Annotated[int, typer.Option(min=1, help="Number of GPUs per node.")] = 8,
-    nodes: Annotated[int, typer.Option(min=1, help="Number of nodes; the servers run on the first one.")] = 1,
-    response: Annotated[
-        int | None,
-        typer.Option(
-            min=1, help="Mean number of tokens of a response. [default: half of rollout.max_tokens]", show_default=False
-        ),
-    ] = None,
-    elsewhere: Annotated[
-        bool, typer.Option("--teachers-elsewhere", help="The teachers run on other machines, started by `mmopd serve`.")
-    ] = False,
-) -> None:
-    """Estimate whether RECIPE fits given GPUs, and how long a step takes; exit status 1 if it does not fit.
-
-    The config.json of each model is enough. Memory and time are arithmetic from published numbers and stated
-    assumptions: **nothing has been measured on a GPU.**
-    """
-    from mmopd import catalog
-    from mmopd.capacity.budget import Machines, budget
-    from mmopd.capacity.memory import find_gpu
-    from mmopd.capacity.show import show_budget
-
-    machines = Machines(find_gpu(gpu, gpu_memory, tflops, bandwidth), gpus, nodes)
-    found = budget(
-        catalog.load_recipe(recipe, overrides=overrides or ()), machines, response=response, elsewhere=elsewhere
-    )
-    show_budget(found, console)
-    if found.refusals:
-        raise typer.Exit(1)
+        resolved = catalog.load_recipe(recipe, overrides=overrides or ())
+        if as_json:
+            print_json(of_recipe.to_dict(resolved))
+        else:
+            of_recipe.show(resolved, console)
 
 
-@app.command()
-def doctor(
-    recipe: Annotated[
-        Path | None, typer.Argument(help="A recipe whose teachers are examined, too.", show_default=False)
-    ] = None,
-    overrides: Overrides = None,
-    out: Annotated[
-        Path | None,
-        typer.Option(help="Folder for the findings and the logs. [default: doctor/NAME]", show_default=False),
-    ] = None,
-    endpoints: EndpointsOption = None,
-) -> None:
-    """Report what this machine can do and what is missing; exit status 1 if something needed is missing.
-
-    With RECIPE, serve its student and teachers as `mmopd train` does, and examine every teacher: it must have the
-    student's vocabulary, room for the longest response, scores that repeat, and it must see the images that it is sent.
-    """
-    from mmopd import catalog
-    from mmopd.commands.doctor import machine_report
-    from mmopd.preflight.check import render
-
-    resolved = catalog.load_recipe(recipe, overrides=overrides or ()) if recipe is not None else None
-    checks = machine_report()
-    render(checks, console)
-    if recipe is not None and resolved is not None:
-        from mmopd.commands.examine import examine
-        from mmopd.preflight.run import show
-
-        found = examine(resolved, out or Path("doctor") / recipe.stem, console, endpoints or ())
-        show(found, console)
-        checks += found
-    if any(check.state == "fail" for check in checks):
-        raise typer.Exit(1)
+for command in (machines.plan, machines.doctor):
+    app.command()(command)
 
 
 def _stopped(stop: SystemExit, how: str = "") -> NoReturn:

@@ -27,10 +27,14 @@ def find(name: str | Path, workspace: Path | None = None) -> Path:
     for root in roots:
         if (path := root / name).is_file():  # an absolute name replaces the root
             return path
-    kind = Path(name).parent
-    suffix = Path(name).suffix
-    known = {str(kind / path.name) for root in roots for path in (root / kind).glob(f"*{suffix}")}
+    known = names(Path(name).parent, f"*{Path(name).suffix}", workspace)
     raise ConfigError(f"{name}: no such file in {roots[0]}, nor is it shipped{settings_file.suggest(str(name), known)}")
+
+
+def names(kind: str | Path, pattern: str = "*.yaml", workspace: Path | None = None) -> list[str]:
+    """Return `KIND/NAME` of the files of a kind, those of the workspace and the shipped ones."""
+    roots = (workspace or Path.cwd(), shipped())
+    return sorted({str(Path(kind, path.name)) for root in roots for path in (root / kind).glob(pattern)})
 
 
 def load_module(path: Path) -> ModuleType:

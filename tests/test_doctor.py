@@ -4,8 +4,7 @@ import socket
 import pytest
 from rich.console import Console
 
-from mmopd import cli
-from mmopd.commands import doctor
+from mmopd.commands import doctor, machines
 from mmopd.errors import UserError
 from mmopd.preflight.check import Check, render
 
@@ -104,4 +103,4 @@ def test_the_table_of_several_servers_names_each_once():
 def test_a_recipe_that_is_not_there_is_told_at_once(monkeypatch, tmp_path):
     monkeypatch.setattr(doctor, "machine_report", lambda: pytest.fail("the recipe comes first"))
     with pytest.raises(UserError, match="none"):
-        cli.doctor(tmp_path / "none.yaml")
+        machines.doctor(tmp_path / "none.yaml")

@@ -1,6 +1,7 @@
 """`mmopd plan`: print a table for each role, one for the GPUs, one for a step, and a verdict."""
 
 from itertools import groupby
+from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
@@ -36,6 +37,33 @@ def show_budget(budget: Budget, console: Console) -> None:
         console.print(
             f"[bold green]Fits[/] {budget.machines.nodes} x {budget.machines.gpus} {gpu.name}, by this estimate."
         )
+
+
+def to_dict(budget: Budget) -> dict[str, Any]:
+    """Return the estimate as JSON types, with memory in GiB."""
+    machines = budget.machines
+    roles = [
+        {
+            "role": role.title,
+            "gpus": role.where,
+            "peak_gib": role.peak / GIB,
+            "memory": [{"what": part.what, "gib": part.size / GIB, "how": part.how} for part in role.parts],
+        }
+        for role in budget.roles
+    ]
+    return {
+        "fits": not budget.refusals,
+        "refusals": budget.refusals,
+        "gpu": machines.gpu.name,
+        "gpu_memory_gib": machines.gpu.memory,
+        "gpus": machines.gpus,
+        "nodes": machines.nodes,
+        "roles": roles,
+        "elsewhere": budget.elsewhere,
+        "times": [time._asdict() for time in budget.times],
+        "step_seconds": budget.step,
+        "steps": budget.steps,
+    }
 
 
 def _table(title: str, *columns: str) -> Table:

@@ -8,7 +8,7 @@ from rich.console import Console
 from mmopd import catalog
 from mmopd.config import Recipe
 from mmopd.evaluate.calls import warm_up
-from mmopd.evaluate.candidates import Candidate, check_results, evaluate_all, print_results
+from mmopd.evaluate.candidates import Candidate, evaluate_all
 from mmopd.evaluate.lmms import read_suite
 from mmopd.evaluate.table import Results, Row
 from mmopd.runtime.processes import Children
@@ -17,8 +17,8 @@ from mmopd.serving.servers import serve_in_stage
 from mmopd.serving.specs import ServerSpec
 
 
-def evaluate_models(suite: Path, models: Sequence[Path], recipe: Recipe, out: Path, console: Console) -> None:
-    """Run `mmopd eval`: serve one model after the other and evaluate it.
+def evaluate_models(suite: Path, models: Sequence[Path], recipe: Recipe, out: Path, console: Console) -> Results:
+    """Run `mmopd eval`: serve one model after the other and evaluate it; write the results and return them.
 
     Raises:
         UserError: a folder is missing, or a server does not start.
@@ -37,5 +37,4 @@ def evaluate_models(suite: Path, models: Sequence[Path], recipe: Recipe, out: Pa
                 rows += evaluate_all(resolved, [candidate], out, stages)
     results = Results.of(rows)
     results.write(out)
-    print_results(results, console)
-    check_results(results)
+    return results

@@ -1,11 +1,14 @@
 """Reference of all settings: `mmopd show --explain KEY`, and docs/reference/.
 
-`python -m mmopd.commands.reference` writes docs/reference/. All texts come from the models of `mmopd.config`, so that
-the pages match the code. Loads no torch.
+`python -m mmopd.commands.reference` writes docs/reference/. All texts come from the code: settings from the models of
+`mmopd.config`, metrics from `mmopd.report.metrics`, commands from the command line. Loads no torch.
 """
 
 import difflib
 import inspect
+import os
+import re
+import subprocess
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +23,7 @@ from rich.markup import escape
 
 from mmopd.config import Comparison, Fleet, Mixture, Recipe, Suite
 from mmopd.errors import UserError
+from mmopd.runtime import python
 
 PAGES: dict[str, tuple[type[BaseModel], str]] = {
     "recipe": (Recipe, "recipes/*.yaml"),
@@ -32,6 +36,7 @@ NAME = "NAME"  # in a path: a name that the file chooses
 NUMBER = "N"  # in a path: a position in a list
 WORDS = {int: "whole number", float: "number", str: "text", bool: "true or false", Path: "path", Any: "any value"}
 BOUNDS = {Ge: ("ge", "≥"), Gt: ("gt", ">"), Le: ("le", "≤"), Lt: ("lt", "<")}
+PAPER = "https://arxiv.org/abs/2605.03677"
 HEADER = "<!-- Written by `python -m mmopd.commands.reference`; a test compares it with the models. -->"
 
 
@@ -80,6 +85,17 @@ class Key:
             return "required"
         return _yaml(self.field.get_default(call_default_factory=True))
 
+    def to_dict(self) -> dict[str, str | None]:
+        """Return what `explain` prints, as JSON types."""
+        return {
+            "key": ".".join(self.path),
+            "file": PAGES[self.page][1],
+            "kind": self.section.kind or None,
+            "type": self.type,
+            "default": self.default if _has_default(self) else None,
+            "description": self.field.description,
+        }
+
 
 def sections(model: type[BaseModel], path: tuple[str, ...] = ()) -> Iterator[Section]:
     """Yield the model and all models below it, in the order of their fields."""
@@ -101,8 +117,8 @@ def keys(page: str) -> list[Key]:
     ]
 
 
-def explain(key: str, console: Console) -> None:
-    """Print the meaning of a key, given by its whole path, or by its last names if they are enough.
+def find(key: str) -> list[Key]:
+    """Return the keys that a name means: its whole path, or its last names if they are enough.
 
     Raises:
         UserError: there is no such key; the message names the nearest.
@@ -114,8 +130,16 @@ def explain(key: str, console: Console) -> None:
         names = {".".join(one.path) for one in known} | {one.name for one in known}
         near = difflib.get_close_matches(key, names) or difflib.get_close_matches(wanted[-1], names)
         raise UserError(f"no key {key!r}" + (f"; did you mean {' or '.join(map(repr, near))}?" if near else ""))
-    found = [one for one, rank in ranks.items() if rank == min(ranks.values())]
-    for i, one in enumerate(found):
+    return [one for one, rank in ranks.items() if rank == min(ranks.values())]
+
+
+def explain(key: str, console: Console) -> None:
+    """Print the meaning of a key.
+
+    Raises:
+        UserError: there is no such key.
+    """
+    for i, one in enumerate(find(key)):
         console.print("\n" * (i > 0) + f"[bold]{escape('.'.join(one.path))}[/]  in {PAGES[one.page][1]}")
         if one.section.kind:
             console.print(f"  with kind: {one.section.kind}")
@@ -127,7 +151,37 @@ def explain(key: str, console: Console) -> None:
 
 def pages() -> dict[str, str]:
     """Return the pages of docs/reference/ by file name."""
-    return {f"{page}.md": _page(page) for page in PAGES}
+    return {f"{page}.md": _page(page) for page in PAGES} | {"metrics.md": _metrics_page(), "cli.md": _cli_page()}
+
+
+def _metrics_page() -> str:
+    from mmopd.report.metrics import METRICS
+
+    lines = [
+        *("# Metrics", "", HEADER, ""),
+        "`RUN/metrics.jsonl` has one JSON object for each step; `RUN/tensorboard/` has the same values. A value that "
+        "is not finite is null. `*` stands for the name of a task, a teacher, a source or a cause. An equation is one of "
+        f"[the paper]({PAPER}).",
+        *("", "| name | meaning |", "|---|---|"),
+        *(f"| `{name}` | {_cell(text)} |" for name, text in METRICS.items()),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _cli_page() -> str:
+    """Return the page of all commands, as typer writes it from their help."""
+    command = python.command("-m", "typer", "mmopd.cli", "utils", "docs", "--name", "mmopd", "--title", "Commands")
+    done = subprocess.run(
+        command, env=os.environ | python.environment(), check=True, capture_output=True, text=True, encoding="utf-8"
+    )
+    text = re.sub(
+        r"\*\*Commands\*\*:\n\n(\* .*\n)+\n", "", done.stdout
+    )  # the headings are a list already, and are not cut
+    about = (
+        "Every command ends with an [exit status](exit-statuses.md). `show`, `plan`, `doctor` and `eval` print JSON "
+        "with `--json`. `mmopd --install-completion` makes the shell complete commands, options and names of the catalogue."
+    )
+    return text.replace("# Commands\n", f"# Commands\n\n{HEADER}\n\n{about}\n", 1).rstrip() + "\n"
 
 
 def _page(page: str) -> str:

@@ -1,5 +1,8 @@
 """`mmopd show`: print the recipe with all defaults, and the processes that it would start."""
 
+from collections.abc import Iterator, Sequence
+from typing import Any
+
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -8,6 +11,7 @@ from rich.text import Text
 from mmopd import catalog, settings_file
 from mmopd.config import Fleet, Mixture, Recipe
 from mmopd.errors import ConfigError
+from mmopd.task.base import Task
 from mmopd.task.load import load_tasks
 from mmopd.teacher.router import RoutedTeacher, find_teachers, load_teachers, references
 
@@ -25,33 +29,38 @@ def show(recipe: Recipe, console: Console) -> None:
     console.print(settings, soft_wrap=True)
     fleet = load_teachers(recipe.fleet, recipe.algorithm.objective)
     mixture = catalog.load_mixture(recipe.mixture)
-    reference = references(fleet, recipe.algorithm.objective)
-    rollout = recipe.rollout
-    train = recipe.train
     table = Table(title="What it would start", title_justify="left")
     for column in ("process", "model", "gets"):
         table.add_column(column)
-    table.add_row(
-        "student engine", str(recipe.student.model), f"{rollout.prompts} prompts x {rollout.group} responses a step"
-    )
-    for name, teacher in fleet.teachers.items():
-        routes = ", ".join(f"{r.task}/{r.modality}" for r in fleet.routes if name in r.teachers)
-        where = f"{teacher.model} x {teacher.replicas}" if teacher.model else ", ".join(teacher.endpoints)
-        as_reference = (
-            "responses, as a reference" if reference and name in reference.teachers else "not started: no route"
-        )
-        table.add_row(f"teacher {name}", where, f"responses to {routes}" if routes else as_reference)
-    table.add_row(
-        f"{train.ranks} training ranks", str(recipe.student.model), f"{train.steps} steps, ZeRO-3, {train.dtype}"
-    )
-    total = sum(source.weight for source in mixture.sources.values())
-    for name, source in mixture.sources.items():
-        table.add_row(
-            f"source {name}", str(source.shards), f"{source.weight / total:.0%} of the prompts, task {source.task}"
-        )
+    for row in _starts(recipe, fleet, mixture):
+        table.add_row(*row)
     console.print(table)
     if fleet.routes:
         console.print(teachers_table(fleet, mixture))
+
+
+def to_dict(recipe: Recipe) -> dict[str, Any]:
+    """Return what `show` prints, as JSON types.
+
+    Raises:
+        UserError: as for `show`.
+    """
+    fleet = load_teachers(recipe.fleet, recipe.algorithm.objective)
+    mixture = catalog.load_mixture(recipe.mixture)
+    starts = [dict(zip(("process", "model", "gets"), row, strict=True)) for row in _starts(recipe, fleet, mixture)]
+    teachers = [
+        {
+            "task": task.name,
+            "modality": task.modality,
+            "teacher": teacher.name,
+            "share": teacher.share,
+            "weight": teacher.weight,
+            "view": teacher.view.model_dump(mode="json"),
+        }
+        for task, routed in _scorers(fleet, mixture)
+        for teacher in routed
+    ]
+    return {"recipe": recipe.model_dump(mode="json"), "starts": starts, "teachers": teachers}
 
 
 def teachers_table(fleet: Fleet, mixture: Mixture) -> Table:
@@ -60,17 +69,47 @@ def teachers_table(fleet: Fleet, mixture: Mixture) -> Table:
     Raises:
         ConfigError: an unknown task, or one whose prompts have no teacher or no view.
     """
-    tasks = load_tasks()
     table = Table(title="Who scores what", title_justify="left")
     for column in ("prompts", "teacher", "of the target", "w_k", "is shown"):
         table.add_column(column)
+    for task, teachers in _scorers(fleet, mixture):
+        for i, teacher in enumerate(teachers):
+            prompts = "" if i else f"{task.name} ({task.modality})"
+            table.add_row(prompts, teacher.name, f"{teacher.share:.0%}", f"{teacher.weight:g}", escape(_shown(teacher)))
+    return table
+
+
+def _starts(recipe: Recipe, fleet: Fleet, mixture: Mixture) -> Iterator[tuple[str, str, str]]:
+    """Yield each process and source: its name, its model or folder, and what it gets."""
+    reference = references(fleet, recipe.algorithm.objective)
+    student = str(recipe.student.model)
+    rollout = recipe.rollout
+    train = recipe.train
+    yield "student engine", student, f"{rollout.prompts} prompts x {rollout.group} responses a step"
+    for name, teacher in fleet.teachers.items():
+        routes = ", ".join(f"{r.task}/{r.modality}" for r in fleet.routes if name in r.teachers)
+        where = f"{teacher.model} x {teacher.replicas}" if teacher.model else ", ".join(teacher.endpoints)
+        as_reference = (
+            "responses, as a reference" if reference and name in reference.teachers else "not started: no route"
+        )
+        yield f"teacher {name}", where, f"responses to {routes}" if routes else as_reference
+    yield f"{train.ranks} training ranks", student, f"{train.steps} steps, ZeRO-3, {train.dtype}"
+    total = sum(source.weight for source in mixture.sources.values())
+    for name, source in mixture.sources.items():
+        yield f"source {name}", str(source.shards), f"{source.weight / total:.0%} of the prompts, task {source.task}"
+
+
+def _scorers(fleet: Fleet, mixture: Mixture) -> Iterator[tuple[Task, Sequence[RoutedTeacher]]]:
+    """Yield each task of the mixture with its teachers; none if the fleet has no routes, as for an objective without
+    teachers.
+    """
+    if not fleet.routes:
+        return
+    tasks = load_tasks()
     for name in dict.fromkeys(source.task for source in mixture.sources.values()):
         if name not in tasks:
             raise ConfigError(f"no task {name!r} in modalities/{settings_file.suggest(name, tasks)}")
-        for i, teacher in enumerate(find_teachers(fleet, tasks, name, tasks[name].modality)):
-            prompts = "" if i else f"{name} ({tasks[name].modality})"
-            table.add_row(prompts, teacher.name, f"{teacher.share:.0%}", f"{teacher.weight:g}", escape(_shown(teacher)))
-    return table
+        yield tasks[name], find_teachers(fleet, tasks, name, tasks[name].modality)
 
 
 def _shown(teacher: RoutedTeacher) -> str:

@@ -1,8 +1,8 @@
 """Result of a check of the machine or of a server, and the table that shows the results."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Literal
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
 
 from rich.console import Console
 from rich.markup import escape
@@ -31,6 +31,11 @@ def ok(found: str, **numbers: float) -> Check:
 def fail(found: str, way_out: str, **numbers: float) -> Check:
     """Return a check that has failed."""
     return Check("", "fail", found, way_out, numbers=numbers)
+
+
+def to_dict(checks: Sequence[Check]) -> dict[str, Any]:
+    """Return the checks as JSON types; `ok` is false if one failed."""
+    return {"ok": all(check.state != "fail" for check in checks), "checks": [asdict(check) for check in checks]}
 
 
 def render(checks: Sequence[Check], console: Console, title: str = "What this machine can do") -> None:

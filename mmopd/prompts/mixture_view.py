@@ -1,7 +1,8 @@
 """Views of a source and of a mixture, printed by `mmopd prepare` and `mmopd show data/MIX.yaml`; reads indices only."""
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Group, RenderableType
 from rich.markup import escape
@@ -45,11 +46,7 @@ def mixture_tree(mixture: Mixture, title: str, prompts: int | None) -> Tree:
         ConfigError: a task is unknown.
         DataError: a source cannot be opened.
     """
-    opened = open_mixture(mixture, load_tasks(), Path.cwd())
-    total = sum(source.weight for source in mixture.sources.values())
-    shares = {name: source.weight / total for name, source in mixture.sources.items()}
-    if prompts is None:
-        prompts = int(min(len(opened[name]) / share for name, share in shares.items() if share))
+    opened, shares, prompts = _opened(mixture, prompts)
     tree = Tree(
         f"[bold]{escape(title)}[/]  {contents(_sum([shards.totals() for shards in opened.values()]))}; "
         f"in {prompts:,} prompts:"
@@ -69,6 +66,51 @@ def mixture_tree(mixture: Mixture, title: str, prompts: int | None) -> Tree:
         for cause, rows in shards.left_out.items():
             branch.add(escape(f"left out: {rows:,} rows {cause}"))
     return tree
+
+
+def to_dict(mixture: Mixture, prompts: int | None) -> dict[str, Any]:
+    """Return what `mixture_tree` shows, as JSON types.
+
+    Raises:
+        ConfigError, DataError: as for `mixture_tree`.
+    """
+    opened, shares, prompts = _opened(mixture, prompts)
+    sources = {
+        name: {
+            "shards": str(mixture.sources[name].shards),
+            "share": shares[name],
+            "epochs": prompts * shares[name] / len(shards),
+            "schedule": mixture.sources[name].schedule,
+            "bytes": shards.bytes,
+            **_totals(shards.totals()),
+            "tasks": [
+                {"task": task, "modality": modality, "rows": rows}
+                for (task, modality), rows in sorted(shards.kinds.items())
+            ],
+            "left_out": dict(shards.left_out),
+        }
+        for name, shards in opened.items()
+    }
+    return {"prompts": prompts, **_totals(_sum([shards.totals() for shards in opened.values()])), "sources": sources}
+
+
+def _opened(mixture: Mixture, prompts: int | None) -> tuple[Mapping[str, Shards], Mapping[str, float], int]:
+    """Open the sources; return them with their shares of the prompts, and the number of prompts drawn."""
+    opened = open_mixture(mixture, load_tasks(), Path.cwd())
+    total = sum(source.weight for source in mixture.sources.values())
+    shares = {name: source.weight / total for name, source in mixture.sources.items()}
+    if prompts is None:
+        prompts = int(min(len(opened[name]) / share for name, share in shares.items() if share))
+    return opened, shares, prompts
+
+
+def _totals(totals: Totals) -> dict[str, int | None]:
+    return {
+        "rows": totals.rows,
+        "images": totals.images,
+        "text_tokens": totals.text,
+        "image_tokens": totals.visual,
+    }
 
 
 def _sum(parts: list[Totals]) -> Totals:
