@@ -160,8 +160,8 @@ def _metrics_page() -> str:
     lines = [
         *("# Metrics", "", HEADER, ""),
         "`RUN/metrics.jsonl` has one JSON object for each step; `RUN/tensorboard/` has the same values. A value that "
-        "is not finite is null. `*` stands for the name of a task, a teacher, a source or a cause. An equation is one of "
-        f"[the paper]({PAPER}).",
+        "is not finite is null. `*` stands for the name of a task, a teacher, a source or a cause. An equation is one "
+        f"of [the paper]({PAPER}).",
         *("", "| name | meaning |", "|---|---|"),
         *(f"| `{name}` | {_cell(text)} |" for name, text in METRICS.items()),
     ]
@@ -174,12 +174,12 @@ def _cli_page() -> str:
     done = subprocess.run(
         command, env=os.environ | python.environment(), check=True, capture_output=True, text=True, encoding="utf-8"
     )
-    text = re.sub(
-        r"\*\*Commands\*\*:\n\n(\* .*\n)+\n", "", done.stdout
-    )  # the headings are a list already, and are not cut
+    # The headings are a list of the commands already, whose help is not cut.
+    text = re.sub(r"\*\*Commands\*\*:\n\n(\* .*\n)+\n", "", done.stdout)
     about = (
         "Every command ends with an [exit status](exit-statuses.md). `show`, `plan`, `doctor` and `eval` print JSON "
-        "with `--json`. `mmopd --install-completion` makes the shell complete commands, options and names of the catalogue."
+        "with `--json`. `mmopd --install-completion` makes the shell complete commands, options and names of "
+        "the catalogue."
     )
     return text.replace("# Commands\n", f"# Commands\n\n{HEADER}\n\n{about}\n", 1).rstrip() + "\n"
 
