@@ -8,7 +8,8 @@ import random
 from fake_vllm import FakeVLLM
 from PIL import Image
 
-IMAGE = ["reachable", "vocabulary", "scores", "image tokens", "context", "top-k", "same score twice", "image canary"]
+TEXT = ["reachable", "vocabulary", "scores", "control tokens", "context", "top-k", "same score twice"]
+IMAGE = [*TEXT[:3], "image tokens", *TEXT[3:], "image canary"]
 
 
 class Liar(FakeVLLM):
@@ -26,6 +27,12 @@ class Liar(FakeVLLM):
             return 200, json.dumps({"object": "list", "data": [{"id": "tiny", "max_model_len": self.length}]}).encode()
         if (verb, path) == ("POST", "/detokenize"):
             return self._detokenize(request["tokens"])
+        if self.lie == "tokenizes again":
+            text = self.encoder.tokenizer.decode(request["token_ids"])
+            request = request | {"token_ids": self.encoder.tokenizer.encode(text)}
+            parts = request.get("content_parts", ())
+            if parts and request["token_ids"].count(self.encoder.image_token) != len(parts):
+                return 400, b'{"error":{"message":"more placeholders than images"}}'
         settings = request["sampling_params"]
         if settings.get("prompt_logprobs", 0) > self.top_k:
             return 400, b'{"error":{"message":"Requested prompt logprobs of 20, which is greater than max allowed: 5"}}'

@@ -9,7 +9,7 @@ import time
 from contextlib import AsyncExitStack
 
 import pytest
-from fake_teachers import IMAGE, Blind, Liar, bad, of
+from fake_teachers import IMAGE, TEXT, Blind, Liar, bad, of
 from rich.console import Console
 from scoring import processor_encoder, prompt
 
@@ -21,7 +21,6 @@ from mmopd.preflight.questions import look
 from mmopd.preflight.run import insist, preflight, save, summary
 
 MAX_TOKENS = 24
-TEXT = ["reachable", "vocabulary", "scores", "context", "top-k", "same score twice"]
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +66,7 @@ def test_an_honest_teacher_passes_everything(encoder, kinds):
     checks = prove(encoder, kinds, Liar(encoder), Liar(encoder))
     assert bad(checks) == []
     assert [check.name for check in checks] == [*IMAGE, *IMAGE, "same on replicas"]
-    assert summary(checks, {"t": [None, None]}) == "1 teacher, 2 replicas: 17 checks passed"
+    assert summary(checks, {"t": [None, None]}) == "1 teacher, 2 replicas: 19 checks passed"
 
 
 @pytest.mark.parametrize(
@@ -87,6 +86,15 @@ def test_each_lie_is_caught_by_its_own_check_and_by_no_other(encoder, kinds, kin
     assert bad(checks) == [("t.0", name, "fail")]
     assert says in of(checks, name).found
     assert of(checks, name).way_out
+
+
+@pytest.mark.parametrize(("view", "says"), [("full", "more placeholders than images"), ("text", "becomes other ids")])
+def test_a_gateway_that_tokenizes_the_prompt_again_is_caught_by_a_text_that_spells_control_tokens(
+    encoder, kinds, view, says
+):
+    checks = prove(encoder, kinds, Liar(encoder, "tokenizes again"), view=view)
+    assert ("t.0", "control tokens", "fail") in bad(checks)
+    assert says in of(checks, "control tokens").found
 
 
 def test_a_server_with_another_pixel_budget_is_told_by_the_size_that_differs(encoder, kinds):
@@ -210,7 +218,7 @@ def test_a_view_that_no_row_can_fill_is_a_failure(encoder, kinds):
 
 def test_a_teacher_without_prompts_is_asked_a_plain_question(encoder):
     checks = prove(encoder, [], Liar(encoder))
-    assert [check.name for check in checks] == [name for name in TEXT if name != "context"]
+    assert [check.name for check in checks] == [name for name in TEXT if name not in {"control tokens", "context"}]
     assert bad(checks) == []
 
 

@@ -216,6 +216,27 @@ def test_what_a_response_says_to_the_judge_stays_between_the_marks() -> None:
     assert len({mark[1] for mark in marks if mark}) == 2  # drawn again for each question
 
 
+def test_nothing_in_the_judged_text_is_a_control_token_of_the_judge() -> None:
+    control = [
+        "<|im_end|>",
+        "<|im_start|>",
+        "</tool_call>",
+        "<|eot_id|>",
+        "<start_of_turn>",
+        "</s>",
+        "[/INST]",
+        "<<SYS>>",
+    ]
+    control += ["<｜User｜>", "<｜end▁of▁sentence｜>", "<[BOS]>", "<|channel|>final"]
+    other = "1 < 2, a<b and c>d, [1], [x], f[i]>0, <=, ->, x|y, |x|<1"
+    with endpoint(YES) as server:
+        llm.judge(server.url, "wise")(f"{other} {' '.join(control)}", control[0])
+        text = server.asked[0][1]["messages"][1]["content"]
+    assert other in text
+    assert not [spelling for spelling in control if spelling in text]
+    assert all(spelling in text.replace("\u200b", "") for spelling in control)
+
+
 def test_the_judges_key_comes_from_the_environment_and_goes_nowhere_else(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -271,7 +271,6 @@ def test_a_hint_ends_the_users_last_message_and_the_images_stay(encoder):
         ),
         (VIEWS["caption"], {"extra": {"caption": " \n"}}, r"^p/0: .* no text 'caption'.* it has answer$"),
         (View(hint="{hint}"), {}, r"^p/0: .* no text 'hint'"),
-        (VIEWS["caption"], {"extra": {"caption": "<|image_pad|>"}}, r"^p/0: 1 image placeholders for 0 images"),
     ],
 )
 def test_a_row_that_lacks_what_a_view_shows_is_named(encoder, view, row, message):

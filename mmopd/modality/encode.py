@@ -16,6 +16,7 @@ from transformers import AutoProcessor
 
 from mmopd.errors import CheckpointError
 from mmopd.modality.base import Medium, Reader
+from mmopd.modality.control_tokens import ControlTokens
 from mmopd.modality.pixels import PixelPolicy
 from mmopd.modality.registry import MEDIA, shown_items, slots
 from mmopd.records import Encoded, Message, Prompt
@@ -28,6 +29,7 @@ class Encoder:
 
     Attributes:
         tokens: the placeholder of each input of the model.
+        control: the control tokens, which come from the chat template and never from a text of a row.
 
     Args:
         model: HF folder with processor, tokenizer and chat template.
@@ -40,6 +42,7 @@ class Encoder:
         except Exception as error:
             raise CheckpointError(f"{model}: no processor can be loaded from this folder: {error}") from error
         self.tokenizer: Any = self.processor.tokenizer
+        self.control = ControlTokens(self.tokenizer)
         images = self.processor.image_processor
         self.pixels = PixelPolicy(
             images.patch_size, images.merge_size, images.size["shortest_edge"], images.size["longest_edge"]
@@ -77,6 +80,8 @@ class Encoder:
     def encode(self, prompt: Prompt, pixels: PixelPolicy | None = None) -> Encoded:
         """Return the ids of the prompt, up to and including the assistant's header.
 
+        A text of a row that spells a control token is text, whatever its role.
+
         Args:
             pixels: the budget that images are resized to, if it is not the student's.
 
@@ -85,11 +90,13 @@ class Encoder:
                 processor does not take.
         """
         messages = _with_slots(prompt.messages)
+        if spelled := self.control.spelled_in(messages):
+            messages = self.control.mark(messages)
         try:
             text = self.processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
         except Exception as error:  # a template may raise anything about messages that it does not expect
             raise ValueError(f"{prompt.key}: its messages do not fit the chat template: {error}") from error
-        ids: list[int] = self.tokenizer.encode(text, add_special_tokens=False)
+        ids: list[int] = self.control.encode(text) if spelled else self.tokenizer.encode(text, add_special_tokens=False)
         self._check_placeholders(prompt, ids)
         shown = [(self.reader(medium), files) for medium, files in shown_items(prompt)]
         grids = tuple(reader.grid(files, pixels) for reader, files in shown)
@@ -110,6 +117,10 @@ class Encoder:
             n = len(prompt.items(medium.name))
             if placeholders != n:
                 raise ValueError(f"{prompt.key}: {placeholders} {slot} placeholders for {n} {medium.items}")
+
+    def encode_answer(self, answer: str) -> tuple[int, ...]:
+        """Return the ids of an answer key as a response to its prompt, with the end token."""
+        return (*self.control.encode_text(answer), int(self.tokenizer.eos_token_id))
 
     def decode(self, tokens: tuple[int, ...]) -> str:
         """Return the text of response tokens, without control tokens."""

@@ -101,6 +101,7 @@ class Examination:
             ("vocabulary", self._same_vocabulary),
             ("scores", self._scores_text),
             ("image tokens", self._image_tokens),
+            ("control tokens", self._control_tokens),
             ("context", self._context),
             ("top-k", self._top),
             ("same score twice", self._same_twice),
@@ -237,6 +238,19 @@ class Examination:
         fewest, most = (pick(fit, key=lambda one: one.tokens) for pick in (min, max))
         span = f"{fewest.tokens:,} ({fewest.size}) to {most.tokens:,} ({most.size})"
         return ok(f"{len(fit)} sizes as counted here, {span}{left_out}", sizes=len(fit))
+
+    async def _control_tokens(self) -> Check | None:
+        """Check that a text that spells control tokens is the same text on the server, through each view."""
+        asked = [
+            one
+            for one in self._asked.spelled
+            if (self._images_agree or not one.prompt.is_visual)
+            and (self._length is None or len(one.expanded) + 2 <= self._length)
+        ]
+        for one in asked:
+            if await self._client.prompt_ids(one, (self._vocabulary.end,)) != [*one.expanded, self._vocabulary.end]:
+                return fail("a text that spells control tokens becomes other ids on the server", WAY_OUT["ids"])
+        return ok(f"{len(asked)} prompts that spell them keep their ids") if asked else None
 
     async def _context(self) -> Check | None:
         """Check that prompt, response and one spare token fit: a scoring request must generate one more token."""

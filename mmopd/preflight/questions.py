@@ -7,7 +7,7 @@ or shuffled media.
 import heapq
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import ceil
 
 from mmopd.config import Fleet, Teacher, View
@@ -143,6 +143,7 @@ class Questions:
     alive: float  # a log-prob must change by more than this with another image
     to_score: list[Question] = field(default_factory=list)
     sizes: list[Sized] = field(default_factory=list)
+    spelled: list[Encoded] = field(default_factory=list)  # prompts whose texts and key spell control tokens
     longest: Encoded | None = None  # None if no prompt is routed to the teacher
     looked: str = ""  # number of prompts among which it is the longest, in words
     unusable: dict[str, str] = field(default_factory=dict)  # key of a prompt -> why it cannot be shown
@@ -169,18 +170,17 @@ def questions(
         if teacher.name == name
     ]
     _check_limits(name, fleet.teachers[name], routed)
-    end = int(encoder.tokenizer.eos_token_id)
     plain = encoder.encode(
         Prompt("preflight", "", "text", ({"role": "user", "content": "What is 12 + 30?"},), (), "42")
     )
     tolerance, alive = PRECISE if in_float32(fleet.teachers[name]) else COARSE
-    asked = Questions(
-        Question(plain, (*encoder.tokenizer.encode("42", add_special_tokens=False), end)), tolerance, alive
-    )
+    asked = Questions(Question(plain, encoder.encode_answer("42")), tolerance, alive)
     asked.to_score.append(asked.plain)
     for view in _different(view for _, view in routed):
-        _measure_media(asked, encoder, [kind for kind, one in routed if one == view], view)
-    _show(asked, encoder, routed, responses, end)
+        through_it = [kind for kind, one in routed if one == view]
+        _measure_media(asked, encoder, through_it, view)
+        _spell(asked, encoder, through_it, view)
+    _show(asked, encoder, routed, responses)
     _find_longest(asked, encoder, routed)
     return asked
 
@@ -213,7 +213,6 @@ def _show(
     encoder: Encoder,
     routed: Sequence[tuple[Kind, View]],
     responses: Mapping[str, Sequence[tuple[int, ...]]],
-    end: int,
 ) -> None:
     """Add `SHOWN` prompts with images to see, and as many without.
 
@@ -239,7 +238,7 @@ def _show(
             asked.unusable[prompt.key] = str(error)
             continue
         left[sees] -= 1
-        answer = (*encoder.tokenizer.encode(prompt.answer, add_special_tokens=False), end)
+        answer = encoder.encode_answer(prompt.answer)
         asked.to_score += [
             Question(shown, tokens, others) for tokens in dict.fromkeys([*responses.get(prompt.key, ()), answer])
         ]
@@ -273,6 +272,21 @@ def _measure_media(asked: Questions, encoder: Encoder, kinds: Sequence[Kind], vi
             token = encoder.tokens[medium.slot]
             shape = f"{width}x{height}" if files == 1 else f"{files} of {width}x{height}"
             asked.sizes.append(Sized(size, shape, encoded, encoded.expanded.count(token), token, medium))
+
+
+def _spell(asked: Questions, encoder: Encoder, kinds: Sequence[Kind], view: View) -> None:
+    """Add a short prompt of each modality whose texts and key spell the end token and the placeholders."""
+    words = encoder.tokenizer.eos_token + "".join(encoder.tokenizer.convert_ids_to_tokens(encoder.tokens.values()))
+    for modality in sorted({kind.modality for kind in kinds}):
+        shown = (prompt for kind in kinds if kind.modality == modality for prompt in kind.shown)
+        prompt = min(shown, key=lambda one: sum(len(file) for _, files in shown_items(one) for file in files))
+        parts = [{"type": name} for name in MEDIA for _ in prompt.items(name)]
+        message = {"role": "user", "content": [*parts, {"type": "text", "text": words}]}
+        spelled = replace(prompt, messages=(message,), answer=words, extra=dict.fromkeys(prompt.extra, words))
+        try:
+            asked.spelled.append(_through(encoder, spelled, view))
+        except BAD_ROW as error:
+            asked.unusable[prompt.key] = str(error)
 
 
 def _find_longest(asked: Questions, encoder: Encoder, routed: Sequence[tuple[Kind, View]]) -> None:

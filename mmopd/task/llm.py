@@ -5,7 +5,8 @@
 
 The judged text was written by a model that is rewarded for the verdict, so it may address the judge. It is placed
 between marks that contain a random number drawn for this question, and the verdict must be JSON with that number.
-Anything else is no verdict.
+Anything else is no verdict. The server tokenizes the text, so words that look like control tokens get a blank of no
+width.
 """
 
 import json
@@ -24,6 +25,8 @@ from mmopd.task.base import Verify
 from mmopd.task.response import final_answer, without_thoughts
 
 LONGEST = 8000  # characters of a response that the judge reads, from its end
+# The start of a word such as <|im_end|>, </s>, <start_of_turn>, <｜User｜> or [/INST].
+CONTROL = re.compile(r"<(?=[/|｜]*[A-Za-z][^\s<>]*>)|\[(?=/?[A-Z_]+\])")
 ANSWER_TOKENS = 2048  # room for a judge that thinks before it speaks
 RULES = """You compare the answer of a student with a reference answer. The answer is right if it says the same as the \
 reference: other words, another order or another form of the same value are fine; something missing, added or \
@@ -65,7 +68,8 @@ def judge(
         if not final_answer(response) or not answer.strip():
             return Outcome(0.0) if answer.strip() else Outcome(UNKNOWN, "the answer key is empty")
         number = secrets.token_hex(8)
-        text = f"Reference answer:\n{answer}\n\n<<<{number}\n{said}\n{number}>>>"
+        reference, said = (CONTROL.sub("\\g<0>\u200b", text) for text in (answer, said))
+        text = f"Reference answer:\n{reference}\n\n<<<{number}\n{said}\n{number}>>>"
         messages = [{"role": "system", "content": RULES.format(number=number)}, {"role": "user", "content": text}]
         body = {"model": model, "messages": messages, "temperature": 0.0, "max_tokens": ANSWER_TOKENS}
         try:

@@ -28,8 +28,7 @@ def probe_items(sources: Sequence[Shards], encoder: Encoder) -> list[Item]:
 
 def to_probe(prompt: Prompt, encoder: Encoder) -> Item:
     """Return the right answer to a prompt as an item that only needs log-probs."""
-    answer = encoder.tokenizer.encode(prompt.answer, add_special_tokens=False)
-    return Item.to_score(encoder.encode(prompt), (*answer, encoder.tokenizer.eos_token_id))
+    return Item.to_score(encoder.encode(prompt), encoder.encode_answer(prompt.answer))
 
 
 def _first_usable(shards: Shards, encoder: Encoder) -> Item:
