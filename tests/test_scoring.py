@@ -2,6 +2,8 @@
 
 import asyncio
 import base64
+import json
+import random
 from contextlib import ExitStack
 
 import httpx
@@ -14,13 +16,13 @@ from transformers import AutoModelForImageTextToText
 from mmopd.config import Engine, Fleet
 from mmopd.demo.world import additions, build_student, digit_sums
 from mmopd.modality import Encoder
-from mmopd.records import Score
+from mmopd.records import Encoded, Score
 from mmopd.rollout.student_client import StudentClient
 from mmopd.runtime.processes import Children
-from mmopd.serving import replicas
+from mmopd.serving import replicas, wire
 from mmopd.serving import servers as serve_module
 from mmopd.serving.servers import serve
-from mmopd.serving.specs import ServerSpec
+from mmopd.serving.specs import BLOCK, ServerSpec
 from mmopd.teacher.scorer import Scorer
 
 
@@ -51,7 +53,7 @@ def real(server, tmp_path_factory):
     folder = tmp_path_factory.mktemp("real")
     build_student(folder / "model")
     engine = Engine(dtype="float32", max_model_len=512, max_num_seqs=32, kv_cache_mib=64, enforce_eager=True)
-    spec = ServerSpec("tiny", folder / "model", engine, updatable=False)
+    spec = ServerSpec("tiny", folder / "model", engine, updatable=True)  # with the route that empties its cache
 
     def counting(*args):
         """Serve as mmopd does, but let vLLM count how often an image is processed."""
@@ -111,6 +113,7 @@ def test_a_real_server_gives_the_log_probs_of_transformers_for_text_and_image(re
 
     counts = asyncio.run(main())
     assert counts["scored"] == counts["asked"] == 24
+    assert not counts["unshared"]
 
 
 def test_a_real_server_processes_the_image_of_a_group_once(real):
@@ -119,11 +122,7 @@ def test_a_real_server_processes_the_image_of_a_group_once(real):
     image = encoder.encode(prompt(digit_sums("few", 9, 5)[8], "image"))
 
     def cache():
-        lines = httpx.get(f"{endpoint.url}/metrics", headers=endpoint.headers).text.splitlines()
-        return [
-            sum(float(line.split()[1]) for line in lines if line.startswith(f"vllm:mm_cache_{what}_total"))
-            for what in ("queries", "hits")
-        ]
+        return [counted(endpoint, f"vllm:mm_cache_{what}_total") for what in ("queries", "hits")]
 
     async def main():
         async with Scorer(fleet(), {}, {"t": [endpoint]}, encoder) as scorer:
@@ -133,6 +132,74 @@ def test_a_real_server_processes_the_image_of_a_group_once(real):
     scores = asyncio.run(main())
     assert all(isinstance(score, Score) for score in scores)
     assert [after - was for after, was in zip(cache(), before, strict=True)] == [16, 15]
+
+
+def counted(endpoint, what):
+    """Return one of the server's own counters."""
+    lines = httpx.get(f"{endpoint.url}/metrics", headers=endpoint.headers).text.splitlines()
+    return sum(float(line.split()[1]) for line in lines if line.startswith(what))
+
+
+def test_a_real_server_computes_a_prompt_once_for_its_responses_and_their_bits_depend_on_nothing_else(real):
+    endpoint, folder = real
+    encoder = Encoder(folder)
+    draw = random.Random(0)
+
+    def drawn(length):
+        return tuple(draw.choices(range(300, 900), k=length))
+
+    def plain(length):
+        ids = drawn(length)
+        return Encoded(prompt(additions("few", 1, 0)[0], "text"), ids, ids, ())
+
+    row = digit_sums("few", 2, 3)[0]
+    shown = [encoder.encode(prompt({**row, "images": r["images"]}, "image")) for r in digit_sums("few", 2, 3)]
+    assert shown[0].expanded == shown[1].expanded  # they differ in the image alone
+    prompts = [*map(plain, (2, 31, 32, 33, 64, 65, 200)), *shown]
+    work = [(encoded, drawn(length)) for encoded in prompts for length in (1, 2, 31, 32, 33, 100)]
+
+    def body(encoded, tokens, *, alone=False):
+        made = json.loads(wire.scoring_body(endpoint.model, encoded, tokens))
+        if alone:
+            del made["sampling_params"]["extra_args"]
+        return made
+
+    def score(work, *, alone=False, together=True):
+        """Return the log-probs of each piece of work, and the number of tokens that the server has computed."""
+        before = counted(endpoint, "vllm:request_prefill_kv_computed_tokens_sum")
+
+        async def one(http, encoded, tokens):
+            headers = endpoint.headers | {wire.REQUEST_ID: "r"}
+            url = endpoint.url + wire.PATH
+            async with http.post(url, json=body(encoded, tokens, alone=alone), headers=headers) as reply:
+                found = wire.parse_scored(await reply.read(), "r", encoded.expanded, tokens)
+            assert found.shares_prompts is not alone
+            return found.logprobs
+
+        async def main():
+            async with replicas.connect() as http:
+                if together:
+                    return await asyncio.gather(*(one(http, *pair) for pair in work))
+                return [await one(http, *pair) for pair in work]
+
+        scores = asyncio.run(main())
+        return scores, counted(endpoint, "vllm:request_prefill_kv_computed_tokens_sum") - before
+
+    def empty():
+        assert httpx.post(f"{endpoint.url}/reset_prefix_cache", headers=endpoint.headers).status_code == 200
+
+    empty()
+    first, computed = score(work)
+    shared = [(len(encoded.expanded) - 1) // BLOCK * BLOCK for encoded in prompts]
+    rest = sum(len(encoded.expanded) + len(tokens) for encoded, tokens in work) - 6 * sum(shared)
+    assert computed == rest + sum(shared)
+    assert score(work, together=False) == (first, rest)  # all found in the cache
+    empty()
+    assert score(work[::-1], together=False) == (first[::-1], computed)  # another response comes first
+    whole, computed = score(work, alone=True)
+    assert computed == sum(len(encoded.expanded) + len(tokens) for encoded, tokens in work)
+    assert max(abs(a - b) for x, y in zip(first, whole, strict=True) for a, b in zip(x, y, strict=True)) < 1e-5
+    assert first[-1] != score([(shown[0], work[-1][1])])[0][0]  # the image counts
 
 
 def test_the_likeliest_tokens_of_a_real_server_are_those_of_transformers(real):

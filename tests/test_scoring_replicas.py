@@ -30,8 +30,13 @@ def images(encoder):
 
 
 @pytest.fixture(scope="module")
-def text(encoder):
-    return encoder.encode(prompt(additions("few", 1, 0)[0], "text", "t/0"))
+def texts(encoder):
+    return [encoder.encode(prompt(row, "text", f"t/{i}")) for i, row in enumerate(additions("few", 12, 0))]
+
+
+@pytest.fixture(scope="module")
+def text(texts):
+    return texts[0]
 
 
 def right(encoder, encoded, tokens, view="full"):
@@ -39,25 +44,22 @@ def right(encoder, encoded, tokens, view="full"):
     return tuple(logprob(t, len(shown.expanded) + i, shown.prompt.images) for i, t in enumerate(tokens))
 
 
-def test_the_responses_of_an_image_go_to_one_replica_and_texts_to_the_least_busy(encoder, images, text):
+def test_the_responses_to_a_prompt_go_to_one_replica_and_prompts_to_all(encoder, images, texts):
     servers = [FakeVLLM(encoder, delay=0.05) for _ in range(3)]
     where = {id(s): [] for s in servers}
 
     async def work(scorer):
-        for encoded in images:
+        for encoded in [*images, *texts]:
             await asyncio.gather(*(scorer.score(encoded, (i, 1)) for i in range(8)))
             for server in servers:
                 where[id(server)].append(len(server.requests))
-        before = [len(s.requests) for s in servers]
-        await asyncio.gather(*(scorer.score(text, (i, 1)) for i in range(9)))
-        return [len(s.requests) - b for s, b in zip(servers, before, strict=True)]
 
-    texts, counts = run(work, fleet([{"teacher": "a"}], a={}), {"a": servers}, encoder)
+    _, counts = run(work, fleet([{"teacher": "a"}], a={}), {"a": servers}, encoder)
     grown = [[b - a for a, b in pairwise([0, *totals])] for totals in where.values()]
     assert all(sorted(by_replica) == [0, 0, 8] for by_replica in zip(*grown, strict=True)), "a group was split"
-    assert sum(any(g) for g in grown) > 1, "all images went to one replica"
-    assert texts == [3, 3, 3]
-    assert balances(counts, 8 * len(images) + 9)
+    for kind in (slice(0, len(images)), slice(len(images), None)):
+        assert sum(any(by_group[kind]) for by_group in grown) > 1, "all prompts went to one replica"
+    assert balances(counts, 8 * (len(images) + len(texts)))
 
 
 def test_a_replica_that_is_much_busier_than_the_others_does_not_get_all_of_a_large_group(encoder, images):
@@ -149,15 +151,16 @@ def test_a_replica_that_is_killed_loses_no_score_and_is_used_again_when_it_is_ba
     assert balances(counts, 200)
 
 
-def test_a_replica_that_failed_once_gets_its_share_again(encoder, text, monkeypatch):
+def test_a_replica_that_failed_once_gets_its_share_again(encoder, texts, monkeypatch):
     monkeypatch.setattr(replicas, "COOLDOWN", (0.05, 1.0))
     servers = [FakeVLLM(encoder, lambda n: "500" if n == 0 else None), FakeVLLM(encoder)]
 
     async def work(scorer):
-        await asyncio.gather(*(scorer.score(text, (i, 1)) for i in range(2)))
+        await asyncio.gather(*(scorer.score(text, (1, 1)) for text in texts))
         await asyncio.sleep(0.1)
-        for i in range(40):  # one request at a time: the other replica always has room
-            await scorer.score(text, (i, 2))
+        for i in range(4):  # one request at a time: the other replica always has room
+            for text in texts:
+                await scorer.score(text, (i, 2))
 
     _, counts = run(work, fleet([{"teacher": "a"}], a={}), {"a": servers}, encoder)
     assert counts["failed/status"] == 1

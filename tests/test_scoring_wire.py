@@ -63,7 +63,7 @@ def score_all(encoder, jobs, *servers, view="full", **limits):
 def test_text_and_image_are_scored_token_by_token(encoder, image, text):
     results, counts, _ = score_all(encoder, [(image, TOKENS), (text, TOKENS)], FakeVLLM(encoder))
     assert results == [Score("t", right(image, TOKENS)), Score("t", right(text, TOKENS))]
-    assert counts == {"asked": 2, "scored": 2, "answers": 2, "requests": 2}
+    assert counts == {"asked": 2, "scored": 2, "answers": 2, "requests": 2, "unshared": 2}
 
 
 def test_the_text_view_sends_no_image_and_no_placeholder_and_keeps_the_response(encoder, image):

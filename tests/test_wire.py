@@ -1,10 +1,12 @@
 import base64
 import json
+from dataclasses import replace
 
 import pytest
 
 from mmopd.records import Encoded, Prompt
 from mmopd.serving import wire
+from mmopd.serving.shared_prompts import PROMPT
 
 
 def reply(**changes):
@@ -43,9 +45,12 @@ SAMPLING = wire.Sampling(n=2, seed=7, temperature=0.7, top_p=0.9, top_k=5, max_t
 
 
 def test_a_scoring_request_holds_unexpanded_ids_and_the_very_bytes_of_the_images():
-    body = json.loads(wire.scoring_body("tiny", encoded([1, 2], (b"\x00\xff image",)), [3, 4]))
+    shown = replace(encoded([1, 2], (b"\x00\xff image",)), expanded=(1, 2, 2, 2))
+    body = json.loads(wire.scoring_body("tiny", shown, [3, 4]))
     assert body["token_ids"] == [1, 2, 3, 4]
-    assert body["sampling_params"] == {"max_tokens": 1, "prompt_logprobs": 0, "detokenize": False}
+    assert body["sampling_params"] == {
+        "max_tokens": 1, "prompt_logprobs": 0, "detokenize": False, "extra_args": {PROMPT: 4},
+    }  # fmt: skip
     assert body["return_token_ids"] is True
     url = body["content_parts"][0]["url"]
     assert url.startswith("data:")
@@ -67,6 +72,14 @@ def test_scores_are_those_of_the_response_alone():
     assert wire.parse_scores(reply(), "r1", [1, 2, 2, 3], []) == ()
 
 
+def test_a_server_that_shares_prompts_returns_the_rows_of_the_response_alone():
+    rows = [None, {"2": {"logprob": -2.0}}, {"3": {"logprob": -3.0, "rank": 1}}]
+    assert wire.parse_scored(reply(prompt_logprobs=rows), "r1", [1, 2], [2, 3]).logprobs == (-2.0, -3.0)
+    assert wire.parse_scored(reply(prompt_logprobs=rows), "r1", [1, 2], [2, 3]).shares_prompts
+    assert wire.parse_scored(reply(prompt_logprobs=[None]), "r1", [1, 2, 2, 3], []).shares_prompts
+    assert not wire.parse_scored(reply(), "r1", [1, 2], [2, 3]).shares_prompts
+
+
 @pytest.mark.parametrize(
     ("changes", "cause"),
     [
@@ -75,7 +88,11 @@ def test_scores_are_those_of_the_response_alone():
         ({"request_id": "generate-tokens-r2"}, "ids"),
         ({"prompt_logprobs": [None, None, None, {"4": {"logprob": -1.0}}]}, "ids"),
         ({"prompt_logprobs": [None, None, None, None]}, "ids"),
-        ({"prompt_logprobs": [None, {"3": {"logprob": -1.0}}]}, "malformed"),
+        ({"prompt_logprobs": [None, {"2": {"logprob": -1.0}}]}, "ids"),  # the row of another position
+        ({"prompt_logprobs": [None, None]}, "ids"),
+        ({"prompt_logprobs": [None]}, "malformed"),  # fewer rows than the response has tokens
+        ({"prompt_logprobs": []}, "malformed"),
+        ({"prompt_logprobs": [None, {"2": {"logprob": -1.0}}, {"3": {"logprob": -1.0}}]}, "malformed"),
         ({"prompt_logprobs": None}, "malformed"),
         ({"prompt_logprobs": [None, None, None, {"3": {"logprob": "x"}}]}, "malformed"),
         ({"prompt_logprobs": [None, None, None, {"3": {"logprob": None}}]}, "non_finite"),

@@ -204,7 +204,8 @@ class Examination:
         begin = monotonic()
         scores = await self._client.score(self._asked.plain.encoded, self._asked.plain.tokens)
         seconds = monotonic() - begin
-        return ok(f"{len(scores)} tokens in {seconds:.2f} s", seconds=seconds, logprob=sum(scores))
+        alone = "" if self._client.shares_prompts else "; a prompt is computed anew for each response: no mmopd there"
+        return ok(f"{len(scores)} tokens in {seconds:.2f} s{alone}", seconds=seconds, logprob=sum(scores))
 
     async def _image_tokens(self) -> Check | None:
         """Check that an item of each medium and awkward size becomes as many tokens on the server as here."""

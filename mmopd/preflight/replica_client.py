@@ -30,6 +30,7 @@ class ReplicaClient:
         self._endpoint = endpoint
         self._http = http
         self._timeout = timeout
+        self.shares_prompts = False  # whether it computed the last prompt for all its responses
 
     def named(self, model: str) -> "ReplicaClient":
         """Return a client that asks the same server for another of its models."""
@@ -72,7 +73,9 @@ class ReplicaClient:
         """Return the server's log-probs of the tokens."""
         request_id = uuid.uuid4().hex
         reply = await self._generate(self._body(encoded, tokens, top_k), request_id)
-        return wire.parse_scored(reply, request_id, encoded.expanded, tokens, top_k).logprobs
+        scored = wire.parse_scored(reply, request_id, encoded.expanded, tokens, top_k)
+        self.shares_prompts = scored.shares_prompts
+        return scored.logprobs
 
     async def prompt_ids(self, encoded: Encoded, tokens: Sequence[int]) -> list[int]:
         """Return the ids of prompt and tokens as the server expands them."""

@@ -40,6 +40,7 @@ METRICS: Mapping[str, str] = {
     "scoring/requests": "requests sent to teachers",
     "scoring/reused": "scores that needed no request, because the same was requested before",
     "scoring/beyond_head": "likeliest tokens of teachers that the student's head has no row for; they count as rest",
+    "scoring/unshared": "replies of servers without mmopd's plugin: they compute a prompt anew for each response",
     "scoring/hedged": "requests sent again to another replica, because the first was late",
     "scoring/failed/*": "requests that failed, by cause; another replica may have answered",
     "unknown": "responses without an outcome",

@@ -18,6 +18,7 @@ from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 
 from mmopd.rollout.buckets import Place, unpack
 from mmopd.rollout.transport import broadcast, join, open_handle
+from mmopd.serving import shared_prompts
 
 PREFIX = "mmopd_"  # of the backends' names, followed by the `sync` of `mmopd.config.Student`
 
@@ -211,6 +212,7 @@ ENGINES: dict[str, type[WeightTransferEngine[Any, Any]]] = {
 
 @functools.cache  # vLLM may call a plugin several times in a process
 def register() -> None:
-    """Register the backends in this process."""
+    """Register the backends in this process, and let requests for scores share their prompts."""
+    shared_prompts.install()
     for kind, engine in ENGINES.items():
         WeightTransferEngineFactory.register_engine(PREFIX + kind, engine)

@@ -1,7 +1,7 @@
 """Replicas of one model: choose a replica for each request, retry, hedge, and give up.
 
 - The replica with the fewest requests in flight gets the next one; `concurrency` limits the requests of each replica.
-  Requests with the same images go to the same replica, which encodes them once, unless it is much busier than the
+  Requests with the same prompt go to the same replica, which computes it once, unless it is much busier than the
   others.
 - A failed request is retried on a replica that has not had it yet, after a jittered pause. While servers are down or
   busy, retries go on until the deadline, but no caller waits longer than that for a pool in which nothing answers. If a
@@ -41,7 +41,7 @@ TRIES = 4  # attempts of a request to which replicas answer with an error
 BREAK_AFTER = 5  # consecutive failures that open a replica's circuit
 COOLDOWN = (0.5, 30.0)  # seconds for which the circuit stays open: first time, maximum
 LONGEST_PAUSE = 10.0  # seconds; upper limit for Retry-After
-SLACK = 8  # extra requests in flight for the replica that knows the image, compared with the least busy one
+SLACK = 8  # extra requests in flight for the replica that knows the prompt, compared with the least busy one
 LATENCIES = 200  # number of recent good answers kept to measure lateness
 LATE_AFTER = 20  # number of answers needed before lateness is measured
 LATE_FACTOR = 3.0  # a request is late after this many times their 95th percentile

@@ -16,6 +16,7 @@ from mmopd.serving.supervisor import RequireKey, Server
 
 KV_CACHE_MIB = 256  # on CPU; default for engine.kv_cache_mib
 BATCHED_TOKENS = 4096  # on CPU, in one forward pass
+BLOCK = 32  # tokens; on CPU, the smallest for its fast kernels. Whole blocks of a prompt are shared by its responses.
 # Longest name of a server that several teachers share; the name is also that of its log.
 LONGEST_NAME = 80
 NO_DOMAIN = "no domain"  # no URL contains a blank, so that no URL in a prompt is ever fetched
@@ -136,6 +137,8 @@ def to_server(spec: ServerSpec, address: tuple[str, int], log: Path, gpus: str) 
             "--no-enable-chunked-prefill",
             "--max-num-batched-tokens",
             str(max(BATCHED_TOKENS, engine.max_model_len)),
+            "--block-size",
+            str(BLOCK),
         ]
     else:
         argv += [

@@ -16,6 +16,7 @@ from cachetools import LRUCache, cached
 from mmopd.modality.base import Medium
 from mmopd.modality.registry import shown_items
 from mmopd.records import Encoded, Files
+from mmopd.serving.shared_prompts import PROMPT
 
 PATH = "/inference/v1/generate"
 REQUEST_ID = "X-Request-Id"  # header; comes back in the reply's `request_id`
@@ -78,13 +79,16 @@ class Scored:
     logprobs: tuple[float, ...]  # [T]
     # [T] id -> log-prob of the K likeliest ids, if they were requested.
     top: tuple[Mapping[int, float], ...] | None = None
+    # The server has mmopd's plugin: it computes a prompt once for all its responses.
+    shares_prompts: bool = False
 
 
 def scoring_body(model: str, encoded: Encoded, tokens: Sequence[int], top_k: int = 0) -> bytes:
     """Return the request for the log-probs of `tokens` after a prompt, and of the `top_k` likeliest ids at each of
-    them.
+    them. A server with mmopd's plugin computes the prompt once for all its responses (`serving.shared_prompts`).
     """
-    return _body(model, encoded, tokens, {"max_tokens": 1, "prompt_logprobs": top_k, "detokenize": False})
+    settings = {"max_tokens": 1, "prompt_logprobs": top_k, "detokenize": False}
+    return _body(model, encoded, tokens, {**settings, "extra_args": {PROMPT: len(encoded.expanded)}})
 
 
 def sampling_body(model: str, encoded: Encoded, sampling: Sampling) -> bytes:
@@ -120,14 +124,18 @@ def parse_scored(
     scored = _decode(_SCORED, reply)
     expected = [*expanded, *tokens]
     _check_ids(scored, request_id, expected)
-    if len(scored.prompt_logprobs) != len(expected):
-        raise ReplyError("malformed", f"{len(scored.prompt_logprobs)} rows of log-probs for {len(expected)} tokens")
-    rows = [_decode(_ROW, row) for row in scored.prompt_logprobs[len(expanded) :]]
+    returned = len(scored.prompt_logprobs) - 1  # the first row is empty
+    if returned not in (len(tokens), len(expected) - 1):
+        raise ReplyError(
+            "malformed", f"{returned + 1} rows of log-probs for {len(expected)} tokens, {len(tokens)} of the response"
+        )
+    rows = [_decode(_ROW, row) for row in scored.prompt_logprobs[returned + 1 - len(tokens) :]]
     missing = [i for i, (row, token) in enumerate(zip(rows, tokens, strict=True)) if row is None or token not in row]
     if missing:
         raise ReplyError("ids", f"no log-prob for token {tokens[missing[0]]} at position {missing[0]} of the response")
     logprobs = _finite([row[token].logprob for row, token in zip(rows, tokens, strict=True) if row is not None])
-    return Scored(logprobs, tuple(_likeliest(row or {}, top_k) for row in rows) if top_k else None)
+    top = tuple(_likeliest(row or {}, top_k) for row in rows) if top_k else None
+    return Scored(logprobs, top, shares_prompts=returned == len(tokens))
 
 
 def parse_samples(reply: bytes, request_id: str, expanded: Sequence[int], sampling: Sampling, end: int) -> list[Choice]:

@@ -41,7 +41,8 @@ class Scorer:
         counts: `asked` counts the calls of `score`: `asked` = `scored` + sum of `absent/<cause>`. `answers` counts the
             answers of single teachers; `reused` is the part that needed no request. `requests` counts the requests
             sent; some `failed/<cause>`, some were `cancelled`: `answers` - `reused` = `requests` - failed - cancelled.
-            `hedged` counts the requests sent because another was late.
+            `hedged` counts the requests sent because another was late. `unshared` counts the replies of servers that
+            compute a prompt anew for each response.
 
     Args:
         fleet: teachers and routes.
@@ -169,7 +170,8 @@ class Scorer:
             result = await asyncio.shield(running)
             self.counts["reused"] += not isinstance(result, Absent)
         else:
-            task = self._running[key] = asyncio.create_task(self._ask(teacher.name, shown, tokens, images))
+            prompt = _digest([images, array("q", shown.ids).tobytes()])
+            task = self._running[key] = asyncio.create_task(self._ask(teacher.name, shown, tokens, prompt))
             task.add_done_callback(partial(self._finish, key))
             result = await asyncio.shield(task)  # shielded: a cancelled caller does not cancel it for the others
         return result
@@ -187,7 +189,7 @@ class Scorer:
             )
         return await asyncio.shield(found[1])
 
-    async def _ask(self, teacher: str, shown: Encoded, tokens: tuple[int, ...], images: bytes) -> wire.Scored | Absent:
+    async def _ask(self, teacher: str, shown: Encoded, tokens: tuple[int, ...], prompt: bytes) -> wire.Scored | Absent:
         def build(model: str) -> bytes:
             return wire.scoring_body(model, shown, tokens, self._top_k)
 
@@ -195,9 +197,11 @@ class Scorer:
             return wire.parse_scored(reply, request_id, shown.expanded, tokens, self._top_k)
 
         try:
-            scored = await self._pools[teacher].call(build, parse, affinity=images if shown.prompt.is_visual else b"")
+            scored = await self._pools[teacher].call(build, parse, affinity=prompt)
         except wire.ReplyError as fault:
             return Absent(teacher, fault.cause, fault.detail, fault.of_prompt)
+        if not scored.shares_prompts:
+            self.counts["unshared"] += 1
         return scored if scored.top is None else self._within_head(scored, scored.top)
 
     def _within_head(self, scored: wire.Scored, top: Sequence[Mapping[int, float]]) -> wire.Scored:
