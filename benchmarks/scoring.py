@@ -131,6 +131,7 @@ def naive(work: Work, endpoint: Endpoint, limit: float) -> float:
     done = 0
     for encoded, tokens in pairs:
         body = json.loads(wire.scoring_body(endpoint.model, encoded, tokens))
+        del body["sampling_params"]["extra_args"]  # no other client asks to share prompts
         headers = {
             "Content-Type": "application/json",
             "Connection": "close",
