@@ -323,8 +323,8 @@ def show(
             of_recipe.show(resolved, console)
 
 
-for command in (machines.plan, machines.doctor):
-    app.command()(command)
+app.command()(machines.plan)
+app.command()(machines.doctor)
 
 
 def _stopped(stop: SystemExit, how: str = "") -> NoReturn:

@@ -84,5 +84,5 @@ def install() -> None:
         return plain_update(self, scheduled, output)
 
     Scheduler._get_local_prefix_cache_hit = find  # type: ignore[method-assign]
-    Scheduler._reserve_prefill_lookahead = limit  # type: ignore[method-assign]
-    Scheduler.update_from_output = update  # type: ignore[method-assign]
+    Scheduler._reserve_prefill_lookahead = limit  # type: ignore[method-assign, assignment]
+    Scheduler.update_from_output = update  # type: ignore[method-assign, assignment]
