@@ -135,6 +135,14 @@ def test_a_folder_with_metadata_csv_is_a_table(here: Path) -> None:
     assert (count.examples, shards[0].answer, shards[0].images) == (1, "007", (WHOLE,))
 
 
+def test_a_csv_may_hold_images_as_data_urls() -> None:
+    url = "data:image/png;base64," + base64.b64encode(WHOLE).decode()
+    padded = "data:image/png;base64," + base64.b64encode(WHOLE + bytes(200_000)).decode()
+    Path("t.csv").write_text(f"question,answer,image\n?,1,\"{url}\"\n?,2,\"{padded}\"\n", encoding="utf-8")
+    shards, _ = made("data=t.csv", "task=digit_sum", "images=image")
+    assert [row.images for row in shards] == [(WHOLE,), (WHOLE + bytes(200_000),)]
+
+
 @pytest.mark.parametrize("text", ["[" * 100_000, '{"data": ' + '[{"a":' * 50_000])
 def test_deep_json_is_refused_by_name(text: str) -> None:
     Path("deep.json").write_text(text, encoding="utf-8")

@@ -297,6 +297,7 @@ def _needed(there: Sequence[str], wanted: set[str] | None) -> list[str]:
 
 
 def _csv(path: Path) -> Iterator[Any]:
+    csv.field_size_limit(2 * MAX_FILE)  # an image as a data URL is longer than the 128 KiB of Python's limit
     with path.open(encoding="utf-8-sig", newline="") as file:
         try:
             yield from csv.DictReader(file)
