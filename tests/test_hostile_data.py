@@ -138,7 +138,7 @@ def test_a_folder_with_metadata_csv_is_a_table(here: Path) -> None:
 def test_a_csv_may_hold_images_as_data_urls() -> None:
     url = "data:image/png;base64," + base64.b64encode(WHOLE).decode()
     padded = "data:image/png;base64," + base64.b64encode(WHOLE + bytes(200_000)).decode()
-    Path("t.csv").write_text(f"question,answer,image\n?,1,\"{url}\"\n?,2,\"{padded}\"\n", encoding="utf-8")
+    Path("t.csv").write_text(f'question,answer,image\n?,1,"{url}"\n?,2,"{padded}"\n', encoding="utf-8")
     shards, _ = made("data=t.csv", "task=digit_sum", "images=image")
     assert [row.images for row in shards] == [(WHOLE,), (WHOLE + bytes(200_000),)]
 
