@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from mmopd.task.base import Task, user_turn
     from mmopd.task.load import load_tasks
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __all__ = [
     "Comparison",
     "Fleet",
