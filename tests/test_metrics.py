@@ -11,7 +11,7 @@ from mmopd.algorithm.settings import Algorithm, Margin
 from mmopd.config import Recipe, Student
 from mmopd.modality import Encoder
 from mmopd.records import Absent, Encoded, Outcome, Prompt, Response, Sample, Score
-from mmopd.report.html import curves
+from mmopd.report.charts import curves
 from mmopd.report.metrics import JsonLines, MetricsWriter, read_lines
 from mmopd.runtime.run_folder import RunFolder
 from mmopd.train.batch import build_batch
@@ -181,14 +181,15 @@ def test_what_a_step_tells_of_the_algorithm_has_a_panel(recorded: Line) -> None:
     assert shown == {
         "Accuracy of the rollouts": ["charts", "sums"],
         "Right responses": ["sampled", "kept"],
-        "Return": ["return", "right", "wrong"],
-        "Reverse KL by task": ["reverse_kl", "charts", "sums"],
+        "Return": ["all", "right", "wrong"],
+        "Reverse KL": ["all tasks", "charts", "sums"],
         "Reverse KL by teacher": ["t", "t+u", "u"],
         "Entropy, estimated": ["entropy_estimate"],
         "Response length": ["response_length"],
-        "Order consistency": ["after"],  # `before` is 0 throughout
-        "Margin reached": ["after"],
+        "Order consistency": ["before", "after"],
+        "Margin reached": ["before", "after"],
         "Margins": ["before", "after"],
         "Shift": ["shift"],
-        "Where responses went": ["kept", "absent", "unknown"],
+        "Cut, unknown, without a score": ["cut", "unknown", "without a score"],
+        "Where responses went": ["kept"],
     }

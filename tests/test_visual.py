@@ -16,7 +16,6 @@ from mmopd.config import Recipe, Student
 from mmopd.demo.world import build_processor
 from mmopd.modality import Encoder
 from mmopd.records import Absent, Encoded, Outcome, Prompt, Response, Sample, Score
-from mmopd.report.heatmap import read_rows
 from mmopd.report.metrics import documented, read_lines
 from mmopd.runtime.run_folder import RunFolder
 from mmopd.train.batch import build_batch, minibatches, visual_advantage
@@ -177,4 +176,4 @@ def test_a_run_keeps_the_metric_and_shows_responses_that_were_scored_both_ways(t
     [metrics] = read_lines(run.metrics)
     assert metrics["visual_advantage/charts"] == pytest.approx(-0.25)
     assert (metrics["scored_blind"], metrics["absent_blind"], metrics["scoring/requests"]) == (1, 0, 4)
-    assert [(r.task, r.visual) for r in read_rows(run.samples)] == [("charts", [1.0, -1.5]), ("words", None)]
+    assert [(r["task"], r["visual"]) for r in read_lines(run.samples)] == [("charts", [1.0, -1.5]), ("words", None)]

@@ -118,7 +118,7 @@ def report(run: Annotated[Path, typer.Argument(help="A run folder, finished or n
     """Write RUN/report.html from what the run has recorded so far."""
     from mmopd.report.html import write_report
 
-    console.print(f"report: {write_report(run)}", markup=False)
+    console.print(f"report: {write_report(run)}", markup=False, highlight=False, soft_wrap=True)
 
 
 def export(

@@ -1,26 +1,36 @@
 """Responses token by token: the log-probs of teacher and student, with the difference as a colour.
 
-A row of `samples.jsonl` is a `TokenRow`. The report shows some of them, chosen by `choose`.
+A row of `samples.jsonl` is a `TokenRow`. The report shows some of them, chosen by `choose`, as `Response`.
 """
 
 import base64
 import dataclasses
 import io
 import math
+import struct
+import warnings
+from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
-from pathlib import Path
 from typing import Any
 
-from PIL import Image
+from PIL import Image, ImageOps
 
 from mmopd.records import Files, Prompt, Sample, Score
-from mmopd.report.metrics import read_lines
 
 FULL_COLOUR = 3.0  # nats; one of the two gives the token a probability e^3 = 20 times higher
 THUMBNAIL = 640  # pixels
-FILES = 8  # number of files of an item that are shown
+HEAVY = 300_000  # bytes of a small image that is compressed again
+PIXELS = 50_000_000  # an image with more is not decoded
+SHOWN_BY_BROWSERS = ("PNG", "JPEG", "GIF", "WEBP")
+FILES = 8  # number of files of an item that are written
+DAMAGED = (ValueError, OSError, SyntaxError, EOFError, LookupError, struct.error, Image.DecompressionBombError)
+TAIL = 100  # last tokens of a long response, where its answer is
+FIRST = {"wrong": 2, "unknown": 1, "partly": 1, "right": 1}  # responses of a task and a step that are shown first
+
+
+LISTS = ("tokens", "student", "teacher", "advantage", "visual")  # [T] of a row
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,12 +52,12 @@ class TokenRow:
     # [T] log-prob by the teacher with minus without the image; None if not requested.
     visual: list[float] | None = None
     reason: str = ""  # cause of an unknown outcome, or another remark of the verifier
+    answer: str = ""  # the answer key; empty in files of earlier versions
 
     @property
     def reward(self) -> float:
         """R, the mean over tokens of teacher minus student (Eq. 5), in nats."""
-        differences = [t - s for t, s in zip(self.teacher, self.student, strict=True)]
-        return sum(differences) / len(differences) if differences else math.nan
+        return _mean([t - s for t, s in zip(self.teacher, self.student, strict=True)])
 
     @property
     def verdict(self) -> str:
@@ -55,6 +65,44 @@ class TokenRow:
         if self.outcome is None:
             return "unknown"
         return {1.0: "right", 0.0: "wrong"}.get(self.outcome, "partly")
+
+    def check(self) -> None:
+        """Raise ValueError if this is no response: its lists differ in length, or a value is not finite."""
+        numbers = [self.student, self.teacher, self.advantage, *([] if self.visual is None else [self.visual])]
+        if any(len(values) != len(self.tokens) for values in numbers):
+            raise ValueError(
+                f"{len(self.tokens)} tokens, but {', '.join(str(len(v)) for v in numbers)} values for them"
+            )
+        if not all(abs(value) < 1e30 for value in chain(*numbers)):  # false for NaN, too
+            raise ValueError("a value of a token is not finite")
+        if not self.tokens:
+            raise ValueError("no tokens")
+        if self.step < 0 or not (self.outcome is None or 0 <= self.outcome <= 1):
+            raise ValueError(f"step {self.step} or outcome {self.outcome} cannot be")
+
+
+@dataclass(frozen=True, slots=True)
+class Response:
+    """A row as the page shows it: its first tokens and its last, the means over all, and its place in the file."""
+
+    row: TokenRow  # without images
+    tokens: int  # T of the whole response
+    head: int  # number of first tokens in `row`; the others are the last
+    reward: float
+    advantage: float
+    visual: float | None
+    offset: int
+
+
+def clipped(row: TokenRow, limit: int, offset: int = 0) -> Response:
+    """Return a response with at most `limit` tokens: its first, and the last `TAIL`."""
+    T = len(row.tokens)
+    head = T if limit >= T else limit - TAIL
+    keep = slice(0, head), slice(T if head == T else T - TAIL, T)
+    lists = {name: values for name in LISTS if (values := getattr(row, name)) is not None}
+    short: dict[str, Any] = {name: [value for part in keep for value in values[part]] for name, values in lists.items()}
+    visual = _mean(row.visual) if row.visual else None
+    return Response(replace(row, images=[], **short), T, head, row.reward, _mean(row.advantage), visual, offset)
 
 
 def token_row(
@@ -99,6 +147,7 @@ def token_row(
         kept=kept,
         visual=None if visual is None else list(visual),
         reason=sample.outcome.reason,
+        answer=prompt.answer,
     )
 
 
@@ -109,22 +158,25 @@ def as_json(row: TokenRow) -> dict[str, Any]:
     return data | {name: [round(x, 4) for x in data[name]] for name in numbers}
 
 
-def read_rows(path: Path) -> list[TokenRow]:
-    """Return the rows of `samples.jsonl`; an empty list if there is no such file."""
-    return [TokenRow(**row) for row in read_lines(path)]
+def choose(responses: Sequence[Response]) -> tuple[list[Response], list[Response]]:
+    """Return the responses to show first, and the others, best first.
 
-
-def choose(rows: Sequence[TokenRow], limit: int = 12) -> list[TokenRow]:
-    """Return some rows: one right and one wrong response of each task, for the first and the last step that has any."""
-    chosen: dict[tuple[object, ...], TokenRow] = {}
-    for task in dict.fromkeys(row.task for row in rows):
-        of_task = [row for row in rows if row.task == task and row.tokens]
-        for step in sorted({row.step for row in of_task})[:: max(1, len({row.step for row in of_task}) - 1)]:
-            for row in sorted(
-                (r for r in of_task if r.step == step), key=lambda r: (not r.kept, r.visual is None, -_spread(r))
-            ):
-                chosen.setdefault((task, step, row.verdict), row)
-    return sorted(chosen.values(), key=lambda r: (r.step, r.task, r.verdict))[:limit]
+    First come wrong, unknown and right responses of each task from the last step that has any, then those from the
+    first step. Within these, responses in the loss, with a visual advantage and with large differences are preferred.
+    """
+    by_task: dict[str, list[Response]] = defaultdict(list)
+    for response in sorted(responses, key=lambda r: (not r.row.kept, r.visual is None, -_spread(r.row))):
+        by_task[response.row.task].append(response)
+    first = []
+    for _, of_task in sorted(by_task.items()):
+        steps = {r.row.step for r in of_task}
+        for step in dict.fromkeys((max(steps), min(steps))):
+            at = [r for r in of_task if r.row.step == step]
+            for verdict, number in FIRST.items():
+                first += [r for r in at if r.row.verdict == verdict][:number]
+    chosen = {id(r) for r in first}
+    others = [r for r in responses if id(r) not in chosen]
+    return first, sorted(others, key=lambda r: (-r.row.step, r.row.verdict != "wrong", not r.row.kept, r.row.task))
 
 
 def cells(row: TokenRow) -> Iterable[Mapping[str, Any]]:
@@ -138,7 +190,7 @@ def cells(row: TokenRow) -> Iterable[Mapping[str, Any]]:
     ):
         difference = teacher - student
         yield {
-            "text": _visible(text),
+            "text": _visible(text[:200]),
             "breaks": text.endswith("\n"),
             "colour": _colour(difference),
             "line": _colour(visual or 0.0),
@@ -151,18 +203,39 @@ def cells(row: TokenRow) -> Iterable[Mapping[str, Any]]:
 
 
 def picture(encoded: str) -> tuple[str, int, int]:
-    """Return (data URL, width, height) of an image for the page; large images are made smaller."""
-    data = base64.b64decode(encoded)
-    image: Image.Image = Image.open(io.BytesIO(data))
-    kind = Image.MIME.get(image.format or "", "image/png")
-    if max(image.size) > THUMBNAIL:
-        image = image.convert("RGB")
-        image.thumbnail((THUMBNAIL, THUMBNAIL))
-        file = io.BytesIO()
-        image.save(file, format="JPEG", quality=85)
-        data = file.getvalue()
-        kind = "image/jpeg"
-    return f"data:{kind};base64,{base64.b64encode(data).decode()}", image.width, image.height
+    """Return (data URL, width, height) of an image for the page, upright; a large image is made smaller.
+
+    Raises:
+        ValueError: the image cannot be decoded, or has more than `PIXELS` pixels.
+    """
+    try:
+        data = base64.b64decode(encoded)
+        with warnings.catch_warnings(action="ignore"):
+            image: Image.Image = Image.open(io.BytesIO(data))
+        if image.width * image.height > PIXELS:
+            raise ValueError(f"{image.width} x {image.height} pixels")
+        kind = image.format or ""
+        fits = max(image.size) <= THUMBNAIL and len(data) <= HEAVY
+        image.load()
+        image = ImageOps.exif_transpose(image)
+        if not fits or kind not in SHOWN_BY_BROWSERS:
+            image = image.convert("RGB")
+            image.thumbnail((THUMBNAIL, THUMBNAIL))
+            file = io.BytesIO()
+            kind = "PNG" if fits else "JPEG"
+            image.save(file, format=kind, quality=85)
+            data = file.getvalue()
+    except (
+        ValueError,
+        OSError,
+        SyntaxError,
+        EOFError,
+        LookupError,
+        struct.error,
+        Image.DecompressionBombError,
+    ) as error:
+        raise ValueError(f"cannot be decoded: {error}") from None
+    return f"data:{Image.MIME[kind]};base64,{base64.b64encode(data).decode()}", image.width, image.height
 
 
 def _some(files: Files) -> Files:
@@ -177,6 +250,10 @@ def _colour(nats: float) -> float:
 def _spread(row: TokenRow) -> float:
     """Return the largest difference of a response; rows with large differences are shown first."""
     return max(abs(t - s) for t, s in zip(row.teacher, row.student, strict=True))
+
+
+def _mean(values: Sequence[float]) -> float:
+    return math.fsum(values) / len(values) if values else math.nan
 
 
 def _visible(text: str) -> str:

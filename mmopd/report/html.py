@@ -1,188 +1,183 @@
 """`report.html`: one self-contained page about a run, readable without a network.
 
-Parts that a run has not written yet are left out, so that the page can be made at any time.
+Parts that a run has not written yet are left out, so that the page can be made at any time. Parts that cannot be read
+are left out, too, and the page names them (`run_files`). The page has a bounded size, however long the run and its
+responses are.
 """
 
+import functools
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from fnmatch import fnmatchcase
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
-import yaml
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from mmopd.errors import UserError
 from mmopd.evaluate.lmms import BenchmarkScore
-from mmopd.evaluate.table import GAP_CLOSED, Results
-from mmopd.report import heatmap
-from mmopd.report.metrics import read_lines
+from mmopd.evaluate.table import GAP_CLOSED, NO_GAP, Results
+from mmopd.report import heatmap, verdict
+from mmopd.report.charts import POINTS, Tasks, curves, tasks_of
+from mmopd.report.facts import at_the_end, facts, value_of
+from mmopd.report.run_files import RunFiles, short
+from mmopd.runtime.run_folder import RunFolder
 
-
-@dataclass(frozen=True, slots=True)
-class Chart:
-    """One chart of the training curves: the metrics that match `names`, against the step."""
-
-    title: str
-    unit: str
-    names: tuple[str, ...]
-    stacked: bool = False
-    log: bool = False
-    share: bool = False  # 0 to 1
-    band: bool = False  # `names` are medians (p50), drawn inside the band from p10 to p90
-
-
-CHARTS = (
-    Chart("Accuracy of the rollouts", "share right, by task", ("accuracy/*",), share=True),
-    Chart("Right responses", "share of the judged, as sampled and as kept", ("correct/*",), share=True),
-    Chart("Return", "teacher minus student, nats per token", ("return", "return/*")),
-    Chart("Reverse KL by task", "student minus teacher, nats per token", ("reverse_kl", "reverse_kl/*")),
-    Chart("Reverse KL by teacher", "student minus teacher, nats per token", ("reverse_kl_teacher/*",)),
-    Chart("Entropy, estimated", "mean −log π of the sampled tokens, nats", ("entropy_estimate",)),
-    Chart("Response length", "tokens", ("response_length",)),
-    Chart("Order consistency", "share of two-sided groups with a margin ≥ 0", ("order_consistency/*",), share=True),
-    Chart("Margin reached", "share of two-sided groups with a margin ≥ δ", ("order_delta/*",), share=True),
-    Chart(
-        "Margins",
-        "median and middle 80 % of two-sided groups, nats",
-        ("margin/p50_before", "margin/p50_after"),
-        band=True,
-    ),
-    Chart("Shift", "mean size over the kept responses, nats per token", ("shift",)),
-    Chart("Where responses went", "share of the responses", ("share/*",), share=True),
-    Chart("Visual advantage", "teacher with minus without the image, nats per token", ("visual_advantage/*",)),
-    Chart("Scoring", "requests a step", ("scoring/requests", "scoring/reused", "scoring/hedged")),
-    Chart("Scoring faults", "failed requests a step", ("scoring/failed/*", "absent_blind")),
-    Chart("Loss", "clipped policy loss", ("loss",)),
-    Chart("Gradient norm", "before clipping", ("grad_norm",)),
-    Chart("Engine against trainer", "|log-prob difference|, nats", ("probe", "mismatch"), log=True),
-    Chart("Time of a step", "seconds", ("seconds/*",), stacked=True),
-)
+PAGE_TOKENS = 20_000  # of all responses on the page; a browser draws them in a second or two
+RESPONSE_TOKENS = 1_000  # of one response
+VISIBLE_TOKENS = 300  # first tokens of a response that are shown at once
+PAGE_IMAGES = 12_000_000  # characters of all images on the page
+RESPONSE_IMAGES = 4
+PROMPT_LIMIT = 4_000  # characters
+RECIPE_LIMIT = 50_000  # characters
+COUNTS = 8  # steps of a task for which the recorded responses are counted; of more, the first and last two
+TASKS = 16  # for which they are counted
+SOURCES = 24  # histograms of difficulty
+PREPARE = "prepare"  # the stage that is made once, and reused by later runs
 
 
 def write_report(run: Path) -> Path:
     """Write `report.html` of a run folder, finished or not; return its path.
 
     Raises:
-        UserError: `run` is not a run folder.
+        UserError: `run` is not a run folder, or the page cannot be written.
     """
-    if not (run / "recipe.yaml").is_file():
-        raise UserError(f"{run}: not a run folder: it has no recipe.yaml")
-    environment = Environment(
-        loader=PackageLoader("mmopd.report", "."),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    recipe_text = (run / "recipe.yaml").read_text(encoding="utf-8")
-    metrics = read_lines(run / "metrics.jsonl")
-    samples = [sample_view(row) for row in heatmap.choose(heatmap.read_rows(run / "samples.jsonl"))]
-    data = {"curves": curves(metrics), "difficulty": difficulty(run / "difficulty" / "difficulty.json")}
-    page = environment.get_template("report.html.j2").render(
-        name=run.resolve().name,
-        recipe=yaml.safe_load(recipe_text),
-        recipe_text=recipe_text,
-        versions=_json(run / "versions.json", {}),
-        steps=len(metrics),
-        training_seconds=sum(row.get("seconds") or 0 for row in metrics),
-        results=results_view(run / "results.json"),
-        stages=stages(_json(run / "stages.json", {})),
-        samples=samples,
-        has_visual=any(sample["visual"] is not None for sample in samples),
-        full_colour=heatmap.FULL_COLOUR,
-        has_curves=bool(data["curves"]),
-        has_difficulty=bool(data["difficulty"]),
-        data=script_json(data),
-        plotly=Markup(resources.files("plotly").joinpath("package_data/plotly.min.js").read_text(encoding="utf-8")),
-    )
-    path = run / "report.html"
-    path.write_text(page, encoding="utf-8")
+    files = RunFiles(RunFolder(run))
+    if not files.there():
+        raise UserError(f"{run}: not a run folder: it has neither recipe.yaml nor metrics.jsonl")
+    page = _template().render(**_parts(files, run.resolve().name))
+    path = files.run.report
+    try:
+        path.write_bytes(page.encode("utf-8", "replace"))  # a lone surrogate from a damaged file becomes "?"
+    except OSError as error:
+        raise UserError(f"{path}: the report cannot be written: {error.strerror}") from None
     return path
 
 
-def curves(metrics: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Return the charts for which there are values, with their series."""
-    there = list(dict.fromkeys(name for row in metrics for name in row))
-    charts = []
-    for chart in CHARTS:
-        names = dict.fromkeys(n for pattern in chart.names for n in there if fnmatchcase(n, pattern))
-        series = [_band(metrics, name) if chart.band else _series(metrics, name) for name in names]
-        # A line of zeros is shown only if it is the only one.
-        if found := [s for s in series if any(s["y"])] or [s for s in series[:1] if None not in s["y"]]:
-            charts.append({k: v for k, v in asdict(chart).items() if k != "names"} | {"series": found})
-    return charts
+def _parts(files: RunFiles, name: str) -> dict[str, Any]:
+    """Return the variables of the template."""
+    recipe_text, recipe = files.recipe()
+    versions, stage_times, metrics, results = files.versions(), files.stages(), files.metrics(), files.results()
+    measured = files.difficulty()
+    responses = files.responses(RESPONSE_TOKENS)
+    tasks = Tasks(
+        [*tasks_of(metrics), *(r.row.task for r in responses)], results.columns if results is not None else ()
+    )
+    samples = samples_view(files, responses, tasks)
+    steps = value_of(recipe, "train.steps", int)
+    remarks = verdict.remarks(results, metrics, steps, len(files.left_out), tasks)
+    closest = verdict.nearest(results, tasks) if results is not None else None
+    student = value_of(recipe, "student.model", str) or "The student"
+    objective = value_of(recipe, "algorithm.objective.kind", str) or "opd"
+    data = {"curves": curves(metrics, tasks), "difficulty": difficulty(measured, tasks)}
+    return {
+        "name": name,
+        "verdict": verdict.sentence(
+            results, metrics, tasks, student=student, objective=objective, look=remarks[0] if remarks else closest
+        ),
+        "remarks": [remark for remark in remarks if remark.text],
+        "facts": facts(recipe, metrics),
+        "end": at_the_end(metrics),
+        "end_steps": min(verdict.LAST, len(metrics)),
+        "recipe_text": short(recipe_text, RECIPE_LIMIT),
+        "versions": versions,
+        "steps": len(metrics),
+        "thinned": len(metrics) > POINTS,
+        "results": results_view(results, tasks),
+        "no_gap": NO_GAP,
+        "stages": stages(stage_times),
+        "samples": samples,
+        "full_colour": heatmap.FULL_COLOUR,
+        "has_curves": bool(data["curves"]),
+        "has_difficulty": bool(data["difficulty"]),
+        "sources": len(measured),
+        "data_sources": len(data["difficulty"]),
+        "left_out": list(files.left_out),
+        "missing": files.left_out.missing,
+        "data": script_json(data),
+        "css": _resource("report.css"),
+        "js": _resource("report.js"),
+        "plotly": _plotly(),
+    }
 
 
-def difficulty(path: Path) -> list[dict[str, Any]]:
+def difficulty(measured: Mapping[str, Any], tasks: Tasks) -> list[dict[str, Any]]:
     """Return the histogram of each source before and after balancing, as shares of its prompts."""
-    if not path.is_file():
+    found = {name: one for name, one in measured.items() if any(one.attempts)}
+    if not found:
         return []
-    # Loads torch, which a page without this part does not need.
-    from mmopd.prompts.difficulty_counts import histogram, load
+    from mmopd.prompts.difficulty_counts import histogram  # loads torch, which a page without this part does not need
 
     shown = []
-    for name, measured in load(path).items():
-        if any(measured.attempts):
-            before, after = histogram(measured)
-            shares = {"before": before / before.sum(), "after": after / after.sum()}
-            shown.append(
-                {
-                    "source": name,
-                    "shape": measured.shape,
-                    "rows": len(measured.correct),
-                    "largest": max(measured.weights),
-                }
-                | {when: share.round(5).tolist() for when, share in shares.items()}
-            )
+    for name, one in list(found.items())[:SOURCES]:
+        before, after = histogram(one)
+        shown.append(
+            {
+                "source": tasks.name(name),
+                "colour": tasks.colour(name),
+                "shape": one.shape,
+                "rows": len(one.correct),
+                "largest": max(one.weights),
+                "before": (before / before.sum()).round(5).tolist(),
+                "after": (after / (after.sum() or 1.0)).round(5).tolist(),
+            }
+        )
     return shown
 
 
-def results_view(path: Path) -> dict[str, Any] | None:
-    """Return the results for the page: a table, and for each benchmark a track from the base to the best teacher."""
-    if not path.is_file():
+def results_view(results: Results | None, tasks: Tasks) -> dict[str, Any] | None:
+    """Return the results for the page: a table, and for each benchmark the models on a line from 0 to 100."""
+    if results is None:
         return None
-    results = Results.read(path)
-    if not results.columns:
-        return None
-    gaps = results.gaps_closed()
     return {
-        "columns": results.columns,
+        "columns": [_column(results, column, tasks) for column in results.columns],
         "rows": [
             {"name": row.name, "kind": row.kind, "cells": [_cell(row.record(c)) for c in results.columns]}
             for row in results.rows
         ],
-        "tracks": [_track(results, column, gaps[column]) for column in results.columns],
+        "tracks": [_track(results, column) for column in results.columns],
         "gap_closed": GAP_CLOSED,
-        "failures": results.failures(),
-    }
+        "failures": [{"endpoint": r.endpoint, "column": r.column, "reason": short(r.reason, 500)}
+                     for r in results.failures()],
+    }  # fmt: skip
 
 
 def stages(seconds: Mapping[str, float]) -> list[dict[str, Any]]:
-    """Return each stage with its time and its share of the total, in order of time."""
-    total = sum(seconds.values()) or 1.0
+    """Return each stage with its time and its share of the total, in order of time.
+
+    `prepare` has no share: it is made once, and would squeeze the other stages.
+    """
+    total = sum(time for name, time in seconds.items() if name != PREPARE) or 1.0
     begin = 0.0
     shown = []
     for name, time in seconds.items():
+        if name == PREPARE:
+            shown.append({"name": name, "seconds": time, "begin": None, "width": None})
+            continue
         shown.append({"name": name, "seconds": time, "begin": 100 * begin / total, "width": 100 * time / total})
         begin += time
     return shown
 
 
-def sample_view(row: heatmap.TokenRow) -> dict[str, Any]:
-    """Return a response for the template of the page."""
-    pictures = [dict(zip(("url", "width", "height"), heatmap.picture(image), strict=True)) for image in row.images]
-    advantages = [a for a in row.advantage if math.isfinite(a)]
+def samples_view(files: RunFiles, responses: Sequence[heatmap.Response], tasks: Tasks) -> dict[str, Any]:
+    """Return the responses of the page: those to show first, and the others until the page is full."""
+    first, others = heatmap.choose(responses)
+    left = {"tokens": PAGE_TOKENS, "images": PAGE_IMAGES}
+    shown: list[list[dict[str, Any]]] = [[], []]
+    for place, response in [*((0, r) for r in first), *((1, r) for r in others)]:
+        left["tokens"] -= len(response.row.tokens)
+        if left["tokens"] < 0:
+            break
+        shown[place].append(_sample_view(files, response, tasks, left))
     return {
-        "row": row,
-        "pictures": pictures,
-        "cells": list(heatmap.cells(row)),
-        "advantage": sum(advantages) / len(advantages) if advantages else 0.0,
-        "visual": sum(row.visual) / len(row.visual) if row.visual else None,
+        "first": shown[0],
+        "more": shown[1],
+        "recorded": len(responses),
+        "visual": any(sample["visual"] is not None for sample in shown[0] + shown[1]),
+        "counts": _counts(responses, tasks),
     }
 
 
@@ -192,18 +187,69 @@ def script_json(data: object) -> Markup:
     return Markup(text.replace("<", "\\u003c").replace("\u2028", "\\u2028").replace("\u2029", "\\u2029"))
 
 
-def _series(metrics: Sequence[Mapping[str, Any]], name: str) -> dict[str, Any]:
+def _sample_view(files: RunFiles, response: heatmap.Response, tasks: Tasks, left: dict[str, int]) -> dict[str, Any]:
+    """Return a response for the template; its images are taken from the characters that are `left`."""
+    row = response.row
+    cells = list(heatmap.cells(row))
+    long = len(cells) > VISIBLE_TOKENS + heatmap.TAIL
+    encoded = files.images(response)
+    pictures: list[dict[str, Any]] = []
+    problem = f"{len(encoded) - RESPONSE_IMAGES} more are not shown" if len(encoded) > RESPONSE_IMAGES else ""
+    for image in encoded[:RESPONSE_IMAGES]:
+        try:
+            url, width, height = heatmap.picture(image)
+        except ValueError as error:
+            problem = f"an image {short(str(error))}"
+            files.left_out.add(files.run.samples.name, f"step {row.step}, {row.task}: {problem}")
+            continue
+        left["images"] -= len(url)
+        if left["images"] < 0:
+            problem = "images are left out, because the page is full"
+            break
+        pictures.append({"url": url, "width": width, "height": height})
     return {
-        "name": name.partition("/")[2] or name,
-        "x": [row["step"] for row in metrics],
-        "y": [row.get(name) for row in metrics],
+        "row": row,
+        "prompt": short(row.prompt, PROMPT_LIMIT),
+        "answer": short(row.answer, PROMPT_LIMIT // 4),
+        "reason": short(row.reason),
+        "task": short(tasks.name(row.task)),
+        "teacher": short(row.teacher_name),
+        "colour": tasks.colour(row.task),
+        "pictures": pictures,
+        "pictures_problem": problem,
+        "cells": cells[:VISIBLE_TOKENS] if long else cells,
+        "middle": cells[VISIBLE_TOKENS : -heatmap.TAIL] if long else [],
+        "gap": response.tokens - len(cells),
+        "tail": cells[-heatmap.TAIL :] if long else [],
+        "tokens": response.tokens,
+        "reward": response.reward,
+        "advantage": response.advantage,
+        "visual": response.visual,
     }
 
 
-def _band(metrics: Sequence[Mapping[str, Any]], median: str) -> dict[str, Any]:
-    """Return the series of a band, named after the part of the name that follows the percentile."""
-    low, high = ([row.get(median.replace("p50", p)) for row in metrics] for p in ("p10", "p90"))
-    return _series(metrics, median) | {"name": median.rpartition("p50_")[2], "low": low, "high": high}
+def _counts(responses: Sequence[heatmap.Response], tasks: Tasks) -> list[dict[str, Any]]:
+    """Return how many responses of each task and step were recorded, by verdict."""
+    found: dict[str, dict[int, Counter[str]]] = defaultdict(lambda: defaultdict(Counter))
+    for response in responses:
+        found[response.row.task][response.row.step][response.row.verdict] += 1
+    return [
+        {
+            "task": tasks.name(task),
+            "colour": tasks.colour(task),
+            "steps": [
+                f"step {step}: " + ", ".join(f"{n} {verdict}" for verdict, n in sorted(steps[step].items()))
+                for step in (sorted(steps) if len(steps) <= COUNTS else [*sorted(steps)[:2], *sorted(steps)[-2:]])
+            ],
+        }
+        for task, steps in sorted(found.items())[:TASKS]
+    ]
+
+
+def _column(results: Results, column: str, tasks: Tasks) -> dict[str, Any]:
+    numbers = {r.n for row in results.rows if (r := row.record(column)) is not None and r.n}
+    n = f"{min(numbers):,}" if len(numbers) == 1 else f"{min(numbers):,} to {max(numbers):,}" if numbers else ""
+    return {"name": tasks.name(column), "colour": tasks.colour(column), "n": n}
 
 
 def _cell(record: BenchmarkScore | None) -> dict[str, Any]:
@@ -211,25 +257,65 @@ def _cell(record: BenchmarkScore | None) -> dict[str, Any]:
         return {"text": "–", "stderr": None, "failed": False, "title": "not measured"}
     title = f"{record.task}, {record.metric}" + (f", n = {record.n}" if record.n else "")
     if record.score is None:
-        return {"text": "failed", "stderr": None, "failed": True, "title": record.reason}
+        return {"text": "failed", "stderr": None, "failed": True, "title": short(record.reason, 500)}
     return {"text": f"{record.score:.1f}", "stderr": record.stderr, "failed": False, "title": title}
 
 
-def _track(results: Results, column: str, gap: float | None) -> dict[str, Any]:
-    """Return the models on a line from 0 to 100."""
-    marks = [{"name": r.name, "kind": r.kind, "score": s} for r in results.rows if (s := r.score(column)) is not None]
-    return {"column": column, "marks": sorted(marks, key=_on_top), "gap": gap, "segment": _segment(marks)}
+def _track(results: Results, column: str) -> dict[str, Any]:
+    """Return the models on a line from 0 to 100, with their intervals, and the share of the gap that was closed."""
+    marks = []
+    for row in results.rows:
+        record = row.record(column)
+        if record is None or record.score is None:
+            continue
+        error = verdict.stderr(record)
+        ends = (record.score, record.score) if error is None else (
+            max(0.0, record.score - verdict.Z * error), min(100.0, record.score + verdict.Z * error))  # fmt: skip
+        marks.append({"name": row.name, "kind": row.kind, "score": record.score, "low": ends[0], "high": ends[1]})
+    ends_of = {mark["kind"]: mark["score"] for mark in marks}
+    segment = (ends_of["base"], ends_of["distilled"]) if {"base", "distilled"} <= ends_of.keys() else None
+    gain = verdict.gain(results, column)
+    return {
+        "marks": marks,
+        "gap": results.gap_closed(column),
+        "gap_interval": verdict.gap_interval(results, column),
+        "gain": gain.text if gain else "",
+        "segment": segment,
+    }
 
 
-def _on_top(mark: Mapping[str, Any]) -> int:
-    return ("teacher", "base", "distilled").index(mark["kind"])
+@functools.cache
+def _template() -> Any:
+    environment = Environment(
+        loader=PackageLoader("mmopd.report", "."),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["number"] = _signed
+    environment.filters["percent"] = lambda share: f"{100 * share:.0f} %".replace("-", "−")
+    environment.filters["duration"] = duration
+    environment.globals["factor"] = math.exp(heatmap.FULL_COLOUR)
+    return environment.get_template("report.html.j2")
 
 
-def _segment(marks: Iterable[Mapping[str, Any]]) -> tuple[float, float] | None:
-    """Return the scores of base and distilled; None if one is missing."""
-    ends = {mark["kind"]: mark["score"] for mark in marks}
-    return (ends["base"], ends["distilled"]) if {"base", "distilled"} <= ends.keys() else None
+def duration(seconds: float) -> str:
+    """Return a time in hours, minutes or seconds."""
+    if seconds >= 3600:
+        return f"{seconds // 3600:,.0f} h {seconds % 3600 // 60:.0f} min"
+    return f"{seconds // 60:.0f} min {seconds % 60:.0f} s" if seconds >= 100 else f"{seconds:.1f} s"
 
 
-def _json(path: Path, default: dict[str, Any]) -> dict[str, Any]:
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else default
+def _signed(value: float, digits: int = 3) -> str:
+    return f"{value:+.{digits}f}".replace("-", "−")
+
+
+@functools.cache
+def _resource(name: str) -> Markup:
+    return Markup(resources.files("mmopd.report").joinpath(name).read_text(encoding="utf-8"))
+
+
+@functools.cache
+def _plotly() -> Markup:
+    return Markup(resources.files("plotly").joinpath("package_data/plotly.min.js").read_text(encoding="utf-8"))

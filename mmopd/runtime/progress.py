@@ -14,7 +14,6 @@ from typing import Self
 
 from rich.console import Console, Group
 from rich.live import Live
-from rich.markup import escape
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -75,8 +74,8 @@ class Stage:
             seconds,
             f", {self.outcome}" if self.outcome else "",
         )
-        tail = f"  [dim]{escape(self.outcome)}[/]" if self.outcome else ""
-        self._stages.console.print(f"{mark} {escape(self.title)}  [cyan]{seconds:.1f} s[/]{tail}", highlight=False)
+        tail = f"  [dim]{self.outcome}[/]" if self.outcome else ""
+        self._stages.console.print(f"{mark} {self.title}  [cyan]{seconds:.1f} s[/]{tail}", highlight=False)
 
 
 class Stages:
@@ -87,7 +86,7 @@ class Stages:
         self.seconds: dict[str, float] = {}
         self.progress = Progress(
             SpinnerColumn("line" if console.options.ascii_only else "dots"),
-            TextColumn("{task.description}", markup=False),
+            TextColumn("{task.description}"),
             BarColumn(bar_width=30),
             MofNCompleteColumn(),
             TimeElapsedColumn(),
@@ -116,7 +115,7 @@ class Stages:
     def stage(self, title: str) -> Iterator[Stage]:
         """Run one stage; its time counts under `title`, and an exception marks it as failed."""
         if not self.console.is_terminal:
-            self.console.print(f"… {title}", markup=False, highlight=False)
+            self.console.print(f"… {title}", highlight=False)
         logger.info("%s: begins", title)
         stage = Stage(self, title)
         begin = time.monotonic()

@@ -84,21 +84,38 @@ class Recorder:
             self._show(step, prompts, batch)
 
     def _show(self, step: int, prompts: Sequence[Encoded], batch: Batch) -> None:
-        """Write a few responses of each task, each of another prompt; first those also scored without the image."""
-        groups: dict[str, set[int]] = defaultdict(set)
-        for i in sorted(range(len(batch.samples)), key=lambda i: visual_advantage(batch.samples[i]) is None):
+        """Write a few responses of each task."""
+        for i in shown(prompts, batch.samples, self._threshold):
             sample = batch.samples[i]
-            span = batch.spans[i]
-            seen = groups[prompts[sample.group].prompt.task]
-            if sample.group in seen or len(seen) == SHOWN:
-                continue
-            seen.add(sample.group)
             texts = [self._encoder.tokenizer.decode([token]) for token in sample.response.tokens]
-            advantage = batch.targets.advantage[span].tolist()
+            advantage = batch.targets.advantage[batch.spans[i]].tolist()
             keep = bool(batch.targets.keep[i])
             prompt = prompts[sample.group].prompt
             needed = visual_advantage(sample)
             self._samples.append(as_json(token_row(step, prompt, sample, texts, advantage, kept=keep, visual=needed)))
+
+
+def shown(prompts: Sequence[Encoded], samples: Sequence[Sample], threshold: float) -> list[int]:
+    """Return the indices of a few samples of each task, each of another prompt.
+
+    Wrong, right and unknown ones are taken in turn, so that wrong ones are there as long as there are any. Those that
+    are also scored without the image come first.
+    """
+    queues: dict[str, dict[str, list[int]]] = defaultdict(lambda: {"wrong": [], "right": [], "unknown": []})
+    for i in sorted(range(len(samples)), key=lambda i: visual_advantage(samples[i]) is None):
+        outcome = samples[i].outcome
+        verdict = "unknown" if not outcome.known else "right" if outcome.value >= threshold else "wrong"
+        queues[prompts[samples[i].group].prompt.task][verdict].append(i)
+    chosen: list[int] = []
+    for queue in queues.values():
+        groups: set[int] = set()
+        while len(groups) < SHOWN and any(queue.values()):
+            for verdict, waiting in queue.items():
+                queue[verdict] = [i for i in waiting if samples[i].group not in groups]
+                if queue[verdict] and len(groups) < SHOWN:
+                    chosen.append(queue[verdict].pop(0))
+                    groups.add(samples[chosen[-1]].group)
+    return chosen
 
 
 def sampled(samples: Sequence[Sample]) -> dict[str, float]:
