@@ -9,12 +9,10 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TypeVar
 
-import yaml
-
 from mmopd import settings_file
 from mmopd.config import Comparison, Fleet, Mixture, Recipe, Suite
 from mmopd.errors import UserError
-from mmopd.settings_file import Config
+from mmopd.settings_file import File
 from mmopd.workspace import find, load_module, shipped
 
 __all__ = [
@@ -33,7 +31,7 @@ __all__ = [
 
 KINDS = ("modalities", "teachers", "data", "eval", "recipes")
 
-C = TypeVar("C", bound=Config)
+C = TypeVar("C", bound=File)
 
 
 def load_fleet(name: str | Path, workspace: Path | None = None) -> Fleet:
@@ -47,14 +45,12 @@ def load_mixture(name: str | Path, workspace: Path | None = None) -> Mixture:
 
 
 def is_mixture(path: Path) -> bool:
-    """Return true for the file of a mixture; false for a recipe, and for a file that is not YAML (its loader reports
-    that).
+    """Return true for the file of a mixture; false for a recipe, and for a file of another kind (its loader says so).
+
+    Raises:
+        ConfigError: the file cannot be read, or is no YAML.
     """
-    try:
-        data = settings_file.parse(settings_file.text_of(path))
-    except yaml.YAMLError:
-        return False
-    return isinstance(data, dict) and "sources" in data
+    return "sources" in settings_file.keys_of(path)
 
 
 def load_suite(name: str | Path, workspace: Path | None = None) -> Suite:

@@ -9,6 +9,7 @@ from typing import Annotated, NoReturn
 
 import typer
 from rich.console import Console
+from rich.text import Text
 
 from mmopd import __version__
 from mmopd.commands import files, machines, terminal
@@ -76,8 +77,8 @@ def init(
     from mmopd import catalog
 
     for path in catalog.init(folder):
-        console.print(f"  {path}")
-    console.print(f"Workspace ready. Next: cd {folder} && mmopd demo")
+        console.print(f"  {path}", markup=False)
+    console.print(f"Workspace ready. Next: cd {folder} && mmopd demo", markup=False)
 
 
 @app.command()
@@ -137,7 +138,9 @@ def train(
     try:
         launch(folder, resolved, console, endpoints=endpoints or (), changed=changed or (), launcher=command, host=host)
     except KeyboardInterrupt:
-        console.print(f"interrupted; `mmopd train --resume {folder.root}` continues from the last checkpoint")
+        console.print(
+            f"interrupted; `mmopd train --resume {folder.root}` continues from the last checkpoint", markup=False
+        )
         raise typer.Exit(130) from None
     except SystemExit as stop:
         _stopped(stop, f"stopped as requested; `mmopd train --resume {folder.root}` continues")
@@ -306,6 +309,8 @@ def show(
     from mmopd import catalog
 
     if catalog.is_mixture(catalog.find(recipe)):
+        if overrides:
+            raise UserError(f"{recipe}: this is a mixture, which takes no key=value: change the file")
         from mmopd.prompts.mixture_view import mixture_tree, to_dict
 
         mixture = catalog.load_mixture(recipe)
@@ -314,6 +319,8 @@ def show(
         else:
             console.print(mixture_tree(mixture, str(recipe), prompts))
     else:
+        if prompts is not None:
+            raise UserError(f"{recipe}: this is no mixture; --prompts is for a mixture, such as data/demo.yaml")
         from mmopd.commands import show as of_recipe
 
         resolved = catalog.load_recipe(recipe, overrides=overrides or ())
@@ -341,9 +348,6 @@ def _terminate(signum: int, frame: FrameType | None) -> None:
 
 
 def _fail(error: UserError) -> None:
-    Console(stderr=True, highlight=False).print(f"[bold red]error:[/] {_escape(str(error))}", soft_wrap=True)
+    message = Text.assemble(("error:", "bold red"), f" {error}")
+    Console(stderr=True, highlight=False).print(message, soft_wrap=True)
     sys.exit(error.exit_status)
-
-
-def _escape(text: str) -> str:
-    return text.replace("[", r"\[")

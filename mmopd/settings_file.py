@@ -1,58 +1,98 @@
 """Base class of all settings, and YAML files as settings; errors name file and key, and suggest a known name."""
 
-import difflib
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated, Any, TypeVar, get_args
+from typing import Annotated, Any, ClassVar, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from mmopd.errors import ConfigError
+from mmopd.plain_yaml import YamlError, parse
+from mmopd.settings_errors import described, explain, suggest
+
+__all__ = ["Config", "File", "Fraction", "Positive", "build", "dump", "keys_of", "read", "suggest", "text_of"]
 
 C = TypeVar("C", bound=BaseModel)
+F = TypeVar("F", bound="File")
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[int, Field(ge=1)]
+MAX_BYTES = 1 << 20  # largest accepted file
+TASK_KEYS = {"include", "output_type", "doc_to_text", "metric_list"}  # of lmms-eval
 
 
 class Config(BaseModel):
-    """Base of all settings: immutable; unknown keys are errors."""
+    """Base of all settings: immutable; unknown keys are errors, and so are numbers that are not finite."""
 
     # defer_build: a command pays for the validators of the files that it reads, not for those of all kinds.
-    model_config = ConfigDict(frozen=True, extra="forbid", defer_build=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", defer_build=True, allow_inf_nan=False)
 
 
-def suggest(word: str, known: Iterable[str]) -> str:
-    """Return `; did you mean 'x'?`, or the list of known names."""
-    known = list(known)
-    near = difflib.get_close_matches(word, known, n=1)
-    return f"; did you mean {near[0]!r}?" if near else f"; there is {', '.join(sorted(known)) or 'none'}"
+class File(Config):
+    """Base of the settings that fill a whole file.
+
+    Attributes:
+        what: the kind of file, with its article.
+        use: what takes such a file; `{path}` stands for it.
+    """
+
+    what: ClassVar[str]
+    use: ClassVar[str]
+
+    @classmethod
+    def required(cls) -> set[str]:
+        """Return the keys that every file of this kind has."""
+        return {name for name, field in cls.model_fields.items() if field.is_required()}
 
 
-def read(cls: type[C], path: Path, overrides: Iterable[str] = ()) -> C:
+def read(cls: type[F], path: Path, overrides: Iterable[str] = ()) -> F:
     """Load a YAML file as `cls`, with `key.path=value` overrides.
 
     Raises:
-        ConfigError: the file is missing or not YAML, a key is unknown, or a value does not fit; names the file and the
-            key.
+        ConfigError: the file is missing, not YAML or of another kind, a key is unknown, or a value does not fit; names
+            the file and the key.
+    """
+    data = keys_of(path)
+    if not cls.required() & data.keys():
+        others = {kind.what: kind.use for kind in File.__subclasses__() if kind.required() & data.keys()}
+        if TASK_KEYS & data.keys():
+            others["a task of lmms-eval"] = "a benchmark of a suite names it under `task`"
+        for what, use in others.items():
+            raise ConfigError(f"{path}: this is {what}, and {cls.what} is needed here: {use.format(path=path)}")
+    return build(cls, data, str(path), overrides)
+
+
+def keys_of(path: Path) -> dict[str, Any]:
+    """Return the keys and values of a YAML file.
+
+    Raises:
+        ConfigError: the file is missing, or has no keys; names the file, and the line of what is no YAML.
     """
     try:
         data = parse(text_of(path))
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such file") from None
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path}: not valid YAML: {error}") from None
-    if not isinstance(data, dict):
-        raise ConfigError(f"{path}: expected keys and values, found {type(data).__name__}")
-    return build(cls, data, str(path), overrides)
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
+    except YamlError as error:
+        raise ConfigError(f"{path}: {error}") from None
+    if isinstance(data, dict):
+        return data
+    if isinstance(data, list) and data and isinstance(data[0], dict) and "api_key" in data[0]:
+        use = f"`mmopd train RECIPE --endpoints {path}` takes it"
+        raise ConfigError(f"{path}: this is a file of endpoints, which `mmopd serve` wrote: {use}")
+    found = "the file is empty" if data is None else f"found {'a text' if isinstance(data, str) else described(data)}"
+    raise ConfigError(f"{path}: expected keys and values, one `key: value` a line; {found}")
 
 
 def text_of(path: Path) -> str:
     """Return the text of a file that a user wrote.
 
     Raises:
-        UserError: it is not UTF-8; names the file and the line.
+        ConfigError: it is not UTF-8, or is too large for a file that someone wrote; names the file and the line.
     """
+    if (size := path.stat().st_size) > MAX_BYTES:
+        raise ConfigError(f"{path}: {size:,} bytes are too many for a file of settings (at most {MAX_BYTES:,})")
     data = path.read_bytes()
     try:
         return data.decode("utf-8-sig")  # some editors write a mark of the encoding first
@@ -61,34 +101,25 @@ def text_of(path: Path) -> str:
         raise ConfigError(f"{path}: line {line} is not UTF-8: save the file in this encoding") from None
 
 
-def parse(text: str) -> Any:
-    """Return the value of a YAML text; libyaml reads it where PyYAML was built with it.
-
-    Raises:
-        yaml.YAMLError: it is no YAML.
-    """
-    return yaml.load(text, getattr(yaml, "CSafeLoader", yaml.SafeLoader))
-
-
 def build(cls: type[C], data: dict[str, Any], where: str, overrides: Iterable[str] = ()) -> C:
     """Return `data` as `cls`, with `key.path=value` overrides.
 
     Args:
         cls: the settings model.
-        data: keys and values; the overrides are set in it.
+        data: keys and values.
         where: beginning of error messages.
         overrides: settings to change.
 
     Raises:
-        ConfigError: a key is unknown, or a value does not fit; the message names the key.
+        ConfigError: a key is unknown, or a value does not fit; the message names the key, and the override that set it.
     """
+    overrides = list(overrides)
     for override in overrides:
-        _set(data, override)
+        data = _with(data, override)
     try:
         return cls.model_validate(data)
     except ValidationError as error:
-        lines = [_explain(cls, e["loc"], e["msg"], e["type"]) for e in error.errors()]
-        raise ConfigError("\n".join(f"{where}: {line}" for line in lines)) from None
+        raise ConfigError(explain(error, cls, data, where, overrides)) from None
 
 
 def dump(settings: BaseModel) -> str:
@@ -96,38 +127,23 @@ def dump(settings: BaseModel) -> str:
     return yaml.safe_dump(settings.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
 
-def _set(data: dict[str, Any], override: str) -> None:
-    key, eq, value = override.partition("=")
-    if not eq:
-        raise ConfigError(f"{override!r}: an override is written key=value, such as train.steps=20")
-    *parents, last = key.split(".")
-    for parent in parents:
-        if data.get(parent) is None:
-            data[parent] = {}
-        data = data[parent]
-        if not isinstance(data, dict):
-            raise ConfigError(f"{override!r}: {parent!r} is a value and has no keys")
-    data[last] = parse(value)
-
-
-def _explain(cls: type[BaseModel], loc: tuple[int | str, ...], message: str, kind: str) -> str:
-    key = ".".join(str(part) for part in loc)
-    if kind != "extra_forbidden":
-        return f"{key}: {message}" if key else message
-    return f"unknown key {key!r}{suggest(str(loc[-1]), _keys_at(cls, loc[:-1]))}"
-
-
-def _keys_at(cls: type[BaseModel], loc: tuple[int | str, ...]) -> list[str]:
-    """Return the keys of the model at `loc` below `cls`."""
-    model: type[BaseModel] | None = cls
-    for part in loc:
-        if model is not None and isinstance(part, str) and part in model.model_fields:
-            model = _model_in(model.model_fields[part].annotation)
-    return list(model.model_fields) if model else []
-
-
-def _model_in(annotation: Any) -> type[BaseModel] | None:
-    """Return the pydantic model inside `Model | None`, `tuple[Model, ...]` or `Mapping[str, Model]`."""
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return annotation
-    return next((m for m in map(_model_in, get_args(annotation)) if m), None)
+def _with(data: dict[str, Any], override: str) -> dict[str, Any]:
+    """Return the data with an override; what an alias shares stays as it is elsewhere."""
+    shown = described(override)
+    key, eq, text = override.partition("=")
+    keys = key.split(".")
+    if not eq or not all(keys):
+        raise ConfigError(f"{shown}: an override is written key=value, such as train.steps=20")
+    try:
+        value = parse(text)
+    except YamlError as error:
+        raise ConfigError(f"{shown}: the value of {key!r}: {error}") from None
+    data = {**data}
+    inside = data
+    for parent in keys[:-1]:
+        below = {} if inside.get(parent) is None else inside[parent]
+        if not isinstance(below, dict):
+            raise ConfigError(f"{shown}: {parent!r} is {described(below)} and has no keys: set it as a whole")
+        inside[parent] = inside = {**below}
+    inside[keys[-1]] = value
+    return data

@@ -6,8 +6,8 @@ from pathlib import Path
 from types import ModuleType
 
 import mmopd
-from mmopd import settings_file
 from mmopd.errors import ConfigError
+from mmopd.settings_errors import shortened, suggest
 
 
 def shipped() -> Path:
@@ -25,16 +25,39 @@ def find(name: str | Path, workspace: Path | None = None) -> Path:
     """
     roots = (workspace or Path.cwd(), shipped())
     for root in roots:
-        if (path := root / name).is_file():  # an absolute name replaces the root
+        if is_file(path := root / name):  # an absolute name replaces the root
             return path
-    known = names(Path(name).parent, f"*{Path(name).suffix}", workspace)
-    raise ConfigError(f"{name}: no such file in {roots[0]}, nor is it shipped{settings_file.suggest(str(name), known)}")
+    if is_folder(folder := roots[0] / name):
+        inside = f": `{name}/recipe.yaml` is the recipe of this run" if (folder / "recipe.yaml").is_file() else ""
+        raise ConfigError(f"{name}: this is a folder; give a file{inside}")
+    known = names(Path(name).parent, Path(name).suffix, workspace)
+    shown = shortened(str(name))
+    raise ConfigError(f"{shown}: no such file in {roots[0]}, nor is it shipped{suggest(shown, known)}")
 
 
-def names(kind: str | Path, pattern: str = "*.yaml", workspace: Path | None = None) -> list[str]:
+def is_file(path: Path) -> bool:
+    """Return true for a file; false also for a name that is too long for one."""
+    try:
+        return path.is_file()
+    except OSError:
+        return False
+
+
+def is_folder(path: Path) -> bool:
+    """Return true for a folder; false also for a name that is too long for one."""
+    try:
+        return path.is_dir()
+    except OSError:
+        return False
+
+
+def names(kind: str | Path, suffix: str = ".yaml", workspace: Path | None = None) -> list[str]:
     """Return `KIND/NAME` of the files of a kind, those of the workspace and the shipped ones."""
     roots = (workspace or Path.cwd(), shipped())
-    return sorted({str(Path(kind, path.name)) for root in roots for path in (root / kind).glob(pattern)})
+    folders = [root / kind for root in roots if is_folder(root / kind)]
+    return sorted(
+        {str(Path(kind, path.name)) for folder in folders for path in folder.glob("*") if path.suffix == suffix}
+    )
 
 
 def load_module(path: Path) -> ModuleType:

@@ -118,7 +118,7 @@ def test_a_variant_that_is_no_recipe_is_named_before_any_run_is_begun(tmp_path):
     runs = compare.plan_runs(wrong, tmp_path)
     with (
         Stages(Console(quiet=True)) as stages,
-        pytest.raises(UserError, match=r"variant 'uni': .*delt.*did you mean 'delta'"),
+        pytest.raises(UserError, match=r"variant 'uni' of the comparison: .*delt.*did you mean 'delta'"),
     ):
         compare.run_all(wrong, list(runs.values()), tmp_path / "servers", stages)
     assert not list(tmp_path.iterdir())

@@ -82,7 +82,7 @@ def test_show_prints_it_and_what_is_written_reads_back(place):
         ("{kind: gpro}", "algorithm.objective: .*no objective 'gpro'.*did you mean 'grpo'"),
         ("{kind: ../surprising}", "no objective '../surprising'"),
         ("{kind: surprising, shrae: 1}", "`shrae` is no setting of `kind: surprising`; did you mean 'share'"),
-        ("{kind: surprising, share: 2}", "algorithm.objective.share: Input should be less than or equal to 1"),
+        ("{kind: surprising, share: 2}", "algorithm.objective.share: has to be less than or equal to 1"),
         ("{share: 0.5}", "algorithm.objective: .*`kind` is missing; there is opd, exopd"),
         ("surprising", "expected keys and values, such as `objective: {kind: surprising}`"),
     ],

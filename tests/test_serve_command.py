@@ -307,6 +307,7 @@ def test_a_file_that_is_no_file_of_endpoints_is_refused(tmp_path: Path) -> None:
         with pytest.raises(UserError, match="not a file of endpoints that `mmopd serve` wrote") as error:
             endpoint.load(path)
         assert "secret" not in str(error.value)
+    path.write_text("[]", encoding="utf-8")
     path.chmod(0o640)
     with pytest.raises(UserError, match=f"chmod 600 {path}"):
         endpoint.load(path)

@@ -15,6 +15,7 @@ from pydantic import (
 from mmopd.algorithm.base import Objective
 from mmopd.algorithm.objectives import OBJECTIVES, find_objective
 from mmopd.algorithm.objectives.opd import OPD
+from mmopd.settings_errors import described
 from mmopd.settings_file import Config, Fraction, Positive, suggest
 
 
@@ -58,6 +59,7 @@ class Balance(Config):
     ratio: float = Field(
         1.0,
         ge=0,
+        allow_inf_nan=True,  # .inf keeps only right responses
         description="Target ratio of right to wrong responses. 1 as in the paper. For comparisons, 0 keeps only wrong "
         "responses and .inf only right ones",
     )
@@ -97,7 +99,6 @@ class Margin(Config):
     delta: float = Field(
         0.4,
         ge=0,
-        allow_inf_nan=False,
         description="Target margin between the returns of right and wrong responses, in nats per token. 0.4 as in the "
         "paper's text runs; 0 requires only the right order",
     )
@@ -152,13 +153,16 @@ def _build_objective(data: object) -> object:
         raise ValueError(f"expected keys and values, such as `objective: {{kind: {data}}}`")
     if not isinstance(data, Mapping):
         return data
+    known = f"there is {', '.join(OBJECTIVES)}, and the files of algorithm/"
     if not isinstance(kind := data.get("kind"), str):
-        raise ValueError(f"`kind` is missing; there is {', '.join(OBJECTIVES)}, and the files of algorithm/")
+        raise ValueError(
+            f"`kind` is missing; {known}" if kind is None else f"`kind` is a name, not {described(kind)}; {known}"
+        )
     objective = find_objective(kind)
     for key in data:
         if key not in objective.model_fields:
-            known = suggest(str(key), objective.model_fields)
-            raise ValueError(f"`{key}` is no setting of `kind: {kind}`{known}")
+            near = suggest(str(key), objective.model_fields)
+            raise ValueError(f"`{key}` is no setting of `kind: {kind}`{near}")
     return objective.model_validate(data)
 
 

@@ -82,7 +82,7 @@ def _table(title: str, *columns: str) -> Table:
 def _role(role: Role) -> Table:
     table = _table(escape(role.title), "memory", "GiB", "")
     for part in role.parts:
-        table.add_row(part.what, f"{part.size / GIB:.2f}", part.how)
+        table.add_row(escape(part.what), f"{part.size / GIB:.2f}", escape(part.how))
     table.add_section()
     table.add_row("peak", f"{role.peak / GIB:.2f}", "")
     return table
@@ -108,7 +108,7 @@ def _gpus(budget: Budget) -> Table:
 def _step(budget: Budget) -> Table:
     table = _table("A step", "part", "seconds", "")
     for time in budget.times:
-        table.add_row(time.what, f"{time.seconds:,.0f}", time.how)
+        table.add_row(escape(time.what), f"{time.seconds:,.0f}", escape(time.how))
     table.add_section()
     table.add_row(
         "a step", f"{budget.step:,.0f}", f"{budget.steps:,} steps take {budget.steps * budget.step / 3600:,.0f} h"

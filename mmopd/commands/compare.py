@@ -91,7 +91,8 @@ def plan_runs(comparison: Comparison, out: Path) -> dict[tuple[str, int], Run]:
         for seed in range(table.seeds):
             for variant in dict.fromkeys((table.baseline, *table.variants)):
                 settings = {**comparison.set, **comparison.variants[variant].set, "seed": seed}
-                made_of = json.dumps([str(comparison.recipe), settings], sort_keys=True, default=str)
+                written = json.dumps([str(comparison.recipe), settings], default=str)  # keys of all types become texts
+                made_of = json.dumps(json.loads(written), sort_keys=True)
                 name = f"{variant}-seed{seed}-{hashlib.sha256(made_of.encode()).hexdigest()[:8]}"
                 runs.setdefault((variant, seed), Run(variant, seed, settings, out / "runs" / name))
     return runs
@@ -130,7 +131,7 @@ def resolve(comparison: Comparison, run: Run) -> Recipe:
     try:
         return catalog.load_recipe(comparison.recipe, overrides=overrides)
     except UserError as error:
-        raise kind_of(error.exit_status)(f"variant {run.variant!r}: {error}") from None
+        raise kind_of(error.exit_status)(f"variant {run.variant!r} of the comparison: {error}") from None
 
 
 def what_is_served(recipe: Recipe) -> list[Any]:

@@ -78,7 +78,9 @@ def replay(run: RunFolder, step: int, console: Console) -> list[Found]:
         there = ", ".join(str(step_of(path.name)) for path in sorted(run.replay.glob("step-*")))
         raise UserError(f"{run.root}: no skipped update of step {step} is saved; saved steps: {there or 'none'}")
     items, about = read_batch(folder)
-    console.print(f"step {step}: {about['reason']}. {len(items)} responses, with the weights of {folder / MODEL}")
+    console.print(
+        f"step {step}: {about['reason']}. {len(items)} responses, with the weights of {folder / MODEL}", markup=False
+    )
     encoder = Encoder(folder / MODEL)
     student = _load(folder / MODEL, recipe)
     if broken := [name for name, weight in student.named_parameters() if not weight.isfinite().all()]:

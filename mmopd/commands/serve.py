@@ -7,6 +7,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from mmopd.config import Fleet
@@ -61,5 +62,5 @@ def _table(fleet: Fleet, endpoints: Sequence[Endpoint], servers: Servers) -> Tab
     for one in endpoints:
         teacher = fleet.teachers[one.teacher]
         model = f"{teacher.model} + {teacher.adapter}" if teacher.adapter else str(teacher.model)
-        table.add_row(one.name, one.url, model, servers.gpus[one.name] or "CPU")
+        table.add_row(escape(one.name), escape(one.url), escape(model), servers.gpus[one.name] or "CPU")
     return table

@@ -33,7 +33,7 @@ def show(recipe: Recipe, console: Console) -> None:
     for column in ("process", "model", "gets"):
         table.add_column(column)
     for row in _starts(recipe, fleet, mixture):
-        table.add_row(*row)
+        table.add_row(*map(escape, row))
     console.print(table)
     if fleet.routes:
         console.print(teachers_table(fleet, mixture))
@@ -75,7 +75,8 @@ def teachers_table(fleet: Fleet, mixture: Mixture) -> Table:
     for task, teachers in _scorers(fleet, mixture):
         for i, teacher in enumerate(teachers):
             prompts = "" if i else f"{task.name} ({task.modality})"
-            table.add_row(prompts, teacher.name, f"{teacher.share:.0%}", f"{teacher.weight:g}", escape(_shown(teacher)))
+            row = (prompts, teacher.name, f"{teacher.share:.0%}", f"{teacher.weight:g}", _shown(teacher))
+            table.add_row(*map(escape, row))
     return table
 
 

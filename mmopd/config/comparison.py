@@ -2,11 +2,11 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 from pydantic import Field, model_validator
 
-from mmopd.settings_file import Config, Positive, suggest
+from mmopd.settings_file import Config, File, Positive, suggest
 
 
 class Variant(Config):
@@ -30,8 +30,11 @@ class ComparisonTable(Config):
     variants: tuple[str, ...] = Field(description="Variants in the table, in the order of its rows")
 
 
-class Comparison(Config):
+class Comparison(File):
     """`recipes/compare_*.yaml`: a grid of variants and seeds over one recipe."""
+
+    what: ClassVar[str] = "a comparison"
+    use: ClassVar[str] = "`mmopd compare {path}` runs it"
 
     recipe: Path = Field(description="Recipe that all variants start from")
     set: Mapping[str, Any] = Field({}, description="Changes to the recipe for all variants: key.path -> value")

@@ -2,13 +2,13 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Annotated, ClassVar, Literal, Self
 from urllib.parse import urlsplit
 
 from pydantic import Field, model_validator
 
 from mmopd.config.engine import Engine
-from mmopd.settings_file import Config, Positive, suggest
+from mmopd.settings_file import Config, File, Positive, suggest
 
 
 def check_proxy(url: str) -> None:
@@ -142,8 +142,11 @@ class Route(Config):
         return {name: weight / sum(weights.values()) for name, weight in weights.items()}
 
 
-class Fleet(Config):
+class Fleet(File):
     """`teachers/*.yaml`: teachers, the routes to them, and further views."""
+
+    what: ClassVar[str] = "a fleet of teachers"
+    use: ClassVar[str] = "`fleet` of a recipe names it, and `mmopd serve {path}` serves it"
 
     teachers: Mapping[str, Teacher] = Field(description="Teachers of the fleet by name")
     routes: tuple[Route, ...] = Field(

@@ -2,11 +2,11 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Self
+from typing import Annotated, ClassVar, Self
 
 from pydantic import Field, model_validator
 
-from mmopd.settings_file import Config, Positive
+from mmopd.settings_file import Config, File, Positive
 
 
 class Source(Config):
@@ -41,8 +41,11 @@ class Source(Config):
         return low + (high - low) * (step - before) / (after - before)
 
 
-class Mixture(Config):
+class Mixture(File):
     """`data/*.yaml`: weighted sources."""
+
+    what: ClassVar[str] = "a mixture"
+    use: ClassVar[str] = "`mixture` of a recipe names it, and `mmopd show {path}` prints what is in it"
 
     sources: Mapping[str, Source] = Field(description="Sources of prompts by name")
     adapt: float = Field(

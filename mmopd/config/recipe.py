@@ -1,18 +1,21 @@
 """Model of recipes/*.yaml: a whole run."""
 
 from pathlib import Path
-from typing import Self
+from typing import ClassVar, Self
 
 from pydantic import Field, model_validator
 
 from mmopd.algorithm.settings import Algorithm
 from mmopd.config.student import Rollout, Student
 from mmopd.config.train import Train
-from mmopd.settings_file import Config
+from mmopd.settings_file import File
 
 
-class Recipe(Config):
+class Recipe(File):
     """`recipes/*.yaml`: a whole run."""
+
+    what: ClassVar[str] = "a recipe"
+    use: ClassVar[str] = "`mmopd train {path}` runs it, and `mmopd show {path}` prints it"
 
     prepare: Path | None = Field(
         None,

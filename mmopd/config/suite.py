@@ -1,11 +1,11 @@
 """Models of eval/*.yaml: benchmarks."""
 
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field
 
-from mmopd.settings_file import Config, Positive
+from mmopd.settings_file import Config, File, Positive
 
 PromptVariant = Literal["default", "qwen2_5_vl", "qwen3_vl", "qwen3_5"]
 
@@ -39,8 +39,11 @@ class Benchmark(Config):
     )
 
 
-class Suite(Config):
+class Suite(File):
     """`eval/*.yaml`: benchmarks."""
+
+    what: ClassVar[str] = "a suite of benchmarks"
+    use: ClassVar[str] = "`suite` of a recipe names it, and `mmopd eval {path} MODEL` runs it"
 
     benchmarks: tuple[Benchmark, ...] = Field(description="Benchmarks, in the order of the table's columns")
     concurrency: Positive = Field(16, description="Questions in flight at once to each model")

@@ -28,6 +28,8 @@ from mmopd.evaluate.tasks import Task, prepare
 from mmopd.evaluate.validate import InvalidRunError, Measured, last_words, validate
 from mmopd.runtime import http
 from mmopd.serving.endpoint import Endpoint
+from mmopd.settings_errors import described
+from mmopd.workspace import is_file
 
 SIDE_BY_SIDE = 2  # calls in parallel: one waits for the server while the other judges
 PACKAGES = (
@@ -99,8 +101,10 @@ def read_suite(path: Path, workspace: Path) -> Suite:
         update: dict[str, Any] = {}
         if benchmark.task.endswith((".yaml", ".yml")):
             update["task"] = str(path.parent.absolute() / benchmark.task)
-            if not Path(update["task"]).is_file():
-                raise ConfigError(f"{path}: {benchmark.column}: no task file {benchmark.task!r} in {path.parent}")
+            if not is_file(Path(update["task"])):
+                raise ConfigError(
+                    f"{path}: {benchmark.column}: no task file {described(benchmark.task)} in {path.parent}"
+                )
         if benchmark.data is not None:
             update["data"] = workspace.absolute() / benchmark.data
         benchmarks.append(benchmark.model_copy(update=update))

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from rich.markup import escape
 from rich.table import Table
 
 from mmopd.evaluate.lmms import BenchmarkScore
@@ -104,11 +105,11 @@ class Results:
         table = Table(title=title, title_justify="left", footer_style="bold")
         table.add_column("", footer=GAP_CLOSED if self._compares() else "")
         for column in self.columns:
-            table.add_column(column, justify="right", footer=self._gap(column) if self._compares() else "")
+            table.add_column(escape(column), justify="right", footer=self._gap(column) if self._compares() else "")
         table.show_footer = self._compares()
         style = {"base": None, "teacher": "dim", "distilled": "bold green"}
         for row in self.rows:
-            table.add_row(row.name, *(_cell(row.record(c)) for c in self.columns), style=style[row.kind])
+            table.add_row(escape(row.name), *(_cell(row.record(c)) for c in self.columns), style=style[row.kind])
         return table
 
     def markdown(self) -> str:

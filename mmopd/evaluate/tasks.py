@@ -11,10 +11,12 @@ import pyarrow.parquet as pq
 import yaml
 
 import mmopd
+from mmopd import plain_yaml
 from mmopd.config import Benchmark
 from mmopd.config.suite import PromptVariant
 from mmopd.errors import ConfigError, DataError, UserError
 from mmopd.runtime.fingerprint import hash_files
+from mmopd.settings_errors import described, shortened
 from mmopd.settings_file import text_of
 
 # Parts of a task file with a setting for each of several models, and one called `default`.
@@ -34,8 +36,10 @@ class Task:
     variant: PromptVariant  # whose prompts it has
 
 
-class _Loader(yaml.SafeLoader):
+class _Loader(plain_yaml.Loader):
     """Reads task files without importing the functions named in them."""
+
+    tags = plain_yaml.PLAIN | {"!function"}
 
 
 _Loader.add_constructor("!function", lambda loader, node: str(node.value))
@@ -81,24 +85,37 @@ def prepare(benchmark: Benchmark, folder: Path, variant: PromptVariant = "defaul
     return Task(name, folder, rows, code, hash_files([benchmark.data]) if benchmark.data else "", used)
 
 
-def read_task(path: Path) -> dict[str, Any]:
+def read_task(path: Path, by: tuple[Path, ...] = ()) -> dict[str, Any]:
     """Return the settings of a task file and of the files it includes; functions stay names.
 
+    Args:
+        path: the file.
+        by: the files that include it, one by the other.
+
     Raises:
-        ConfigError: the file, or one that it includes, is missing or not a YAML mapping.
+        ConfigError: the file, or one that it includes, is missing or not a YAML mapping, or it includes itself.
     """
+    included_by = f"; {by[-1]} includes it" if by else ""
+    shown = shortened(str(path))
+    if path in by:
+        raise ConfigError(f"{shown}: this task file includes itself{included_by}: remove one `include`")
     try:
-        settings = yaml.load(text_of(path), _Loader)
+        settings = plain_yaml.parse(text_of(path), _Loader, lenient=True)
     except FileNotFoundError:
-        raise ConfigError(f"{path}: no such task file") from None
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path}: not valid YAML: {error}") from None
+        raise ConfigError(f"{shown}: no such task file{included_by}") from None
+    except OSError as error:
+        raise ConfigError(f"{shown}: cannot be read: {error.strerror}{included_by}") from None
+    except plain_yaml.YamlError as error:
+        raise ConfigError(f"{path}: {error}") from None
     if not isinstance(settings, dict):
-        raise ConfigError(f"{path}: expected the keys of an lmms-eval task, found {type(settings).__name__}")
-    included = settings.pop("include", [])
+        raise ConfigError(f"{path}: expected the keys of an lmms-eval task, found {described(settings)}{included_by}")
+    included = settings.pop("include", None) or []
+    others = [included] if isinstance(included, str) else included
+    if not isinstance(others, list) or not all(isinstance(other, str) for other in others):
+        raise ConfigError(f"{path}: include: expected a path or a list of paths, found {described(included)}")
     merged: dict[str, Any] = {}
-    for other in reversed([included] if isinstance(included, str) else included):
-        merged |= read_task(path.parent / other)
+    for other in reversed(others):
+        merged |= read_task(path.parent / other, (*by, path))
     return merged | settings
 
 

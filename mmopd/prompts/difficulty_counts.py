@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
+from rich.markup import escape
 from rich.table import Table
 
 from mmopd.algorithm import difficulty_shape, difficulty_weights, drop_easy_weights, frontier_weights
@@ -159,7 +160,7 @@ def table(measured: Mapping[str, Measured]) -> Table:
         always = int((known & (correct == attempts)).sum())
         counts = [len(known), never, int(known.sum()) - never - always, always, int((~known).sum())]
         weights = f"{min(one.weights):.2f} to {max(one.weights):.2f}"
-        shown.add_row(name, *(f"{n:,}" for n in counts), one.shape.replace("_", " "), weights)
+        shown.add_row(escape(name), *(f"{n:,}" for n in counts), one.shape.replace("_", " "), weights)
     return shown
 
 

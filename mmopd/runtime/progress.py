@@ -14,6 +14,7 @@ from typing import Self
 
 from rich.console import Console, Group
 from rich.live import Live
+from rich.markup import escape
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -74,8 +75,8 @@ class Stage:
             seconds,
             f", {self.outcome}" if self.outcome else "",
         )
-        tail = f"  [dim]{self.outcome}[/]" if self.outcome else ""
-        self._stages.console.print(f"{mark} {self.title}  [cyan]{seconds:.1f} s[/]{tail}", highlight=False)
+        tail = f"  [dim]{escape(self.outcome)}[/]" if self.outcome else ""
+        self._stages.console.print(f"{mark} {escape(self.title)}  [cyan]{seconds:.1f} s[/]{tail}", highlight=False)
 
 
 class Stages:
@@ -86,7 +87,7 @@ class Stages:
         self.seconds: dict[str, float] = {}
         self.progress = Progress(
             SpinnerColumn("line" if console.options.ascii_only else "dots"),
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(bar_width=30),
             MofNCompleteColumn(),
             TimeElapsedColumn(),
@@ -115,7 +116,7 @@ class Stages:
     def stage(self, title: str) -> Iterator[Stage]:
         """Run one stage; its time counts under `title`, and an exception marks it as failed."""
         if not self.console.is_terminal:
-            self.console.print(f"… {title}", highlight=False)
+            self.console.print(f"… {title}", markup=False, highlight=False)
         logger.info("%s: begins", title)
         stage = Stage(self, title)
         begin = time.monotonic()

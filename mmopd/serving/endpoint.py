@@ -50,22 +50,22 @@ def load(path: Path) -> dict[str, Endpoint]:
     Raises:
         ConfigError: the file is missing, is readable by other users, or is not a file of endpoints.
     """
+    made = "`mmopd serve` writes it, and it exists only while the servers run"
     try:
         status = path.stat()
+        if status.st_size > MAX_BYTES:
+            raise ConfigError(
+                f"{path}: {status.st_size:,} bytes are too many for a file of endpoints (at most {MAX_BYTES:,}): {made}"
+            )
+        found = msgspec.json.decode(path.read_bytes(), type=list[Endpoint])
     except FileNotFoundError:
-        raise ConfigError(
-            f"{path}: no such file of endpoints; `mmopd serve` writes it, and it exists only while the servers run"
-        ) from None
+        raise ConfigError(f"{path}: no such file of endpoints; {made}") from None
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read: {error.strerror}; it is the file of `mmopd serve`") from None
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise ConfigError(f"{path}: not a file of endpoints that `mmopd serve` wrote: {error}") from None
     if status.st_mode & 0o077:
         raise ConfigError(f"{path}: other users can read it, and it contains API keys; run `chmod 600 {path}`")
-    if status.st_size > MAX_BYTES:
-        raise ConfigError(
-            f"{path}: {status.st_size:,} bytes are too many for a file of endpoints (at most {MAX_BYTES:,})"
-        )
-    try:
-        found = msgspec.json.decode(path.read_bytes(), type=list[Endpoint])
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: not a file of endpoints that `mmopd serve` wrote: {error}") from None
     for endpoint in found:
         try:
             check_proxy(endpoint.proxy)
