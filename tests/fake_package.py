@@ -16,7 +16,7 @@ MODULES = [  # modules that mmopd imports from the real package
 ]
 REGISTRY = "class ModelRegistry:\n    models = {}\n"
 ENTRY = """
-import argparse, http.server, json, os, pathlib, signal, sys, time
+import argparse, http.server, json, os, pathlib, signal, socket, sys, time, uuid
 
 class Handler(http.server.BaseHTTPRequestHandler):
     def do_GET(self):
@@ -49,6 +49,7 @@ def main():
         sys.exit("the weights are broken")
     NAMES = options.served_model_name + [module.partition("=")[0] for module in options.lora_modules]
     server = http.server.ThreadingHTTPServer((options.host, options.port), Handler)
+    socket.socket(socket.AF_UNIX).bind(os.path.join(os.environ["VLLM_RPC_BASE_PATH"], str(uuid.uuid4())))
     parent = os.getpid()
     ENGINE = os.fork()
     if ENGINE == 0:  # it holds the port open, as the real one does, and outlives its parent

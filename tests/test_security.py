@@ -19,7 +19,7 @@ import pytest
 from PIL import Image
 
 from mmopd.demo.world import build_student
-from mmopd.serving import endpoint, wire
+from mmopd.serving import endpoint, guarded_http, wire
 from mmopd.serving.endpoint import Endpoint
 
 KEY = "key-of-this-test-4f1d9a"
@@ -112,6 +112,25 @@ def test_every_route_wants_the_key(served: Served) -> None:
         ):
             assert httpx.get(served.teacher.url + path, headers=headers).status_code == 401
             assert httpx.post(served.teacher.url + path, headers=headers).status_code == 401
+
+
+def test_without_the_key_nothing_is_upgraded_or_held(served: Served) -> None:
+    """vLLM's uvicorn has the bounds of `mmopd.serving.guarded_http`, whose own tests are in test_guarded_http.py."""
+    upgrade = {
+        "Connection": "Upgrade",
+        "Upgrade": "websocket",
+        "Sec-WebSocket-Version": "13",
+        "Sec-WebSocket-Key": "A" * 22 + "==",
+    }
+    refused = httpx.get(f"{served.teacher.url}/v1/realtime", headers=upgrade)
+    assert (refused.status_code, refused.headers["connection"]) == (401, "close")
+    assert httpx.get(served.teacher.url, headers={"long": "a" * (1 << 20)}).status_code == 431
+    with socket.create_connection(("127.0.0.1", httpx.URL(served.teacher.url).port)) as idle:
+        idle.settimeout(guarded_http.HEAD_WITHIN + 20)
+        assert idle.recv(100).startswith(b"HTTP/1.1 408 ")
+    log = (served.folder / "endpoints-logs" / "plain.0.log").read_text(encoding="utf-8")
+    assert "Traceback" not in log
+    assert "upgrade" not in log
 
 
 @pytest.mark.parametrize("path", DEVELOPMENT)

@@ -1,7 +1,9 @@
 """Restarts of dead servers, with a vLLM that starts immediately; everything else is real."""
 
 import os
+import re
 import signal
+import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -141,3 +143,23 @@ def test_gpus_are_given_from_the_last_one_down(specs: list[ServerSpec], tmp_path
         assert servers.gpus == expected
         environment = Path(f"/proc/{pids(servers['teacher'])['server']}/cmdline").read_text(encoding="utf-8")
         assert ('"CUDA_VISIBLE_DEVICES": "0"' in environment) == torch.cuda.is_available()
+
+
+@pytest.mark.parametrize("ends", ["in order", "after a server was killed", "after the supervisors were killed"])
+def test_no_socket_is_left(
+    specs: list[ServerSpec], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ends: str
+) -> None:
+    with tempfile.TemporaryDirectory() as short, monkeypatch.context() as patch:  # the path of a socket has 107 bytes
+        patch.setattr(tempfile, "tempdir", short)
+        with running(specs, tmp_path) as (servers, events):
+            sockets = [path for path in Path(short).rglob("*") if path.is_socket()]
+            assert len(sockets) == 2
+            assert all(path.parent.stat().st_mode & 0o777 == 0o700 for path in sockets)
+            if ends == "after a server was killed":
+                restart(servers, events)
+            if ends == "after the supervisors were killed":
+                for found in re.findall(r"supervisor: (\d+)", "".join(map(Path.read_text, tmp_path.glob("*.log")))):
+                    os.kill(int(found), signal.SIGKILL)
+                with pytest.raises(UserError, match="ended with status 137"):
+                    wait_for(lambda: look(servers))
+        assert not list(Path(short).iterdir())

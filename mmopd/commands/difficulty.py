@@ -12,6 +12,7 @@ from mmopd.passes.each_row import answering
 from mmopd.prompts import difficulty_counts
 from mmopd.runtime.processes import Children
 from mmopd.runtime.progress import Stages
+from mmopd.runtime.run_folder import make_private
 from mmopd.serving.servers import serve_in_stage
 from mmopd.serving.specs import student_specs
 
@@ -22,8 +23,8 @@ def measure(recipe: Recipe, out: Path, console: Console) -> None:
     Raises:
         UserError: same cases as `prepare`, `check` and `run_pass`, or the engine ended.
     """
-    logs = out / "logs"
-    logs.mkdir(parents=True, exist_ok=True)
+    logs = make_private(out) / "logs"
+    logs.mkdir(exist_ok=True)
     with Stages(console) as stages, Children() as children:
         prepare(recipe, stages)
         job = check(recipe)

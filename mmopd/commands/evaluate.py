@@ -13,6 +13,7 @@ from mmopd.evaluate.lmms import read_suite
 from mmopd.evaluate.table import Results, Row
 from mmopd.runtime.processes import Children
 from mmopd.runtime.progress import Stages
+from mmopd.runtime.run_folder import make_private
 from mmopd.serving.servers import serve_in_stage
 from mmopd.serving.specs import ServerSpec
 
@@ -24,8 +25,8 @@ def evaluate_models(suite: Path, models: Sequence[Path], recipe: Recipe, out: Pa
         UserError: a folder is missing, or a server does not start.
     """
     resolved = read_suite(catalog.find(suite), Path.cwd())
-    logs = out / "logs"
-    logs.mkdir(parents=True, exist_ok=True)
+    logs = make_private(out) / "logs"
+    logs.mkdir(exist_ok=True)
     rows: list[Row] = []
     warm_up()
     with Stages(console) as stages, Children() as children:

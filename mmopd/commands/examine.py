@@ -10,7 +10,7 @@ from mmopd.config import Recipe
 from mmopd.preflight.check import Check
 from mmopd.runtime.processes import Children
 from mmopd.runtime.progress import Stages
-from mmopd.runtime.run_folder import RunFolder
+from mmopd.runtime.run_folder import RunFolder, make_private
 
 
 def examine(recipe: Recipe, out: Path, console: Console, endpoints: Sequence[Path] = ()) -> list[Check]:
@@ -27,7 +27,8 @@ def examine(recipe: Recipe, out: Path, console: Console, endpoints: Sequence[Pat
         UserError: same cases as `prepare`, `check`, `serving` and `prove`.
     """
     run = RunFolder(out)
-    run.logs.mkdir(parents=True, exist_ok=True)
+    make_private(out)
+    run.logs.mkdir(exist_ok=True)
     with Stages(console) as stages, Children() as children:
         prepare(recipe, stages)
         job = check(recipe, endpoints)

@@ -15,6 +15,7 @@ from mmopd.errors import UserError
 from mmopd.runtime.network import public_url
 from mmopd.runtime.processes import Children
 from mmopd.runtime.progress import Stages
+from mmopd.runtime.run_folder import make_private
 from mmopd.serving import endpoint
 from mmopd.serving.endpoint import Endpoint
 from mmopd.serving.servers import Servers, serve_in_stage
@@ -36,8 +37,7 @@ def serve(fleet: Fleet, *, host: str, out: Path, key_variable: str | None, conso
     if not specs:
         raise UserError("no teacher of this fleet has a `model`: all run elsewhere, and there is nothing to serve")
     warn_of(host, console)
-    logs = out.with_name(f"{out.stem}-logs")
-    logs.mkdir(parents=True, exist_ok=True)
+    logs = make_private(out.with_name(f"{out.stem}-logs"))
     with Children() as children, ExitStack() as stack:
         with Stages(console) as stages:
             servers = stack.enter_context(serve_in_stage(specs, children, logs, stages, host=host, key=key))

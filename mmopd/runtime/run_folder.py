@@ -29,6 +29,7 @@ PACKAGES = [
     "numpy",
 ]
 
+PRIVATE = 0o700  # mode of folders with prompts, answers and logs: other users can read nothing in them
 ENGINES = "engines"  # in the versions: kernels of the servers
 THEN = "; then "  # in the versions: before the kernels after a resume
 
@@ -59,7 +60,7 @@ class RunFolder:
         self.preflight = root / "preflight.json"  # results of the preflight for each replica of each teacher
 
     def create(self, recipe: Recipe) -> None:
-        """Create the folder with the resolved recipe and the versions in it.
+        """Create the folder, which only this user can read, with the resolved recipe and the versions in it.
 
         Raises:
             UserError: the folder exists.
@@ -67,7 +68,7 @@ class RunFolder:
         """
         str(self.root).encode()
         try:
-            self.root.mkdir(parents=True)
+            self.root.mkdir(PRIVATE, parents=True)
         except FileExistsError:
             raise UserError(
                 f"{self.root}: this run folder exists already; continue it with `mmopd train --resume {self.root}`, or "
@@ -112,6 +113,12 @@ class RunFolder:
         return settings_file.read(Recipe, self.recipe_file)
 
 
+def make_private(folder: Path) -> Path:
+    """Create a folder that only this user can read, unless it exists, and return it."""
+    folder.mkdir(PRIVATE, parents=True, exist_ok=True)
+    return folder
+
+
 @contextmanager
 def alone_in(folder: Path) -> Iterator[None]:
     """Hold a lock on a folder while the block lasts.
@@ -119,7 +126,7 @@ def alone_in(folder: Path) -> Iterator[None]:
     Raises:
         UserError: another process holds it.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    make_private(folder)
     with (folder / ".lock").open("w", encoding="utf-8") as file:
         claim(file, folder, "mmopd is at work in this folder")
         yield

@@ -10,7 +10,9 @@ import logging
 import os
 import re
 import secrets
+import shutil
 import socket
+import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -31,7 +33,7 @@ from mmopd.serving.endpoint import Endpoint
 from mmopd.serving.placement import assign_gpus, check_memory
 from mmopd.serving.readiness import Awaited
 from mmopd.serving.specs import ServerSpec, to_server
-from mmopd.serving.supervisor import KEY_VARIABLE, READY, Server
+from mmopd.serving.supervisor import KEY_VARIABLE, READY, SOCKETS_VARIABLE, Server
 
 logger = logging.getLogger(__name__)
 
@@ -78,7 +80,8 @@ class Servers(dict[str, Endpoint]):
 
     def start(self, groups: Sequence[list[Server]], children: Children, key: str, preload: bool) -> None:
         """Start a supervisor for each group of servers."""
-        self._supervisors += [_Supervisor(group, children, self._logs, key, preload) for group in groups]
+        for group in groups:
+            self._supervisors.append(_Supervisor(group, children, self._logs, key, preload))
 
     def await_ready(self, timeout: float) -> None:
         """Wait until every server answers; a server that dies later is restarted.
@@ -137,6 +140,8 @@ class Servers(dict[str, Endpoint]):
         """End all servers in parallel; on return none of their processes is left."""
         self._http.close()
         stop([supervisor.child for supervisor in self._supervisors])
+        for supervisor in self._supervisors:
+            supervisor.close()
 
     def log(self, server: str) -> Path:
         """Return the log file of a server."""
@@ -171,7 +176,14 @@ class _Supervisor:
         self._heard = log.stat().st_size if log.is_file() else 0  # bytes; skips the messages of an earlier run
         self._pid: int | None = None
         env = {**ENV, **(CPU_ENV if preload else {}), **shared_env(group), KEY_VARIABLE: key}
-        self.child = children.start(name, command, log, env)
+        # vLLM leaves its sockets behind, even after an orderly stop. The supervisor removes their folder at its end, and
+        # `close` does if that was killed.
+        self._sockets = tempfile.mkdtemp(prefix="mmopd-")
+        self.child = children.start(name, command, log, env | {SOCKETS_VARIABLE: self._sockets})
+
+    def close(self) -> None:
+        """Remove the sockets of the servers, which have ended."""
+        shutil.rmtree(self._sockets, ignore_errors=True)
 
     def hear(self) -> list[re.Match[str]]:
         """Return the messages about its servers since the last call."""

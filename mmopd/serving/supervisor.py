@@ -23,6 +23,7 @@ import logging
 import multiprocessing
 import os
 import select
+import shutil
 import signal
 import sys
 import time
@@ -38,9 +39,9 @@ from mmopd.runtime import logs
 logger = logging.getLogger("mmopd.serving.supervisor")
 
 KEY_VARIABLE = "VLLM_API_KEY"
+SOCKETS_VARIABLE = "VLLM_RPC_BASE_PATH"  # the folder of the sockets between vLLM's processes
 RESTARTS = 3  # restarts of one server within WINDOW; one more death is permanent
 WINDOW = 600.0  # seconds
-CLOSING = 5  # seconds for an API server to finish its open requests when it must end
 READY = signal.SIGUSR1
 _HANDLED = frozenset({signal.SIGTERM, signal.SIGCHLD, READY})
 
@@ -71,7 +72,9 @@ class RequireKey:
         given = dict(scope.get("headers", [])).get(b"authorization", b"")
         if scope["type"] == "lifespan" or hmac.compare_digest(given, self._expected):
             return await self._app(scope, receive, send)
-        await send({"type": "http.response.start", "status": 401, "headers": [(b"content-length", b"0")]})
+        # The connection is closed, so that nobody without the key can go on to send a body.
+        headers = [(b"content-length", b"0"), (b"connection", b"close")]
+        await send({"type": "http.response.start", "status": 401, "headers": headers})
         await send({"type": "http.response.body", "body": b""})
         return None
 
@@ -111,9 +114,9 @@ def run(server: Server) -> None:
     import uvicorn
     from vllm.entrypoints.launchers.api_server import entry
 
-    # An engine that dies leaves a call into it (a pause, new weights) unanswered, and its API server would wait
-    # forever.
-    uvicorn.Config.__init__ = functools.partialmethod(uvicorn.Config.__init__, timeout_graceful_shutdown=CLOSING)  # type: ignore
+    from mmopd.serving import guarded_http
+
+    uvicorn.Config.__init__ = functools.partialmethod(uvicorn.Config.__init__, **guarded_http.settings())  # type: ignore
     sys.argv = ["vllm", *server["argv"]]
     entry.main()  # type: ignore[no-untyped-call]
 
@@ -263,7 +266,9 @@ def main(arguments: list[str]) -> int:
     logs.start("servers" if len(servers) > 1 else f"{servers[0]['name']}.supervisor")
     if flags == ["--preload"]:
         preload({Path(server["model"]) for server in servers})
-    return Supervisor(servers).run()
+    status = Supervisor(servers).run()
+    shutil.rmtree(os.environ[SOCKETS_VARIABLE], ignore_errors=True)
+    return status
 
 
 if __name__ == "__main__":
