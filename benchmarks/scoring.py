@@ -37,11 +37,12 @@ import psutil
 import torch
 from rich.console import Console
 from rich.table import Table
-from transformers import AutoConfig, Qwen3VLForConditionalGeneration
+from transformers import Qwen3VLForConditionalGeneration
 
 from mmopd.config import Engine, Fleet, Recipe
 from mmopd.demo.world import additions, build_student, digit_sums
 from mmopd.modality import Encoder
+from mmopd.model_folder import load_config
 from mmopd.records import Encoded, Outcome, Prompt, Score
 from mmopd.rollout.collect import collect, seed_of
 from mmopd.rollout.student_client import StudentClient
@@ -74,7 +75,7 @@ class Work:
 
 def enlarge(folder: Path) -> None:
     """Put a larger random model into the folder of the demo's."""
-    config = AutoConfig.from_pretrained(folder)
+    config = load_config(folder)
     text = config.text_config
     text.hidden_size = 512
     text.intermediate_size = 1536

@@ -97,7 +97,7 @@ def main() -> None:
         Qwen3VLForConditionalGeneration.from_pretrained(given.teacher),
         args=settings,
         train_dataset=Dataset.from_list(rows(given.shards, given.steps), features=features),
-        processing_class=AutoProcessor.from_pretrained(given.student),
+        processing_class=AutoProcessor.from_pretrained(given.student, trust_remote_code=False),
         callbacks=[times],
     )
     trainer.train()

@@ -7,6 +7,9 @@ does not start.
 
 from pathlib import Path
 
+import numpy as np
+from safetensors.numpy import save_file
+
 MODULES = [  # modules that mmopd imports from the real package
     "entrypoints.launchers.api_server.routers",
     "v1.engine.async_llm",
@@ -76,4 +79,5 @@ def fake_model(folder: Path) -> Path:
     """Write a folder that the fake server accepts as a model."""
     folder.mkdir(parents=True)
     (folder / "config.json").write_text('{"architectures": ["Fake"]}', encoding="utf-8")
+    save_file({"weight": np.zeros(1, np.float32)}, folder / "model.safetensors")
     return folder

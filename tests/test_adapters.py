@@ -14,6 +14,7 @@ from fake_vllm import FakeVLLM
 from safetensors.torch import load_file, save_file
 from student_worker import FAMILIES, build
 
+from mmopd.capacity.weights import check_model
 from mmopd.config import Engine, Fleet, Lora
 from mmopd.errors import CheckpointError
 from mmopd.modality import Encoder
@@ -190,7 +191,7 @@ def test_names_come_from_the_index_and_a_missing_or_broken_shard_is_named(
     (tmp_path / "model-1.safetensors").unlink()
     assert "model-1.safetensors" in refusal(exported, tmp_path)
     (tmp_path / "model.safetensors.index.json").write_text("[]", encoding="utf-8")
-    assert "not an index of weights" in refusal(exported, tmp_path)
+    assert "expected a JSON object" in refusal(exported, tmp_path)
 
 
 def test_adapters_of_experts_are_refused_everywhere(students: Mapping[str, Path], tmp_path: Path) -> None:
@@ -282,3 +283,16 @@ def assert_prefixes_are_those_of_vllm() -> None:
             ours = next((new + name.removeprefix(old) for old, new in prefixes.items() if name.startswith(old)), name)
             if name != "lm_head.a":  # refused before names are compared
                 assert ours == theirs._map_name(name), (architecture, name)
+
+
+def test_the_folder_of_every_family_fits_its_configuration(students: Mapping[str, Path], tmp_path: Path) -> None:
+    for kind, folder in students.items():
+        check_model(folder)
+        weights = load_file(folder / "model.safetensors")
+        name = next(name for name in weights if name.endswith("layers.0.input_layernorm.weight"))
+        copy = tmp_path / kind
+        copy.mkdir()
+        (copy / "config.json").write_bytes((folder / "config.json").read_bytes())
+        save_file(weights | {name: torch.ones(3)}, copy / "model.safetensors")
+        with pytest.raises(CheckpointError, match=f"the tensor '{name}' has the shape \\[3\\]"):
+            check_model(copy)

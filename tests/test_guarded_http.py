@@ -1,4 +1,4 @@
-"""A served model's HTTP without its key: nothing is upgraded, held open or kept in memory. The app stands for vLLM's."""
+"""HTTP of a served model without its key: nothing is upgraded, held or kept in memory. An app stands for vLLM's."""
 
 import asyncio
 import socket
@@ -76,7 +76,9 @@ def test_a_websocket_without_the_key_is_refused_and_leaves_no_line(
 
 
 @pytest.mark.parametrize(
-    "begin", [b"GET / HTTP/1.1\r\nx: ", b"GET /", b"GET / HTTP/1.1\r\n" + b"a: b\r\n" * 10], ids=["value", "path", "many"]
+    "begin",
+    [b"GET / HTTP/1.1\r\nx: ", b"GET /", b"GET / HTTP/1.1\r\n" + b"a: b\r\n" * 10],
+    ids=["value", "path", "many"],
 )
 @pytest.mark.parametrize("more", [b"a", b"a: b\r\n"])
 def test_headers_are_bounded_before_they_are_complete(port: int, begin: bytes, more: bytes) -> None:

@@ -71,7 +71,8 @@ def test_a_command_creates_a_private_folder(name: str, tmp_path: Path, monkeypat
         monkeypatch.setattr(command, "read_suite", lambda *given: None)
         monkeypatch.setattr(command, "catalog", SimpleNamespace(find=Path))
     if name == "serve":
-        monkeypatch.setattr(command, "to_specs", lambda fleet: [fleet])
+        monkeypatch.setattr(command, "to_specs", lambda fleet: [SimpleNamespace(model=fleet)])
+        monkeypatch.setattr(command, "check_model", lambda folder: None)
     with pytest.raises(Stop):
         call(command, tmp_path / "out")
     made = tmp_path / "out" / "e-logs" if name == "serve" else tmp_path / "out"

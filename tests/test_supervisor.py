@@ -146,9 +146,7 @@ def test_gpus_are_given_from_the_last_one_down(specs: list[ServerSpec], tmp_path
 
 
 @pytest.mark.parametrize("ends", ["in order", "after a server was killed", "after the supervisors were killed"])
-def test_no_socket_is_left(
-    specs: list[ServerSpec], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ends: str
-) -> None:
+def test_no_socket_is_left(specs: list[ServerSpec], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ends: str) -> None:
     with tempfile.TemporaryDirectory() as short, monkeypatch.context() as patch:  # the path of a socket has 107 bytes
         patch.setattr(tempfile, "tempdir", short)
         with running(specs, tmp_path) as (servers, events):

@@ -13,6 +13,7 @@ from typing import Any
 from mmopd.capacity import shapes
 from mmopd.config import Train
 from mmopd.errors import CheckpointError, UserError
+from mmopd.model_folder import load_config, refuse_code
 from mmopd.train.families import adapted_layers, part_of, unit
 
 MAX_BYTES = 1 << 20  # largest accepted config.json
@@ -117,7 +118,7 @@ def read_model(folder: Path, train: Train | None = None) -> Model:
         train: `train` of the recipe, for a student: its frozen parts and adapters.
 
     Raises:
-        CheckpointError: there is no config.json, or no model can be built from it.
+        CheckpointError: there is no config.json, no model can be built from it, or it names code to run.
     """
     path = folder / "config.json"
     if not path.is_file():
@@ -131,6 +132,7 @@ def read_model(folder: Path, train: Train | None = None) -> Model:
         config = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(config, dict):
             raise ValueError(f"expected keys and values, found {type(config).__name__}")
+        refuse_code(folder)
         known = (config.get("architectures") or ["none"])[0] in shapes.ARCHITECTURES
         return _compute(folder, config, train) if known else build(folder, train)
     except UserError:
@@ -169,7 +171,7 @@ def build(folder: Path, train: Train | None = None) -> Model:
     import torch
     import transformers
 
-    config = transformers.AutoConfig.from_pretrained(folder)
+    config = load_config(folder)
     kind = getattr(transformers, (config.architectures or ["none"])[0])
     with torch.device("meta"):
         built = kind(config)

@@ -6,6 +6,7 @@ from pathlib import Path
 from rich.console import Console
 
 from mmopd import catalog
+from mmopd.capacity.weights import check_model
 from mmopd.config import Recipe
 from mmopd.evaluate.calls import warm_up
 from mmopd.evaluate.candidates import Candidate, evaluate_all
@@ -27,6 +28,8 @@ def evaluate_models(suite: Path, models: Sequence[Path], recipe: Recipe, out: Pa
     resolved = read_suite(catalog.find(suite), Path.cwd())
     logs = make_private(out) / "logs"
     logs.mkdir(exist_ok=True)
+    for model in models:
+        check_model(model)
     rows: list[Row] = []
     warm_up()
     with Stages(console) as stages, Children() as children:

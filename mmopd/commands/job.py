@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mmopd import catalog
+from mmopd.capacity.weights import check_model
 from mmopd.commands.merge import Checkpoint
 from mmopd.config import Engine, Fleet, Recipe, Suite
 from mmopd.errors import CheckpointError, ServerError
@@ -87,6 +88,7 @@ def check(recipe: Recipe, endpoints: Sequence[Path] = ()) -> Job:
             raise CheckpointError(
                 f"{folder}: no model in this folder (of {name}); it needs a config.json and weights in safetensors"
             )
+        check_model(folder)
     tasks = load_tasks()
     sources = open_mixture(
         catalog.load_mixture(recipe.mixture), tasks, Path.cwd(), hash_processor(recipe.student.model)

@@ -16,6 +16,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from mmopd.errors import CheckpointError, UserError
+from mmopd.model_folder import NOT_FINITE, is_finite, refuse_code
 from mmopd.runtime.progress import Stage
 
 WEIGHTS = "*.safetensors"
@@ -28,6 +29,7 @@ class Checkpoint:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        refuse_code(folder)
         self.files = sorted(folder.glob(WEIGHTS))
         if not self.files or not (folder / "config.json").is_file():
             raise CheckpointError(
@@ -129,6 +131,11 @@ def _merged(
             mean = torch.zeros(start.shape)
             for teacher, share in teachers.items():
                 mean += share * teacher.tensor(name).float()
+            if not is_finite(mean):
+                bad = next(teacher for teacher in teachers if not is_finite(teacher.tensor(name)))
+                raise CheckpointError(f"{bad.folder}: the tensor {name!r} {NOT_FINITE}")
+            if not is_finite(start):
+                raise CheckpointError(f"{base.folder}: the tensor {name!r} {NOT_FINITE}")
             yield name, torch.lerp(start.float(), mean, alpha).to(start.dtype)
         elif all(torch.equal(start, teacher.tensor(name)) for teacher in teachers):
             yield name, start

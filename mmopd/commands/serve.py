@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from mmopd.capacity.weights import check_model
 from mmopd.config import Fleet
 from mmopd.errors import UserError
 from mmopd.runtime.network import public_url
@@ -30,12 +31,15 @@ def serve(fleet: Fleet, *, host: str, out: Path, key_variable: str | None, conso
 
     Raises:
         UserError: there is nothing to serve.
+        CheckpointError: a model cannot be served; see `check_model`.
         ServerError: a server did not start, or died too often.
     """
     key = key_in(key_variable, "mmopd serve", "--api-key-env") if key_variable else None
     specs = to_specs(fleet)
     if not specs:
         raise UserError("no teacher of this fleet has a `model`: all run elsewhere, and there is nothing to serve")
+    for model in {spec.model for spec in specs}:
+        check_model(model)
     warn_of(host, console)
     logs = make_private(out.with_name(f"{out.stem}-logs"))
     with Children() as children, ExitStack() as stack:

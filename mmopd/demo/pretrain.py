@@ -16,13 +16,13 @@ from PIL import Image
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import (
-    AutoProcessor,
     Qwen3VLForConditionalGeneration,
     Qwen3VLProcessor,
     get_cosine_schedule_with_warmup,
 )
 
 from mmopd.demo.world import Row, Split
+from mmopd.model_folder import load_processor
 
 IGNORED = -100  # transformers' own mark for a position without a loss
 Progress = Callable[[int, float], None]
@@ -71,7 +71,7 @@ def train(
     if not rows:
         raise ValueError("no rows to train on")
     torch.manual_seed(seed)
-    processor = AutoProcessor.from_pretrained(folder_in)
+    processor = load_processor(folder_in)
     model = Qwen3VLForConditionalGeneration.from_pretrained(folder_in, dtype=torch.float32).train()
     examples = [encode(row, processor) for row in rows]
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.98), weight_decay=weight_decay)

@@ -12,13 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoProcessor
 
-from mmopd.errors import CheckpointError
 from mmopd.modality.base import Medium, Reader
 from mmopd.modality.control_tokens import ControlTokens
 from mmopd.modality.pixels import PixelPolicy
 from mmopd.modality.registry import MEDIA, shown_items, slots
+from mmopd.model_folder import load_processor
 from mmopd.records import Encoded, Message, Prompt
 
 VISION_TOKENS = ("<|vision_start|>", "<|vision_end|>", "<|vision_pad|>")
@@ -37,10 +36,7 @@ class Encoder:
 
     def __init__(self, model: Path) -> None:
         self._model = model
-        try:
-            self.processor: Any = AutoProcessor.from_pretrained(model)
-        except Exception as error:
-            raise CheckpointError(f"{model}: no processor can be loaded from this folder: {error}") from error
+        self.processor: Any = load_processor(model)
         self.tokenizer: Any = self.processor.tokenizer
         self.control = ControlTokens(self.tokenizer)
         images = self.processor.image_processor

@@ -10,9 +10,9 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from mmopd.errors import CheckpointError
-from mmopd.serving.lora import PREFIX, WEIGHTS, Adapter, header
+from mmopd.model_folder import check_finite, read_shapes
+from mmopd.serving.lora import PREFIX, WEIGHTS, Adapter
 
-INDEX = "model.safetensors.index.json"
 EMBEDDINGS = ("embed_tokens", "pos_embed", "lm_head")  # matrices that are no linear layers
 PACKED = (".weight", ".qweight", ".weight_packed")  # names of a linear layer's matrix, also if it is quantised
 # Prefixes that vLLM 0.32 renames in a class (`hf_to_vllm_mapper`), for weights and adapters alike. Other classes keep
@@ -51,6 +51,7 @@ def check_adapters(adapters: Mapping[str, Adapter], model: Path, *, cpu: bool) -
     renamed = RENAMED.get(_architecture(model), {})
     called = {_as_vllm(name, renamed): name for name in layers}
     for adapter in adapters.values():
+        check_finite(adapter.path / WEIGHTS)
         unknown = [name for name in adapter.layers if _as_vllm(name, renamed) not in called or ".experts." in name]
         if unknown:
             raise CheckpointError(_unknown(adapter, unknown, model, called))
@@ -92,19 +93,8 @@ def _as_vllm(name: str, renamed: Mapping[str, str]) -> str:
 
 def _linear_layers(model: Path) -> dict[str, tuple[int, ...]]:
     """Return the shape [out, in] of each linear layer by its name in the checkpoint; () if it is quantised."""
-    index = model / INDEX
-    try:
-        files = (
-            sorted({model / file for file in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()})
-            if index.is_file()
-            else sorted(model.glob("*.safetensors"))
-        )
-    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{index}: not an index of weights ({type(error).__name__}: {error})") from None
-    if not files:
-        raise CheckpointError(f"{model}: no weights in safetensors, which adapters on top of it are checked against")
     found: dict[str, tuple[int, ...]] = {}
-    for key, shape in (item for file in files for item in header(file).items()):
+    for key, shape in read_shapes(model).items():
         name, _, last = key.rpartition(".")
         if f".{last}" in PACKED and len(shape) in {0, 2} and name.rpartition(".")[2] not in EMBEDDINGS:
             found[name] = shape

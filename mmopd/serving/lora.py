@@ -5,9 +5,8 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from safetensors import SafetensorError, safe_open
-
 from mmopd.errors import CheckpointError
+from mmopd.model_folder import header
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
@@ -88,16 +87,6 @@ def _layers(weights: Path, shapes: Mapping[str, tuple[int, ...]], ranks: Collect
     if not layers:
         raise CheckpointError(f"{weights}: the adapter has no module; save it again")
     return layers
-
-
-def header(file: Path) -> dict[str, tuple[int, ...]]:
-    """Return the shape of each tensor of a safetensors file from its header; () for packed numbers (quantisation)."""
-    try:
-        with safe_open(file, "numpy") as opened:
-            slices = {key: opened.get_slice(key) for key in opened.keys()}  # noqa: SIM118  (not a mapping)
-            return {key: tuple(one.get_shape()) if "F" in one.get_dtype() else () for key, one in slices.items()}
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{file}: not a safetensors file ({error})") from None
 
 
 def _module(name: str) -> str:

@@ -21,6 +21,7 @@ from datetime import datetime
 from pathlib import Path
 
 from mmopd.errors import CheckpointError, ConfigError, ServerError
+from mmopd.model_folder import CHECK_VARIABLE, refuse_code
 from mmopd.runtime import python
 from mmopd.runtime.causes import why
 from mmopd.runtime.http import client
@@ -52,6 +53,7 @@ ENV = {
     "VLLM_HOST_IP": "127.0.0.1",  # keeps traffic between the processes of one server on this machine
     "GLOO_SOCKET_IFNAME": "lo",
     "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "0",
+    CHECK_VARIABLE: "1",
 }
 OnEvent = Callable[[str, str], None]  # server's name, what happened
 
@@ -176,8 +178,8 @@ class _Supervisor:
         self._heard = log.stat().st_size if log.is_file() else 0  # bytes; skips the messages of an earlier run
         self._pid: int | None = None
         env = {**ENV, **(CPU_ENV if preload else {}), **shared_env(group), KEY_VARIABLE: key}
-        # vLLM leaves its sockets behind, even after an orderly stop. The supervisor removes their folder at its end, and
-        # `close` does if that was killed.
+        # vLLM leaves its sockets behind, even after an orderly stop. The supervisor removes their folder at its end;
+        # if it was killed, `close` does.
         self._sockets = tempfile.mkdtemp(prefix="mmopd-")
         self.child = children.start(name, command, log, env | {SOCKETS_VARIABLE: self._sockets})
 
@@ -239,7 +241,7 @@ def serve(
         key: the API key; a new one by default.
 
     Raises:
-        CheckpointError: a model folder is missing, or an adapter does not fit its model.
+        CheckpointError: a model folder is missing or names code to run, or an adapter does not fit its model.
         ServerError: a port is taken, memory is short, or a server ended or hangs during its start.
     """
     import torch  # takes seconds, and `mmopd plan` only places servers
@@ -248,6 +250,7 @@ def serve(
     for spec in specs:
         if not (spec.model / "config.json").is_file():
             raise CheckpointError(f"{spec.model}: cannot serve it as {spec.name!r}: the folder has no config.json")
+        refuse_code(spec.model)
         if cpu and spec.sync == "ipc":
             raise ConfigError("student.sync: `ipc` shares a GPU, and this machine has none; remove the key")
         if spec.adapters:

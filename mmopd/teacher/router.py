@@ -8,7 +8,8 @@ from pathlib import Path
 from mmopd import catalog
 from mmopd.algorithm.base import Objective
 from mmopd.config import Fleet, Route, View
-from mmopd.errors import CheckpointError, ConfigError
+from mmopd.errors import ConfigError
+from mmopd.model_folder import load_tokenizer
 from mmopd.settings_file import suggest
 from mmopd.task.base import Task
 from mmopd.teacher.view import BUILT_IN, ViewError, check_view
@@ -172,10 +173,5 @@ def check_tokenizers(student: Path, teachers: Mapping[str, Path]) -> None:
 
 
 def _vocabulary(folder: Path) -> dict[str, int]:
-    from transformers import AutoTokenizer  # seconds, with torch
-
-    try:
-        vocabulary: dict[str, int] = AutoTokenizer.from_pretrained(folder).get_vocab()
-    except Exception as error:
-        raise CheckpointError(f"{folder}: cannot load a tokenizer from this folder: {error}") from error
+    vocabulary: dict[str, int] = load_tokenizer(folder).get_vocab()
     return vocabulary

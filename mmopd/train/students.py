@@ -13,13 +13,14 @@ from typing import Any
 import torch
 import transformers
 from torch import Tensor
-from transformers import AttentionInterface, AutoConfig
+from transformers import AttentionInterface
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.integrations.flash_attention import flash_attention_forward
 from transformers.utils.import_utils import is_flash_attn_2_available
 
 from mmopd.config import Part
 from mmopd.errors import CheckpointError, ConfigError
+from mmopd.model_folder import NOT_FINITE, is_finite, load_config
 from mmopd.train.families import FAMILIES, part_of
 from mmopd.train.logprob import Student
 from mmopd.train.pack import Layout
@@ -40,26 +41,30 @@ def load_student(folder: Path, dtype: torch.dtype) -> Any:
     """Load the student of a HF folder; while an HfDeepSpeedConfig exists, it is sharded as it is created.
 
     Raises:
-        CheckpointError: the folder cannot be loaded, or lacks weights.
+        CheckpointError: the folder cannot be loaded, lacks weights, or has some that are not finite.
         ConfigError: it holds a model family that has no student class.
     """
-    try:
-        kind = AutoConfig.from_pretrained(folder).model_type
-    except Exception as error:
-        raise CheckpointError(f"{folder}: cannot read a model configuration from this folder: {error}") from error
+    kind = load_config(folder).model_type
     if kind not in STUDENTS:
         there = ", ".join(f"{kind} ({family})" for kind, (family, _) in FAMILIES.items())
         raise ConfigError(f"{folder}: no student class for model_type {kind!r}; known: {there}")
     AttentionInterface.register("flash_attention_2", with_key_index(flash_attention_forward))
     try:
         model, report = STUDENTS[kind].from_pretrained(
-            folder, dtype=dtype, attn_implementation=attention(), output_loading_info=True
+            folder,
+            dtype=dtype,
+            attn_implementation=attention(),
+            output_loading_info=True,
+            use_safetensors=True,
         )
     except Exception as error:
         raise CheckpointError(f"{folder}: the weights cannot be loaded: {error}") from error
     if report["missing_keys"] or report["mismatched_keys"]:
         wrong = sorted(map(str, [*report["missing_keys"], *report["mismatched_keys"]]))
         raise CheckpointError(f"{folder}: {len(wrong)} weights are missing or have another shape, such as {wrong[0]}")
+    for name, weight in model.named_parameters():
+        if not is_finite(getattr(weight, "ds_tensor", weight)):  # with ZeRO-3, the part of this rank
+            raise CheckpointError(f"{folder}: the tensor {name!r} {NOT_FINITE}")
     return model
 
 
