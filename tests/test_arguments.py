@@ -75,7 +75,7 @@ def test_loading_names_options_of_transformers() -> None:
     given = re.search(r"from_pretrained\(\n(.*?)\n\s*\)", inspect.getsource(load_student), re.DOTALL)
     assert given is not None
     options = re.findall(r"(\w+)=", given[1])
-    assert options == ["dtype", "attn_implementation", "output_loading_info"]
+    assert options == ["dtype", "attn_implementation", "output_loading_info", "use_safetensors"]
     assert [name for name in options if f'"{name}"' not in text and f"{name}:" not in text] == []
 
 

@@ -71,7 +71,7 @@ def train(
     if not rows:
         raise ValueError("no rows to train on")
     torch.manual_seed(seed)
-    processor = load_processor(folder_in)
+    processor = load_processor(Path(folder_in))
     model = Qwen3VLForConditionalGeneration.from_pretrained(folder_in, dtype=torch.float32).train()
     examples = [encode(row, processor) for row in rows]
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.98), weight_decay=weight_decay)
