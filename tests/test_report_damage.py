@@ -12,10 +12,13 @@ import pytest
 from markupsafe import Markup
 from run_folders import row, write_run
 
-from mmopd.errors import UserError
+from mmopd.errors import DataError, UserError
+from mmopd.evaluate import BenchmarkScore, Results
 from mmopd.report import html, run_files
 from mmopd.report.heatmap import as_json
 from mmopd.report.html import write_report
+from mmopd.report.metrics import JsonLines, read_lines
+from mmopd.runtime.run_folder import RunFolder
 
 JSON = ("versions.json", "stages.json", "results.json", "difficulty/difficulty.json")
 LINES = ("metrics.jsonl", "samples.jsonl")
@@ -285,3 +288,30 @@ def test_a_page_that_cannot_be_written_is_an_error_of_the_user(run: Path) -> Non
     (run / "report.html").mkdir()
     with pytest.raises(UserError, match=r"report\.html: the report cannot be written"):
         write_report(run)
+
+
+# What a resume, an export and a comparison read of a run folder cannot be left out: the message names the file.
+
+
+@pytest.mark.parametrize("damaged", ['{"step": 0', "[1]", "{}", '{"step": "one"}', "[" * 100_000, "\0" * 9])
+def test_a_resume_names_the_damaged_line(tmp_path: Path, damaged: str) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(f'{{"step": 0}}\n{damaged}\n{{"step": 2}}\n', encoding="utf-8")
+    for use in (read_lines, lambda path: JsonLines(path, 5)):
+        with pytest.raises(DataError, match=r"metrics\.jsonl: line 2 is damaged: .*; delete this line"):
+            use(path)
+    JsonLines(path, 0).close()
+    assert path.read_bytes() == b""
+
+
+@pytest.mark.parametrize("damaged", ["", "7", "[1]", "no", '{"rows": [{}]}', "[" * 100_000])
+def test_damaged_versions_results_and_records_are_errors_that_name_the_file(tmp_path: Path, damaged: str) -> None:
+    path = tmp_path / "versions.json"
+    path.write_text(damaged, encoding="utf-8")
+    uses = {Results.read: "measures again", BenchmarkScore.read: "delete it to measure again"}
+    for use, way_out in uses.items():
+        with pytest.raises(DataError, match=rf"versions\.json: damaged .*{way_out}"):
+            use(path)
+    if "rows" not in damaged:
+        with pytest.raises(DataError, match=r"versions\.json: damaged .*; delete it"):
+            RunFolder(tmp_path).kernels()

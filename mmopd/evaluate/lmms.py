@@ -21,7 +21,7 @@ from typing import Any, Literal
 
 from mmopd import settings_file
 from mmopd.config import Benchmark, Suite
-from mmopd.errors import ConfigError, UserError
+from mmopd.errors import ConfigError, DataError, UserError
 from mmopd.evaluate.calls import Calls
 from mmopd.evaluate.served import Served
 from mmopd.evaluate.tasks import Task, prepare
@@ -74,8 +74,15 @@ class BenchmarkScore:
 
     @classmethod
     def read(cls, path: Path) -> "BenchmarkScore":
-        """Read a record that `write` wrote."""
-        return cls(**json.loads(path.read_text(encoding="utf-8")))
+        """Read a record that `write` wrote.
+
+        Raises:
+            DataError: the file is damaged.
+        """
+        try:
+            return cls(**json.loads(path.read_text(encoding="utf-8")))
+        except (ValueError, TypeError, RecursionError) as error:
+            raise DataError(f"{path}: damaged ({error}); delete it to measure again") from None
 
     def write(self, path: Path) -> None:
         """Write the record as JSON, whole or not at all."""

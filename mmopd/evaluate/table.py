@@ -12,6 +12,7 @@ from typing import Any, Literal
 from rich.markup import escape
 from rich.table import Table
 
+from mmopd.errors import DataError
 from mmopd.evaluate.lmms import BenchmarkScore
 
 Kind = Literal["base", "teacher", "distilled"]
@@ -58,12 +59,20 @@ class Results:
 
     @classmethod
     def read(cls, path: Path) -> "Results":
-        """Read the `results.json` that `write` wrote."""
-        data = json.loads(path.read_text(encoding="utf-8"))
-        rows = [
-            Row(r["name"], r["kind"], tuple(BenchmarkScore(**record) for record in r["records"])) for r in data["rows"]
-        ]
-        return cls(tuple(data["columns"]), tuple(rows))
+        """Read the `results.json` that `write` wrote.
+
+        Raises:
+            DataError: the file is damaged.
+        """
+        try:
+            data = json.loads(path.read_text(encoding="utf-8"))
+            rows = [
+                Row(r["name"], r["kind"], tuple(BenchmarkScore(**record) for record in r["records"]))
+                for r in data["rows"]
+            ]
+            return cls(tuple(data["columns"]), tuple(rows))
+        except (ValueError, TypeError, KeyError, RecursionError) as error:
+            raise DataError(f"{path}: damaged ({error}); `mmopd train --resume {path.parent}` measures again") from None
 
     def write(self, folder: Path) -> None:
         """Write `results.json`, `results.md` and `results.csv`."""

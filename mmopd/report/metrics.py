@@ -11,6 +11,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+from mmopd.errors import DataError
+
 METRICS: Mapping[str, str] = {
     "step": "number of the step, from 0",
     "seconds": "wall time of the step",
@@ -89,14 +91,17 @@ class JsonLines:
     Args:
         path: the file; rows of step `done` and later, and a line that a kill cut short, are removed from it.
         done: number of steps to keep.
+
+    Raises:
+        DataError: a line among those to keep is damaged.
     """
 
     def __init__(self, path: Path, done: int) -> None:
         keep = 0
         if path.exists():
             with path.open("rb") as file:
-                for line in file:
-                    if not line.endswith(b"\n") or json.loads(line)["step"] >= done:
+                for number, line in enumerate(file, 1):
+                    if not line.endswith(b"\n") or _row(path, number, line)["step"] >= done:
                         break
                     keep += len(line)
         self._file = path.open("ab")
@@ -159,8 +164,25 @@ class MetricsWriter:
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """Return the rows of a file of JSON lines, without an incomplete last line; an empty list if there is no file."""
+    """Return the rows of a file of JSON lines, without an incomplete last line; an empty list if there is no file.
+
+    Raises:
+        DataError: a line is damaged.
+    """
     if not path.exists():
         return []
     with path.open("rb") as file:
-        return [json.loads(line) for line in file if line.endswith(b"\n")]
+        return [_row(path, number, line) for number, line in enumerate(file, 1) if line.endswith(b"\n")]
+
+
+def _row(path: Path, number: int, line: bytes) -> dict[str, Any]:
+    try:
+        row: dict[str, Any] = json.loads(line)
+        if isinstance(row["step"], int):
+            return row
+        problem = f"step {row['step']!r} is no number"
+    except KeyError:
+        problem = "it has no step"
+    except (ValueError, TypeError, RecursionError) as error:
+        problem = f"it is no JSON object ({error})"
+    raise DataError(f"{path}: line {number} is damaged: {problem}; delete this line to go on without it")

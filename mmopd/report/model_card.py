@@ -1,6 +1,5 @@
 """Model card: the README.md of a distilled model, which says how the model was made and how to repeat it."""
 
-import json
 from datetime import UTC, datetime
 
 import yaml
@@ -54,10 +53,7 @@ def model_card(run: RunFolder, step: int | None = None) -> str:
         _sources(catalog.load_mixture(recipe.mixture)),
         _scores(run) if step is None else "",
         _metrics(steps),
-        "## Versions\n\n"
-        + "\n".join(
-            f"- {name} {version}" for name, version in json.loads(run.versions.read_text(encoding="utf-8")).items()
-        ),
+        "## Versions\n\n" + "\n".join(f"- {name} {version}" for name, version in run.known_versions().items()),
         f"## Recipe\n\n```yaml\n{settings_file.dump(recipe)}```",
     ]
     return "\n\n".join(part for part in parts if part) + "\n"

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from mmopd import __version__, settings_file
 from mmopd.config import Recipe
-from mmopd.errors import UserError
+from mmopd.errors import DataError, UserError
 from mmopd.runtime.locks import claim
 
 PACKAGES = [
@@ -79,10 +79,22 @@ class RunFolder:
         self.recipe_file.write_text(settings_file.dump(recipe), encoding="utf-8")
         self.versions.write_text(json.dumps(versions(), indent=1), encoding="utf-8")
 
+    def known_versions(self) -> dict[str, str]:
+        """Return what `versions.json` says; nothing if it is not there.
+
+        Raises:
+            DataError: the file is damaged.
+        """
+        if not self.versions.is_file():
+            return {}
+        try:
+            return dict(json.loads(self.versions.read_text(encoding="utf-8")))
+        except (ValueError, TypeError, RecursionError) as error:
+            raise DataError(f"{self.versions}: damaged ({error}); delete it to go on without it") from None
+
     def kernels(self) -> str:
         """Return the kernels that `note_kernels` recorded; empty if it recorded none."""
-        known: dict[str, str] = json.loads(self.versions.read_text(encoding="utf-8")) if self.versions.is_file() else {}
-        return known.get(ENGINES, "")
+        return self.known_versions().get(ENGINES, "")
 
     def note_kernels(self, kernels: str) -> str:
         """Record the kernels that decide the last bits of the engines' answers; return earlier ones that differ."""
@@ -90,7 +102,7 @@ class RunFolder:
         before = so_far.rpartition(THEN)[2]
         if before == kernels:
             return ""
-        known = json.loads(self.versions.read_text(encoding="utf-8"))
+        known = self.known_versions()
         self.versions.write_text(
             json.dumps({**known, ENGINES: f"{so_far}{THEN}{kernels}" if so_far else kernels}, indent=1),
             encoding="utf-8",
