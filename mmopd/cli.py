@@ -349,5 +349,5 @@ def _terminate(signum: int, frame: FrameType | None) -> None:
 
 def _fail(error: UserError) -> None:
     message = Text.assemble(("error:", "bold red"), f" {error}")
-    Console(stderr=True, highlight=False).print(message, soft_wrap=True)
+    Console(stderr=True, emoji=False, highlight=False).print(message, soft_wrap=True)
     sys.exit(error.exit_status)

@@ -124,7 +124,8 @@ def build(cls: type[C], data: dict[str, Any], where: str, overrides: Iterable[st
 
 def dump(settings: BaseModel) -> str:
     """Return the settings as YAML with all defaults."""
-    return yaml.safe_dump(settings.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    dumper = getattr(yaml, "CSafeDumper", yaml.SafeDumper)  # libyaml's, where PyYAML was built with it
+    return str(yaml.dump(settings.model_dump(mode="json"), Dumper=dumper, sort_keys=False, allow_unicode=True))
 
 
 def _with(data: dict[str, Any], override: str) -> dict[str, Any]:

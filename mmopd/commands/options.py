@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-console = Console(highlight=False)
+console = Console(emoji=False, highlight=False)
 
 
 def progress_console(as_json: bool) -> Console:

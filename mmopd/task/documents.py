@@ -2,12 +2,15 @@
 
 import re
 from fractions import Fraction
+from typing import TYPE_CHECKING
 
 from mmopd.records import UNKNOWN, Outcome
-from mmopd.task import expression, forms, units, values
 from mmopd.task.normal import normalised, undressed
 from mmopd.task.response import final_answer, gold_answers, marked_answer
 from mmopd.task.verify import RIGHT, WRONG
+
+if TYPE_CHECKING:
+    from mmopd.task import units
 
 TOLERANCE = Fraction(5, 100)
 SPELT = re.compile(r"\b(?:percent|per cent|pct)\.?(?![a-z])", re.IGNORECASE)
@@ -67,8 +70,10 @@ def _close(said: str, gold: str) -> bool:
     return any(abs(one - target) <= TOLERANCE * abs(target) for one in candidates)
 
 
-def _quantity(text: str) -> tuple[Fraction, bool, units.Unit | None] | None:
+def _quantity(text: str) -> "tuple[Fraction, bool, units.Unit | None] | None":
     """Return a number, True if it is in percent, and its unit; None if the text is not one number."""
+    from mmopd.task import expression, forms, units, values  # much to load for a command that only names tasks
+
     bare, unit = units.split(SPELT.sub("%", forms.latex(text)))
     scale = SCALE.fullmatch(bare)
     if scale:

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from decimal import Decimal
 
 from mmopd.records import UNKNOWN, Outcome
-from mmopd.task import mathematics, options
+from mmopd.task import options
 from mmopd.task.normal import normalised, signs, undressed
 from mmopd.task.response import LONGEST, final_answer, gold_answers, marked_answer, without_thoughts
 
@@ -100,6 +100,8 @@ def _math(response: str, answer: str, *, ordered: bool) -> Outcome:
         return WRONG
     if WORDS.fullmatch(undressed(answer)):  # words are no products of letters, and "on" is not "no"
         return exact(response, answer)
+    from mmopd.task import mathematics  # much to load for a command that only names tasks
+
     verdicts = [mathematics.same(said, answer, ordered=ordered) for said in _stated(response)]
     if any(verdicts):
         return RIGHT
