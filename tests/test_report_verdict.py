@@ -57,7 +57,8 @@ def test_the_verdict_says_from_whom_what_was_gained_and_where_most_is_left() -> 
 
 def test_a_loss_a_failure_and_a_change_within_noise_come_first() -> None:
     text, look, remarks = said(results(a=(60, 90, 30), b=(50, 90, None), c=(50, 90, 52), d=(90, 50, 99)), DONE)
-    assert text.startswith("was distilled from big and lost 6.3 points on average over 3 benchmarks")
+    assert text.startswith("was distilled from big and lost 6.3 points on average over 3 of 4 benchmarks")
+    assert "gained 20.0 points on a, 1 of 2 benchmarks (" in said(results(a=(60, 90, 80), b=(50, 90, None)), DONE)[0]
     assert look == "the benchmarks that failed"
     assert remarks == [
         "Without a score: distilled on b.",
@@ -86,7 +87,7 @@ def test_the_interval_of_the_gap_is_that_of_many_draws() -> None:
 def test_a_run_without_results_is_judged_by_its_rollouts() -> None:
     metrics = [{"step": s, "correct/sampled": s / 100, "reverse_kl_teacher/big": 1.0} for s in range(50)]
     text, look, remarks = said(None, metrics)
-    assert text == ("was distilled from big and gives 44% right answers in training, after 4% in its first steps ()")
+    assert text == ("was distilled from big and gives 44 % right answers in training, after 4 % in its first steps ()")
     assert look == "the steps that are missing"
     assert remarks == ["50 of 100 steps are done: the run goes on, or was stopped."]
     assert said(None, [])[0] == "was trained with the objective grpo and None ()"
@@ -107,12 +108,12 @@ def test_what_went_wrong_in_training_is_named() -> None:
         for step in range(100)
     ]
     assert said(results(Charts=(40, 80, 70)), metrics)[2] == [
-        "1 steps have no metrics.",
+        "1 step has no metrics.",
         "20.0 % of the responses end at rollout.max_tokens and are cut, in the last 10 steps.",
         "2.0 % of the responses could not be judged, in the last 10 steps.",
         "3.0 % of the responses have no teacher's score, in the last 10 steps.",
-        "1 updates were skipped, because loss or gradient was not finite (`mmopd replay`).",
-        "Charts: 4 rows could not be used and were replaced.",
+        "Updates skipped, because loss or gradient was not finite: 1 (`mmopd replay`).",
+        "Charts: rows that could not be used and were replaced: 4.",
         "Charts: the accuracy in training fell from 90 % to 30 %.",
     ]
 

@@ -281,6 +281,7 @@ def _track(results: Results, column: str) -> dict[str, Any]:
         "gap_interval": verdict.gap_interval(results, column),
         "gain": gain.text if gain else "",
         "segment": segment,
+        "measured": {"base", "teacher", "distilled"} <= ends_of.keys(),
     }
 
 

@@ -111,13 +111,15 @@ def sentence(
     if gains:
         mean = mean_gain(list(gains.values()))
         word = "gained" if mean.points >= 0 else "lost"
-        average = (
-            f" on average over {len(gains)} benchmarks" if len(gains) > 1 else f" on {tasks.name(next(iter(gains)))}"
-        )
-        verdict |= {"gained": f"{word} {abs(mean.points):.1f} points{average}", "interval": mean.interval}
+        columns = len(results.columns) if results else 0
+        part = f"{len(gains)} of {columns} benchmarks" if len(gains) < columns else f"{columns} benchmarks"
+        only = tasks.name(next(iter(gains))) + (f", {part}" if columns > 1 else "")
+        average = f"average over {part}" if len(gains) > 1 else only
+        verdict |= {"gained": f"{word} {abs(mean.points):.1f} points on {average}", "interval": mean.interval}
     elif accuracy := _means(metrics, "correct/sampled"):
         first, last = accuracy
-        verdict["gained"] = f"gives {last:.0%} right answers in training, after {first:.0%} in its first steps"
+        text = f"gives {last:.0%} right answers in training, after {first:.0%} in its first steps"
+        verdict["gained"] = text.replace("%", " %")
     return verdict
 
 
@@ -128,14 +130,13 @@ def remarks(results: Results | None, metrics: Rows, steps: int | None, left_out:
         steps: number of steps that the recipe asks for, if it can be read.
         left_out: number of files of which something is left out.
     """
-    found = [*_of_results(results, tasks)] if results else []
-    found += _of_training(metrics, steps, tasks)
+    found = []
     if left_out:
-        files = "file that is" if left_out == 1 else "files that are"
-        found.append(
-            Remark(f"the {left_out} {files} damaged", "Not all files of the run can be read: see the list.", "left-out")
-        )
-    return found
+        files = "file that is" if left_out == 1 else f"{left_out} files that are"
+        text = "Not all files of the run can be read, so that this page may be wrong: see the list."
+        found.append(Remark(f"the {files} damaged", text, "left-out"))
+    found += _of_results(results, tasks) if results else []
+    return found + _of_training(metrics, steps, tasks)
 
 
 def nearest(results: Results, tasks: Tasks) -> Remark | None:
@@ -184,7 +185,8 @@ def _of_training(metrics: Rows, steps: int | None, tasks: Tasks) -> list[Remark]
                    "stopped.", "training")
         )  # fmt: skip
     if missing := steps_missing(metrics):
-        found.append(Remark("the gaps in the metrics", f"{missing:,} steps have no metrics.", "training"))
+        text = "1 step has no metrics." if missing == 1 else f"{missing:,} steps have no metrics."
+        found.append(Remark("the gaps in the metrics", text, "training"))
     for name, limit, short, text in (
         ("truncated", CUT, "the responses that are cut", "of the responses end at rollout.max_tokens and are cut"),
         ("share/unknown", UNKNOWN, "the unknown outcomes", "of the responses could not be judged"),
@@ -195,12 +197,12 @@ def _of_training(metrics: Rows, steps: int | None, tasks: Tasks) -> list[Remark]
             last = f"{means[1]:.1%}".replace("%", " %")
             found.append(Remark(short, f"{last} {text}, in the last {min(LAST, len(metrics))} steps.", "training"))
     if skipped := sum(row.get("skipped_updates") or 0 for row in metrics):
-        text = f"{skipped:,.0f} updates were skipped, because loss or gradient was not finite (`mmopd replay`)."
+        text = f"Updates skipped, because loss or gradient was not finite: {skipped:,.0f} (`mmopd replay`)."
         found.append(Remark("the updates that were skipped", text, "training"))
     for name in dict.fromkeys(n for row in metrics[-1:] for n in row if n.startswith("replaced/")):
         if number := metrics[-1].get(name):
             source = tasks.name(name.partition("/")[2])
-            text = f"{source}: {number:,.0f} rows could not be used and were replaced."
+            text = f"{source}: rows that could not be used and were replaced: {number:,.0f}."
             found.append(Remark("the rows that were replaced", text, "training"))
     return found + _drops(metrics, tasks)
 
