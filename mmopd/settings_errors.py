@@ -78,7 +78,9 @@ class _Problem:
             self.text = shortened(str(error["ctx"]["error"]))
         elif kind == "extra_forbidden":
             name = self.key[-1]
-            self.text = f"unknown key {self.name!r}{suggest(str(name), _keys_at(cls, self.key[:-1]))}"
+            near = suggest(str(name), _keys_at(cls, self.key[:-1]))
+            owner = _owner(cls, str(name))
+            self.text = f"unknown key {self.name!r}{near if owner is None else f'; `{name}` belongs {owner}'}"
             self.key_in_text = True
         elif kind in ("too_short", "too_long"):
             length = error["ctx"].get("min_length", error["ctx"].get("max_length"))
@@ -151,6 +153,18 @@ def _keys_at(cls: type[BaseModel], key: Sequence[int | str]) -> list[str]:
         if model is not None and isinstance(part, str) and part in model.model_fields:
             model = _model_in(model.model_fields[part].annotation)
     return list(model.model_fields) if model else []
+
+
+def _owner(cls: type[BaseModel], name: str) -> str | None:
+    """Return the place of a key somewhere in a file, which a wrong indentation moved; None if it is nowhere."""
+    if name in cls.model_fields:
+        return "to the top of the file: look at its indentation"
+    models = [(key, _model_in(field.annotation)) for key, field in cls.model_fields.items()]
+    for key, model in models:  # grows while it is read
+        if model is not None and name in model.model_fields:
+            return f"under `{key}`: look at its indentation"
+        models += [] if model is None else [(k, _model_in(field.annotation)) for k, field in model.model_fields.items()]
+    return None
 
 
 def _meaning(cls: type[BaseModel], key: Sequence[int | str]) -> str:

@@ -2,10 +2,10 @@
 
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, TypeVar
+from typing import Annotated, Any, ClassVar, TypeVar, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from mmopd.errors import ConfigError
 from mmopd.plain_yaml import YamlError, parse
@@ -26,6 +26,16 @@ class Config(BaseModel):
 
     # defer_build: a command pays for the validators of the files that it reads, not for those of all kinds.
     model_config = ConfigDict(frozen=True, extra="forbid", defer_build=True, allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _no_number_is_true(cls, data: Any) -> Any:
+        """Refuse `yes`, which pydantic takes for 1."""
+        switches = [name for name, value in data.items() if isinstance(value, bool)] if isinstance(data, dict) else []
+        for name in switches:
+            if name in cls.model_fields and _is_number(cls.model_fields[name].annotation):
+                raise ValueError(f"{name}: expected a number, found {described(data[name])}")
+        return data
 
 
 class File(Config):
@@ -126,6 +136,11 @@ def dump(settings: BaseModel) -> str:
     """Return the settings as YAML with all defaults."""
     dumper = getattr(yaml, "CSafeDumper", yaml.SafeDumper)  # libyaml's, where PyYAML was built with it
     return str(yaml.dump(settings.model_dump(mode="json"), Dumper=dumper, sort_keys=False, allow_unicode=True))
+
+
+def _is_number(annotation: Any) -> bool:
+    """Return true for a number or an optional one."""
+    return annotation in (int, float) or any(_is_number(part) for part in get_args(annotation))
 
 
 def _with(data: dict[str, Any], override: str) -> dict[str, Any]:

@@ -52,12 +52,10 @@ def is_folder(path: Path) -> bool:
 
 
 def names(kind: str | Path, suffix: str = ".yaml", workspace: Path | None = None) -> list[str]:
-    """Return `KIND/NAME` of the files of a kind, those of the workspace and the shipped ones."""
+    """Return `KIND/NAME` of the files of a kind, those of the workspace and the shipped ones; of all without suffix."""
     roots = (workspace or Path.cwd(), shipped())
-    folders = [root / kind for root in roots if is_folder(root / kind)]
-    return sorted(
-        {str(Path(kind, path.name)) for folder in folders for path in folder.glob("*") if path.suffix == suffix}
-    )
+    files = [path for root in roots if is_folder(root / kind) for path in (root / kind).glob("*") if path.is_file()]
+    return sorted({str(Path(kind, path.name)) for path in files if suffix in ("", path.suffix)})
 
 
 def load_module(path: Path) -> ModuleType:
