@@ -65,11 +65,14 @@ def _load(kind: Any, folder: Path, failure: str) -> Any:
 
 
 def refuse_code(folder: Path) -> None:
-    """Check that no configuration in a folder names code to run.
+    """Check that no configuration in a folder names code to run, and that no file hangs whoever reads it.
 
     Raises:
         CheckpointError: one does, or is not a JSON object; the message names the file and the key.
     """
+    for path in folder.glob("*"):
+        if path.exists() and not path.is_file() and not path.is_dir():
+            raise CheckpointError(f"{path}: a pipe, a socket or a device, and no file of a model: remove it")
     for path in sorted(folder.glob("*config.json")):
         found = read_object(path, MAX_CONFIG_BYTES)
         if (key := _find(found)) is not None:

@@ -3,6 +3,7 @@
 import codecs
 import io
 import json
+import os
 import shutil
 import subprocess
 import tarfile
@@ -11,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors import safe_open
+from safetensors.numpy import save_file
 from test_bad_prompts import WHOLE
 
 from mmopd.errors import DataError
@@ -185,3 +188,44 @@ def test_an_index_counts_images_as_pack_does(tmp_path: Path, images: int, parts:
 def test_deep_json_is_a_bad_row(tmp_path: Path, deep: Callable[[], bytes]) -> None:
     with pytest.raises(DataError, match=r"row 'a': "):
         indexed(tmp_path, member("a.json", deep()))
+
+
+@pytest.mark.parametrize("kind", ["pipe", "device"])
+def test_a_pipe_or_a_device_is_no_shard_and_no_index(tmp_path: Path, kind: str) -> None:
+    def put(path: Path) -> None:
+        path.unlink(missing_ok=True)
+        os.mkfifo(path) if kind == "pipe" else path.symlink_to("/dev/zero")
+
+    put(tmp_path / "b.tar")
+    with pytest.raises(DataError, match=r"b.tar: not a file, but a folder, a pipe or a device"):
+        index_tar(tmp_path / "b.tar")
+    (tmp_path / "b.tar").unlink()
+    indexed(tmp_path, member("a.json", coded(0)))
+    put(index_path(tmp_path / "a.tar"))
+    with pytest.raises(DataError, match=r"not a file, but a folder, a pipe or a device"):
+        Shards(tmp_path)
+
+
+def test_a_member_and_an_end_do_not_fill_the_memory(tmp_path: Path) -> None:
+    tar = tmp_path / "a.tar"
+    info, _ = member("a.json")
+    info.size = 1 << 38
+    tar.write_bytes(info.tobuf())
+    os.truncate(tar, 1 << 39)  # holes
+    with pytest.raises(DataError, match=r"a.json' has 274,877,906,944 bytes; at most"):
+        index_tar(tar)
+
+
+@pytest.mark.parametrize("array", ["offsets", "sizes"])
+@pytest.mark.parametrize("place", [-1, 1 << 40, 1 << 62])
+def test_an_index_of_places_outside_of_its_tar_is_refused(tmp_path: Path, array: str, place: int) -> None:
+    indexed(tmp_path, member("a.json", coded(0)))
+    path = index_path(tmp_path / "a.tar")
+    with safe_open(path, "numpy") as file:
+        about = file.metadata()
+        arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (not a mapping)
+    arrays[array] = arrays[array].astype("int64")
+    arrays[array][0] = place
+    save_file(arrays, path, metadata=about)
+    with pytest.raises(DataError, match="it names places outside of the 10240 bytes of the tar"):
+        Shards(tmp_path)

@@ -109,7 +109,7 @@ def test_a_connection_without_a_request_is_closed(port: int, sent: bytes) -> Non
     with socket.create_connection(("127.0.0.1", port)) as connection:
         connection.sendall(sent)
         begin = time.monotonic()
-        assert said(connection).startswith(b"HTTP/1.1 408 ")
+        assert said(connection) == b""
         assert time.monotonic() - begin < 15
 
 
@@ -146,4 +146,4 @@ def test_with_the_key_bodies_are_whole_and_a_connection_serves_several_requests(
             assert answer.partition(b"\r\n\r\n")[2] == body
             time.sleep(0.6)  # longer than the time for a head, shorter than the server's wait for the next request
         connection.sendall(b"\r\n")  # the beginning of nothing
-        assert said(connection).startswith(b"HTTP/1.1 408 ")
+        assert said(connection) == b""

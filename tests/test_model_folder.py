@@ -121,10 +121,17 @@ def test_a_configuration_that_is_no_object_is_named(folder: Path, name: str, tex
         check_model(folder)
 
 
-def test_a_pipe_as_a_configuration_does_not_hang(folder: Path) -> None:
-    os.mkfifo(folder / "other_config.json")
-    with pytest.raises(CheckpointError, match=r"/other_config.json: not a file"):
-        check_model(folder)
+@pytest.mark.parametrize("name", ["config.json", "other_config.json", "tokenizer.json", "model-2.safetensors", INDEX])
+@pytest.mark.parametrize("loader", ["check", "encoder", "student", "merge", "serve"])
+def test_a_pipe_or_a_device_in_the_folder_does_not_hang(folder: Path, name: str, loader: str) -> None:
+    (folder / name).unlink(missing_ok=True)
+    os.mkfifo(folder / name)
+    with pytest.raises(CheckpointError, match=r"a pipe, a socket or a device|no config.json|no model in this folder"):
+        LOADERS[loader](folder)
+    (folder / name).unlink()
+    (folder / name).symlink_to("/dev/zero")
+    with pytest.raises(CheckpointError, match=r"a pipe, a socket or a device|no config.json|no model in this folder"):
+        LOADERS[loader](folder)
 
 
 def auto_calls(path: Path) -> list[ast.Call]:

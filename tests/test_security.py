@@ -127,7 +127,7 @@ def test_without_the_key_nothing_is_upgraded_or_held(served: Served) -> None:
     assert httpx.get(served.teacher.url, headers={"long": "a" * (1 << 20)}).status_code == 431
     with socket.create_connection(("127.0.0.1", httpx.URL(served.teacher.url).port)) as idle:
         idle.settimeout(guarded_http.HEAD_WITHIN + 20)
-        assert idle.recv(100).startswith(b"HTTP/1.1 408 ")
+        assert idle.recv(100) == b""
     log = (served.folder / "endpoints-logs" / "plain.0.log").read_text(encoding="utf-8")
     assert "Traceback" not in log
     assert "upgrade" not in log

@@ -28,6 +28,7 @@ class Member(NamedTuple):
     size: int  # bytes
 
 
+MAX_MEMBER = 1 << 28  # bytes; an image of a converter has at most a quarter
 Row = tuple[str, list[Member], list[bytes], dict[str, list[int]]]
 
 
@@ -41,6 +42,7 @@ def read_rows(tar: Path) -> Iterator[Row]:
     """
     from webdataset.tariterators import base_plus_ext  # imports torch, and reading an index needs neither
 
+    check_regular(tar)
     seen: set[str] = set()
     try:
         with tar.open("rb") as file, tarfile.open(tar, "r:", encoding="utf-8") as archive:
@@ -68,6 +70,16 @@ def read_rows(tar: Path) -> Iterator[Row]:
         raise DataError(f"{tar}: not a tar, or a truncated one ({error})") from None
 
 
+def check_regular(path: Path) -> None:
+    """Check that a path, if it exists, is a file: a pipe would never end, and a device would fill the memory.
+
+    Raises:
+        DataError: it is something else.
+    """
+    if path.exists() and not path.is_file():
+        raise DataError(f"{path}: not a file, but a folder, a pipe or a device; remove it")
+
+
 def _members(tar: Path, archive: tarfile.TarFile) -> Iterator[Member]:
     """Yield the files of a tar in order; a link has the content of the file that it leads to."""
     found: dict[str, Member] = {}
@@ -86,6 +98,10 @@ def _members(tar: Path, archive: tarfile.TarFile) -> Iterator[Member]:
                     "write the tar with --dereference --hard-dereference"
                 )
             found[name] = found[target]._replace(name=info.name)
+        elif info.isreg() and info.size > MAX_MEMBER:
+            raise DataError(
+                f"{tar}: the member {info.name!r} has {info.size:,} bytes; at most {MAX_MEMBER:,}: remove it"
+            )
         elif info.isreg():
             found[name] = Member(info.name, info.offset_data, info.size)
         else:
@@ -97,8 +113,12 @@ def _check_end(tar: Path, offset: int) -> None:
     """Check that a tar ends in zeros: tarfile takes a broken header for the end too."""
     with tar.open("rb") as file:
         file.seek(offset)
-        rest = file.read()
-    if len(rest) < tarfile.BLOCKSIZE or rest.strip(b"\0"):
+        rest = 0
+        while block := file.read(1 << 20):
+            rest += len(block)
+            if block.strip(b"\0"):
+                raise tarfile.ReadError(f"no header and no end at byte {offset}")
+    if rest < tarfile.BLOCKSIZE:
         raise tarfile.ReadError(f"no header and no end at byte {offset}")
 
 

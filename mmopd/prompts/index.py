@@ -21,7 +21,7 @@ from safetensors.numpy import load, save
 
 from mmopd.errors import DataError
 from mmopd.modality.registry import MEDIA, shown_items
-from mmopd.prompts.archive import read_rows
+from mmopd.prompts.archive import check_regular, read_rows
 from mmopd.prompts.rows import RowError, unpack
 from mmopd.prompts.tokens import Counter
 from mmopd.records import Prompt
@@ -118,6 +118,7 @@ class Index:
             DataError: the index is missing, of another version, or does not read.
         """
         path = index_path(tar)
+        check_regular(path)
         try:
             content = path.read_bytes()
             header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
@@ -140,7 +141,7 @@ class Index:
                 old = f"{tar.with_suffix(OLD_SUFFIX)}: an index of version 1"
                 raise DataError(f"{old}; write the source again, or run {_command(tar)}") from None
             raise DataError(f"{path}: the shard {tar.name} has no index; make it with {_command(tar)}") from None
-        except (ValueError, KeyError, TypeError, SafetensorError) as error:
+        except (ValueError, KeyError, TypeError, RecursionError, SafetensorError) as error:
             raise DataError(
                 f"{path}: not an index of a shard ({type(error).__name__}: {error}); write the source again"
             ) from None
@@ -158,6 +159,8 @@ class Index:
         )
         if not right:
             raise ValueError("its counts do not add up")
+        if not all(((places >= 0) & (places <= self.size)).all() for places in (self.offsets, self.sizes)):
+            raise ValueError(f"it names places outside of the {self.size} bytes of the tar")
 
     def verify(self, tar: Path) -> None:
         """Read the whole tar, or a copy of it, and compare its hash.

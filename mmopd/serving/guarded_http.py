@@ -39,7 +39,7 @@ class Guarded(HttpToolsProtocol):
         if self._in_head:
             self._head += len(data)
             if self._head > MAX_HEAD:
-                self._refuse(b"431 Request Header Fields Too Large")
+                self._refuse()
         # Bytes end uvicorn's own wait for the next request.
         if self._timer is None and (self.cycle is None or self.cycle.response_complete):
             self._wait()
@@ -57,15 +57,17 @@ class Guarded(HttpToolsProtocol):
         super().on_headers_complete()
 
     def _wait(self) -> None:
-        self._timer = self.loop.call_later(HEAD_WITHIN, self._refuse, b"408 Request Timeout")
+        # Closed without an answer: a client whose request was late tries again.
+        self._timer = self.loop.call_later(HEAD_WITHIN, self.transport.close)
 
     def _stop_waiting(self) -> None:
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
 
-    def _refuse(self, status: bytes) -> None:
+    def _refuse(self) -> None:
         if not self.transport.is_closing():
+            status = b"431 Request Header Fields Too Large"
             self.transport.write(b"HTTP/1.1 " + status + b"\r\nconnection: close\r\ncontent-length: 0\r\n\r\n")
             self.transport.close()
 
