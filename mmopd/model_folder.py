@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     import torch
 
 INDEX = "model.safetensors.index.json"
+ADAPTER = "adapter_config.json"
 CODE = "auto_map"  # key whose value names classes in Python files of the folder, or of another repository
 CHECK_VARIABLE = "MMOPD_CHECK_WEIGHTS"  # set for servers that mmopd starts: vLLM refuses weights that are not finite
 NOT_FINITE = "has values that are not finite (NaN or infinite); use another model, or download it again"
@@ -65,7 +66,7 @@ def _load(kind: Any, folder: Path, failure: str) -> Any:
 
 
 def refuse_code(folder: Path) -> None:
-    """Check that no configuration in a folder names code to run, and that no file hangs whoever reads it.
+    """Check that no configuration in a folder names code or weights elsewhere, and that no file hangs whoever reads it.
 
     Raises:
         CheckpointError: one does, or is not a JSON object; the message names the file and the key.
@@ -73,6 +74,11 @@ def refuse_code(folder: Path) -> None:
     for path in folder.glob("*"):
         if path.exists() and not path.is_file() and not path.is_dir():
             raise CheckpointError(f"{path}: a pipe, a socket or a device, and no file of a model: remove it")
+    if (adapter := folder / ADAPTER).is_file() and (folder / "config.json").is_file():
+        raise CheckpointError(
+            f"{adapter}: an adapter in the folder of a model: transformers would load the weights that its "
+            "base_model_name_or_path names instead of this folder's; move the adapter into a folder of its own"
+        )
     for path in sorted(folder.glob("*config.json")):
         found = read_object(path, MAX_CONFIG_BYTES)
         if (key := _find(found)) is not None:

@@ -301,3 +301,10 @@ def test_vllm_refuses_weights_that_are_not_finite_while_it_reads_them(monkeypatc
         list(weights)
     source = inspect.getsource(DefaultModelLoader.load_weights)
     assert "model.load_weights(self.get_all_weights(model_config, model))" in source
+
+
+def test_an_adapter_does_not_lead_to_the_weights_of_another_folder(folder: Path, model: Path) -> None:
+    change(folder / "adapter_config.json", base_model_name_or_path=str(model), peft_type="LORA")
+    for read in (LOADERS["check"], LOADERS["student"], LOADERS["serve"]):
+        with pytest.raises(CheckpointError, match=r"/adapter_config.json: an adapter in the folder of a model"):
+            read(folder)
