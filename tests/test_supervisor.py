@@ -3,6 +3,8 @@
 import os
 import re
 import signal
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -161,3 +163,32 @@ def test_no_socket_is_left(specs: list[ServerSpec], tmp_path: Path, monkeypatch:
                 with pytest.raises(UserError, match="ended with status 137"):
                     wait_for(lambda: look(servers))
         assert not list(Path(short).iterdir())
+
+
+LAUNCHER = """
+import sys, time
+from pathlib import Path
+from mmopd.config import Engine
+from mmopd.runtime.processes import Children
+from mmopd.serving.servers import serve
+from mmopd.serving.specs import ServerSpec
+
+model = Path(sys.argv[1])
+with Children() as children, serve([ServerSpec("a", model, Engine(), updatable=False)], children, model, print):
+    print("all up", flush=True)
+    time.sleep(600)
+"""
+
+
+def test_no_socket_is_left_if_the_launcher_is_killed(tmp_path: Path) -> None:
+    with tempfile.TemporaryDirectory() as short:
+        env = {**os.environ, "TMPDIR": short, "PYTHONPATH": f"{install(tmp_path)}:{os.environ.get('PYTHONPATH', '')}"}
+        command = [sys.executable, "-c", LAUNCHER, str(fake_model(tmp_path / "model"))]
+        launcher = subprocess.Popen(command, env=env, stdout=subprocess.PIPE, text=True)
+        assert launcher.stdout is not None
+        assert "all up\n" in iter(launcher.stdout.readline, "")
+        assert [path for path in Path(short).rglob("*") if path.is_socket()]
+        launcher.kill()
+        launcher.wait()
+        launcher.stdout.close()
+        wait_for(lambda: not list(Path(short).iterdir()))

@@ -178,8 +178,8 @@ class _Supervisor:
         self._heard = log.stat().st_size if log.is_file() else 0  # bytes; skips the messages of an earlier run
         self._pid: int | None = None
         env = {**ENV, **(CPU_ENV if preload else {}), **shared_env(group), KEY_VARIABLE: key}
-        # vLLM leaves its sockets behind, even after an orderly stop. The supervisor removes their folder at its end;
-        # if it was killed, `close` does.
+        # vLLM leaves its sockets behind, even after an orderly stop. The supervisor removes their folder when it
+        # stops them; if it was killed, `close` does.
         self._sockets = tempfile.mkdtemp(prefix="mmopd-")
         self.child = children.start(name, command, log, env | {SOCKETS_VARIABLE: self._sockets})
 

@@ -166,6 +166,8 @@ class Supervisor:
         for one in self._running:
             if one.pid is not None:
                 os.kill(one.pid, signal.SIGTERM)
+        # Open connections last. Later there may be no time: if the launcher was killed, this process is killed soon.
+        shutil.rmtree(os.environ[SOCKETS_VARIABLE], ignore_errors=True)
 
     def _bury(self) -> None:
         """Record every server that has ended: schedule its restart, or stop all."""
@@ -266,9 +268,7 @@ def main(arguments: list[str]) -> int:
     logs.start("servers" if len(servers) > 1 else f"{servers[0]['name']}.supervisor")
     if flags == ["--preload"]:
         preload({Path(server["model"]) for server in servers})
-    status = Supervisor(servers).run()
-    shutil.rmtree(os.environ[SOCKETS_VARIABLE], ignore_errors=True)
-    return status
+    return Supervisor(servers).run()
 
 
 if __name__ == "__main__":
