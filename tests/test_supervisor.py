@@ -184,7 +184,7 @@ def test_no_socket_is_left_if_the_launcher_is_killed(tmp_path: Path) -> None:
     with tempfile.TemporaryDirectory() as short:
         env = {**os.environ, "TMPDIR": short, "PYTHONPATH": f"{install(tmp_path)}:{os.environ.get('PYTHONPATH', '')}"}
         command = [sys.executable, "-c", LAUNCHER, str(fake_model(tmp_path / "model"))]
-        launcher = subprocess.Popen(command, env=env, stdout=subprocess.PIPE, text=True)
+        launcher = subprocess.Popen(command, env=env, stdout=subprocess.PIPE, encoding="utf-8")
         assert launcher.stdout is not None
         assert "all up\n" in iter(launcher.stdout.readline, "")
         assert [path for path in Path(short).rglob("*") if path.is_socket()]
