@@ -158,7 +158,8 @@ def test_no_socket_is_left(specs: list[ServerSpec], tmp_path: Path, monkeypatch:
             if ends == "after a server was killed":
                 restart(servers, events)
             if ends == "after the supervisors were killed":
-                for found in re.findall(r"supervisor: (\d+)", "".join(map(Path.read_text, tmp_path.glob("*.log")))):
+                text = "".join(log.read_text(encoding="utf-8") for log in tmp_path.glob("*.log"))
+                for found in re.findall(r"supervisor: (\d+)", text):
                     os.kill(int(found), signal.SIGKILL)
                 with pytest.raises(UserError, match="ended with status 137"):
                     wait_for(lambda: look(servers))
