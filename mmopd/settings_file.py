@@ -11,12 +11,13 @@ from mmopd.errors import ConfigError
 from mmopd.plain_yaml import YamlError, parse
 from mmopd.settings_errors import described, explain, suggest
 
-__all__ = ["Config", "File", "Fraction", "Positive", "build", "dump", "keys_of", "read", "suggest", "text_of"]
+__all__ = ["Config", "Count", "File", "Fraction", "Positive", "build", "dump", "keys_of", "read", "suggest", "text_of"]
 
 C = TypeVar("C", bound=BaseModel)
 F = TypeVar("F", bound="File")
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[int, Field(ge=1)]
+Count = Annotated[int, Field(ge=1, le=10_000)]  # of processes, GPUs or runs, each of which a plan lists
 MAX_BYTES = 1 << 20  # largest accepted file
 TASK_KEYS = {"include", "output_type", "doc_to_text", "metric_list"}  # of lmms-eval
 

@@ -175,6 +175,7 @@ def test_a_folder_is_no_file_and_that_of_a_run_has_a_recipe(tmp_path: Path, monk
         ),
         (Fleet, "teachers: {a: {view: x}}\nroutes: []", "teachers.a: a teacher has either `model`"),
         (Comparison, "variants: {a: {}}\ntables: {}", "recipe: missing (Recipe that all variants start from)"),
+        (Recipe, RECIPE + "train: {ranks: 4611686018427387904}", "train.ranks: has to be less than or equal to 10000"),
         (Recipe, "- a", "expected keys and values, one `key: value` a line; found a list"),
         (Recipe, "", "expected keys and values, one `key: value` a line; the file is empty"),
     ],

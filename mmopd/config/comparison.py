@@ -6,7 +6,7 @@ from typing import Any, ClassVar, Self
 
 from pydantic import Field, model_validator
 
-from mmopd.settings_file import Config, File, Positive, suggest
+from mmopd.settings_file import Config, Count, File, suggest
 
 
 class Variant(Config):
@@ -22,7 +22,7 @@ class ComparisonTable(Config):
     """Variants side by side, each with the same seeds."""
 
     title: str = Field(description="Heading of the table")
-    seeds: Positive = Field(
+    seeds: Count = Field(
         3,
         description="Seeds that every variant runs with: 0, 1, ... 3 is the least that gives an interval worth showing",
     )

@@ -4,7 +4,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from mmopd.settings_file import Config, Fraction, Positive
+from mmopd.settings_file import Config, Count, Fraction, Positive
 
 
 class Engine(Config):
@@ -36,7 +36,7 @@ class Engine(Config):
         description="Share of a GPU's memory that the engine takes, weights and KV cache together. 0.9 leaves a tenth"
         " to CUDA itself; lower it where something else uses the GPU. No effect on CPU",
     )
-    tensor_parallel: Positive = Field(
+    tensor_parallel: Count = Field(
         1, description="GPUs over which one engine is split. 1 where the weights and the KV cache fit one GPU"
     )
     enforce_eager: bool = Field(

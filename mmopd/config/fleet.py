@@ -8,7 +8,7 @@ from urllib.parse import urlsplit
 from pydantic import Field, model_validator
 
 from mmopd.config.engine import Engine
-from mmopd.settings_file import Config, File, Positive, suggest
+from mmopd.settings_file import Config, Count, File, Positive, suggest
 
 
 def check_proxy(url: str) -> None:
@@ -34,7 +34,7 @@ class Teacher(Config):
         None, description="Folder of a model in Hugging Face format, which mmopd serves. Either this or `endpoints`"
     )
     engine: Engine = Engine()
-    replicas: Positive = Field(
+    replicas: Count = Field(
         1, description="Servers of this teacher, each on its own GPUs. More where scoring is slower than sampling"
     )
     endpoints: tuple[str, ...] = Field(

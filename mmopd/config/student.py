@@ -6,7 +6,7 @@ from typing import Literal, Self
 from pydantic import Field, model_validator
 
 from mmopd.config.engine import Engine
-from mmopd.settings_file import Config, Positive
+from mmopd.settings_file import Config, Count, Positive
 
 Sync = Literal["file", "broadcast", "ipc"]
 
@@ -16,7 +16,7 @@ class Student(Config):
 
     model: Path = Field(description="Folder of a Qwen-VL model in Hugging Face format: the student before training")
     engine: Engine = Engine()
-    replicas: Positive = Field(
+    replicas: Count = Field(
         1,
         description="Engines that sample, on GPUs of their own; each samples its share of the groups. More where "
         "sampling takes longer than training",

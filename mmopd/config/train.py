@@ -4,7 +4,7 @@ from typing import Annotated, Literal, Self, get_args
 
 from pydantic import Field, model_validator
 
-from mmopd.settings_file import Config, Fraction, Positive
+from mmopd.settings_file import Config, Count, Fraction, Positive
 
 Part = Literal["vision", "projector", "language"]  # of a student
 
@@ -43,9 +43,7 @@ class Train(Config):
         description="Steps of the run; each has one rollout and `minibatches` updates. Set it for the run: the "
         "default is only a start",
     )
-    ranks: Positive = Field(
-        1, description="Training processes over all machines, one for each GPU. 1 is the smallest run"
-    )
+    ranks: Count = Field(1, description="Training processes over all machines, one for each GPU. 1 is the smallest run")
     dtype: Literal["float32", "bfloat16"] = Field(
         "bfloat16",
         description="Type of the weights in training. `bfloat16` as usual on GPUs, with float32 copies in the "
