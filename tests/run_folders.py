@@ -3,6 +3,7 @@
 import base64
 import io
 import json
+from contextlib import closing
 from pathlib import Path
 
 from PIL import Image
@@ -38,6 +39,11 @@ def row(step: int = 0, task: str = "digit_sum", outcome: float | None = 1.0, **m
     return TokenRow(**(values | more))  # type: ignore[arg-type]
 
 
+def record_of(model: str, score: float | None) -> BenchmarkScore:
+    status, reason = ("ok", "") if score is not None else ("failed", "3 of 8 requests failed")
+    return BenchmarkScore(model, "student", "Digits", "t", "m", status, reason, score, 1.0, 8, "w", "d", {}, {}, 1.0)  # type: ignore[arg-type]
+
+
 def write_run(run: Path) -> Path:
     """Write a small but complete run folder."""
     (run / "difficulty").mkdir(parents=True)
@@ -51,7 +57,7 @@ def write_run(run: Path) -> Path:
     (run / "difficulty" / "difficulty.json").write_text(
         json.dumps({"version": 2, "sources": {"digits": source}}), encoding="utf-8"
     )
-    with MetricsWriter(run) as writer:
+    with closing(MetricsWriter(run / "metrics.jsonl", 0)) as writer:
         for step in range(20):
             writer.write(
                 step,
@@ -64,18 +70,12 @@ def write_run(run: Path) -> Path:
                 },
             )
 
-    def record(model: str, score: float | None) -> BenchmarkScore:
-        status, reason = ("ok", "") if score is not None else ("failed", "3 of 8 requests failed")
-        return BenchmarkScore(
-            model, "student", "Digits", "t", "m", status, reason, score, 1.0, 8, "w", "d", {}, {}, 1.0
-        )  # type: ignore[arg-type]
-
     rows = [
-        Row("base", "base", (record("base", 40.0),)),
-        Row("t", "teacher", (record("t", 90.0),)),
-        Row("distilled", "distilled", (record("distilled", 70.0),)),
+        Row("base", "base", (record_of("base", 40.0),)),
+        Row("t", "teacher", (record_of("t", 90.0),)),
+        Row("distilled", "distilled", (record_of("distilled", 70.0),)),
     ]
-    Results.of([*rows, Row("other", "teacher", (record("other", None),))]).write(run)
+    Results.of([*rows, Row("other", "teacher", (record_of("other", None),))]).write(run)
     samples = JsonLines(run / "samples.jsonl", 0)
     samples.append(as_json(row(prompt="is 1 < 2 & </script><b>?", tokens=["</script>", "<img src=x>", "5", "=", "8"])))
     samples.append(as_json(row(step=19, visual=[0.0, -0.5, 3.5, 1.25, 0.5])))

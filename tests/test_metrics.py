@@ -1,7 +1,8 @@
-"""Metrics of a run: the file, TensorBoard, and the values that a step records."""
+"""Metrics of a run: the file, and the values that a step records."""
 
 import math
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,41 +13,39 @@ from mmopd.config import Recipe, Student
 from mmopd.modality import Encoder
 from mmopd.records import Absent, Encoded, Outcome, Prompt, Response, Sample, Score
 from mmopd.report.charts import curves
-from mmopd.report.metrics import JsonLines, MetricsWriter, read_lines
+from mmopd.report.metrics import JsonLines, MetricsWriter, Tail, read_lines
 from mmopd.runtime.run_folder import RunFolder
 from mmopd.train.batch import build_batch
 from mmopd.train.recorder import Recorder
 
 
-def test_a_step_is_one_line_and_the_same_numbers_are_in_tensorboard(tmp_path: Path) -> None:
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    with MetricsWriter(tmp_path) as writer:
+def test_a_step_is_one_line_and_a_value_that_is_not_finite_is_null(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    with closing(MetricsWriter(path, 0)) as writer:
         writer.write(0, {"return": -0.5, "accuracy/digit_sum": 0.25, "grad_norm": math.nan})
         writer.write(1, {"return": -0.25, "accuracy/digit_sum": 0.5})
-    assert read_lines(tmp_path / "metrics.jsonl") == [
+    assert read_lines(path) == [
         {"step": 0, "return": -0.5, "accuracy/digit_sum": 0.25, "grad_norm": None},
         {"step": 1, "return": -0.25, "accuracy/digit_sum": 0.5},
     ]
-    board = EventAccumulator(str(tmp_path / "tensorboard"))
-    board.Reload()
-    assert [(e.step, e.value) for e in board.Scalars("return")] == [(0, -0.5), (1, -0.25)]
-    assert sorted(board.Tags()["scalars"]) == ["accuracy/digit_sum", "return"]
 
 
 def test_a_name_that_is_explained_nowhere_is_refused(tmp_path: Path) -> None:
-    with MetricsWriter(tmp_path) as writer, pytest.raises(ValueError, match="'retrun' is not explained"):
+    with (
+        closing(MetricsWriter(tmp_path / "metrics.jsonl", 0)) as writer,
+        pytest.raises(ValueError, match="'retrun' is not explained"),
+    ):
         writer.write(0, {"retrun": 1.0})
 
 
 def test_a_resumed_run_removes_what_is_later_than_its_checkpoint_and_a_torn_line(tmp_path: Path) -> None:
-    with MetricsWriter(tmp_path) as writer:
+    path = tmp_path / "metrics.jsonl"
+    with closing(MetricsWriter(path, 0)) as writer:
         for step in range(4):
             writer.write(step, {"loss": float(step)})
-    path = tmp_path / "metrics.jsonl"
     path.write_bytes(path.read_bytes()[:-4])
     assert [r["step"] for r in read_lines(path)] == [0, 1, 2]
-    with MetricsWriter(tmp_path, done=2) as writer:
+    with closing(MetricsWriter(path, 2)) as writer:
         writer.write(2, {"loss": 20.0})
     assert [(r["step"], r["loss"]) for r in read_lines(path)] == [(0, 0.0), (1, 1.0), (2, 20.0)]
 
@@ -57,6 +56,24 @@ def test_a_run_that_starts_over_keeps_nothing(tmp_path: Path) -> None:
     lines.close()
     JsonLines(tmp_path / "samples.jsonl", 0).close()
     assert (tmp_path / "samples.jsonl").read_bytes() == b""
+
+
+def test_a_reader_gets_whole_lines_once_and_is_told_when_a_resume_has_removed_some(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    tail = Tail(path)
+    assert tail.read() == ([], False)
+    path.write_bytes(b'{"step": 0}\n{"step": 1}\n{"st')
+    assert tail.read() == ([{"step": 0}, {"step": 1}], False)
+    with path.open("ab") as file:
+        file.write(b'ep": 2}\n')
+    assert tail.read() == ([{"step": 2}], False)
+    assert tail.read() == ([], False)
+    with closing(JsonLines(path, 1)) as lines:
+        for step in range(1, 5):  # more than were removed
+            lines.append({"step": step})
+    assert tail.read() == ([{"step": step} for step in range(5)], True)
+    JsonLines(path, 5).close()  # removes nothing
+    assert tail.read() == ([], False)
 
 
 PROMPTS = [

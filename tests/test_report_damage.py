@@ -176,9 +176,7 @@ SPECIAL: list[tuple[str, Damage, str]] = [
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    run = write_run(tmp_path_factory.mktemp("whole") / "run")
-    shutil.rmtree(run / "tensorboard")
-    return run
+    return write_run(tmp_path_factory.mktemp("whole") / "run")
 
 
 @pytest.fixture(autouse=True)

@@ -159,8 +159,9 @@ def _metrics_page() -> str:
 
     lines = [
         *("# Metrics", "", HEADER, ""),
-        "`RUN/metrics.jsonl` has one JSON object for each step; `RUN/tensorboard/` has the same values. A value that "
-        "is not finite is null. `*` stands for the name of a task, a teacher, a source or a cause. An equation is one "
+        "`RUN/metrics.jsonl` has one JSON object for each step, and [loggers](../training.md#loggers) send it on. "
+        "A value that is not finite is null. `*` stands for the name of a task, a teacher, a source or a cause. An "
+        "equation is one "
         f"of [the paper]({PAPER}).",
         *("", "| name | meaning |", "|---|---|"),
         *(f"| `{name}` | {_cell(text)} |" for name, text in METRICS.items()),

@@ -11,6 +11,7 @@ from rich.text import Text
 from mmopd import catalog, settings_file
 from mmopd.config import Fleet, Mixture, Recipe
 from mmopd.errors import ConfigError
+from mmopd.report.loggers.start import check_installed
 from mmopd.task.base import Task
 from mmopd.task.load import load_tasks
 from mmopd.teacher.router import RoutedTeacher, find_teachers, load_teachers, references
@@ -22,8 +23,10 @@ def show(recipe: Recipe, console: Console) -> None:
     """Print the resolved recipe, then its processes and sources, then the teachers of each task.
 
     Raises:
-        UserError: a file that the recipe names is missing or wrong, or a prompt has no teacher or no view.
+        UserError: a file that the recipe names is missing or wrong, a prompt has no teacher or no view, or a logger is
+            not installed.
     """
+    check_installed(recipe.loggers)
     settings = Text(settings_file.dump(recipe).rstrip())
     settings.highlight_regex(KEY, "bold cyan")
     console.print(settings, soft_wrap=True)

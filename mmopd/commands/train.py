@@ -20,6 +20,7 @@ from mmopd.passes.each_row import answering
 from mmopd.preflight.run import insist
 from mmopd.prompts import difficulty_counts
 from mmopd.report.html import write_report
+from mmopd.report.loggers.start import check_installed, logging_to
 from mmopd.report.metrics import read_lines
 from mmopd.report.model_card import CARD, model_card
 from mmopd.rollout.sync import FRESH, FileSync, SyncError
@@ -66,6 +67,7 @@ def launch(
         # Otherwise DeepSpeed, which transformers imports, warns that it found no other accelerator.
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     warn_of(host, console)
+    check_installed(recipe.loggers)
     if recipe.algorithm.objective.trains:
         check_gpus(recipe, elsewhere=bool(launcher))
     with (
@@ -80,15 +82,16 @@ def launch(
         say_kernels(job.engines, run, console)
         if job.suite is not None:
             warm_up()
-        with Children() as children, serving(job, run, children, stages, standing) as servers:
-            insist(prove(job, servers, run, stages), console)
-            measure_difficulty(job, servers, run, stages)
-            sample_answers(job, servers, run, stages)
-            rows = evaluate_all(job.suite, starting_points(job, servers), run.evaluation, stages)
-            learn = distil if recipe.algorithm.objective.trains else extrapolate
-            learn(job, run, children, servers, stages)
-            rows += evaluate_all(job.suite, [distilled(job, servers, run)], run.evaluation, stages)
-        finish(run, rows, stages)
+        with logging_to(recipe.loggers, run, console):
+            with Children() as children, serving(job, run, children, stages, standing) as servers:
+                insist(prove(job, servers, run, stages), console)
+                measure_difficulty(job, servers, run, stages)
+                sample_answers(job, servers, run, stages)
+                rows = evaluate_all(job.suite, starting_points(job, servers), run.evaluation, stages)
+                learn = distil if recipe.algorithm.objective.trains else extrapolate
+                learn(job, run, children, servers, stages)
+                rows += evaluate_all(job.suite, [distilled(job, servers, run)], run.evaluation, stages)
+            finish(run, rows, stages)
 
 
 def say_left_out(job: Job, console: Console) -> None:

@@ -1,7 +1,7 @@
 """Model of recipes/*.yaml: a whole run."""
 
 from pathlib import Path
-from typing import ClassVar, Self
+from typing import ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -9,6 +9,8 @@ from mmopd.algorithm.settings import Algorithm
 from mmopd.config.student import Rollout, Student
 from mmopd.config.train import Train
 from mmopd.settings_file import File
+
+LoggerName = Literal["tensorboard", "wandb", "trackio", "mlflow"]
 
 
 class Recipe(File):
@@ -34,6 +36,11 @@ class Recipe(File):
     rollout: Rollout = Rollout()
     algorithm: Algorithm = Algorithm()
     train: Train = Train()
+    loggers: tuple[LoggerName, ...] = Field(
+        ("tensorboard",),
+        description="Where metrics, settings, samples and results go besides the run folder. Each needs its package, "
+        "`pip install 'mmopd[wandb]'` for example; `tensorboard` is always there. Empty: the run folder alone",
+    )
 
     @model_validator(mode="after")
     def _has_teachers(self) -> Self:

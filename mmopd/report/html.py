@@ -23,6 +23,7 @@ from mmopd.evaluate.table import GAP_CLOSED, NO_GAP, Results
 from mmopd.report import heatmap, verdict
 from mmopd.report.charts import POINTS, Tasks, curves, tasks_of
 from mmopd.report.facts import at_the_end, facts, value_of
+from mmopd.report.loggers.state import states
 from mmopd.report.run_files import RunFiles, short
 from mmopd.runtime.run_folder import RunFolder
 
@@ -89,6 +90,7 @@ def _parts(files: RunFiles, name: str) -> dict[str, Any]:
         "results": results_view(results, tasks),
         "no_gap": NO_GAP,
         "stages": stages(stage_times),
+        "loggers": {name: now for name, now in states(files.run.root).items() if now.failed},
         "samples": samples,
         "full_colour": heatmap.FULL_COLOUR,
         "has_curves": bool(data["curves"]),

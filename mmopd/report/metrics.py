@@ -1,15 +1,15 @@
-"""Metrics of a run: one JSON line per step in `metrics.jsonl`, and the same values for TensorBoard.
+"""Metrics of a run: one JSON line per step in `metrics.jsonl`. `mmopd.report.loggers` sends them elsewhere.
 
 `METRICS` defines each name; a name that it does not define is refused.
 """
 
 import json
 import math
+import os
 from collections.abc import Mapping
 from fnmatch import fnmatchcase
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 from mmopd.errors import DataError
 
@@ -77,6 +77,7 @@ METRICS: Mapping[str, str] = {
     "epoch/*": "number of passes of the plan through a source",
     "replaced/*": "rows of a source that could not be used since the start; other rows of the source replaced them",
     "memory/*": "memory in use, in GiB",
+    "loggers/failed/*": "calls of a logger that failed or took too long, since the start of the run; none: not written",
 }
 
 
@@ -89,7 +90,8 @@ class JsonLines:
     """A file of JSON lines with a `step` each; a run appends to it and can be resumed.
 
     Args:
-        path: the file; rows of step `done` and later, and a line that a kill cut short, are removed from it.
+        path: the file; rows of step `done` and later, and a line that a kill cut short, are removed from it. Another
+            file takes its place then, which tells a `Tail` that reads it.
         done: number of steps to keep.
 
     Raises:
@@ -97,15 +99,18 @@ class JsonLines:
     """
 
     def __init__(self, path: Path, done: int) -> None:
-        keep = 0
+        keep = b""
         if path.exists():
             with path.open("rb") as file:
                 for number, line in enumerate(file, 1):
                     if not line.endswith(b"\n") or _row(path, number, line)["step"] >= done:
                         break
-                    keep += len(line)
+                    keep += line
+            if len(keep) < path.stat().st_size:
+                part = path.with_suffix(".partial")
+                part.write_bytes(keep)
+                part.replace(path)
         self._file = path.open("ab")
-        self._file.truncate(keep)
 
     def append(self, row: Mapping[str, Any]) -> None:
         """Write a line and flush it, so that readers see it and a kill does not lose it."""
@@ -117,30 +122,43 @@ class JsonLines:
         self._file.close()
 
 
-class MetricsWriter:
-    """Writes `metrics.jsonl` and `tensorboard/` of a run folder.
+class Tail:
+    """Reads what is appended to a file of JSON lines."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._begin = 0  # bytes read so far
+        self._inode: int | None = None  # of the file that was read
+
+    def read(self) -> tuple[list[dict[str, Any]], bool]:
+        """Return the rows that are new, and true if another file has come into the place of the one read so far.
+
+        The rows are then those of the whole new file.
+        """
+        if not self._path.exists():
+            return [], False
+        with self._path.open("rb") as file:
+            inode = os.fstat(file.fileno()).st_ino
+            again = self._inode not in {None, inode}
+            if again:
+                self._begin = 0
+            self._inode = inode
+            file.seek(self._begin)
+            lines = [line for line in file if line.endswith(b"\n")]
+        self._begin += sum(map(len, lines))
+        return [json.loads(line) for line in lines], again
+
+
+class MetricsWriter(JsonLines):
+    """Writes `metrics.jsonl` of a run.
 
     Args:
-        run: the run folder.
-        done: step of the checkpoint from which a run continues; values of later steps are removed.
+        path: the file.
+        done: steps of the checkpoint from which a run continues; values of later steps are removed.
     """
 
-    def __init__(self, run: Path, done: int = 0) -> None:
-        from torch.utils.tensorboard import SummaryWriter  # loads torch, which readers of metrics do not need
-
-        self._lines = JsonLines(run / "metrics.jsonl", done)
-        self._board = SummaryWriter(str(run / "tensorboard"), purge_step=done if done else None)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
-
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Write the values of a step; one that is not finite is null in the file and left out of TensorBoard.
+        """Write the values of a step; one that is not finite is null.
 
         Raises:
             ValueError: `METRICS` has no such name.
@@ -149,18 +167,7 @@ class MetricsWriter:
             if not documented(name):
                 raise ValueError(f"metric {name!r} is not explained in METRICS of {__name__}")
         numbers = {name: float(value) for name, value in metrics.items() if name != "step"}
-        self._lines.append(
-            {"step": step} | {name: value if math.isfinite(value) else None for name, value in numbers.items()}
-        )
-        for name, value in numbers.items():
-            if math.isfinite(value):
-                self._board.add_scalar(name, value, step)
-        self._board.flush()
-
-    def close(self) -> None:
-        """Close both files."""
-        self._lines.close()
-        self._board.close()
+        self.append({"step": step} | {name: value if math.isfinite(value) else None for name, value in numbers.items()})
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:

@@ -42,7 +42,7 @@ class RunFolder:
         self.recipe_file = root / "recipe.yaml"  # resolved: all defaults are written out
         self.versions = root / "versions.json"
         self.difficulty = root / "difficulty"  # counts, weights and the heat map of the offline pass
-        self.metrics = root / "metrics.jsonl"  # one line per step; tensorboard/ has the same values
+        self.metrics = root / "metrics.jsonl"  # one line per step; loggers read it
         self.samples = root / "samples.jsonl"  # a few responses, token by token
         self.checkpoints = root / "checkpoints"
         # Scores since the last checkpoint, so that a resumed run does not request them again.

@@ -1,4 +1,4 @@
-"""Record a step: its metrics (metrics.jsonl, TensorBoard) and, in a few steps, some responses token by token."""
+"""Record a step: its metrics (metrics.jsonl) and, in a few steps, some responses token by token (samples.jsonl)."""
 
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
@@ -13,6 +13,7 @@ from mmopd.algorithm.step import Targets
 from mmopd.modality import Encoder
 from mmopd.records import Absent, Encoded, Sample, Score
 from mmopd.report.heatmap import as_json, token_row
+from mmopd.report.loggers.state import states
 from mmopd.report.metrics import JsonLines, MetricsWriter
 from mmopd.runtime.run_folder import RunFolder, step_of
 from mmopd.train.batch import Batch, visual_advantage
@@ -31,7 +32,8 @@ class Recorder:
     """
 
     def __init__(self, run: RunFolder, algorithm: Algorithm, encoder: Encoder, *, steps: int, done: int) -> None:
-        self._metrics = MetricsWriter(run.root, done)
+        self._run = run.root
+        self._metrics = MetricsWriter(run.metrics, done)
         self._samples = JsonLines(run.samples, done)
         self._encoder = encoder
         last = steps - 1
@@ -79,9 +81,10 @@ class Recorder:
             metrics["trained_tokens"] = sum(u["tokens"] for u in updates)
         metrics |= more
         metrics["memory/rank0"] = psutil.Process().memory_info().rss / 2**30
-        self._metrics.write(step, metrics)
+        metrics |= {f"loggers/failed/{name}": float(s.failed) for name, s in states(self._run).items() if s.failed}
         if step in self._shown_at and batch.targets.log_ratio is not None:
             self._show(step, prompts, batch)
+        self._metrics.write(step, metrics)  # last: a reader that finds the step finds its samples, too
 
     def _show(self, step: int, prompts: Sequence[Encoded], batch: Batch) -> None:
         """Write a few responses of each task."""
