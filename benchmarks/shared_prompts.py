@@ -26,7 +26,6 @@ from typing import Any
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import aiohttp
-import httpx
 import torch
 from rich.console import Console
 from rich.table import Table
@@ -36,6 +35,7 @@ from mmopd.demo.world import build_student
 from mmopd.modality import Encoder
 from mmopd.records import Encoded, Prompt
 from mmopd.rollout.student_client import StudentClient
+from mmopd.runtime.http import client
 from mmopd.runtime.processes import Children
 from mmopd.serving import servers, wire
 from mmopd.serving.endpoint import Endpoint
@@ -71,7 +71,8 @@ def text(ids: tuple[int, ...]) -> Encoded:
 
 def computed(endpoint: Endpoint) -> float:
     """Return the number of prompt tokens that the server has computed."""
-    lines = httpx.get(f"{endpoint.url}/metrics", headers=endpoint.headers).text.splitlines()
+    with client(timeout=60.0) as http:
+        lines = http.get(f"{endpoint.url}/metrics", headers=endpoint.headers).text.splitlines()
     return sum(float(line.split()[1]) for line in lines if line.startswith(COMPUTED))
 
 

@@ -5,6 +5,7 @@ YAML can say more than settings need, and some of it says another thing than its
 """
 
 import re
+import sys
 from typing import Any, ClassVar
 
 import yaml
@@ -74,6 +75,8 @@ def parse(text: str, loader: type[Loader] = Loader, *, lenient: bool = False) ->
         _Check(reader, lenient).measure(node)
         return reader.construct_document(node)
     except UnicodeEncodeError as error:
+        if sys.getfilesystemencoding() != "utf-8":  # it may be the locale: the command line says so
+            raise
         raise YamlError(f"half a character, {error.object[error.start]!a}: write the text in UTF-8") from None
     except ReaderError:
         line = 1 + text.count("\n", 0, found.start() if (found := Reader.NON_PRINTABLE.search(text)) else 0)

@@ -214,7 +214,7 @@ def test_settings_of_all_objectives_are_read_without_torch():
 
 def test_no_other_file_asks_for_a_kind():
     asks = re.compile(
-        r"(?<!\{)objective\.kind|isinstance\([a-z_.]*objective|isinstance\(.*\b(SFT|OPD|ExOPD|GRPO|Dense|ExPO)\)"
+        r"(?<!\{)(?<!\"algorithm\.)objective\.kind|isinstance\([a-z_.]*objective|isinstance\(.*\b(SFT|OPD|ExOPD|GRPO|Dense|ExPO)\)"
         rf"|kind (==|!=|in) .*['\"]({'|'.join(OBJECTIVES)})['\"]|algorithm\.objectives"
     )
     files = [path for path in (ROOT / "mmopd").rglob("*.py") if "algorithm" not in path.relative_to(ROOT).parts]

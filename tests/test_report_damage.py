@@ -58,12 +58,15 @@ ANY: dict[str, tuple[Damage, str]] = {
     "a folder": (as_folder, "not a regular file"),
     "a pipe": (as_pipe, "not a regular file"),
     "a link to itself": (as_link_to_itself, "not a regular file"),
-    "UTF-16": (lambda path: path.write_bytes(path.read_text().encode("utf-16")), "not UTF-8|not JSON"),
-    "a list": (lambda path: path.write_text("[1, 2]\n"), "not a JSON object|not a mapping"),
-    "a number": (lambda path: path.write_text("7\n"), "not a JSON object|not a mapping"),
-    "null": (lambda path: path.write_text("null\n"), "not a JSON object|not a mapping"),
-    "a page": (lambda path: path.write_text("<html>quota exceeded</html>\n"), "not JSON|not a mapping"),
-    "deep": (lambda path: path.write_text("[" * 2_000 + "\n"), "not JSON|not YAML"),
+    "UTF-16": (lambda path: path.write_bytes(path.read_text(encoding="utf-8").encode("utf-16")), "not UTF-8|not JSON"),
+    "a list": (lambda path: path.write_text("[1, 2]\n", encoding="utf-8"), "not a JSON object|not a mapping"),
+    "a number": (lambda path: path.write_text("7\n", encoding="utf-8"), "not a JSON object|not a mapping"),
+    "null": (lambda path: path.write_text("null\n", encoding="utf-8"), "not a JSON object|not a mapping"),
+    "a page": (
+        lambda path: path.write_text("<html>quota exceeded</html>\n", encoding="utf-8"),
+        "not JSON|not a mapping",
+    ),
+    "deep": (lambda path: path.write_text("[" * 2_000 + "\n", encoding="utf-8"), "not JSON|not YAML"),
 }
 EMPTY = dict.fromkeys(FILES, "empty") | {"recipe.yaml": "not a mapping"}
 
@@ -95,26 +98,32 @@ def in_source(**values: object) -> Damage:
 
 
 def lines(edit: Callable[[list[str]], list[str]]) -> Damage:
-    return lambda path: path.write_text("".join(edit(path.read_text(encoding="utf-8").splitlines(True))))
+    return lambda path: path.write_text(
+        "".join(edit(path.read_text(encoding="utf-8").splitlines(True))), encoding="utf-8"
+    )
 
 
 BIG = "9" * 5000  # Python refuses to read such an integer
 # Damages of one file: (name, what is done, what the page says of it).
 SPECIAL: list[tuple[str, Damage, str]] = [
-    ("recipe.yaml", lambda p: p.write_text(p.read_text(encoding="utf-8") + "train: {"), "not YAML"),
-    ("recipe.yaml", lambda p: p.write_text("rollout: 3\ntrain: [1]\nalgorithm: x\nstudent: {model: {a: b}}\n"), ""),
-    ("recipe.yaml", lambda p: p.write_text("train: {steps: " + BIG + "}\n"), "not YAML"),
-    ("recipe.yaml", lambda p: p.write_text("a: &a [x, x]\nb: &b [*a, *a]\nseed: *b\n"), ""),
-    ("recipe.yaml", lambda p: p.write_text("# \n" * 400_000), "at most 1 MiB are read"),
-    ("recipe.yaml", lambda p: p.write_text('"a\\ud800": 1\n'), ""),
+    ("recipe.yaml", lambda p: p.write_text(p.read_text(encoding="utf-8") + "train: {", encoding="utf-8"), "not YAML"),
+    (
+        "recipe.yaml",
+        lambda p: p.write_text("rollout: 3\ntrain: [1]\nalgorithm: x\nstudent: {model: {a: b}}\n", encoding="utf-8"),
+        "",
+    ),
+    ("recipe.yaml", lambda p: p.write_text("train: {steps: " + BIG + "}\n", encoding="utf-8"), "not YAML"),
+    ("recipe.yaml", lambda p: p.write_text("a: &a [x, x]\nb: &b [*a, *a]\nseed: *b\n", encoding="utf-8"), ""),
+    ("recipe.yaml", lambda p: p.write_text("# \n" * 400_000, encoding="utf-8"), "at most 1 MiB are read"),
+    ("recipe.yaml", lambda p: p.write_text('"a\\ud800": 1\n', encoding="utf-8"), ""),
     ("versions.json", change(lambda d: d.update(torch=None, numpy=["1"])), "torch: not a version"),
-    ("versions.json", lambda p: p.write_text('{"mmopd": "\\ud800"}'), ""),
+    ("versions.json", lambda p: p.write_text('{"mmopd": "\\ud800"}', encoding="utf-8"), ""),
     ("stages.json", change(lambda d: d.update(distil="long")), "distil: 'long' is no time"),
     ("stages.json", change(lambda d: d.update(distil=float("nan"))), "distil: nan is no time"),
     ("stages.json", change(lambda d: d.update(distil=-1)), "distil: -1 is no time"),
     ("stages.json", change(lambda d: d.update(distil=1e300)), "distil: 1e+300 is no time"),
     ("stages.json", change(lambda d: d.update(distil=True)), "distil: True is no time"),
-    ("results.json", lambda p: p.write_text(p.read_text(encoding="utf-8")[:900]), "not JSON"),
+    ("results.json", lambda p: p.write_text(p.read_text(encoding="utf-8")[:900], encoding="utf-8"), "not JSON"),
     ("results.json", change(lambda d: d.pop("rows")), "no list of rows"),
     ("results.json", change(lambda d: d.update(rows=[])), "no list of rows"),
     ("results.json", change(lambda d: d.update(rows=[7, None, {}])), "row 0: name None and kind None are no model"),
