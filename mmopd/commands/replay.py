@@ -126,7 +126,7 @@ def table(found: Sequence[Found], text: Callable[[int], str]) -> Table:
 
 
 def _load(folder: Path, recipe: Recipe) -> Any:
-    student = load_student(folder, getattr(torch, recipe.train.dtype)).to(
+    student = load_student(folder, getattr(torch, recipe.train.dtype), finite=False).to(
         "cuda" if torch.cuda.is_available() else "cpu"
     )
     if recipe.train.gradient_checkpointing:

@@ -37,8 +37,13 @@ def attention() -> str:
     return "flash_attention_2" if torch.cuda.is_available() and is_flash_attn_2_available() else "sdpa"
 
 
-def load_student(folder: Path, dtype: torch.dtype) -> Any:
+def load_student(folder: Path, dtype: torch.dtype, *, finite: bool = True) -> Any:
     """Load the student of a HF folder; while an HfDeepSpeedConfig exists, it is sharded as it is created.
+
+    Args:
+        folder: config, tokenizer and weights.
+        dtype: type of the weights in memory.
+        finite: refuse weights that are not finite. A replay loads them, to say which they are.
 
     Raises:
         CheckpointError: the folder cannot be loaded, lacks weights, or has some that are not finite.
@@ -62,7 +67,7 @@ def load_student(folder: Path, dtype: torch.dtype) -> Any:
     if report["missing_keys"] or report["mismatched_keys"]:
         wrong = sorted(map(str, [*report["missing_keys"], *report["mismatched_keys"]]))
         raise CheckpointError(f"{folder}: {len(wrong)} weights are missing or have another shape, such as {wrong[0]}")
-    for name, weight in model.named_parameters():
+    for name, weight in model.named_parameters() if finite else ():
         if not is_finite(getattr(weight, "ds_tensor", weight)):  # with ZeRO-3, the part of this rank
             raise CheckpointError(f"{folder}: the tensor {name!r} {NOT_FINITE}")
     return model
