@@ -244,4 +244,5 @@ def _main(parent: int, argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(_main(int(sys.argv[1]), sys.argv[2:]))
+    # At once: while Python shuts down, its handlers are gone, and a late SIGTERM would replace the status.
+    os._exit(_main(int(sys.argv[1]), sys.argv[2:]))
