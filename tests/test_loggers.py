@@ -3,6 +3,8 @@
 Services whose package is not installed are left out, and pytest says so; docs/training.md says which were run.
 """
 
+import base64
+import io
 import json
 import threading
 import time
@@ -13,6 +15,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 import pytest
+from PIL import Image
 from rich.console import Console
 from run_folders import record_of, row
 from typer.testing import CliRunner
@@ -22,6 +25,7 @@ from mmopd.config import Recipe, Student
 from mmopd.config.recipe import LoggerName
 from mmopd.errors import ConfigError
 from mmopd.evaluate import Results, Row
+from mmopd.report import heatmap
 from mmopd.report.heatmap import as_json
 from mmopd.report.html import write_report
 from mmopd.report.loggers import follow, start, state
@@ -349,3 +353,15 @@ def test_a_picture_is_all_images_of_a_sample_next_to_each_other() -> None:
     assert picture is not None
     assert picture.size == (128, 32)
     assert picture_of(row(images=[])) is None
+
+
+def test_a_picture_is_upright_and_bounded_as_in_the_report(monkeypatch: pytest.MonkeyPatch) -> None:
+    lying, file = Image.new("RGB", (40, 30)), io.BytesIO()
+    lying.getexif()[0x0112] = 6  # to be turned by a quarter
+    lying.save(file, "JPEG", exif=lying.getexif())
+    encoded = base64.b64encode(file.getvalue()).decode()
+    assert (picture := picture_of(row(images=[encoded]))) is not None
+    assert picture.size == (30, 40)
+    monkeypatch.setattr(heatmap, "PIXELS", 1199)
+    with pytest.raises(ValueError, match="40 x 30 pixels"):
+        picture_of(row(images=[encoded]))

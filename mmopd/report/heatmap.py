@@ -10,7 +10,8 @@ import math
 import struct
 import warnings
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import chain
 from typing import Any
@@ -202,11 +203,12 @@ def cells(row: TokenRow) -> Iterable[Mapping[str, Any]]:
         }
 
 
-def picture(encoded: str) -> tuple[str, int, int]:
-    """Return (data URL, width, height) of an image for the page, upright; a large image is made smaller.
+@contextmanager
+def decoded(encoded: str) -> Iterator[tuple[bytes, Image.Image]]:
+    """Give the block the bytes of a recorded image, and its pixels upright; `format` is that of the file.
 
     Raises:
-        ValueError: the image cannot be decoded, or has more than `PIXELS` pixels.
+        ValueError: the image cannot be decoded, has more than `PIXELS` pixels, or fails in the block.
     """
     try:
         data = base64.b64decode(encoded)
@@ -214,17 +216,11 @@ def picture(encoded: str) -> tuple[str, int, int]:
             image: Image.Image = Image.open(io.BytesIO(data))
         if image.width * image.height > PIXELS:
             raise ValueError(f"{image.width} x {image.height} pixels")
-        kind = image.format or ""
-        fits = max(image.size) <= THUMBNAIL and len(data) <= HEAVY
+        kind = image.format
         image.load()
         image = ImageOps.exif_transpose(image)
-        if not fits or kind not in SHOWN_BY_BROWSERS:
-            image = image.convert("RGB")
-            image.thumbnail((THUMBNAIL, THUMBNAIL))
-            file = io.BytesIO()
-            kind = "PNG" if fits else "JPEG"
-            image.save(file, format=kind, quality=85)
-            data = file.getvalue()
+        image.format = kind
+        yield data, image
     except (
         ValueError,
         OSError,
@@ -235,7 +231,29 @@ def picture(encoded: str) -> tuple[str, int, int]:
         Image.DecompressionBombError,
     ) as error:
         raise ValueError(f"cannot be decoded: {error}") from None
-    return f"data:{Image.MIME[kind]};base64,{base64.b64encode(data).decode()}", image.width, image.height
+
+
+def picture(encoded: str) -> tuple[str, int, int]:
+    """Return (data URL, width, height) of an image for the page, upright; a large image is made smaller.
+
+    Raises:
+        ValueError: as for `decoded`.
+    """
+    with decoded(encoded) as (data, image):
+        fits = max(image.size) <= THUMBNAIL and len(data) <= HEAVY
+        kind = image.format or ""
+        if fits and kind in SHOWN_BY_BROWSERS:
+            return _url(kind, data), image.width, image.height
+        small = image.convert("RGB")
+        small.thumbnail((THUMBNAIL, THUMBNAIL))
+        kind = "PNG" if fits else "JPEG"
+        file = io.BytesIO()
+        small.save(file, format=kind, quality=85)
+    return _url(kind, file.getvalue()), small.width, small.height
+
+
+def _url(kind: str, data: bytes) -> str:
+    return f"data:{Image.MIME[kind]};base64,{base64.b64encode(data).decode()}"
 
 
 def _some(files: Files) -> Files:

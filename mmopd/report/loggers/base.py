@@ -1,7 +1,5 @@
 """What a logger does, and what it is given: metrics, samples as a table, the results table."""
 
-import base64
-import io
 import json
 import os
 from abc import ABC, abstractmethod
@@ -14,7 +12,8 @@ import yaml
 from PIL import Image
 
 from mmopd.evaluate.table import Results
-from mmopd.report.heatmap import TokenRow
+from mmopd.report.heatmap import TokenRow, decoded
+from mmopd.runtime.run_folder import RunFolder
 
 PROJECT = "mmopd"  # of runs whose environment names no project
 Cell = str | float | None
@@ -52,9 +51,9 @@ class Logger(ABC):
 
 def config_of(run: Path) -> dict[str, Any]:
     """Return the resolved recipe of a run folder, with the versions."""
-    recipe: dict[str, Any] = yaml.safe_load((run / "recipe.yaml").read_text(encoding="utf-8"))
-    versions = run / "versions.json"
-    return recipe | ({"versions": json.loads(versions.read_text(encoding="utf-8"))} if versions.is_file() else {})
+    folder = RunFolder(run)
+    recipe: dict[str, Any] = yaml.safe_load(folder.recipe_file.read_text(encoding="utf-8"))
+    return recipe | ({"versions": folder.known_versions()} if folder.versions.is_file() else {})
 
 
 def flat(config: Mapping[str, Any], above: str = "") -> dict[str, Any]:
@@ -88,8 +87,11 @@ def sample_cells(row: TokenRow) -> dict[str, Cell]:
 
 
 def picture_of(row: TokenRow) -> Image.Image | None:
-    """Return the images of a sample next to each other, as one; None if it has none."""
-    images = [Image.open(io.BytesIO(base64.b64decode(image))).convert("RGB") for image in row.images]
+    """Return the images of a sample upright and next to each other, as one; None if it has none."""
+    images: list[Image.Image] = []
+    for encoded in row.images:
+        with decoded(encoded) as (_, image):
+            images.append(image.convert("RGB"))
     if not images:
         return None
     *lefts, width = accumulate((image.width for image in images), initial=0)

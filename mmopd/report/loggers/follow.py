@@ -22,6 +22,7 @@ from mmopd.report.loggers.base import Logger
 from mmopd.report.loggers.registry import LOGGERS
 from mmopd.report.metrics import Tail
 from mmopd.runtime import logs
+from mmopd.runtime.run_folder import RunFolder
 
 logger = logging.getLogger("mmopd.report.loggers.follow")
 
@@ -45,8 +46,10 @@ class Follower:
         self._run = run
         self._file = file
         self._logger: Logger | None = None
-        self._metrics = Tail(run / "metrics.jsonl")
-        self._samples = Tail(run / "samples.jsonl")
+        files = RunFolder(run)
+        self._metrics = Tail(files.metrics)
+        self._samples = Tail(files.samples)
+        self._results = files.results
         self._waiting: deque[dict[str, Any]] = deque()
         self._rows: list[TokenRow] = []
         if not kind.keeps:
@@ -61,10 +64,9 @@ class Follower:
             if ending:
                 break
             stop.wait(min(EVERY * 2**failures, RETRY))
-        results = self._run / "results.json"
         if self._logger is not None:
-            if results.is_file():
-                self._try(partial(self._logger.results, self.state.steps, Results.read(results)), "results")
+            if self._results.is_file():
+                self._try(partial(self._logger.results, self.state.steps, Results.read(self._results)), "results")
             self._try(self._logger.close, "close")
 
     def send(self) -> bool:
