@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from odd_rows import member
 from safetensors import safe_open
 from safetensors.numpy import save_file
 from test_bad_prompts import WHOLE
@@ -31,14 +32,6 @@ def fields(images: int = 1, **changes: Any) -> dict[str, Any]:
 
 def coded(images: int = 1, **changes: Any) -> bytes:
     return json.dumps(fields(images, **changes)).encode()
-
-
-def member(name: str, content: bytes = b"", **about: Any) -> tuple[tarfile.TarInfo, bytes]:
-    info = tarfile.TarInfo(name)
-    info.size = len(content)
-    for key, value in about.items():
-        setattr(info, key, value)
-    return info, content
 
 
 def link(name: str, to: str, kind: bytes = tarfile.SYMTYPE) -> tuple[tarfile.TarInfo, bytes]:

@@ -161,7 +161,8 @@ class Scorer:
             return Absent(teacher.name, "view", str(fault), of_prompt=True)
         others = (files for items in shown.prompt.others.values() for files in items)
         images = _digest([*shown.prompt.images, *map(_digest, others)])
-        key = _digest([teacher.name.encode(), images, array("q", shown.ids).tobytes(), array("q", tokens).tobytes()])
+        ids = array("q", shown.ids).tobytes()
+        key = _digest([teacher.name.encode(), images, ids, array("q", tokens).tobytes()])
         result: wire.Scored | Absent
         if known := self._known.get(key) or self._remember(key):
             self.counts["reused"] += 1
@@ -170,8 +171,8 @@ class Scorer:
             result = await asyncio.shield(running)
             self.counts["reused"] += not isinstance(result, Absent)
         else:
-            prompt = _digest([images, array("q", shown.ids).tobytes()])
-            task = self._running[key] = asyncio.create_task(self._ask(teacher.name, shown, tokens, prompt))
+            asked = self._ask(teacher.name, shown, tokens, _digest([images, ids]))
+            task = self._running[key] = asyncio.create_task(asked)
             task.add_done_callback(partial(self._finish, key))
             result = await asyncio.shield(task)  # shielded: a cancelled caller does not cancel it for the others
         return result
