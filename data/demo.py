@@ -33,6 +33,18 @@ BASE = pretrain.Course(rows={"additions": 3000, "digit_sum": 3000}, split="few",
 TEXT_TEACHER = pretrain.Course(rows={"additions": 6000}, split="train", steps=120, lr=1e-3, careless=0.02)
 IMAGE_TEACHER = pretrain.Course(rows={"digit_sum": 6000}, split="train", steps=250, lr=1e-3)
 
+# Stages of `mmopd demo` on two cores with nothing else to do; from these the time left is estimated.
+USUAL_SECONDS = {
+    "prepare": 160,
+    "serve": 18,
+    "preflight": 2,
+    "difficulty": 18,
+    "evaluate base, text_teacher, image_teacher": 16,
+    "distil": 150,
+    "evaluate distilled": 6,
+    "report": 2,
+}
+
 Make = Callable[[Path], None]
 Problems = Callable[[], list[world.Row]]
 
@@ -67,26 +79,41 @@ def make(root: Path, parts: list[tuple[str, object, Make]], stage: Stage) -> Non
     """Make the parts that are missing or out of date."""
     logging.disable_progress_bar()  # of transformers; `stage` shows the progress of the whole
     key = inspect.getsource(world) + inspect.getsource(pretrain)
-    made = 0
+    todo: list[tuple[Path, str, object, Make]] = []
     for name, made_from, how in parts:
         key = hashlib.sha256(repr((key, name, made_from)).encode()).hexdigest()  # covers all earlier parts too
-        made += _make(root / name, key, how)
-    stage.outcome = f"{made} parts made" if made else f"cached in {root.relative_to(root.parents[1])}"
+        if not _is_made(root / name, key):
+            todo.append((root / name, key, made_from, how))
+    stage.total(sum(map(_steps, (made_from for _, _, made_from, _ in todo))))
+    for folder, key, _, how in todo:
+        _make(folder, key, how)
+    stage.outcome = f"{len(todo)} parts made" if todo else f"cached in {root.relative_to(root.parents[1])}"
 
 
-def _make(folder: Path, key: str, make: Make) -> bool:
-    """Make a folder unless it was made from the same inputs; it appears when it is complete. Return True if made."""
-    stamp = folder.with_name(f".{folder.name}.made-from.json")
-    if folder.is_dir() and stamp.is_file() and json.loads(stamp.read_text(encoding="utf-8")) == key:
-        return False
+def _steps(made_from: object) -> int:
+    """Return the number of training steps in what a part is made from: a course, or a tuple that may begin with one."""
+    course = made_from[0] if isinstance(made_from, tuple) and made_from else made_from
+    return course.steps if isinstance(course, pretrain.Course) else 0
+
+
+def _stamp(folder: Path) -> Path:
+    return folder.with_name(f".{folder.name}.made-from.json")
+
+
+def _is_made(folder: Path, key: str) -> bool:
+    stamp = _stamp(folder)
+    return folder.is_dir() and stamp.is_file() and json.loads(stamp.read_text(encoding="utf-8")) == key
+
+
+def _make(folder: Path, key: str, make: Make) -> None:
+    """Make a folder; it appears when it is complete."""
     unfinished = folder.with_name(f".{folder.name}.unfinished")
     for old in (folder, unfinished):
         shutil.rmtree(old, ignore_errors=True)
     unfinished.parent.mkdir(parents=True, exist_ok=True)
     make(unfinished)
     unfinished.rename(folder)
-    stamp.write_text(json.dumps(key), encoding="utf-8")
-    return True
+    _stamp(folder).write_text(json.dumps(key), encoding="utf-8")
 
 
 def learn(course: pretrain.Course, start: Path, stage: Stage, folder: Path) -> None:
@@ -103,7 +130,6 @@ def learn(course: pretrain.Course, start: Path, stage: Stage, folder: Path) -> N
 def train(course: pretrain.Course, start: Path, rows: list[world.Row], stage: Stage, folder: Path) -> None:
     """Train the model of `start` on these rows, and write it to `folder`."""
     name = folder.name.strip(".").removesuffix(".unfinished")
-    stage.total(course.steps)
 
     def show(step: int, loss: float) -> None:
         stage.advance()

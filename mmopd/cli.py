@@ -47,6 +47,9 @@ def main() -> None:
         signal.signal(number, _terminate)
     os.environ.update(python.environment())
     terminal.set_up()
+    # Threads of torch that wait for each other sleep soon. By default they keep a core busy for up to a millisecond,
+    # which on a busy machine is the core that the other thread needs: with 4 other processes on 2 cores, 2 x slower.
+    os.environ.setdefault("GOMP_SPINCOUNT", "3000")
     # Plug-ins of pydantic watch validation; to look for them, it reads the metadata of every installed package.
     os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")
     try:

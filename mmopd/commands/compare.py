@@ -29,8 +29,9 @@ from mmopd.errors import UserError, kind_of
 from mmopd.evaluate.table import Results
 from mmopd.runtime.processes import Children
 from mmopd.runtime.progress import Stage, Stages
-from mmopd.runtime.rank_processes import last_metrics, one_line
+from mmopd.runtime.rank_processes import last_metrics
 from mmopd.runtime.run_folder import RunFolder, alone_in
+from mmopd.runtime.step_lines import one_line
 from mmopd.serving.repeatable import UNREPEATABLE
 from mmopd.teacher.fleet import Standing
 

@@ -9,8 +9,9 @@ from mmopd.commands.merge import merge
 from mmopd.errors import STOPPED, ConfigError, UserError
 from mmopd.runtime.processes import Children
 from mmopd.runtime.progress import Stages
-from mmopd.runtime.rank_processes import Pulses, check_ranks, last_metrics, one_line, start_ranks
+from mmopd.runtime.rank_processes import Pulses, check_ranks, last_metrics, start_ranks
 from mmopd.runtime.run_folder import RunFolder
+from mmopd.runtime.step_lines import Glance, NewSteps, one_line
 from mmopd.runtime.watchdog import asked_to_stop
 from mmopd.serving.servers import Servers
 
@@ -34,10 +35,10 @@ def distil(job: Job, run: RunFolder, children: Children, servers: Servers, stage
         what = ["mmopd.train.rank", str(run.root), *job.changed]
         run.stop.unlink(missing_ok=True)
         running = start_ranks(what, ranks, run.logs, children, launcher=job.launcher, host=job.host)
-        stage.total(job.recipe.train.steps)
+        new, glance = NewSteps(run.metrics), Glance(servers.restarts)
+        stage.total(job.recipe.train.steps, done=_done(run))
         stage.note("starting the ranks")
         until = math.inf
-        done = 0
         alive = True
         pulses = Pulses(running, timeout)
         while alive:
@@ -61,10 +62,12 @@ def distil(job: Job, run: RunFolder, children: Children, servers: Servers, stage
                     f"the ranks have not finished their step within train.timeout = {timeout} s; the last checkpoint "
                     "is unchanged"
                 )
-            if (latest := last_metrics(run.metrics)) is not None:
-                done = int(latest["step"]) + 1
-                stage.total(job.recipe.train.steps, done=done)
-                stage.note(one_line(latest))
+            for step in new.read():
+                stage.total(job.recipe.train.steps, done=int(step["step"]) + 1)
+                stage.log(one_line(step))
+                glance.add(step)
+                stage.show(glance.rows())
+        done = _done(run)
         if asked.is_set() or done < job.recipe.train.steps:
             why = "as requested" if asked.is_set() or job.recipe.train.minutes is None else "by train.minutes"
             how = f"stopped after {done} steps {why}; continue with `mmopd train --resume {run.root}`"
@@ -72,6 +75,12 @@ def distil(job: Job, run: RunFolder, children: Children, servers: Servers, stage
             raise SystemExit(STOPPED)
         again = "".join(f", {name} restarted {times} x" for name, times in servers.restarts.items())
         stage.outcome = f"{job.recipe.train.steps} steps on {ranks} rank{'s' * (ranks > 1)}{again}"
+
+
+def _done(run: RunFolder) -> int:
+    """Return the number of steps that the metrics of a run have."""
+    latest = last_metrics(run.metrics)
+    return 0 if latest is None else int(latest["step"]) + 1
 
 
 def extrapolate(job: Job, run: RunFolder, children: Children, servers: Servers, stages: Stages) -> None:

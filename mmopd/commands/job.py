@@ -5,6 +5,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 
 from mmopd import catalog
 from mmopd.capacity.weights import check_model
@@ -60,12 +61,16 @@ class Job:
         return [self.recipe.student.engine, *served]
 
 
+def preparation(recipe: Recipe) -> ModuleType | None:
+    """Return the module of the recipe's preparation, if it has one."""
+    return None if recipe.prepare is None else catalog.load_module(catalog.find(recipe.prepare))
+
+
 def prepare(recipe: Recipe, stages: Stages) -> None:
     """Run the recipe's preparation, if it has one."""
-    if recipe.prepare is not None:
-        path = catalog.find(recipe.prepare)
+    if (module := preparation(recipe)) is not None:
         with stages.stage("prepare") as stage:
-            catalog.load_module(path).prepare(Path.cwd(), stage)
+            module.prepare(Path.cwd(), stage)
 
 
 def check(recipe: Recipe, endpoints: Sequence[Path] = ()) -> Job:

@@ -9,7 +9,7 @@ import torch
 from rich.console import Console
 
 from mmopd.commands.distil import distil, extrapolate
-from mmopd.commands.job import Job, check, prepare, prove, serving
+from mmopd.commands.job import Job, check, preparation, prepare, prove, serving
 from mmopd.config import Engine, Recipe
 from mmopd.evaluate.calls import warm_up
 from mmopd.evaluate.candidates import Candidate, check_results, evaluate_all, print_results
@@ -29,6 +29,7 @@ from mmopd.runtime.network import HOST
 from mmopd.runtime.processes import Children
 from mmopd.runtime.progress import Stages
 from mmopd.runtime.run_folder import RunFolder, alone_in
+from mmopd.runtime.time_left import usual_seconds
 from mmopd.runtime.time_limit import start_limit
 from mmopd.serving import endpoint, repeatable
 from mmopd.serving.endpoint import Endpoint
@@ -76,6 +77,8 @@ def launch(
         Stages(console, run.timings) as stages,
     ):
         start_limit(run, recipe.train.minutes)
+        # A preparation may say what the stages of its runs usually take, by title.
+        stages.expect(usual_seconds(run, recipe, otherwise=getattr(preparation(recipe), "USUAL_SECONDS", {})))
         prepare(recipe, stages)
         job = dataclasses.replace(check(recipe, endpoints), changed=changed, launcher=launcher, host=host)
         say_left_out(job, console)

@@ -76,7 +76,7 @@ METRICS: Mapping[str, str] = {
     "probe": "largest |log-prob by the engine - log-prob by the trainer| of the probe, after the weight sync; nats",
     "epoch/*": "number of passes of the plan through a source",
     "replaced/*": "rows of a source that could not be used since the start; other rows of the source replaced them",
-    "memory/*": "memory in use, in GiB",
+    "memory/*": "memory in use, in GiB: of rank 0's process, of its machine (host), of its GPU (gpu)",
     "loggers/failed/*": "calls of a logger that failed or took too long, since the start of the run; none: not written",
 }
 

@@ -6,7 +6,7 @@ On a terminal the lines are updated in place; without one, each stage prints a l
 import json
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
@@ -27,6 +27,8 @@ from rich.progress import (
 )
 from rich.text import Text
 
+from mmopd.runtime.time_left import TimeLeft
+
 logger = logging.getLogger(__name__)
 
 LOG_EVERY = 10.0  # seconds between lines of one stage without a terminal
@@ -39,29 +41,58 @@ class Stage:
         self.title = title
         self.outcome = ""
         self._stages = stages
+        self.begin = time.monotonic()
+        self.done = 0
+        self.count = 0
+        self._already = 0  # items that were done before this stage began
+        self._first: tuple[float, int] | None = None  # when the first items were counted here, and how many there were
         self._bar: TaskID = stages.progress.add_task(title, total=None)
-        self._done = 0
-        self._total = 0
         self._logged = time.monotonic()
 
     def total(self, total: int, done: int = 0) -> None:
         """Set the number of items to count."""
-        self._total = total
-        self._done = done
+        if not self.count:
+            self._already = done
+        self.count = total
+        self._counted(done)
         self._stages.progress.update(self._bar, total=total, completed=done)
 
     def advance(self, by: int = 1) -> None:
         """Count more items as done."""
-        self._done += by
-        self._stages.progress.update(self._bar, completed=self._done)
+        self._counted(self.done + by)
+        self._stages.progress.update(self._bar, completed=self.done)
+
+    def _counted(self, done: int) -> None:
+        self.done = done
+        if self._first is None and done > self._already:
+            self._first = time.monotonic(), done
+
+    def left(self) -> float | None:
+        """Return the seconds that the rest of the items need at the pace since the first; None before the second."""
+        if self._first is None or self.done <= self._first[1]:
+            return None
+        since, first = self._first
+        return (time.monotonic() - since) / (self.done - first) * (self.count - self.done)
+
+    def show(self, text: str) -> None:
+        """Show the current activity under the bars of a terminal."""
+        self._stages.say(text)
 
     def note(self, text: str) -> None:
-        """Show the current activity under the bars."""
-        self._stages.say(text)
-        if not self._stages.console.is_terminal and time.monotonic() - self._logged > LOG_EVERY:
-            self._logged = time.monotonic()
-            count = f" {self._done}/{self._total}" if self._total else ""
-            self._stages.console.print(f"  {self.title}{count}: {text}", markup=False, highlight=False)
+        """Show the current activity: under the bars of a terminal, otherwise as a line every 10 s."""
+        self.show(text)
+        if time.monotonic() - self._logged > LOG_EVERY:
+            self.log(text)
+
+    def log(self, text: str) -> None:
+        """Print a line with the count and the time left, unless the output is a terminal, which shows both."""
+        if self._stages.console.is_terminal:
+            return
+        self._logged = time.monotonic()
+        count = f" {self.done}/{self.count}" if self.count else ""
+        left = self._stages.left()
+        line = f"  {self.title}{count}: {text}" + (f"  {left}" if left else "")
+        self._stages.console.print(line, markup=False, highlight=False, soft_wrap=True)
 
     def finish(self, seconds: float, ok: bool) -> None:
         """Replace the bar by a line."""
@@ -85,6 +116,8 @@ class Stages:
     def __init__(self, console: Console, timings: Path | None = None) -> None:
         self.console = console
         self.seconds: dict[str, float] = {}
+        self._running: Stage | None = None
+        self._time_left = TimeLeft({})
         self.progress = Progress(
             SpinnerColumn("line" if console.options.ascii_only else "dots"),
             TextColumn("{task.description}", markup=False),
@@ -96,7 +129,7 @@ class Stages:
         )
         self._timings = timings
         self._note = Text("")
-        self._live = Live(Group(self.progress, self._note), console=console, refresh_per_second=4, transient=True)
+        self._live = Live(console=console, refresh_per_second=4, transient=True, get_renderable=self._shown)
 
     def __enter__(self) -> Self:
         if self.console.is_terminal:
@@ -108,6 +141,25 @@ class Stages:
     ) -> None:
         self._live.stop()
 
+    def expect(self, usual: Mapping[str, float]) -> None:
+        """Take the usual seconds of all stages, in order, from which the time left is estimated."""
+        self._time_left = TimeLeft(usual)
+
+    def left(self) -> str:
+        """Return the time that is left as words; empty if nothing is known of it."""
+        if (stage := self._running) is None:
+            return ""
+        now = stage.left()
+        if now is None:
+            now = self._time_left.of_stage(stage.title, time.monotonic() - stage.begin)
+        if now is None:
+            return ""
+        later = self._time_left.after(stage.title)
+        return f"{duration(now)} left of {stage.title}" if later is None else f"about {duration(now + later)} left"
+
+    def _shown(self) -> Group:
+        return Group(self.progress, self._note, Text(self.left(), style="dim"))
+
     def say(self, text: str) -> None:
         """Set the line under the bars."""
         self._note.plain = text
@@ -118,14 +170,23 @@ class Stages:
         if not self.console.is_terminal:
             self.console.print(f"… {title}", markup=False, highlight=False)
         logger.info("%s: begins", title)
-        stage = Stage(self, title)
-        begin = time.monotonic()
+        self._running = stage = Stage(self, title)
         ok = False
         try:
             yield stage
             ok = True
         finally:
-            self.seconds[title] = round(time.monotonic() - begin, 2)
+            self.seconds[title] = round(time.monotonic() - stage.begin, 2)
+            self._running = None
+            self._time_left.finished(title, self.seconds[title])
             stage.finish(self.seconds[title], ok)
             if self._timings is not None:
                 self._timings.write_text(json.dumps(self.seconds, indent=1), encoding="utf-8")
+
+
+def duration(seconds: float) -> str:
+    """Return a time as words: seconds up to two minutes, then minutes, then hours and minutes."""
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 120 else f"{minutes // 60} h {minutes % 60} min"

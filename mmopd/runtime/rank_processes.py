@@ -6,7 +6,7 @@ import os
 import signal
 import socket
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +17,6 @@ from mmopd.runtime.network import HOST, free_port
 from mmopd.runtime.processes import STOPS, Child, Children
 from mmopd.runtime.watchdog import HUNG, LAST, LATER, LEFT, TOGETHER, WAITED, pulse_of
 
-# Counts of responses in the printed line of a step.
-COUNTS = {
-    "kept": "kept",
-    "masked": "masked",
-    "absent": "failed",
-    "unknown": "unknown",
-}
 DYING = 30.0  # seconds in which a rank that is ending must be gone, on a busy machine too
 NCCL_SAYS = b"Watchdog caught collective operation timeout"
 
@@ -158,14 +151,3 @@ def last_metrics(path: Path) -> dict[str, Any] | None:
         return None
     last: dict[str, Any] | None = json.loads(whole.rpartition(b"\n")[2]) if newline else None
     return last
-
-
-def one_line(metrics: Mapping[str, Any]) -> str:
-    """Return the summary of a step that is printed during a run."""
-    accuracy = "  ".join(
-        f"{key.removeprefix('accuracy/')} {value:.2f}" for key, value in metrics.items() if key.startswith("accuracy/")
-    )
-    counts = "  ".join(f"{what} {metrics[key]:.0f}" for key, what in COUNTS.items() if key in metrics)
-    learnt = f"return {metrics['return']:+.3f}" if "return" in metrics else f"loss {metrics.get('loss', math.nan):.3f}"
-    right = f"right: {accuracy}  " if accuracy else ""
-    return f"{metrics['seconds']:.1f} s/step  {learnt}  {right}{counts}"

@@ -7,6 +7,7 @@ from types import TracebackType
 from typing import Self
 
 import psutil
+import torch
 
 from mmopd.algorithm.settings import Algorithm
 from mmopd.algorithm.step import Targets
@@ -80,7 +81,7 @@ class Recorder:
             metrics |= {name: updates[0][name] for name in ("mismatch", "mismatch_mean")}
             metrics["trained_tokens"] = sum(u["tokens"] for u in updates)
         metrics |= more
-        metrics["memory/rank0"] = psutil.Process().memory_info().rss / 2**30
+        metrics |= memory()
         metrics |= {f"loggers/failed/{name}": float(s.failed) for name, s in states(self._run).items() if s.failed}
         if step in self._shown_at and batch.targets.log_ratio is not None:
             self._show(step, prompts, batch)
@@ -96,6 +97,19 @@ class Recorder:
             prompt = prompts[sample.group].prompt
             needed = visual_advantage(sample)
             self._samples.append(as_json(token_row(step, prompt, sample, texts, advantage, kept=keep, visual=needed)))
+
+
+def memory() -> dict[str, float]:
+    """Return the memory in use in GiB: of this process, of the whole machine, and of this process's GPU [not run]."""
+    host = psutil.virtual_memory()
+    used = {
+        "memory/rank0": float(psutil.Process().memory_info().rss),
+        "memory/host": float(host.total - host.available),
+    }
+    if torch.cuda.is_available():
+        free, total = torch.cuda.mem_get_info()
+        used["memory/gpu"] = float(total - free)
+    return {name: value / 2**30 for name, value in used.items()}
 
 
 def shown(prompts: Sequence[Encoded], samples: Sequence[Sample], threshold: float) -> list[int]:
