@@ -8,7 +8,8 @@ from mmopd import catalog
 from mmopd.capacity.budget import Machines, budget
 from mmopd.capacity.memory import GPUS
 
-RECIPES = ["cross_modal_4b", "multi_teacher_2b", "multi_teacher_4b", "strong_to_weak_text"]
+TEXT_RECIPES = ["single_teacher_text", "multi_teacher_text", "strong_to_weak_text"]
+RECIPES = ["cross_modal_4b", "multi_teacher_2b", "multi_teacher_4b", *TEXT_RECIPES]
 H100 = GPUS["H100-80G"]
 VISION = {
     "hidden_size": 1024,
@@ -44,6 +45,18 @@ PUBLISHED: dict[
         },
         False,
     ),
+}
+SMALL: dict[str, Any] = {  # Qwen3-4B
+    "architectures": ["Qwen3ForCausalLM"],
+    "model_type": "qwen3",
+    "hidden_size": 2560,
+    "num_hidden_layers": 36,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "intermediate_size": 9728,
+    "vocab_size": 151936,
+    "tie_word_embeddings": True,
 }
 STRONG: dict[str, Any] = {
     "architectures": ["Qwen3MoeForCausalLM"],
@@ -93,9 +106,10 @@ def write_models(folder: Path) -> Path:
         write_config(folder / "models" / name, name)
     for domain in ("Code", "Math", "Logic", "Document"):
         write_config(folder / f"models/Qwen3-VL-4B-Instruct-{domain}-RL", "Qwen3-VL-4B-Instruct")
-    strong = folder / "models/Qwen3-30B-A3B-Instruct-2507"
-    strong.mkdir()
-    (strong / "config.json").write_text(json.dumps(STRONG), encoding="utf-8")
+    small = ("Qwen3-4B", "Qwen3-4B-Math-RL", "Qwen3-4B-Code-RL")
+    for name, config in {"Qwen3-30B-A3B-Instruct-2507": STRONG, **dict.fromkeys(small, SMALL)}.items():
+        (folder / "models" / name).mkdir()
+        (folder / "models" / name / "config.json").write_text(json.dumps(config), encoding="utf-8")
     return folder
 
 

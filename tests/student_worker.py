@@ -58,7 +58,12 @@ VISION = {
     "patch_size": 16,
 }
 DEEP = {"num_position_embeddings": 256, "deepstack_visual_indexes": [0]}
-FAMILIES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+# Like those of Qwen3's language models: a content is one text.
+TEXT_TEMPLATE = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.content is string %}{{ m.content }}{% endif %}"
+    "<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+FAMILIES: dict[str, tuple[dict[str, Any], dict[str, Any] | None]] = {
     "qwen3_vl": (TEXT, VISION | DEEP),
     "qwen3_vl_moe": (TEXT | MOE, VISION | DEEP),
     "qwen2_5_vl": (TEXT, VISION | {"patch_size": 14, "window_size": 56, "fullatt_block_indexes": [1]}),
@@ -69,7 +74,10 @@ FAMILIES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         TEXT | GDN | MOE | {"num_experts_per_tok": 4, "shared_expert_intermediate_size": 64},
         VISION | {"num_position_embeddings": 256},
     ),
+    "qwen3": (TEXT, None),
+    "qwen3_moe": (TEXT | MOE, None),
 }
+SEEING = [kind for kind, (_, vision) in FAMILIES.items() if vision is not None]
 
 
 def build(kind: str, folder: Path, dtype: torch.dtype = torch.float32) -> None:
@@ -102,21 +110,23 @@ def build(kind: str, folder: Path, dtype: torch.dtype = torch.float32) -> None:
         "eos_token_id": ids["<|im_end|>"],
         "pad_token_id": ids["<|endoftext|>"],
     }
+    size = {"num_hidden_layers": len(text.get("layer_types", "ab")), **text, **common, **tied}
+    if vision is None:
+        size["rope_parameters"] = {"rope_type": "default", "rope_theta": 10000.0}
+        _save(transformers.AutoModelForCausalLM, AutoConfig.for_model(kind, **size), processor.tokenizer, folder, dtype)
+        (folder / "chat_template.jinja").write_text(TEXT_TEMPLATE, encoding="utf-8")
+        return
     config = AutoConfig.for_model(
         kind,
         image_token_id=ids["<|image_pad|>"],
         video_token_id=ids["<|video_pad|>"],
         vision_start_token_id=ids["<|vision_start|>"],
         vision_end_token_id=ids["<|vision_end|>"],
-        text_config={"num_hidden_layers": len(text.get("layer_types", "ab")), **text, **common, **tied},
+        text_config=size,
         vision_config=vision | {"initializer_range": 0.1},
         **tied,
     )
-    torch.manual_seed(0)
-    model = transformers.AutoModelForImageTextToText.from_config(config).to(dtype)
-    model.generation_config = GenerationConfig(eos_token_id=ids["<|im_end|>"], pad_token_id=ids["<|endoftext|>"])
-    model.save_pretrained(folder)
-    processor.save_pretrained(folder)
+    _save(transformers.AutoModelForImageTextToText, config, processor, folder, dtype)
     if (
         kind == "qwen3_vl_moe"
     ):  # the published layout, which vLLM reads: [experts, in, out]; transformers 5.19 writes [experts, out, in]
@@ -125,6 +135,17 @@ def build(kind: str, folder: Path, dtype: torch.dtype = torch.float32) -> None:
             name: w.transpose(1, 2).contiguous() if ".experts." in name else w for name, w in load_file(file).items()
         }
         save_file(weights, file, metadata={"format": "pt"})
+
+
+def _save(kind: Any, config: Any, processor: Any, folder: Path, dtype: torch.dtype) -> None:
+    """Write a random model with its processor."""
+    torch.manual_seed(0)
+    model = kind.from_config(config).to(dtype)
+    model.generation_config = GenerationConfig(
+        eos_token_id=config.get_text_config().eos_token_id, pad_token_id=config.get_text_config().pad_token_id
+    )
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
 
 
 def main(model_folder: str, out_folder: str, job: str) -> None:
@@ -195,11 +216,9 @@ def resume(model: Path, out: Path, settings: Train, ranks: Ranks) -> dict[str, A
 def watch(trainer: Trainer) -> Counter[str]:
     """Count the backward passes of the first layer of each part."""
     ran, student = Counter[str](), trainer.student.model
-    first = {
-        "vision": student.visual.blocks[0].mlp,
-        "projector": student.visual.merger,
-        "language": student.language_model.layers[0].mlp,
-    }
+    first = {"language": getattr(student, "language_model", student).layers[0].mlp}
+    if hasattr(student, "visual"):
+        first |= {"vision": student.visual.blocks[0].mlp, "projector": student.visual.merger}
     for part, module in first.items():
         module.register_full_backward_hook(lambda *_, part=part: ran.update([part]))
     return ran

@@ -12,7 +12,7 @@ import pytest
 import torch
 from fake_vllm import FakeVLLM
 from safetensors.torch import load_file, save_file
-from student_worker import FAMILIES, build
+from student_worker import FAMILIES, SEEING, build
 
 from mmopd.capacity.weights import check_model
 from mmopd.config import Engine, Fleet, Lora
@@ -31,7 +31,7 @@ from mmopd.train.students import load_student
 
 TEXT_CLASS = "model.layers."
 VL_CLASS = "model.language_model.layers."
-MOE = ("qwen3_vl_moe", "qwen3_5_moe")
+MOE = ("qwen3_vl_moe", "qwen3_5_moe", "qwen3_moe")
 
 
 @pytest.fixture(scope="session")
@@ -82,8 +82,8 @@ def test_what_training_exports_passes_the_check_in_every_family(
     kind: str, students: Mapping[str, Path], tmp_path: Path
 ) -> None:
     adapter = read_adapter(export(students[kind], tmp_path / "a", parts=("vision", "projector", "language")))
-    assert adapter.vision
-    assert len(adapter.layers) > 10
+    assert adapter.vision == (kind in SEEING)
+    assert len(adapter.layers) > 5
     check_adapters({"a.0": adapter}, students[kind], cpu=False)
     if kind in MOE:
         said = refusal(tmp_path / "a", students[kind], cpu=True)
@@ -93,7 +93,7 @@ def test_what_training_exports_passes_the_check_in_every_family(
         check_adapters({"a.0": adapter}, students[kind], cpu=True)
 
 
-@pytest.mark.parametrize("kind", FAMILIES)
+@pytest.mark.parametrize("kind", SEEING)
 def test_names_of_the_text_class_are_taken_where_vllm_takes_them_and_refused_elsewhere(
     kind: str, students: Mapping[str, Path], tmp_path: Path
 ) -> None:

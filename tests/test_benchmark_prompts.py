@@ -17,8 +17,8 @@ def test_every_task_asks_every_family_with_the_reviewed_prompt() -> None:
     assert benchmark_prompts.render_all() == benchmark_prompts.REVIEWED.read_text(encoding="utf-8")
 
 
-def test_every_family_of_students_has_a_name_in_lmms_eval() -> None:
-    assert VARIANTS.keys() == FAMILIES.keys()
+def test_every_family_of_students_that_sees_has_a_name_in_lmms_eval() -> None:
+    assert VARIANTS.keys() == {kind for kind, (_, name) in FAMILIES.items() if not name.endswith("ForCausalLM")}
 
 
 def test_a_task_gets_the_prompts_of_the_family_where_lmms_eval_has_them(tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from published import H100, RECIPES, plan, write_models
+from published import H100, RECIPES, TEXT_RECIPES, plan, write_models
 from rich.console import Console
 from typer.testing import CliRunner
 
@@ -108,7 +108,7 @@ def test_the_largest_sample_of_a_shipped_recipe_fits_its_contexts(name: str, wor
     for teacher in catalog.load_fleet(recipe.fleet).teachers.values():
         assert load.tokens < teacher.engine.max_model_len
     assert load.patches <= recipe.train.micro_patches
-    assert load.images == (name != "strong_to_weak_text")
+    assert load.images == (name not in TEXT_RECIPES)
 
 
 @pytest.mark.parametrize(

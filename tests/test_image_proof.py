@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from student_worker import FAMILIES, build
+from student_worker import SEEING, build
 from torch import Tensor
 
 from mmopd.demo.world import additions, digit_sums
@@ -56,7 +56,7 @@ def computer(student: Any, encoder: Encoder, calls: list[int]) -> Callable[[Sequ
     return logprobs
 
 
-@pytest.mark.parametrize("kind", FAMILIES)
+@pytest.mark.parametrize("kind", SEEING)
 def test_a_student_sees_its_images_and_one_whose_image_path_is_cut_is_refused(
     kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -50,8 +50,9 @@ TRAIN = Train(
 
 def make_items(encoder: Encoder, kinds: str, seed: int) -> list[Item]:
     """Return one item per letter: `t` is a text prompt, `i` an image prompt; a capital letter gives two responses of
-    uneven length.
+    uneven length. A language model gets text prompts in place of image prompts.
     """
+    kinds = kinds if encoder.sees else kinds.translate({ord("i"): "t", ord("I"): "T"})
     random = torch.Generator().manual_seed(seed)
     items = []
     for k, kind in enumerate(kinds):

@@ -14,7 +14,9 @@ Sync = Literal["file", "broadcast", "ipc"]
 class Student(Config):
     """The model that is trained, and the engine that samples from it."""
 
-    model: Path = Field(description="Folder of a Qwen-VL model in Hugging Face format: the student before training")
+    model: Path = Field(
+        description="Folder of a Qwen or Qwen-VL model in Hugging Face format: the student before training"
+    )
     engine: Engine = Engine()
     replicas: Count = Field(
         1,

@@ -27,31 +27,37 @@ class Encoder:
     """Turns prompts into ids and pixels with the student's own processor.
 
     Attributes:
-        tokens: the placeholder of each input of the model.
+        sees: false for a language model, which has no processor of images.
+        tokens: the placeholder of each input of the model; empty for a language model.
         control: the control tokens, which come from the chat template and never from a text of a row.
 
     Args:
-        model: HF folder with processor, tokenizer and chat template.
+        model: HF folder with processor, tokenizer and chat template; a language model has no processor.
     """
 
     def __init__(self, model: Path) -> None:
         self._model = model
-        self.processor: Any = load_processor(model)
-        self.tokenizer: Any = self.processor.tokenizer
+        self.processor: Any = load_processor(model)  # the tokenizer itself, if the folder has no other processor
+        self.sees = hasattr(self.processor, "image_processor")
+        self.tokenizer: Any = self.processor.tokenizer if self.sees else self.processor
         self.control = ControlTokens(self.tokenizer)
-        images = self.processor.image_processor
-        self.pixels = PixelPolicy(
-            images.patch_size, images.merge_size, images.size["shortest_edge"], images.size["longest_edge"]
-        )
         placeholders = {slot: media[0].placeholder for slot, media in slots().items()}
         self.tokens: dict[str, int] = {
-            slot: self.tokenizer.convert_tokens_to_ids(token) for slot, token in placeholders.items()
+            slot: self.tokenizer.convert_tokens_to_ids(token) for slot, token in placeholders.items() if self.sees
         }
-        self.image_token = self.tokens["image"]
+        self.image_token = self.tokens.get("image", 0)
         vocabulary = self.tokenizer.get_vocab()
         control = (*VISION_TOKENS, *placeholders.values())
         self.banned: tuple[int, ...] = tuple(vocabulary[token] for token in control if token in vocabulary)
         self._readers: dict[str, Reader] = {}
+
+    @cached_property
+    def pixels(self) -> PixelPolicy:
+        """The rule by which images become visual tokens; not for a language model."""
+        images = self.processor.image_processor
+        return PixelPolicy(
+            images.patch_size, images.merge_size, images.size["shortest_edge"], images.size["longest_edge"]
+        )
 
     @cached_property
     def head(self) -> int:
@@ -85,7 +91,7 @@ class Encoder:
             ValueError: an item that cannot be opened, more or fewer items than placeholders, or a medium that the
                 processor does not take.
         """
-        messages = _with_slots(prompt.messages)
+        messages = _with_slots(prompt.messages) if self.sees else _as_text(prompt)
         if spelled := self.control.spelled_in(messages):
             messages = self.control.mark(messages)
         try:
@@ -103,6 +109,8 @@ class Encoder:
 
     def _check_placeholders(self, prompt: Prompt, ids: Sequence[int]) -> None:
         """Check that each input of the model has as many placeholders as items, all of one medium."""
+        if not self.sees:
+            return
         for slot, media in slots().items():
             there = [medium for medium in media if prompt.items(medium.name)]
             if len(there) > 1:
@@ -178,6 +186,28 @@ def _with_slots(messages: Sequence[Message]) -> list[Message]:
         if isinstance(content := message.get("content"), list | tuple)
         else message
         for message in messages
+    ]
+
+
+def _as_text(prompt: Prompt) -> list[Message]:
+    """Return the messages as chat templates of language models know them: each content is one text.
+
+    Raises:
+        ValueError: the prompt shows something.
+    """
+    parts = [
+        part.get("type")
+        for message in prompt.messages
+        if not isinstance(message.get("content"), str)
+        for part in message.get("content") or ()
+    ]
+    if shown := [name for name in MEDIA if name in parts or prompt.items(name)]:
+        raise ValueError(f"{prompt.key}: it shows {MEDIA[shown[0]].items}, and the student is a language model")
+    return [
+        {**message, "content": "".join(str(part.get("text", "")) for part in content)}
+        if isinstance(content := message.get("content"), list | tuple)
+        else message
+        for message in prompt.messages
     ]
 
 

@@ -91,7 +91,8 @@ class Stage:
         self._logged = time.monotonic()
         count = f" {self.done}/{self.count}" if self.count else ""
         left = self._stages.left()
-        line = f"  {self.title}{count}: {text}" + (f"  {left}" if left else "")
+        said = "; ".join(text.splitlines())
+        line = f"  {self.title}{count}: {said}" + (f"  {left}" if left else "")
         self._stages.console.print(line, markup=False, highlight=False, soft_wrap=True)
 
     def finish(self, seconds: float, ok: bool) -> None:

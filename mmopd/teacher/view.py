@@ -71,7 +71,7 @@ def encode_view(encoder: "Encoder", encoded: Encoded, view: View) -> Encoded:
             that cannot be redrawn.
     """
     prompt = encoded.prompt
-    budget = _budget(encoder.pixels, view)
+    budget = _budget(encoder.pixels, view) if prompt.is_visual else None
     redraws = prompt.is_visual and (view.images == "blank" or (view.images == "keep" and budget is not None))
     drops = prompt.is_visual and view.images == "drop"
     if not (redraws or drops or view.hint):

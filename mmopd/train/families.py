@@ -11,6 +11,9 @@ FAMILIES = {  # model_type -> name of the family, class in transformers
     "qwen2_5_vl": ("Qwen2.5-VL", "Qwen2_5_VLForConditionalGeneration"),
     "qwen3_5": ("Qwen3.5", "Qwen3_5ForConditionalGeneration"),
     "qwen3_5_moe": ("Qwen3.5-MoE", "Qwen3_5MoeForConditionalGeneration"),
+    # Language models, without a vision tower.
+    "qwen3": ("Qwen3", "Qwen3ForCausalLM"),
+    "qwen3_moe": ("Qwen3-MoE", "Qwen3MoeForCausalLM"),
 }
 PROJECTOR = ("model.visual.merger.", "model.visual.deepstack_merger_list.")
 

@@ -1,4 +1,4 @@
-"""Students: Qwen-VL models whose head returns log-probs of given tokens; logits [T, V] never exist as a whole.
+"""Students: Qwen models whose head returns log-probs of given tokens; logits [T, V] never exist as a whole.
 
 The head is `lm_head` itself with another class, so names, tying and ZeRO-3's gathering do not change. The chunked
 log-softmax is Liger's (private there, hence pinned in the constraints and tested against the plain one).
@@ -72,14 +72,21 @@ class Student:
             logprob_targets: [M] token ids.
             media_index: for each input of the model (`Medium.slot`) the row of `image_grid_thw` of each of its items in
                 `input_ids`; `pixel_values` and `image_grid_thw` hold the items of all media, and one that many
-                responses share is encoded once.
+                responses share is encoded once. None for a language model.
         """
-        if logprob_targets is None or logprob_index is None or media_index is None:
+        if logprob_targets is None or logprob_index is None:
             return super().forward(*args, **kwargs)  # type: ignore[misc]
-        seen = self.model.get_image_features(kwargs.pop("pixel_values"), kwargs.pop("image_grid_thw"), return_dict=True)
-        outputs = {slot: _pick(seen, index) for slot, index in media_index.items() if index}
-        hidden = self.model(*args, mm_encoder_outputs=outputs, use_cache=False, **kwargs).last_hidden_state
+        if media_index is not None:
+            kwargs["mm_encoder_outputs"] = self._see(
+                kwargs.pop("pixel_values"), kwargs.pop("image_grid_thw"), media_index
+            )
+        hidden = self.model(*args, use_cache=False, **kwargs).last_hidden_state
         return self.lm_head(hidden.flatten(0, 1).index_select(0, logprob_index), logprob_targets)
+
+    def _see(self, pixels: Tensor, grids: Tensor, media_index: Mapping[str, Sequence[int]]) -> dict[str, Any]:
+        """Return the vision tower's output for each input of the model."""
+        seen = self.model.get_image_features(pixels, grids, return_dict=True)
+        return {slot: _pick(seen, index) for slot, index in media_index.items() if index}
 
 
 def _pick(seen: Any, index: Sequence[int]) -> Any:

@@ -5,8 +5,8 @@ rank knows the whole assignment without communication. `fill_rows` packs the tre
 `Collator` makes the tensors; only the rank that computes a micro-batch decodes its images.
 
 With flash attention one row holds all trees; torch's attention computes a W x W mask per row, so rows are short there.
-Every micro-batch has at least one image, a blank one if need be: ZeRO-3 needs the vision tower to run equally often on
-every rank. The items of all media go through it in one call.
+With a vision tower every micro-batch has at least one image, a blank one if need be: ZeRO-3 needs the tower to run
+equally often on every rank. The items of all media go through it in one call.
 
 Letters: T tokens of a response, B rows, W width, M response tokens of a micro-batch, I items of media.
 """
@@ -173,13 +173,15 @@ class Collator:
 
     Args:
         encoder: decodes the items of media, and knows their placeholders.
-        rope: the model's `get_rope_index`.
+        rope: the model's `get_rope_index`; None for a language model, whose micro-batches have no images.
         patch_size: values per vision patch (channels x time x rows x columns).
         merge: patches per visual token, per side.
         layout: what the student's attention takes; `alone` for a model whose state would run on into the next sample.
     """
 
-    def __init__(self, encoder: Encoder, rope: Callable[..., Any], patch_size: int, merge: int, layout: Layout) -> None:
+    def __init__(
+        self, encoder: Encoder, rope: Callable[..., Any] | None, patch_size: int, merge: int, layout: Layout
+    ) -> None:
         self.encoder = encoder
         self.rope = rope
         self.patch_size = patch_size
@@ -194,7 +196,7 @@ class Collator:
             Tree.of(items, numbers, self._positions(items[numbers[0]].encoded))
             for numbers in grow(items, chosen, limit)
         ]
-        if not any(items[i].patches for i in chosen):
+        if not trees or (self.rope is not None and not any(items[i].patches for i in chosen)):
             trees.append(Tree.blank(self.encoder.image_token))
         lengths = [len(tree.ids) for tree in trees]
         rows = [[trees[k] for k in row] for row in fill_rows(lengths, self.layout, room)]
@@ -213,7 +215,7 @@ class Collator:
                 if tree.numbers:
                     index.append(r * width + begin + tree.predictors)
                     pictures.add(items[tree.numbers[0]].encoded)
-                else:
+                elif self.rope is not None:
                     pictures.add_blank()
         order = [i for tree in chain.from_iterable(rows) for i in tree.numbers]
         none = [torch.zeros(1)] * 3
@@ -224,13 +226,16 @@ class Collator:
         )
         inputs: dict[str, Any] = {
             "input_ids": ids,
-            "position_ids": positions,
-            "pixel_values": torch.cat(pictures.pixels),
-            "image_grid_thw": torch.cat(pictures.grids),
-            "media_index": pictures.index,
+            "position_ids": positions if self.rope is not None else positions[0],
             "logprob_index": torch.cat(index) if order else torch.zeros(1, dtype=torch.long),
             "logprob_targets": torch.tensor([t for i in order for t in items[i].tokens] or [0]),
         }
+        if self.rope is not None:
+            inputs |= {
+                "pixel_values": torch.cat(pictures.pixels),
+                "image_grid_thw": torch.cat(pictures.grids),
+                "media_index": pictures.index,
+            }
         if self.layout == "masked":
             inputs["attention_mask"] = mask(rows, width)
         elif self.layout == "flash":
@@ -247,7 +252,7 @@ class Collator:
         """Return positions [4, P] of a prompt: text, then mRoPE's time, row and column."""
         ids = torch.tensor(encoded.expanded)
         text = torch.arange(len(ids))
-        if not encoded.prompt.is_visual:
+        if self.rope is None or not encoded.prompt.is_visual:
             return text.expand(4, -1)
         types = torch.zeros_like(ids, dtype=torch.int32)
         for slot, media in slots().items():

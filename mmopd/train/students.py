@@ -1,4 +1,5 @@
-"""Model families that can be students, and their parts: vision tower, projector, language model.
+"""Model families that can be students, and their parts: vision tower, projector, language model. Some have the last
+alone.
 
 A student class has the name of its family's class: transformers looks up weight conversions by that name, and writes it
 into exported configurations. Qwen3.5 mixes attention with gated delta nets, whose state would run on from one sample of
@@ -78,7 +79,7 @@ def layout(student: Any) -> Layout:
 
     One sample per row if layers have a state that runs along the row, or a sliding window.
     """
-    if set(getattr(student.config.text_config, "layer_types", None) or ()) - {"full_attention"}:
+    if set(getattr(student.config.get_text_config(), "layer_types", None) or ()) - {"full_attention"}:
         return "alone"
     return "flash" if student.config._attn_implementation == "flash_attention_2" else "masked"
 

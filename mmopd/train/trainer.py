@@ -89,7 +89,9 @@ class NotFiniteError(Exception):
 
 def collator(student: Any, encoder: Encoder) -> Collator:
     """Return the collator that makes micro-batches for a student."""
-    vision = student.config.vision_config
+    vision = getattr(student.config, "vision_config", None)
+    if vision is None:
+        return Collator(encoder, None, 0, 0, layout(student))
     return Collator(
         encoder,
         student.model.get_rope_index,
@@ -150,7 +152,8 @@ class Trainer:
         )
         self._collate = collator(student, encoder)
         self._cost = Cost(
-            student.config.text_config.hidden_size, _size(student.model.visual) / _size(student.model.language_model)
+            student.config.get_text_config().hidden_size,
+            _size(student.model.visual) / _size(student.model.language_model) if self._collate.rope else 0.0,
         )
 
     @property
