@@ -13,6 +13,7 @@ from rich.text import Text
 
 from mmopd import __version__
 from mmopd.commands import files, machines, terminal
+from mmopd.commands.new import new
 from mmopd.commands.options import (
     EndpointsOption,
     HostOption,
@@ -262,7 +263,7 @@ def compare(
     console.print(f"The tables: {page}", highlight=False, markup=False)
 
 
-for command in (files.merge, files.prepare, files.index, files.report, files.export, files.replay):
+for command in (new, files.merge, files.prepare, files.index, files.report, files.export, files.replay):
     app.command()(command)
 
 
@@ -271,9 +272,9 @@ def show(
     recipe: Annotated[
         Path | None,
         typer.Argument(
-            help="A recipe, or a mixture such as data/demo.yaml.",
+            help="A recipe, a mixture such as data/demo.yaml, or another file of the catalogue.",
             show_default=False,
-            autocompletion=complete("recipes", "data"),
+            autocompletion=complete("recipes", "data", "teachers", "eval"),
         ),
     ] = None,
     overrides: Overrides = None,
@@ -297,6 +298,9 @@ def show(
 ) -> None:
     """Print the resolved RECIPE with every default, and what it would start; or print what is in a mixture.
 
+    A fleet, a suite, a comparison, a task (modalities/NAME.py) and an objective (algorithm/NAME.py) are checked, and
+    printed with every default.
+
     With --explain, print what a setting of any file of the catalogue means, its type, range and default.
     """
     if key is not None:
@@ -309,28 +313,9 @@ def show(
         return
     if recipe is None:
         raise UserError("give a recipe (mmopd show recipes/demo.yaml), a mixture, or --explain KEY")
-    from mmopd import catalog
+    from mmopd.commands.show_file import show_file
 
-    if catalog.is_mixture(catalog.find(recipe)):
-        if overrides:
-            raise UserError(f"{recipe}: this is a mixture, which takes no key=value: change the file")
-        from mmopd.prompts.mixture_view import mixture_tree, to_dict
-
-        mixture = catalog.load_mixture(recipe)
-        if as_json:
-            print_json(to_dict(mixture, prompts))
-        else:
-            console.print(mixture_tree(mixture, str(recipe), prompts))
-    else:
-        if prompts is not None:
-            raise UserError(f"{recipe}: this is no mixture; --prompts is for a mixture, such as data/demo.yaml")
-        from mmopd.commands import show as of_recipe
-
-        resolved = catalog.load_recipe(recipe, overrides=overrides or ())
-        if as_json:
-            print_json(of_recipe.to_dict(resolved))
-        else:
-            of_recipe.show(resolved, console)
+    show_file(recipe, overrides or (), prompts, as_json=as_json)
 
 
 app.command()(machines.plan)

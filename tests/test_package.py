@@ -141,6 +141,8 @@ def test_the_wheel_answers_in_an_empty_folder(wheel: zipfile.ZipFile, tmp_path: 
     assert list(empty.iterdir()) == []
     answer("-m", "mmopd", "init", ".")
     assert {path.name for path in empty.iterdir()} == {*CATALOGUE}
+    answer("-m", "mmopd", "new", "objective", "mine")
+    assert "Mine" in answer("-m", "mmopd", "show", "algorithm/mine.py")
 
 
 def test_the_versions_of_the_project_agree() -> None:

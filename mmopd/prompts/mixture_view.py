@@ -9,7 +9,8 @@ from rich.markup import escape
 from rich.tree import Tree
 
 from mmopd.config import Mixture
-from mmopd.prompts.shards import Shards, Totals, open_mixture
+from mmopd.prompts.remote import is_remote
+from mmopd.prompts.shards import Shards, Totals, check_tasks, open_mixture
 from mmopd.task.load import load_tasks
 
 if TYPE_CHECKING:
@@ -39,6 +40,8 @@ def contents(totals: Totals) -> str:
 def mixture_tree(mixture: Mixture, title: str, prompts: int | None) -> Tree:
     """Build a tree of the sources with their shares and their epochs.
 
+    A source whose folder is not there yet is named as such.
+
     Args:
         prompts: number of prompts drawn; if not given, as many as draw no row of any source twice.
 
@@ -46,7 +49,7 @@ def mixture_tree(mixture: Mixture, title: str, prompts: int | None) -> Tree:
         ConfigError: a task is unknown.
         DataError: a source cannot be opened.
     """
-    opened, shares, prompts = _opened(mixture, prompts)
+    opened, shares, prompts, missing = _opened(mixture, prompts)
     tree = Tree(
         f"[bold]{escape(title)}[/]  {contents(_sum([shards.totals() for shards in opened.values()]))}; "
         f"in {prompts:,} prompts:"
@@ -65,6 +68,9 @@ def mixture_tree(mixture: Mixture, title: str, prompts: int | None) -> Tree:
             branch.add("weight " + ", ".join(f"{weight:g} at step {step}" for step, weight in points))
         for cause, rows in shards.left_out.items():
             branch.add(escape(f"left out: {rows:,} rows {cause}"))
+    for name, folder in missing.items():
+        branch = tree.add(f"[bold]{escape(name)}[/]  {shares[name]:.1%} of the prompts, [yellow]not there yet[/]")
+        branch.add(escape(f"{folder}: no such folder; `mmopd prepare CONVERTER {folder}` writes it"))
     return tree
 
 
@@ -74,7 +80,7 @@ def to_dict(mixture: Mixture, prompts: int | None) -> dict[str, Any]:
     Raises:
         ConfigError, DataError: as for `mixture_tree`.
     """
-    opened, shares, prompts = _opened(mixture, prompts)
+    opened, shares, prompts, missing = _opened(mixture, prompts)
     sources = {
         name: {
             "shards": str(mixture.sources[name].shards),
@@ -91,17 +97,34 @@ def to_dict(mixture: Mixture, prompts: int | None) -> dict[str, Any]:
         }
         for name, shards in opened.items()
     }
-    return {"prompts": prompts, **_totals(_sum([shards.totals() for shards in opened.values()])), "sources": sources}
+    totals = _totals(_sum([shards.totals() for shards in opened.values()]))
+    return {"prompts": prompts, **totals, "sources": sources, "missing": missing}
 
 
-def _opened(mixture: Mixture, prompts: int | None) -> tuple[Mapping[str, Shards], Mapping[str, float], int]:
-    """Open the sources; return them with their shares of the prompts, and the number of prompts drawn."""
-    opened = open_mixture(mixture, load_tasks(), Path.cwd())
+def _opened(
+    mixture: Mixture, prompts: int | None
+) -> tuple[Mapping[str, Shards], Mapping[str, float], int, Mapping[str, str]]:
+    """Open the sources that are there.
+
+    Returns:
+        The sources; the shares of all sources; the number of prompts drawn; the folder of each source that is missing.
+    """
+    tasks = load_tasks()
+    check_tasks(mixture, tasks)
+    missing = {
+        name: str(source.shards)
+        for name, source in mixture.sources.items()
+        if not is_remote(source.shards) and not Path(source.shards).exists()
+    }
+    there = {name: source for name, source in mixture.sources.items() if name not in missing}
+    opened = open_mixture(mixture.model_copy(update={"sources": there}), tasks, Path.cwd())
     total = sum(source.weight for source in mixture.sources.values())
     shares = {name: source.weight / total for name, source in mixture.sources.items()}
     if prompts is None:
-        prompts = int(min(len(opened[name]) / share for name, share in shares.items() if share))
-    return opened, shares, prompts
+        prompts = int(
+            min((len(opened[name]) / share for name, share in shares.items() if share and name in opened), default=0)
+        )
+    return opened, shares, prompts, missing
 
 
 def _totals(totals: Totals) -> dict[str, int | None]:

@@ -218,14 +218,10 @@ def open_mixture(mixture: Mixture, tasks: Iterable[str], root: Path, processor: 
         ConfigError: the mixture names an unknown task, or a task that its rows do not have.
         DataError: shards cannot be opened.
     """
-    tasks = set(tasks)
+    check_tasks(mixture, tasks)
     cache = Cache(root / ".mmopd" / "shards", int(mixture.cache_gib * 2**30))
     opened = {}
     for name, source in mixture.sources.items():
-        if source.task not in tasks:
-            raise ConfigError(
-                f"sources.{name}.task: no task {source.task!r} in modalities/{suggest(source.task, tasks)}"
-            )
         shards = (
             open_remote(str(source.shards), cache, name)
             if is_remote(source.shards)
@@ -244,6 +240,20 @@ def open_mixture(mixture: Mixture, tasks: Iterable[str], root: Path, processor: 
             shards = shards.filtered(source.max_prompt_tokens)
         opened[name] = shards
     return opened
+
+
+def check_tasks(mixture: Mixture, tasks: Iterable[str]) -> None:
+    """Check that every source has one of the known tasks.
+
+    Raises:
+        ConfigError: names the first that has not.
+    """
+    tasks = set(tasks)
+    for name, source in mixture.sources.items():
+        if source.task not in tasks:
+            raise ConfigError(
+                f"sources.{name}.task: no task {source.task!r} in modalities/{suggest(source.task, tasks)}"
+            )
 
 
 def open_remote(url: str, cache: Cache, name: str | None = None) -> Shards:
