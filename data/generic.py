@@ -39,9 +39,9 @@ def examples(settings: Settings) -> Iterable[Any]:
 
 
 def convert(example: dict[str, Any], settings: Settings, task: Task) -> Prompt | None:
+    value = columns.column(example, settings.answer)
     if settings.images and settings.images in example and example[settings.images] in (None, "", []):
         return None  # a row without images in a table of both kinds
-    value = columns.column(example, settings.answer)
     if isinstance(value, list):
         answer = columns.answers(example, settings.answer)
     elif isinstance(value, dict):

@@ -46,7 +46,7 @@ LINES = (
     b'{"id": \n',
     b"{}\n",
 )
-LINE_CAUSES = {"JSONDecodeError", "TypeError", "UnicodeDecodeError", "RecursionError", "AttributeError", "no answer"}
+LINE_CAUSES = {"not JSON", "not UTF-8", "no object", "no answer"}
 
 
 @dataclass

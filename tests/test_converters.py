@@ -307,12 +307,12 @@ def test_what_cannot_be_read_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     Path("holes.parquet").write_bytes(whole[:100] + b"\0" * 3000 + whole[3100:])
     with pytest.raises(UserError, match=r"holes\.parquet: cannot be read to its end"):
         run("deepmath", "data=holes.parquet")
-    Path("a.tsv").touch()
-    with pytest.raises(UserError, match=r"a\.tsv: cannot be read; known files are \.parquet, \.jsonl, \.json, \.csv"):
-        run("deepmath", "data=a.tsv")
+    Path("a.xml").touch()
+    with pytest.raises(UserError, match=r"data: a\.xml: cannot be read; known files are \.parquet, \.jsonl, \.json, \.csv"):
+        run("deepmath", "data=a.xml")
     Path("empty").mkdir()
     with pytest.raises(UserError, match="empty: it has neither"):
         run("deepmath", "data=empty")
     table(Path("rl/mmk12_train.parquet"), deepmath(1))
-    with pytest.raises(UserError, match="rl: no file has a name that begins with 'tqa'"):
+    with pytest.raises(UserError, match="subset: no file of rl has a name that begins with 'tqa'"):
         run("openmmreasoner", "data=rl", "subset=tqa")

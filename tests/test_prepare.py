@@ -200,4 +200,4 @@ def test_the_command_prints_totals(here: Path) -> None:
     assert "out: 1 rows, tokens not counted, 0 images" in flat
     assert "of 3 examples: 1 rows, 0 not wanted, 2 bad and left out" in flat
     assert "1 x no answer example 1: the column 'answer' is missing or empty; there is question" in flat
-    assert "1 x JSONDecodeError example 2:" in flat
+    assert "1 x not JSON example 2:" in flat

@@ -5,6 +5,7 @@ member. Hard and symbolic links to earlier members are followed. Notes that macO
 """
 
 import collections
+import io
 import os
 import posixpath
 import re
@@ -32,6 +33,23 @@ MAX_MEMBER = 1 << 28  # bytes; an image of a converter has at most a quarter
 Row = tuple[str, list[Member], list[bytes], dict[str, list[int]]]
 
 
+class Bounded(io.BufferedReader):
+    """A tar of which at most the size of a member is read at a time: a header of notes may name any size."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(io.FileIO(path))
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        """Return some bytes.
+
+        Raises:
+            ReadError: it is asked for too many, or for all.
+        """
+        if size is None or not 0 <= size <= MAX_MEMBER:
+            raise tarfile.ReadError(f"a header with {size} bytes")
+        return super().read(size)
+
+
 def read_rows(tar: Path) -> Iterator[Row]:
     """Yield (key, members, contents, medium -> files of each item) of each row.
 
@@ -45,7 +63,7 @@ def read_rows(tar: Path) -> Iterator[Row]:
     check_regular(tar)
     seen: set[str] = set()
     try:
-        with tar.open("rb") as file, tarfile.open(tar, "r:", encoding="utf-8") as archive:
+        with Bounded(tar) as file, tarfile.open(fileobj=file, mode="r:", encoding="utf-8") as archive:
             key = ""
             row = list[tuple[str, Member]]()
             for member in _members(tar, archive):
@@ -65,7 +83,7 @@ def read_rows(tar: Path) -> Iterator[Row]:
                 row.append((extension.lower(), member))
             if row:
                 yield _read(tar, file.fileno(), key, row)
-            _check_end(tar, archive.offset)
+            check_end(tar, archive.offset)
     except (tarfile.TarError, OSError, EOFError) as error:
         raise DataError(f"{tar}: not a tar, or a truncated one ({error})") from None
 
@@ -98,7 +116,7 @@ def _members(tar: Path, archive: tarfile.TarFile) -> Iterator[Member]:
                     "write the tar with --dereference --hard-dereference"
                 )
             found[name] = found[target]._replace(name=info.name)
-        elif info.isreg() and info.size > MAX_MEMBER:
+        elif info.isreg() and not 0 <= info.size <= MAX_MEMBER:
             raise DataError(
                 f"{tar}: the member {info.name!r} has {info.size:,} bytes; at most {MAX_MEMBER:,}: remove it"
             )
@@ -109,7 +127,7 @@ def _members(tar: Path, archive: tarfile.TarFile) -> Iterator[Member]:
         yield found[name]
 
 
-def _check_end(tar: Path, offset: int) -> None:
+def check_end(tar: Path, offset: int) -> None:
     """Check that a tar ends in zeros: tarfile takes a broken header for the end too."""
     with tar.open("rb") as file:
         file.seek(offset)

@@ -1,23 +1,23 @@
 """The part of `mmopd prepare` that runs in many processes: converts examples to rows, in order."""
 
-import json
 import os
 import signal
 from collections import deque
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from itertools import chain, islice
+from itertools import chain
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
 
 from mmopd import catalog, settings_file
 from mmopd.errors import ConfigError, UserError
-from mmopd.prompts.convert import SourceSettings
+from mmopd.prompts.reading import SourceSettings, parse_line
 from mmopd.prompts.rows import RowError, pack
+from mmopd.prompts.tables import Bad
 from mmopd.prompts.tokens import TokenCounter
 from mmopd.records import Prompt
 from mmopd.runtime.python import fork_server
@@ -27,6 +27,7 @@ from mmopd.task.keys import fault
 from mmopd.task.load import load_tasks
 
 CHUNK = 16  # examples that a worker gets at a time
+CHUNK_BYTES = 1 << 26  # of them, after which a chunk is closed
 AHEAD = 3  # chunks for each worker that are in progress or waiting to be written
 
 
@@ -81,7 +82,7 @@ def tools_of(job: Job) -> Tools:
 
 def convert_all(job: Job, examples: Iterator[tuple[int, Any]], workers: int) -> Generator[Packed | Left | None]:
     """Convert the examples and yield in order: the row, a bad example, or None for one that is not wanted."""
-    chunks = iter(lambda: list(islice(examples, CHUNK)), [])
+    chunks = _chunks(examples)
     if workers == 1:
         yield from chain.from_iterable(_convert(job, chunk) for chunk in chunks)
         return
@@ -106,6 +107,28 @@ def convert_all(job: Job, examples: Iterator[tuple[int, Any]], workers: int) -> 
         pool.shutdown(cancel_futures=True)
 
 
+def _chunks(examples: Iterator[tuple[int, Any]]) -> Iterator[list[tuple[int, Any]]]:
+    chunk = list[tuple[int, Any]]()
+    size = 0
+    for numbered in examples:
+        chunk.append(numbered)
+        size += _bytes(numbered[1])
+        if len(chunk) == CHUNK or size >= CHUNK_BYTES:
+            yield chunk
+            chunk, size = [], 0
+    if chunk:
+        yield chunk
+
+
+def _bytes(value: Any) -> int:
+    """Return the size of the texts and files in an example."""
+    if isinstance(value, bytes | str):
+        return len(value)
+    if isinstance(value, Mapping):
+        return sum(map(_bytes, value.values()))
+    return sum(map(_bytes, value)) if isinstance(value, list | tuple) else 0
+
+
 def _begin() -> None:
     """Prepare a worker process, before its first task."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is handled by the process that writes
@@ -119,7 +142,9 @@ def _convert(job: Job, chunk: Sequence[tuple[int, Any]]) -> list[Packed | Left |
 
 def _convert_one(tools: Tools, number: int, example: Any) -> Packed | Left | None:
     try:
-        parsed = json.loads(example) if isinstance(example, bytes) else example
+        parsed = parse_line(example) if isinstance(example, bytes) else example
+        if isinstance(parsed, Bad):
+            return Left(*parsed)
         prompt: Prompt | None = tools.module.convert(parsed, tools.settings, tools.task)
         if prompt is None:
             return None
