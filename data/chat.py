@@ -3,14 +3,15 @@ r"""Chats of LLaVA's form or of OpenAI's, in a JSON, JSONL or Parquet file: the 
     mmopd prepare data/chat.py shards/mine --set data=llava.json --set root=images/ --set task=TASK
     mmopd prepare data/chat.py shards/mine --set data=chats.jsonl --set task=TASK
 
-The turns are in the column `conversations` or `messages`: objects with `from` and `value` (human, gpt), or with `role` and
-`content` (user, assistant). A content is a text or a list of parts: `{"type": "text", "text": ...}`, `{"type":
-"image_url", "image_url": {"url": ...}}` or `{"type": "image", "image": ...}`, also as `input_text` and `input_image`. An
-image is a data URL, a path or bytes; a URL of the network is never fetched, and its row is left out.
+The turns are in the column `conversations` or `messages`: objects with `from` and `value` (human, gpt), or with `role`
+and `content` (user, assistant). A content is a text or a list of parts: `{"type": "text", "text": ...}`, `{"type":
+"image_url", "image_url": {"url": ...}}` or `{"type": "image", "image": ...}`, also as `input_text` and `input_image`.
+An image is a data URL, a path or bytes; a URL of the network is never fetched, and its row is left out.
 
 `<image>` in a text, and a part without an image of its own, stand for the next image of the column `image` or `images`;
-if nothing stands for them, they come before the first question. The whole chat is asked: the last question in the form of
-the task, earlier turns as they are. A row with images for a task on text, or without them for one on images, is not wanted.
+if nothing stands for them, they come before the first question. The whole chat is asked: the last question in the form
+of the task, earlier turns as they are. A row with images for a task on text, or without them for one on images, is not
+wanted.
 """
 
 from collections.abc import Iterable, Iterator, Mapping

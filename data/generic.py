@@ -1,15 +1,17 @@
-r"""Any JSONL, JSON or Parquet file, a folder of them, a data set of the hub, or a folder of images.
+r"""Any table, a folder of tables or of images, a tar of another tool, or a data set of the hub (docs/your-data.md).
 
-    mmopd prepare data/generic.py shards/mine --set data=mine.jsonl --set task=text_math
-    mmopd prepare data/generic.py shards/mine --set data=photos/metadata.jsonl --set task=image_math \
-        --set images=file_name
+    mmopd prepare data/generic.py shards/mine --set data=mine.csv --set task=text_math
+    mmopd prepare data/generic.py shards/mine --set data=photos/ --set task=image_math --set images=file_name
     mmopd prepare data/generic.py shards/birds --set data=birds/ --set task=birds --set images=file_name \
         --set answer=label --set "ask=Which bird?"
+    mmopd prepare data/generic.py shards/digits --set data=digits.tar --set task=digits --set images=image \
+        --set answer=cls --set "ask=Which digit?"
 
 The settings name the columns; `a.b` is `b` inside of `a`. A folder without tables but with images has the columns
-`file_name`, `name` (of the file) and `label` (the folder that it is in). Images stand where `<image>` occurs in a
-question, or else before it; a row whose image column is empty is not wanted. An answer that is a list, of texts or of
-numbers, becomes the JSON of several right answers; an object becomes its JSON. A folder with `metadata.csv` is a table.
+`file_name`, `name` (of the file) and `label` (the folder that it is in). A tar has the columns `key`, `image` (all
+images of a key), and each member by its extension, such as `txt`, `cls` and `json`. Images stand where `<image>`
+occurs in a question, or else before it; a row whose image column is empty is not wanted. An answer that is a list, of
+texts or of numbers, becomes the JSON of several right answers; an object becomes its JSON.
 """
 
 import json

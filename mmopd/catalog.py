@@ -34,14 +34,14 @@ KINDS = ("modalities", "teachers", "data", "eval", "recipes")
 C = TypeVar("C", bound=File)
 
 
-def load_fleet(name: str | Path, workspace: Path | None = None) -> Fleet:
-    """Load a fleet from a file of teachers/."""
-    return _load(Fleet, name, workspace)
+def load_fleet(name: str | Path, workspace: Path | None = None, key: str = "") -> Fleet:
+    """Load a fleet from a file of teachers/; `key` is the setting that names it, for the message if it is missing."""
+    return _load(Fleet, name, workspace, key=key)
 
 
-def load_mixture(name: str | Path, workspace: Path | None = None) -> Mixture:
-    """Load a mixture from a file of data/."""
-    return _load(Mixture, name, workspace)
+def load_mixture(name: str | Path, workspace: Path | None = None, key: str = "") -> Mixture:
+    """Load a mixture from a file of data/; `key` is the setting that names it, for the message if it is missing."""
+    return _load(Mixture, name, workspace, key=key)
 
 
 def is_mixture(path: Path) -> bool:
@@ -63,9 +63,11 @@ def load_comparison(name: str | Path, workspace: Path | None = None) -> Comparis
     return _load(Comparison, name, workspace)
 
 
-def load_recipe(name: str | Path, workspace: Path | None = None, overrides: Iterable[str] = ()) -> Recipe:
-    """Load a recipe from a file of recipes/, with `key.path=value` overrides."""
-    return _load(Recipe, name, workspace, overrides)
+def load_recipe(
+    name: str | Path, workspace: Path | None = None, overrides: Iterable[str] = (), *, key: str = ""
+) -> Recipe:
+    """Load a recipe from a file of recipes/, with `key.path=value` overrides; `key` as for `load_fleet`."""
+    return _load(Recipe, name, workspace, overrides, key=key)
 
 
 def init(folder: Path) -> list[Path]:
@@ -88,5 +90,5 @@ def init(folder: Path) -> list[Path]:
     return written
 
 
-def _load(cls: type[C], name: str | Path, workspace: Path | None, overrides: Iterable[str] = ()) -> C:
-    return settings_file.read(cls, find(name, workspace), overrides)
+def _load(cls: type[C], name: str | Path, workspace: Path | None, overrides: Iterable[str] = (), *, key: str = "") -> C:
+    return settings_file.read(cls, find(name, workspace, key), overrides)

@@ -17,8 +17,13 @@ def shipped() -> Path:
     return installed if installed.is_dir() else package.parent
 
 
-def find(name: str | Path, workspace: Path | None = None) -> Path:
+def find(name: str | Path, workspace: Path | None = None, key: str = "") -> Path:
     """Return the file for `KIND/NAME`, or for any other path that exists.
+
+    Args:
+        name: the name.
+        workspace: the workspace, if not the current folder.
+        key: the setting that has this name, for the message.
 
     Raises:
         ConfigError: there is no such file; the message suggests a known name.
@@ -27,12 +32,13 @@ def find(name: str | Path, workspace: Path | None = None) -> Path:
     for root in roots:
         if is_file(path := root / name):  # an absolute name replaces the root
             return path
+    where = f"{key}: " if key else ""
     if is_folder(folder := roots[0] / name):
         inside = f": `{name}/recipe.yaml` is the recipe of this run" if (folder / "recipe.yaml").is_file() else ""
-        raise ConfigError(f"{name}: this is a folder; give a file{inside}")
+        raise ConfigError(f"{where}{name}: this is a folder; give a file{inside}")
     known = names(Path(name).parent, Path(name).suffix, workspace)
     shown = shortened(str(name))
-    raise ConfigError(f"{shown}: no such file in {roots[0]}, nor is it shipped{suggest(shown, known)}")
+    raise ConfigError(f"{where}{shown}: no such file in {roots[0]}, nor is it shipped{suggest(shown, known)}")
 
 
 def is_file(path: Path) -> bool:

@@ -308,7 +308,7 @@ def test_what_cannot_be_read_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UserError, match=r"holes\.parquet: cannot be read to its end"):
         run("deepmath", "data=holes.parquet")
     Path("a.xml").touch()
-    with pytest.raises(UserError, match=r"data: a\.xml: cannot be read; known files are \.parquet, \.jsonl, \.json, \.csv"):
+    with pytest.raises(UserError, match=r"data: a\.xml: cannot be read; known files are \.parquet, \.jsonl,"):
         run("deepmath", "data=a.xml")
     Path("empty").mkdir()
     with pytest.raises(UserError, match="empty: it has neither"):

@@ -66,7 +66,12 @@ def test_images_with_classes_texts_and_json() -> None:
 
 
 def test_several_images_and_members_with_longer_extensions() -> None:
-    rows = [member("1.left.png", PNG), member("1.right.jpg", JPEG), member("1.cls", b"7"), member("1.npy", b"\x93NUMPY")]
+    rows = [
+        member("1.left.png", PNG),
+        member("1.right.jpg", JPEG),
+        member("1.cls", b"7"),
+        member("1.npy", b"\x93NUMPY"),
+    ]
     write([member("notes", type=tarfile.DIRTYPE), *rows, member("._1.png", b"Mac OS X")])
     (only,) = made(*LABELLED)[0]
     assert only.images == (PNG, JPEG)
@@ -126,7 +131,7 @@ def test_a_tar_that_was_cut_is_refused_by_name(keep: float) -> None:
     content = path.read_bytes().rstrip(b"\0")
     for length in (int(len(content) * keep), int(len(content) * keep) // 512 * 512):
         path.write_bytes(content[:length])
-        with pytest.raises(DataError, match=r"tars/0\.tar: not a tar, a compressed one \(gunzip it\), or a truncated one"):
+        with pytest.raises(DataError, match=r"tars/0\.tar: not a tar, a compressed one"):
             made(*ASKED)
 
 

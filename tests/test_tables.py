@@ -87,7 +87,9 @@ def test_damaged_rows_of_a_csv_are_counted_by_cause_and_the_others_are_kept() ->
         "broken quotes": 3,
         "key judges nothing": 1,
     }
-    assert "line 3: 3 columns, and the first line names 2; quote texts that have ','" in count.shown["too many columns"][0]
+    assert (
+        "line 3: 3 columns, and the first line names 2; quote texts that have ','" in count.shown["too many columns"][0]
+    )
     assert "line 5: save the file as UTF-8" in count.shown["not UTF-8"][0]
     assert "lines 10 to 11: ',' expected after '\"'" in count.shown["broken quotes"][1]
 
@@ -115,8 +117,8 @@ def test_a_row_without_an_end_is_not_read_into_memory(monkeypatch: pytest.Monkey
     )
     shards, count = made("a.jsonl")
     assert (asked(shards), count.left_out) == ([("1+1=", "2")], {"row too long": 1})
+    Path("a.json").write_text('[{"question": "1+1=", "answer": "' + "2" * 3_000_000, encoding="utf-8")
     with pytest.raises(DataError, match=r"a\.json: not valid JSON"):
-        Path("a.json").write_text('[{"question": "1+1=", "answer": "' + "2" * 3_000_000, encoding="utf-8")
         list(read(SourceSettings(data="a.json", task="additions")))
 
 
@@ -209,9 +211,23 @@ def test_large_rows_of_parquet_are_read_a_few_at_a_time(monkeypatch: pytest.Monk
 
 def test_damaged_rows_of_parquet_are_counted_by_cause() -> None:
     rows = [*({**row, "answer": str(row["answer"])} for row in SUMS), {"question": None, "answer": "1"}]
-    rows += [{"question": "1+1=", "answer": None}, {"question": "1+1=", "answer": "two"}, {"question": "", "answer": "2"}]
+    rows += [
+        {"question": "1+1=", "answer": None},
+        {"question": "1+1=", "answer": "two"},
+        {"question": "", "answer": "2"},
+    ]
     rows += [{"question": "x" * 1_000_001, "answer": "1"}]
-    pq.write_table(pa.Table.from_pylist(rows), "a.parquet")
-    shards, count = made("a.parquet")
+    table = pa.Table.from_pylist(rows)
+    odd = pa.table({"question": pa.array([b"\xff+1=", b"1+1="]).view(pa.string()), "answer": ["1", "2"]})
+    dates = pa.array([0] * len(table) + [0, 1 << 62], pa.timestamp("ms"))
+    pq.write_table(pa.concat_tables([table, odd]).append_column("date", dates), "a.parquet")
+    shards, count = made("a.parquet", "extra=[date]")
     assert len(shards) == 5
-    assert count.left_out == {"no question": 2, "no answer": 1, "key judges nothing": 1, "text too long": 1}
+    assert count.left_out == {
+        "no question": 2,
+        "no answer": 1,
+        "key judges nothing": 1,
+        "text too long": 1,
+        "not UTF-8": 1,
+        "bad value": 1,
+    }

@@ -82,7 +82,7 @@ def budget(recipe: Recipe, machines: Machines, *, response: int | None = None, e
     if not objective.trains:
         raise ConfigError(f"algorithm.objective: {objective.kind} merges weights on the CPU; there is nothing to plan")
     whole = load_teachers(recipe.fleet, objective)
-    mixture = catalog.load_mixture(recipe.mixture)
+    mixture = catalog.load_mixture(recipe.mixture, key="mixture")
     tasks = load_tasks()
     before = references(whole, objective)
     teachers = {**routed(whole).teachers, **(before.teachers if before else {})}

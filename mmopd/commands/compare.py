@@ -130,7 +130,7 @@ def resolve(comparison: Comparison, run: Run) -> Recipe:
     """
     overrides = [f"{key}={json.dumps(value)}" for key, value in run.settings.items()]  # JSON is YAML
     try:
-        return catalog.load_recipe(comparison.recipe, overrides=overrides)
+        return catalog.load_recipe(comparison.recipe, overrides=overrides, key="recipe")
     except UserError as error:
         raise kind_of(error.exit_status)(f"variant {run.variant!r} of the comparison: {error}") from None
 

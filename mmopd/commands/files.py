@@ -56,20 +56,32 @@ def prepare(
     max_bad: Annotated[
         float, typer.Option(min=0, max=1, help="Largest share of bad examples, which are left out and counted.")
     ] = 0.01,
+    preview: Annotated[
+        bool, typer.Option("--preview", help="Write only a page of the first three rows, OUT.preview.html.")
+    ] = False,
 ) -> None:
     """Write public or own data as shards with a converter; a stopped call continues where it was.
 
-    The docstring of a converter says what it reads and which settings it has.
+    The first three rows are shown as they will be asked. The docstring of a converter says what it reads and which
+    settings it has.
     """
     import os
 
     from mmopd import catalog
-    from mmopd.prompts.mixture_view import prepared
+    from mmopd.prompts.prepare import first_rows
     from mmopd.prompts.prepare import prepare as write
+    from mmopd.prompts.row_view import asked, prepared
+    from mmopd.prompts.writer import check_free
     from mmopd.runtime.progress import Stages
 
     cores = workers or len(os.sched_getaffinity(0))
+    _check_processor(processor)
     try:
+        if preview:
+            _preview(catalog.find(converter), settings or [], out, processor)
+            return
+        check_free(out)
+        console.print(asked(first_rows(catalog.find(converter), settings or (), processor=processor)[0]))
         with Stages(console) as stages, stages.stage(f"prepare {out}") as stage:
             shards, count = write(
                 catalog.find(converter),
@@ -85,6 +97,25 @@ def prepare(
         console.print("interrupted; the same command continues after the last finished shard")
         raise typer.Exit(130) from None
     console.print(prepared(shards, count))
+
+
+def _check_processor(folder: Path | None) -> None:
+    if folder is not None and not folder.is_dir():
+        raise UserError(f"--processor {folder}: no such folder; it needs the tokenizer of the student")
+
+
+def _preview(converter: Path, settings: list[str], out: Path, processor: Path | None) -> None:
+    """Show the first rows of a source, and write them as a page."""
+    from mmopd.prompts.prepare import check, first_rows
+    from mmopd.prompts.row_view import asked, left_out, outcome
+    from mmopd.report.preview import write_preview
+
+    rows, count = first_rows(converter, settings, processor=processor)
+    check(count, 1.0, out)
+    page = out.with_name(f"{out.name}.preview.html")
+    write_preview(page, " ".join([converter.name, *settings]), rows, count)
+    console.print(asked(rows), *left_out(count), sep="\n")
+    console.print(f"{outcome(count)}; only {page} is written", markup=False, highlight=False, soft_wrap=True)
 
 
 def index(
@@ -103,9 +134,12 @@ def index(
     from mmopd.prompts import TokenCounter, index_tar
     from mmopd.runtime.progress import Stages
 
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such folder")
     tars = sorted(folder.glob("*.tar"))
     if not tars:
         raise UserError(f"{folder}: no .tar in this folder")
+    _check_processor(processor)
     counter = TokenCounter(processor) if processor else None
     with Stages(console) as stages, stages.stage(f"index {folder}") as stage:
         stage.total(len(tars))

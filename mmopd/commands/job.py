@@ -63,7 +63,7 @@ class Job:
 
 def preparation(recipe: Recipe) -> ModuleType | None:
     """Return the module of the recipe's preparation, if it has one."""
-    return None if recipe.prepare is None else catalog.load_module(catalog.find(recipe.prepare))
+    return None if recipe.prepare is None else catalog.load_module(catalog.find(recipe.prepare, key="prepare"))
 
 
 def prepare(recipe: Recipe, stages: Stages) -> None:
@@ -88,21 +88,21 @@ def check(recipe: Recipe, endpoints: Sequence[Path] = ()) -> Job:
     there = {endpoint.teacher for endpoint in elsewhere}
     used = {**fleet.teachers, **(before.teachers if before else {})}
     folders = {name: t.model for name, t in used.items() if t.model is not None and name not in there}
-    for name, folder in {"student": recipe.student.model, **folders}.items():
-        if not (folder / "config.json").is_file():
-            raise CheckpointError(
-                f"{folder}: no model in this folder (of {name}); it needs a config.json and weights in safetensors"
-            )
-        check_model(folder)
+    named = {"student.model": recipe.student.model, **{f"teachers.{name}.model": f for name, f in folders.items()}}
+    for key, folder in named.items():
+        try:
+            check_model(folder)
+        except CheckpointError as error:
+            raise CheckpointError(f"{key}: {error}") from None
     tasks = load_tasks()
     sources = open_mixture(
-        catalog.load_mixture(recipe.mixture), tasks, Path.cwd(), hash_processor(recipe.student.model)
+        catalog.load_mixture(recipe.mixture, key="mixture"), tasks, Path.cwd(), hash_processor(recipe.student.model)
     )
     for one in (fleet, before):
         if one and one.routes:
             check_routes(one, tasks, [pair for shards in sources.values() for pair in shards.kinds])
     check_tokenizers(recipe.student.model, folders)
-    suite = read_suite(catalog.find(recipe.suite), Path.cwd()) if recipe.suite is not None else None
+    suite = read_suite(catalog.find(recipe.suite, key="suite"), Path.cwd()) if recipe.suite is not None else None
     return Job(recipe, fleet, before, sources, suite, elsewhere)
 
 

@@ -31,7 +31,7 @@ def show(recipe: Recipe, console: Console) -> None:
     settings.highlight_regex(KEY, "bold cyan")
     console.print(settings, soft_wrap=True)
     fleet = load_teachers(recipe.fleet, recipe.algorithm.objective)
-    mixture = catalog.load_mixture(recipe.mixture)
+    mixture = catalog.load_mixture(recipe.mixture, key="mixture")
     table = Table(title="What it would start", title_justify="left")
     for column in ("process", "model", "gets"):
         table.add_column(column)
@@ -49,7 +49,7 @@ def to_dict(recipe: Recipe) -> dict[str, Any]:
         UserError: as for `show`.
     """
     fleet = load_teachers(recipe.fleet, recipe.algorithm.objective)
-    mixture = catalog.load_mixture(recipe.mixture)
+    mixture = catalog.load_mixture(recipe.mixture, key="mixture")
     starts = [dict(zip(("process", "model", "gets"), row, strict=True)) for row in _starts(recipe, fleet, mixture)]
     teachers = [
         {

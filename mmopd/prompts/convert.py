@@ -87,8 +87,8 @@ def answers(example: Mapping[str, Any], name: str) -> str:
 def images(example: Mapping[str, Any], name: str, settings: SourceSettings) -> list[bytes]:
     """Return the encoded files of a column with one or several images.
 
-    An image may be bytes, a path, a data URL, base64, a record as the hub stores it, or an image in memory, which becomes
-    a PNG.
+    An image may be bytes, a path, a data URL, base64, a record as the hub stores it, or an image in memory, which
+    becomes a PNG.
 
     Raises:
         RowError: there is no image, or a file cannot be read.

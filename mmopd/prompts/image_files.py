@@ -52,9 +52,7 @@ def _of_text(text: str, top: Path, start: Path) -> bytes:
     if text.startswith("file://"):
         return _read_file(top, start, text.removeprefix("file://"))
     if URL.match(text):
-        raise RowError(
-            "image by URL", f"{text[:SHOWN]!r}: images are not fetched; download them, and give their paths"
-        )
+        raise RowError("image by URL", f"{text[:SHOWN]!r}: images are not fetched; download them, and give their paths")
     if BASE64.fullmatch(text):
         try:
             data = base64.b64decode("".join(text.split()), validate=True)

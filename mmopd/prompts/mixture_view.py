@@ -1,10 +1,9 @@
-"""Views of a source and of a mixture, printed by `mmopd prepare` and `mmopd show data/MIX.yaml`; reads indices only."""
+"""View of a mixture, printed by `mmopd show data/MIX.yaml`; reads indices only."""
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from rich.console import Group, RenderableType
 from rich.markup import escape
 from rich.tree import Tree
 
@@ -12,20 +11,6 @@ from mmopd.config import Mixture
 from mmopd.prompts.remote import is_remote
 from mmopd.prompts.shards import Shards, Totals, check_tasks, open_mixture
 from mmopd.task.load import load_tasks
-
-if TYPE_CHECKING:
-    from mmopd.prompts.prepare import Count  # imports pyarrow
-
-
-def prepared(shards: Shards, count: "Count") -> RenderableType:
-    """Render the result of `mmopd prepare`: totals, and the rows left out, with the first few of each cause."""
-    made = f"{shards.folder}: {contents(shards.totals())}, {shards.bytes / 2**20:,.1f} MiB"
-    bad = sum(count.left_out.values())
-    of = (
-        f"of {count.examples:,} examples: {count.rows:,} rows, {count.not_wanted:,} not wanted, "
-        f"{bad:,} bad and left out"
-    )
-    return Group(escape(made), escape(of), *(escape(f"  {line}") for line in count.lines()))
 
 
 def contents(totals: Totals) -> str:

@@ -27,13 +27,14 @@ from itertools import islice
 from operator import length_hint
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 from mmopd import catalog, settings_file
 from mmopd.errors import ConfigError, DataError
 from mmopd.prompts import index
-from mmopd.prompts.convert import SourceSettings
 from mmopd.prompts.index import Index, index_tar
+from mmopd.prompts.reading import SourceSettings
+from mmopd.prompts.rows import unpack
 from mmopd.prompts.shards import Shards
 from mmopd.prompts.tokens import hash_processor
 from mmopd.prompts.work import Job, Left, convert_all, tools_of
@@ -43,7 +44,7 @@ from mmopd.runtime.fingerprint import hash_file
 from mmopd.runtime.locks import claim
 from mmopd.runtime.progress import Stage
 
-SHOWN = 3  # rows that are shown of those left out, for each cause
+SHOWN = 3  # rows that are shown first; of those left out, for each cause
 HOPELESS = 500  # bad examples without a single row, after which the call ends
 SUMMARY = "prepare.json"
 PROGRESS = "progress.json"
@@ -75,6 +76,14 @@ class Count:
         ]
 
 
+class First(NamedTuple):
+    """A row as it will be asked."""
+
+    number: int  # of its example
+    prompt: Prompt
+    tokens: int | None  # images included; None if they are not counted
+
+
 def load_converter(path: Path, overrides: Iterable[str]) -> tuple[ModuleType, SourceSettings]:
     """Load the converter of a file, and its settings with `key=value` on top.
 
@@ -87,6 +96,50 @@ def load_converter(path: Path, overrides: Iterable[str]) -> tuple[ModuleType, So
             raise ConfigError(f"{path}: not a converter, it has no `{name}`; it needs Settings, examples and convert")
     settings: SourceSettings = settings_file.build(module.Settings, {}, str(path), overrides)
     return module, settings
+
+
+def opened(converter: Path, overrides: Iterable[str], processor: Path | None) -> tuple[ModuleType, SourceSettings, Job]:
+    """Load a converter with its settings, and all that one example needs to become a row.
+
+    Raises:
+        ConfigError: the converter, a setting or the task cannot be used.
+        CheckpointError: `processor` is no folder of a model.
+    """
+    module, settings = load_converter(converter, overrides)
+    job = Job(converter.resolve(), settings.model_dump_json(), processor.resolve() if processor else None, Path.cwd())
+    tools_of(job)  # fails now if something is missing
+    return module, settings, job
+
+
+def first_rows(
+    converter: Path, overrides: Iterable[str] = (), *, processor: Path | None = None, rows: int = SHOWN
+) -> tuple[list[First], Count]:
+    """Convert examples until there are some rows; return these, and what became of the examples. Nothing is written.
+
+    Args:
+        converter, overrides, processor: as for `prepare`.
+        rows: the number of rows, if the first `HOPELESS` examples have as many.
+
+    Raises:
+        UserError: as for `prepare`.
+    """
+    module, settings, job = opened(converter, overrides, processor)
+    first = list[First]()
+    count = Count()
+    for number, example in islice(enumerate(module.examples(settings)), HOPELESS):
+        (outcome,) = convert_all(job, iter([(number, example)]), workers=1)
+        if isinstance(outcome, Left):
+            count.leave_out(*outcome)
+        elif outcome is None:
+            count.not_wanted += 1
+        else:
+            content, *files = outcome.members.values()
+            first.append(First(number, unpack(outcome.key, content, files), sum(outcome.tokens) or None))
+            count.rows += 1
+        count.examples += 1
+        if count.rows == rows:
+            break
+    return first, count
 
 
 def prepare(
@@ -119,9 +172,7 @@ def prepare(
         DataError: its data cannot be used, or too many examples are bad.
     """
     check_free(folder)
-    module, settings = load_converter(converter, overrides)
-    job = Job(converter.resolve(), settings.model_dump_json(), processor.resolve() if processor else None, Path.cwd())
-    tools_of(job)  # fails now if something is missing
+    module, settings, job = opened(converter, overrides, processor)
     made_from = {
         "converter": hash_file(converter),
         "settings": settings.model_dump(mode="json"),
@@ -134,7 +185,7 @@ def prepare(
             stage.total(length_hint(examples), count.examples)
         numbered = islice(enumerate(examples), count.examples, None)
         _write(job, numbered, partial, made_from, count, workers=workers, limits=(max_rows, max_bytes), stage=stage)
-        _check(count, max_bad, folder)
+        check(count, max_bad, folder)
         (partial / SUMMARY).write_text(json.dumps({"made_from": made_from, **vars(count)}, indent=1), encoding="utf-8")
         (partial / PROGRESS).unlink(missing_ok=True)
         shards = publish(partial, [partial / f"{number:05d}.tar" for number in range(count.shards)], folder)
@@ -188,7 +239,12 @@ def _write(
             finish(last)
 
 
-def _check(count: Count, max_bad: float, folder: Path) -> None:
+def check(count: Count, max_bad: float, folder: Path) -> None:
+    """Refuse a source without rows, or with too many bad examples.
+
+    Raises:
+        DataError: names the causes.
+    """
     bad = sum(count.left_out.values())
     lines = "".join(f"\n  {line}" for line in count.lines())
     if not count.rows:

@@ -12,7 +12,7 @@ from pydantic import Field
 
 from mmopd.errors import DataError
 from mmopd.prompts.foreign_tar import PICTURES, tar_rows
-from mmopd.prompts.tables import BATCH, Bad, Examples, delimited, json_lines, json_list, needed, parquet
+from mmopd.prompts.tables import BATCH, Bad, Examples, delimited, json_lines, json_list, needed, parquet, values
 from mmopd.settings_file import Config, Positive
 
 TABLES = (".parquet", ".jsonl", ".json")
@@ -226,4 +226,4 @@ def _hub(settings: SourceSettings, folder: Path | None, wanted: set[str] | None)
         raise DataError(f"data: {settings.data}: {where} ({type(error).__name__}: {error})") from None
     names = needed(data.column_names, wanted)
     stored = data.select_columns(names).with_format("arrow")  # the stored values: nothing is decoded
-    return Examples(lambda: (row for table in stored.iter(BATCH) for row in table.to_pylist()), len(data))
+    return Examples(lambda: (row for table in stored.iter(BATCH) for row in values(table, settings.data)), len(data))

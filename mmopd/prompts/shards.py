@@ -222,11 +222,14 @@ def open_mixture(mixture: Mixture, tasks: Iterable[str], root: Path, processor: 
     cache = Cache(root / ".mmopd" / "shards", int(mixture.cache_gib * 2**30))
     opened = {}
     for name, source in mixture.sources.items():
-        shards = (
-            open_remote(str(source.shards), cache, name)
-            if is_remote(source.shards)
-            else Shards(root / source.shards, name)
-        )
+        try:
+            shards = (
+                open_remote(str(source.shards), cache, name)
+                if is_remote(source.shards)
+                else Shards(root / source.shards, name)
+            )
+        except DataError as error:
+            raise DataError(f"sources.{name}.shards: {error}") from None
         if found := {task for task, _ in shards.kinds} - {source.task}:
             raise ConfigError(
                 f"sources.{name}.task: {source.task!r}, but {shards.folder} has rows of task {', '.join(sorted(found))}"

@@ -66,9 +66,19 @@ def _parquet(path: Path, wanted: set[str] | None, batch: int) -> Iterator[Any]:
     try:
         with pq.ParquetFile(path) as file:
             for rows in file.iter_batches(batch, columns=needed(file.schema_arrow.names, wanted)):
-                yield from rows.to_pylist()
+                yield from values(rows, str(path))
     except (pa.ArrowException, OSError) as error:
         raise DataError(f"{path}: cannot be read to its end ({error})") from None
+
+
+def values(rows: Any, where: str) -> list[Any]:
+    """Return rows of Arrow as examples; one with a text that is not UTF-8, or a date that nobody can write, is bad."""
+    try:
+        return list(rows.to_pylist())
+    except (ValueError, OverflowError) as error:
+        if len(rows) > 1:
+            return [one for i in range(len(rows)) for one in values(rows.slice(i, 1), where)]
+        return [Bad("not UTF-8" if isinstance(error, UnicodeDecodeError) else "bad value", f"{where}: {error}")]
 
 
 def needed(there: Sequence[str], wanted: set[str] | None) -> list[str]:

@@ -49,7 +49,7 @@ def write_report(run: Path) -> Path:
     files = RunFiles(RunFolder(run))
     if not files.there():
         raise UserError(f"{run}: not a run folder: it has neither recipe.yaml nor metrics.jsonl")
-    page = _template().render(**_parts(files, run.resolve().name))
+    page = template("report.html.j2").render(**_parts(files, run.resolve().name))
     path = files.run.report
     try:
         path.write_bytes(page.encode("utf-8", "replace"))  # a lone surrogate from a damaged file becomes "?"
@@ -100,8 +100,8 @@ def _parts(files: RunFiles, name: str) -> dict[str, Any]:
         "left_out": list(files.left_out),
         "missing": files.left_out.missing,
         "data": script_json(data),
-        "css": _resource("report.css"),
-        "js": _resource("report.js"),
+        "css": resource("report.css"),
+        "js": resource("report.js"),
         "plotly": _plotly(),
     }
 
@@ -288,7 +288,8 @@ def _track(results: Results, column: str) -> dict[str, Any]:
 
 
 @functools.cache
-def _template() -> Any:
+def template(name: str) -> Any:
+    """Return a template of this package; it escapes what it is given."""
     environment = Environment(
         loader=PackageLoader("mmopd.report", "."),
         autoescape=True,
@@ -300,7 +301,7 @@ def _template() -> Any:
     environment.filters["percent"] = lambda share: f"{100 * share:.0f} %".replace("-", "−")
     environment.filters["duration"] = duration
     environment.globals["factor"] = math.exp(heatmap.FULL_COLOUR)
-    return environment.get_template("report.html.j2")
+    return environment.get_template(name)
 
 
 def duration(seconds: float) -> str:
@@ -315,7 +316,8 @@ def _signed(value: float, digits: int = 3) -> str:
 
 
 @functools.cache
-def _resource(name: str) -> Markup:
+def resource(name: str) -> Markup:
+    """Return a file of this package as it is."""
     return Markup(resources.files("mmopd.report").joinpath(name).read_text(encoding="utf-8"))
 
 

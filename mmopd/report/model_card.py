@@ -50,7 +50,7 @@ def model_card(run: RunFolder, step: int | None = None) -> str:
         f"`{objective.kind}`: "
         f"{done}, {batch}, {train.dtype}, learning rate {train.lr:g}, seed {recipe.seed}.",
         _teachers(load_teachers(recipe.fleet, objective), objective),
-        _sources(catalog.load_mixture(recipe.mixture)),
+        _sources(catalog.load_mixture(recipe.mixture, key="mixture")),
         _scores(run) if step is None else "",
         _metrics(steps),
         "## Versions\n\n" + "\n".join(f"- {name} {version}" for name, version in run.known_versions().items()),

@@ -87,7 +87,7 @@ def load_teachers(fleet: Path | None, objective: Objective) -> Fleet:
     """
     if fleet is None or not objective.needs_teachers:
         return Fleet(teachers={}, routes=())
-    return catalog.load_fleet(fleet)
+    return catalog.load_fleet(fleet, key="fleet")
 
 
 def routed(fleet: Fleet) -> Fleet:

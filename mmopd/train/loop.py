@@ -144,7 +144,7 @@ def open_stream(run: RunFolder, recipe: Recipe, encoder: Encoder) -> Stream:
         ConfigError: the mixture names an unknown task, or a task that its rows do not have.
         DataError: a source cannot be opened, or its difficulty was not measured.
     """
-    mixture = catalog.load_mixture(recipe.mixture)
+    mixture = catalog.load_mixture(recipe.mixture, key="mixture")
     sources = open_mixture(mixture, load_tasks(), Path.cwd(), hash_processor(recipe.student.model))
     measured = None
     if recipe.algorithm.difficulty is not None:
