@@ -8,8 +8,9 @@ from decimal import Decimal
 from typing import Any
 
 from mmopd.prompts.image_files import encoded
-from mmopd.prompts.reading import Example, Examples, SourceSettings, read
+from mmopd.prompts.reading import Example, SourceSettings, read
 from mmopd.prompts.rows import RowError
+from mmopd.prompts.tables import Examples
 from mmopd.records import Message, Prompt
 from mmopd.task import Task
 

@@ -95,7 +95,7 @@ def _rows(path: Path) -> Iterator[dict[str, Any] | Bad]:
     try:
         with Bounded(path) as file, tarfile.open(fileobj=file, mode="r:", encoding="utf-8") as archive:
             for info in archive:
-                archive.members = []  # it would keep each of them
+                archive.members = []  # type: ignore[attr-defined]  # it would keep each of them
                 if info.size < 0:
                     raise tarfile.ReadError(f"the member {info.name!r} has {info.size} bytes")
                 name = posixpath.basename(info.name)

@@ -234,7 +234,7 @@ def _header(path: Path, delimiter: str) -> list[str]:
 
 def _delimited(path: Path, delimiter: str, columns: int) -> Iterator[Any]:
     """Yield the rows; of a row that is broken, each of its lines counts as bad, since each may have been a row."""
-    names = list[str]()
+    names: list[str] = []
     with _opened(path) as file:
         lines = _Lines(file)
         reader = _reader(lines, delimiter)
@@ -265,7 +265,7 @@ def _delimited(path: Path, delimiter: str, columns: int) -> Iterator[Any]:
                 yield {name: value for name, value in zip(names, row, strict=False) if name}
 
 
-def _reader(lines: "_Lines", delimiter: str) -> "csv._reader":
+def _reader(lines: "_Lines", delimiter: str) -> Iterator[list[str]]:
     csv.field_size_limit(MAX_ROW)
     return csv.reader(lines, delimiter=delimiter, strict=True, skipinitialspace=True)
 
