@@ -32,6 +32,7 @@ from mmopd.serving.specs import student_specs
 from mmopd.task.load import load_tasks
 from mmopd.teacher.fleet import Standing, from_files, serve_fleet
 from mmopd.teacher.router import check_routes, check_tokenizers, load_teachers, references, routed
+from mmopd.train.held_out import held_out_sources
 
 UNTRAINED = "untrained"  # version of the student's weights before training
 
@@ -98,6 +99,7 @@ def check(recipe: Recipe, endpoints: Sequence[Path] = ()) -> Job:
     sources = open_mixture(
         catalog.load_mixture(recipe.mixture, key="mixture"), tasks, Path.cwd(), hash_processor(recipe.student.model)
     )
+    held_out_sources(recipe, sources)
     for one in (fleet, before):
         if one and one.routes:
             check_routes(one, tasks, [pair for shards in sources.values() for pair in shards.kinds])

@@ -6,6 +6,7 @@ from typing import ClassVar, Literal, Self
 from pydantic import Field, model_validator
 
 from mmopd.algorithm.settings import Algorithm
+from mmopd.config.evaluation import Evaluation
 from mmopd.config.student import Rollout, Student
 from mmopd.config.train import Train
 from mmopd.settings_file import File
@@ -33,6 +34,9 @@ class Recipe(File):
     suite: Path | None = Field(
         None, description="File of eval/ for the evaluation before and after. `null` evaluates nothing"
     )
+    evaluate: Evaluation | None = Field(
+        None, description="Evaluation between steps on held-out rows, by the verifiers of their tasks. `null`: none"
+    )
     rollout: Rollout = Rollout()
     algorithm: Algorithm = Algorithm()
     train: Train = Train()
@@ -59,6 +63,19 @@ class Recipe(File):
         if self.student.sync == "ipc" and self.rollout.async_steps:
             raise ValueError(
                 "student.sync: with ipc the engine sleeps while the trainer learns; rollout.async_steps needs it awake"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _evaluates_what_it_keeps(self) -> Self:
+        if self.evaluate is None:
+            return self
+        if not self.algorithm.objective.trains:
+            raise ValueError(f"evaluate: `{self.algorithm.objective.kind}` has no steps; leave it out")
+        if self.train.keep_best and self.train.checkpoint_every % self.evaluate.every:
+            raise ValueError(
+                f"train.keep_best goes by evaluate, and train.checkpoint_every = {self.train.checkpoint_every} is no "
+                f"multiple of evaluate.every = {self.evaluate.every}: the kept checkpoints would have no score"
             )
         return self
 

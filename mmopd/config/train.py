@@ -126,8 +126,8 @@ class Train(Config):
     keep_best: int = Field(
         0,
         ge=0,
-        description="Older checkpoints that are kept too: those after whose steps most responses were right. 0 keeps "
-        "none and saves disk space",
+        description="Older checkpoints that are kept too: those after whose steps most responses were right, by "
+        "`evaluate` if it is there, otherwise of the rollouts. 0 keeps none and saves disk space",
     )
     probe_tolerance: float = Field(
         0.1,

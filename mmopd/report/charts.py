@@ -9,6 +9,7 @@ from fnmatch import fnmatchcase
 from itertools import pairwise
 from typing import Any
 
+Z = 1.96  # standard errors of an interval of 95 %
 POINTS = 1000  # values of a line; of more steps, one of k and the last are drawn
 LINES = 16  # in a chart
 TASK_COLOURS = 8  # of report.css, --t1 to --t8
@@ -293,6 +294,41 @@ def curves(metrics: Sequence[Mapping[str, Any]], tasks: Tasks | None = None) -> 
                 }
             )
     return charts
+
+
+def held_out_curves(rows: Sequence[Mapping[str, Any]], tasks: Tasks) -> list[dict[str, Any]]:
+    """Return the chart of the evaluations between steps, with intervals of 95 %; none without evaluations."""
+    rows = thinned(rows)
+    names = [name for name in dict.fromkeys(name for row in rows for name in row) if name.startswith("held_out/")]
+    series = []
+    for i, name in enumerate(names[:LINES]):
+        source = name.partition("/")[2]
+        shares = [row.get(name) for row in rows]
+        widths = [Z * (row.get(f"held_out_error/{source}") or 0.0) for row in rows]
+        both = list(zip(shares, widths, strict=True))
+        series.append(
+            {
+                "name": tasks.name(source),
+                "colour": tasks.colour(source) or f"o{i % OTHER_COLOURS + 1}",
+                "dash": tasks.dash(source),
+                "y": shares,
+                "low": [None if y is None else max(0.0, y - width) for y, width in both],
+                "high": [None if y is None else min(1.0, y + width) for y, width in both],
+            }
+        )
+    if not series:
+        return []
+    chart = {
+        "title": "Held-out rows",
+        "unit": "share right, with an interval of 95 %",
+        "meaning": "The student answers the rows of evaluate.mixture between steps, which it does not train on. The "
+        "step counts the updates so far. The interval is 1.96 standard errors of the mean over rows.",
+        "x": [row["step"] for row in rows],
+        "series": series,
+    }
+    return [
+        chart | dict.fromkeys(("share", "band", "legend", "exact"), True) | dict.fromkeys(("stacked", "log"), False)
+    ]
 
 
 def thinned(metrics: Sequence[Mapping[str, Any]]) -> Sequence[Mapping[str, Any]]:

@@ -21,7 +21,7 @@ from mmopd.errors import UserError
 from mmopd.evaluate.lmms import BenchmarkScore
 from mmopd.evaluate.table import GAP_CLOSED, NO_GAP, Results
 from mmopd.report import heatmap, verdict
-from mmopd.report.charts import POINTS, Tasks, curves, tasks_of
+from mmopd.report.charts import POINTS, Tasks, Z, curves, held_out_curves, tasks_of
 from mmopd.report.facts import at_the_end, facts, value_of
 from mmopd.report.loggers.state import states
 from mmopd.report.run_files import RunFiles, short
@@ -73,7 +73,9 @@ def _parts(files: RunFiles, name: str) -> dict[str, Any]:
     closest = verdict.nearest(results, tasks) if results is not None else None
     student = value_of(recipe, "student.model", str) or "The student"
     objective = value_of(recipe, "algorithm.objective.kind", str) or "opd"
-    data = {"curves": curves(metrics, tasks), "difficulty": difficulty(measured, tasks)}
+    charts = curves(metrics, tasks)
+    charts[1:1] = held_out_curves(files.held_out(), tasks)
+    data = {"curves": charts, "difficulty": difficulty(measured, tasks)}
     return {
         "name": name,
         "verdict": verdict.sentence(
@@ -272,7 +274,7 @@ def _track(results: Results, column: str) -> dict[str, Any]:
             continue
         error = verdict.stderr(record)
         ends = (record.score, record.score) if error is None else (
-            max(0.0, record.score - verdict.Z * error), min(100.0, record.score + verdict.Z * error))  # fmt: skip
+            max(0.0, record.score - Z * error), min(100.0, record.score + Z * error))  # fmt: skip
         marks.append({"name": row.name, "kind": row.kind, "score": record.score, "low": ends[0], "high": ends[1]})
     ends_of = {mark["kind"]: mark["score"] for mark in marks}
     segment = (ends_of["base"], ends_of["distilled"]) if {"base", "distilled"} <= ends_of.keys() else None

@@ -16,7 +16,8 @@ from mmopd.errors import DataError
 METRICS: Mapping[str, str] = {
     "step": "number of the step, from 0",
     "seconds": "wall time of the step",
-    "seconds/*": "wall time of a part of the step (rollout, update, sync), and of the checkpoint before the step",
+    "seconds/*": "wall time of a part of the step (rollout, update, sync, held_out), and of the checkpoint before "
+    "the step",
     "return": "mean over responses of R, the mean over tokens of log pi_T - log pi_student (Eq. 5), before "
     "calibration; nats",
     "return/*": "the same over the right responses, and over the wrong ones",
@@ -76,6 +77,11 @@ METRICS: Mapping[str, str] = {
     "probe": "largest |log-prob by the engine - log-prob by the trainer| of the probe, after the weight sync; nats",
     "epoch/*": "number of passes of the plan through a source",
     "replaced/*": "rows of a source that could not be used since the start; other rows of the source replaced them",
+    "held_out/*": "share of right responses to a source's held-out rows, after the step's update (evaluate)",
+    "held_out_error/*": "standard error of the same over rows",
+    "held_out_cut": "responses to held-out rows that ended at the token limit",
+    "held_out_unknown": "responses to held-out rows without an outcome",
+    "held_out_failed": "1 if an engine was lost during the evaluation, so that it has no score; otherwise 0",
     "memory/*": "memory in use, in GiB: of rank 0's process, of its machine (host), of its GPU (gpu)",
     "loggers/failed/*": "calls of a logger that failed or took too long, since the start of the run; none: not written",
 }

@@ -76,7 +76,7 @@ function curve(chart) {
   }
   const yaxis = chart.log ? { type: "log", exponentformat: "power", dtick: 1 } : {};
   let low = Infinity, high = -Infinity;
-  for (const s of chart.series) for (const v of s.y) if (v !== null) { low = Math.min(low, v); high = Math.max(high, v); }
+  for (const s of chart.series) for (const v of chart.band ? [...s.y, ...s.low, ...s.high] : s.y) if (v !== null) { low = Math.min(low, v); high = Math.max(high, v); }
   if (!low && !high && !chart.log) yaxis.range = [-0.05, 1];
   else if (low === high && low > 0 && !chart.log) yaxis.range = [0, 1.25 * high];
   if (high && high < 1e-3 && low > -1e-3 && !chart.log) yaxis.tickformat = "~e";

@@ -111,9 +111,13 @@ class RunFiles:
                 found[short(name)] = seconds
         return found
 
-    def metrics(self) -> Metrics:
+    def held_out(self) -> Metrics:
+        """Return the rows of `held_out.jsonl`; their steps count the updates of the measured weights."""
+        return self.metrics(self.run.held_out) if self.run.held_out.exists() else []
+
+    def metrics(self, path: Path | None = None) -> Metrics:
         """Return the rows of `metrics.jsonl` in order of their steps; a value that is not finite is None."""
-        path = self.run.metrics
+        path = path or self.run.metrics
         rows: dict[int, dict[str, float | None]] = {}
         repeated = unordered = 0
         bad: Counter[str] = Counter()
@@ -146,7 +150,7 @@ class RunFiles:
         data = self._object(path)
         found: dict[str, Row] = {}
         rows = data.get("rows", [])
-        if data and (not isinstance(rows, list) or not rows):
+        if data and (not isinstance(rows, list) or (not rows and data.get("columns"))):  # without a suite there is none
             self._add(path, "no list of rows")
         for i, row in enumerate(rows if isinstance(rows, list) else []):
             name, kind, records = (row.get(k) if isinstance(row, dict) else None for k in ("name", "kind", "records"))

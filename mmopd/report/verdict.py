@@ -13,9 +13,8 @@ from typing import Any
 
 from mmopd.evaluate.lmms import BenchmarkScore
 from mmopd.evaluate.table import NO_GAP, Kind, Results
-from mmopd.report.charts import Tasks, steps_missing
+from mmopd.report.charts import Tasks, Z, steps_missing
 
-Z = 1.96
 LAST = 10  # steps at the end over which means are taken
 CUT = 0.05  # larger shares of cut responses are named
 UNKNOWN = 0.01  # larger shares of unknown outcomes and of responses without a score are named

@@ -43,6 +43,7 @@ class RunFolder:
         self.versions = root / "versions.json"
         self.difficulty = root / "difficulty"  # counts, weights and the heat map of the offline pass
         self.metrics = root / "metrics.jsonl"  # one line per step; loggers read it
+        self.held_out = root / "held_out.jsonl"  # one line per evaluation between steps; `step` counts updates
         self.samples = root / "samples.jsonl"  # a few responses, token by token
         self.checkpoints = root / "checkpoints"
         # Scores since the last checkpoint, so that a resumed run does not request them again.

@@ -6,10 +6,9 @@ rolls out its own groups and decodes its own images; only rank 0 sends weights a
 
 import asyncio
 import threading
-import time
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Collection, Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -34,8 +33,10 @@ from mmopd.task.load import load_tasks
 from mmopd.teacher.router import load_teachers
 from mmopd.train.batch import Batch, build_batch, minibatches
 from mmopd.train.checkpoint import Checkpoints, load
+from mmopd.train.clock import Clock
 from mmopd.train.distributed import Ranks
 from mmopd.train.export import export
+from mmopd.train.held_out import HeldOut, mean_score
 from mmopd.train.image_proof import prove_sight
 from mmopd.train.recompute import recompute
 from mmopd.train.recorder import Recorder
@@ -69,14 +70,13 @@ async def train(
     """
     encoder = Encoder(recipe.student.model)
     stream = open_stream(run, recipe, encoder)
-    trainer = open_trainer(recipe, encoder, ranks, watchdog)
+    trainer = open_trainer(recipe, encoder, ranks, watchdog, stream.sources)
     checkpoints = Checkpoints(run.checkpoints, recipe.train.keep_checkpoints, recipe.train.keep_best)
     updater = SkippingUpdater(run, trainer)
     done = restore(checkpoints, trainer, stream, updater, changed)
-    prove_sight(trainer.logprobs, list(stream.sources.values()), encoder)
-    ahead = recipe.rollout.async_steps > 0
-    in_trainer_thread = TrainerThread(ranks, watchdog, ahead=ahead)
+    in_trainer_thread = TrainerThread(ranks, watchdog, ahead=recipe.rollout.async_steps > 0)
     link = connect_engines(run, recipe, ranks)
+    held_out = HeldOut(run, recipe, stream.sources, encoder, ranks=ranks, done=done)
     recorder = open_recorder(run, recipe, encoder, done) if ranks.rank == 0 else None
     async with open_rollouts(run, recipe, stream.sources, encoder, ranks) as rollouts:
         weight_publisher = WeightPublisher(
@@ -85,6 +85,7 @@ async def train(
         with link or nullcontext(), recorder or nullcontext(), watchdog, in_trainer_thread:
             watchdog.beat_with(asyncio.get_running_loop())
             await weight_publisher.publish(version_of(done), everything=True)
+            await held_out.at_start(rollouts)
             clock = Clock(watchdog)
             limit = TimeLimit.of(run)
             next_rollout = None
@@ -92,8 +93,8 @@ async def train(
             for step in range(done, recipe.train.steps):
                 watchdog.beat(f"step {step}")
                 last = step + 1 == recipe.train.steps
-                rolling = next_rollout or rollouts.begin(step, stream.draw(step))
                 with clock("rollout"):
+                    rolling = next_rollout or rollouts.begin(step, stream.draw(step))
                     prompts, samples, seconds = await rollouts.finish(rolling, weight_publisher, stream.replace)
                     weight_publisher.sleep_engine()
                     stream.observe(prompts, samples)
@@ -101,17 +102,19 @@ async def train(
                 stream.check_same(ranks)
                 check_absent(samples, recipe.train.max_absent, step)
                 state = {"step": step + 1} | stream.state()
-                next_rollout = rollouts.begin(step + 1, stream.draw(step + 1)) if ahead and not last else None
+                next_rollout = (
+                    rollouts.begin(step + 1, stream.draw(step + 1)) if recipe.rollout.async_steps and not last else None
+                )
                 with clock("update"):
                     batch, updates, more = await in_trainer_thread(
                         learn, recipe, trainer, updater, samples, prompts, step=step
                     )
                 with clock("sync"):
                     gap = await weight_publisher.publish(version_of(step + 1))
-                cost = scoring(rollouts.spent())
+                held = await held_out.after(step, rollouts, clock, last=last)
+                more |= {"probe": gap, "rollout_seconds": seconds} | scoring(rollouts.spent()) | stream.metrics() | held
                 if recorder is not None:
-                    more |= {"probe": gap, "rollout_seconds": seconds} | clock.metrics() | cost | stream.metrics()
-                    recorder.step(step, prompts, samples, batch, updates=updates, more=more)
+                    recorder.step(step, prompts, samples, batch, updates=updates, more=more | clock.metrics())
                 stopping = any(ranks.all_max([limit.is_over(*clock.step) or stop.is_set() or run.stop.exists()]))
                 clock = Clock(watchdog)  # checkpoint time is reported with the next step
                 if (step + 1) % recipe.train.checkpoint_every == 0 or last or stopping:
@@ -120,7 +123,9 @@ async def train(
                             trainer,
                             step + 1,
                             state | {"skipped": updater.state()},
-                            share_right(outcomes_since_checkpoint, recipe.algorithm),
+                            mean_score(held)
+                            if recipe.evaluate
+                            else share_right(outcomes_since_checkpoint, recipe.algorithm),
                         )
                         rollouts.kept.clear()
                         outcomes_since_checkpoint.clear()
@@ -179,10 +184,17 @@ def open_rollouts(
     )
 
 
-def open_trainer(recipe: Recipe, encoder: Encoder, ranks: Ranks, watchdog: Watchdog) -> Trainer:
-    """Return the trainer; each of its forward passes is progress to the watchdog."""
+def open_trainer(
+    recipe: Recipe, encoder: Encoder, ranks: Ranks, watchdog: Watchdog, sources: Mapping[str, Shards]
+) -> Trainer:
+    """Return the trainer, which is proven to see what prompts show; each forward pass is progress to the watchdog.
+
+    Raises:
+        UserError: the trainer does not see images.
+    """
     trainer = Trainer(recipe.student.model, encoder, recipe.train, recipe.algorithm, ranks)
     trainer.student.register_forward_pre_hook(lambda *_: watchdog.beat())
+    prove_sight(trainer.logprobs, list(sources.values()), encoder)
     return trainer
 
 
@@ -245,32 +257,3 @@ def scoring(counts: Counter[str]) -> dict[str, float]:
     always = {f"scoring/{name}": float(counts[name]) for name in ("requests", "reused", "hedged")}
     some = {name: n for name, n in sorted(counts.items()) if name.startswith("failed/") or name == "beyond_head"}
     return always | {f"scoring/{name}": float(n) for name, n in some.items()}
-
-
-class Clock:
-    """Measures the seconds of each part of a step."""
-
-    def __init__(self, watchdog: Watchdog) -> None:
-        self.seconds: dict[str, float] = {}
-        self._watchdog = watchdog
-        self._begin = time.perf_counter()
-
-    @contextmanager
-    def __call__(self, part: str) -> Iterator[None]:
-        """Time one part."""
-        self._watchdog.beat(f"{self._watchdog.where.partition(',')[0]}, {part}")
-        begin = time.perf_counter()
-        yield
-        self.seconds[part] = time.perf_counter() - begin
-
-    @property
-    def step(self) -> tuple[float, float]:
-        """Seconds of the step so far, and of the checkpoint before it, which do not count in the first."""
-        saved = self.seconds.get("checkpoint", 0.0)
-        return time.perf_counter() - self._begin - saved, saved
-
-    def metrics(self) -> dict[str, float]:
-        """Return the seconds of the parts, and of the whole step so far."""
-        return {"seconds": time.perf_counter() - self._begin} | {
-            f"seconds/{part}": s for part, s in self.seconds.items()
-        }

@@ -8,7 +8,7 @@ from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from itertools import chain
 from types import TracebackType
-from typing import NamedTuple, Self
+from typing import Any, NamedTuple, Self
 
 from mmopd.algorithm.settings import Algorithm
 from mmopd.config import Fleet, Rollout
@@ -40,6 +40,7 @@ class Rollouts:
     Attributes:
         engines: the student's; each serves a share of the groups.
         kept: scores since the last checkpoint.
+        verifiers: of all tasks.
 
     Args:
         fleet: the teachers and routes; empty if the objective needs none.
@@ -92,7 +93,7 @@ class Rollouts:
             for scorer in self._scorers.values():
                 await stack.enter_async_context(scorer)
             stack.enter_context(self.kept)
-            self._verifiers = stack.enter_context(VerifierPool())
+            self.verifiers = stack.enter_context(VerifierPool())
             self._stack = stack.pop_all()
         return self
 
@@ -188,7 +189,7 @@ class Rollouts:
                 step=step,
                 visual=self._visual,
                 engines=self.engines,
-                verifiers=self._verifiers,
+                verifiers=self.verifiers,
                 **self._scorers,
             )
         return Part(samples, refused, time.perf_counter() - begin)
@@ -234,7 +235,7 @@ class Rolling:
 
     step: int
     prompts: Mapping[int, Encoded]  # by group
-    task: asyncio.Task[Part]
+    task: asyncio.Task[Any]  # of a Part
 
     async def end(self, ranks: Ranks) -> "End":
         """Wait until they have ended on all ranks, or an engine has failed on one. Collective.
