@@ -70,6 +70,7 @@ def test_a_preview_writes_only_a_page_that_escapes_and_loads_nothing() -> None:
     assert "<b>.example" not in page
     assert not {*"\x1b\u202e"} & {*page, *output}
     assert set(re.findall(r"""(?:src|href)=["']?([^"']{5})""", page)) == {"data:"}
+    assert "default-src 'none'; img-src data:" in page
     assert not re.search(r"url\(|@import|<link|<iframe", page)
     assert page.count("<img ") == 3
     assert "Of 5 examples: 3 rows, 0 not wanted, 2 bad" in page
@@ -126,3 +127,9 @@ def test_no_more_examples_are_read_than_are_shown() -> None:
         (2, "3", None),
     ]
     assert count.examples == 3
+
+
+def test_a_message_about_bad_data_does_not_control_the_terminal() -> None:
+    write([{"question": "?", "answer": "3", "image": "\x1b[31mred.png\u202e"}])
+    with pytest.raises(DataError, match=r"1 x no image file\n.*\\x1b\[31mred\.png\\u202e"):
+        run()

@@ -113,7 +113,7 @@ def _preview(converter: Path, settings: list[str], out: Path, processor: Path | 
     rows, count = first_rows(converter, settings, processor=processor)
     check(count, 1.0, out)
     page = out.with_name(f"{out.name}.preview.html")
-    write_preview(page, " ".join([converter.name, *settings]), rows, count)
+    write_preview(page, str(out), " ".join([converter.name, *settings]), rows, count)
     console.print(asked(rows), *left_out(count), sep="\n")
     console.print(f"{outcome(count)}; only {page} is written", markup=False, highlight=False, soft_wrap=True)
 

@@ -34,7 +34,7 @@ from mmopd.errors import ConfigError, DataError
 from mmopd.prompts import index
 from mmopd.prompts.index import Index, index_tar
 from mmopd.prompts.reading import SourceSettings
-from mmopd.prompts.rows import unpack
+from mmopd.prompts.rows import plain, unpack
 from mmopd.prompts.shards import Shards
 from mmopd.prompts.tokens import hash_processor
 from mmopd.prompts.work import Job, Left, convert_all, tools_of
@@ -65,7 +65,7 @@ class Count:
         """Count a bad example."""
         self.left_out[cause] += 1
         if len(shown := self.shown.setdefault(cause, [])) < SHOWN:
-            shown.append(f"example {self.examples}: {detail[:500]}")
+            shown.append(f"example {self.examples}: {plain(detail[:500])}")
 
     def lines(self) -> list[str]:
         """Return the causes why examples were left out, as lines of text."""

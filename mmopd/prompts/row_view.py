@@ -1,6 +1,5 @@
 """Views of `mmopd prepare`: the first rows as they will be asked, and what became of all examples."""
 
-import re
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -13,13 +12,12 @@ from rich.text import Text
 from mmopd.modality.registry import MEDIA
 from mmopd.prompts.mixture_view import contents
 from mmopd.prompts.prepare import Count, First
+from mmopd.prompts.rows import plain
 from mmopd.prompts.shards import Shards
 from mmopd.records import Files, Prompt
 
 LINES = 12  # of a text
 CHARACTERS = 800  # of a text
-# Control characters, and those that change the direction of the text around them.
-UNSEEN = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
 class Item(NamedTuple):
@@ -51,13 +49,9 @@ def _label(name: str, number: int, files: Files) -> str:
     medium = MEDIA[name]
     form, (width, height) = medium.check(files)[0]
     several = f"{len(files)} {medium.files}, " if len(files) > 1 else ""
-    size = f"{sum(map(len, files)) / 1024:,.0f} KiB"
+    n = sum(map(len, files))
+    size = f"{n / 1024:,.0f} KiB" if n >= 10_240 else f"{n:,} bytes"
     return f"{medium.item} {number}: {several}{width} x {height} pixels, {form}, {size}"
-
-
-def plain(text: str) -> str:
-    """Return a text with escapes for characters that would control a terminal."""
-    return UNSEEN.sub(lambda found: found[0].encode("unicode_escape").decode(), text.replace("\r\n", "\n"))
 
 
 def shortened(text: str, characters: int = CHARACTERS, lines: int = LINES) -> str:

@@ -5,6 +5,7 @@
 
 import codecs
 import json
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import accumulate, pairwise
 from typing import Any
@@ -23,6 +24,8 @@ MAX_TEXT = 1_000_000  # characters of a row's messages
 MEDIA_KEYS = frozenset({"image", "image_url", "video"})
 SHOWN = 100  # characters of a value in a message to people
 MAX_ANSWER = 16_000_000  # characters of an answer key; unit tests are long
+# Control characters, and those that change the direction of the text around them.
+UNSEEN = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
 class RowError(DataError):
@@ -40,6 +43,11 @@ class RowError(DataError):
 
     def __str__(self) -> str:
         return self.detail
+
+
+def plain(text: str) -> str:
+    """Return a text with escapes for characters that would control a terminal."""
+    return UNSEEN.sub(lambda found: found[0].encode("unicode_escape").decode(), text.replace("\r\n", "\n"))
 
 
 def pack(row: Prompt, *, decode: bool = False) -> dict[str, bytes]:

@@ -7,7 +7,8 @@ from typing import Any
 
 from mmopd.errors import UserError
 from mmopd.prompts.prepare import Count, First
-from mmopd.prompts.row_view import Item, messages, outcome, plain, shortened, title
+from mmopd.prompts.row_view import Item, messages, outcome, shortened, title
+from mmopd.prompts.rows import plain
 from mmopd.report import heatmap
 from mmopd.report.html import PAGE_IMAGES, resource, template
 
@@ -17,11 +18,12 @@ TEXT_LIMIT = 20_000  # characters
 LINES = 1_000
 
 
-def write_preview(path: Path, source: str, rows: Sequence[First], count: Count) -> None:
+def write_preview(path: Path, name: str, source: str, rows: Sequence[First], count: Count) -> None:
     """Write the page.
 
     Args:
-        source: the converter with its settings, for the head of the page.
+        name: the folder of shards that the rows would go into.
+        source: the converter with its settings.
         rows: the rows.
         count: what became of the examples up to the last of these rows.
 
@@ -46,12 +48,14 @@ def write_preview(path: Path, source: str, rows: Sequence[First], count: Count) 
         extra = {plain(name): shortened(text, TEXT_LIMIT, LINES) for name, text in first.prompt.extra.items()}
         answer = shortened(first.prompt.answer, TEXT_LIMIT, LINES)
         views.append({"title": title(first), "turns": turns, "answer": answer, "extra": extra})
-    causes = [
-        {"cause": plain(cause), "n": n, "shown": [plain(one) for one in count.shown[cause]]}
-        for cause, n in count.left_out.most_common()
-    ]
+    causes = [{"cause": plain(cause), "n": n, "shown": count.shown[cause]} for cause, n in count.left_out.most_common()]
     page = template("preview.html.j2").render(
-        source=plain(source), rows=views, outcome=outcome(count), causes=causes, css=resource("report.css")
+        name=plain(name),
+        source=plain(source),
+        rows=views,
+        outcome=outcome(count),
+        causes=causes,
+        css=resource("report.css"),
     )
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
