@@ -18,7 +18,7 @@ from mmopd.errors import DataError
 from mmopd.prompts.prepare import prepare
 
 DATA = Path(__file__).parents[1] / "data"
-ROUNDS = 60
+ROUNDS = 30
 ROWS = [{"id": f"{i}", "question": f"What is\n{i}+1, é?", "answer": f"{i + 1}", "image": "a.png"} for i in range(8)]
 
 
