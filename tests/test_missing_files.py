@@ -12,6 +12,7 @@ from mmopd.commands import job
 from mmopd.errors import UserError
 from mmopd.prompts import open_mixture
 from mmopd.runtime.progress import Stages
+from mmopd.train.held_out import held_out_sources
 
 
 @pytest.fixture(autouse=True)
@@ -70,6 +71,19 @@ def test_the_preparation_is_named_by_its_key() -> None:
         pytest.raises(UserError, match=r"^prepare: data/none\.py: no such file"),
     ):
         job.prepare(recipe, stages)
+
+
+@pytest.mark.parametrize(
+    ("mixture", "message"),
+    [
+        ("data/none.yaml", r"^evaluate\.mixture: data/none\.yaml: no such file"),
+        ("data/demo.yaml", r"^evaluate\.mixture: data/demo\.yaml: sources\.\w+\.shards: .*: no such folder of shards"),
+    ],
+)
+def test_held_out_rows_are_named_by_their_key(mixture: str, message: str) -> None:
+    recipe = catalog.load_recipe("recipes/demo.yaml", overrides=[f"evaluate.mixture={mixture}"])
+    with pytest.raises(UserError, match=message):
+        held_out_sources(recipe, {})
 
 
 def test_remote_shards_are_named_by_their_key(here: Path) -> None:

@@ -55,8 +55,11 @@ def held_out_sources(recipe: Recipe, trained: Mapping[str, Shards]) -> dict[str,
     if recipe.evaluate is None:
         return {}
     path = recipe.evaluate.mixture
-    mixture = catalog.load_mixture(path)
-    sources = open_mixture(mixture, load_tasks(), Path.cwd(), hash_processor(recipe.student.model))
+    mixture = catalog.load_mixture(path, key="evaluate.mixture")
+    try:
+        sources = open_mixture(mixture, load_tasks(), Path.cwd(), hash_processor(recipe.student.model))
+    except DataError as error:
+        raise DataError(f"evaluate.mixture: {path}: {error}") from None
     known = {shards.fingerprint: name for name, shards in trained.items()}
     for name, shards in sources.items():
         if (same := known.get(shards.fingerprint)) is not None:
