@@ -3,6 +3,8 @@
 import asyncio
 import json
 import math
+from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -96,6 +98,23 @@ def held_out(additions: Shards, encoder: Encoder, folder: Path, **settings: Any)
 def measure(evaluation: HeldOut, engine: Engine, judge: Judge | None = None) -> dict[str, float]:
     fakes: Any = ([engine], judge or Judge())
     return asyncio.run(evaluation.measure(3, *fakes))
+
+
+@pytest.fixture(autouse=True)
+def closed(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Close what a test opens."""
+    opened: list[HeldOut] = []
+    init = HeldOut.__init__
+
+    def noted(self: HeldOut, *args: Any, **more: Any) -> None:
+        init(self, *args, **more)
+        opened.append(self)
+
+    monkeypatch.setattr(HeldOut, "__init__", noted)
+    with ExitStack() as stack:
+        yield
+        for one in opened:
+            stack.enter_context(one)
 
 
 def test_the_same_rows_are_asked_with_the_same_seeds_each_time_and_scored(

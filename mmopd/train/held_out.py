@@ -11,7 +11,8 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import fmean, stdev
-from typing import NamedTuple
+from types import TracebackType
+from typing import NamedTuple, Self
 
 from mmopd import catalog
 from mmopd.config import Recipe
@@ -73,7 +74,7 @@ def held_out_sources(recipe: Recipe, trained: Mapping[str, Shards]) -> dict[str,
 class HeldOut:
     """The held-out rows of all ranks, and the scores of the student on them.
 
-    Without `evaluate` in the recipe it measures nothing.
+    Without `evaluate` in the recipe it measures nothing. A context manager, which closes its file.
 
     Args:
         run: scores of weights after more than `done` steps are removed from its held_out.jsonl.
@@ -107,6 +108,15 @@ class HeldOut:
             rows = [(name, row) for name, shards in sources.items() for row in chosen(shards, number, encoder)]
             self._share = rows[ranks.rank :: ranks.size]
             self._record = JsonLines(run.held_out, done + 1) if ranks.rank == 0 else None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._record is not None:
+            self._record.close()
 
     async def at_start(self, rollouts: Rollouts) -> None:
         """Measure the untrained student, if the recipe wants that and the run begins. Collective."""

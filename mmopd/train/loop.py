@@ -82,7 +82,7 @@ async def train(
         weight_publisher = WeightPublisher(
             trainer, rollouts.engines, link, probe_items(list(stream.sources.values()), encoder), in_trainer_thread
         )
-        with link or nullcontext(), recorder or nullcontext(), watchdog, in_trainer_thread:
+        with link or nullcontext(), recorder or nullcontext(), held_out, watchdog, in_trainer_thread:
             watchdog.beat_with(asyncio.get_running_loop())
             await weight_publisher.publish(version_of(done), everything=True)
             await held_out.at_start(rollouts)
