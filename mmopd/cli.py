@@ -118,6 +118,14 @@ def train(
             "--changed-source", help="With --resume: a source that was added or removed on purpose.", show_default=False
         ),
     ] = None,
+    changed_teachers: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--changed-teacher",
+            help="With --resume: a teacher that is another one than before, on purpose.",
+            show_default=False,
+        ),
+    ] = None,
     launcher: Annotated[
         str | None,
         typer.Option(
@@ -140,7 +148,16 @@ def train(
     from mmopd.commands.train import launch
 
     try:
-        launch(folder, resolved, console, endpoints=endpoints or (), changed=changed or (), launcher=command, host=host)
+        launch(
+            folder,
+            resolved,
+            console,
+            endpoints=endpoints or (),
+            changed=changed or (),
+            changed_teachers=changed_teachers or (),
+            launcher=command,
+            host=host,
+        )
     except KeyboardInterrupt:
         console.print(
             f"interrupted; `mmopd train --resume {folder.root}` continues from the last checkpoint", markup=False

@@ -22,6 +22,7 @@ from mmopd.serving.endpoint import Endpoint
 from mmopd.serving.servers import Servers, serve_in_stage
 from mmopd.serving.specs import to_specs
 from mmopd.teacher.fleet import key_in, warn_of
+from mmopd.teacher.identity import fingerprint_of
 
 WATCH_EVERY = 0.5  # seconds
 
@@ -31,7 +32,7 @@ def serve(fleet: Fleet, *, host: str, out: Path, key_variable: str | None, conso
 
     Raises:
         UserError: there is nothing to serve.
-        CheckpointError: a model cannot be served; see `check_model`.
+        CheckpointError: a model cannot be served; see `check_model` and `fingerprint_of`.
         ServerError: a server did not start, or died too often.
     """
     key = key_in(key_variable, "mmopd serve", "--api-key-env") if key_variable else None
@@ -40,12 +41,18 @@ def serve(fleet: Fleet, *, host: str, out: Path, key_variable: str | None, conso
         raise UserError("no teacher of this fleet has a `model`: all run elsewhere, and there is nothing to serve")
     for model in {spec.model for spec in specs}:
         check_model(model)
+    fingerprints = {
+        name: fingerprint_of(teacher) for name, teacher in fleet.teachers.items() if teacher.model is not None
+    }
     warn_of(host, console)
     logs = make_private(out.with_name(f"{out.stem}-logs"))
     with Children() as children, ExitStack() as stack:
         with Stages(console) as stages:
             servers = stack.enter_context(serve_in_stage(specs, children, logs, stages, host=host, key=key))
-        shown = [dataclasses.replace(one, url=public_url(one.url, host)) for one in servers.values()]
+        shown = [
+            dataclasses.replace(one, url=public_url(one.url, host), fingerprint=fingerprints[one.teacher])
+            for one in servers.values()
+        ]
         stack.callback(out.unlink, missing_ok=True)
         endpoint.save(out, shown)
         console.print(_table(fleet, shown, servers))

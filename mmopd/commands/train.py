@@ -10,6 +10,7 @@ from rich.console import Console
 
 from mmopd.commands.distil import distil, extrapolate
 from mmopd.commands.job import Job, check, preparation, prepare, prove, serving
+from mmopd.commands.teachers import check_teachers
 from mmopd.config import Engine, Recipe
 from mmopd.evaluate.calls import warm_up
 from mmopd.evaluate.candidates import Candidate, check_results, evaluate_all, print_results
@@ -35,6 +36,7 @@ from mmopd.serving import endpoint, repeatable
 from mmopd.serving.endpoint import Endpoint
 from mmopd.serving.placement import check_gpus
 from mmopd.serving.servers import Servers
+from mmopd.teacher import identity
 from mmopd.teacher.fleet import Standing, warn_of
 
 
@@ -45,6 +47,7 @@ def launch(
     *,
     endpoints: Sequence[Path] = (),
     changed: Sequence[str] = (),
+    changed_teachers: Sequence[str] = (),
     launcher: Sequence[str] = (),
     host: str = HOST,
     standing: Standing | None = None,
@@ -57,6 +60,7 @@ def launch(
         console: where the progress is shown.
         endpoints: files of `mmopd serve`; the teachers in them are used from there.
         changed: sources that were added to the mixture or removed from it on purpose, before a resume.
+        changed_teachers: teachers that are others than before a resume, on purpose.
         launcher: a command that starts the ranks on several machines, such as `deepspeed --hostfile hosts --module`.
         host: address that the servers listen on, for ranks on other machines.
         standing: servers of the previous run; used if this run needs the same ones, otherwise started again.
@@ -81,6 +85,7 @@ def launch(
         stages.expect(usual_seconds(run, recipe, otherwise=getattr(preparation(recipe), "USUAL_SECONDS", {})))
         prepare(recipe, stages)
         job = dataclasses.replace(check(recipe, endpoints), changed=changed, launcher=launcher, host=host)
+        check_teachers(job, run, changed_teachers, console)
         say_left_out(job, console)
         say_kernels(job.engines, run, console)
         if job.suite is not None:
@@ -175,6 +180,7 @@ def sample_answers(job: Job, servers: Servers, run: RunFolder, stages: Stages) -
             rollout=job.recipe.rollout,
             algorithm=job.recipe.algorithm,
             timeout=job.recipe.train.timeout,
+            identities=identity.known(run.teachers),
         )
 
 

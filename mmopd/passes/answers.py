@@ -23,11 +23,11 @@ from mmopd.prompts.shards import Shards
 from mmopd.records import Encoded, Outcome, Response, Sample, Score
 from mmopd.rollout.collect import seed_of
 from mmopd.rollout.student_client import StudentClient
-from mmopd.runtime.fingerprint import hash_model
 from mmopd.runtime.progress import Stage
 from mmopd.serving.endpoint import Endpoint
 from mmopd.task.load import load_tasks
 from mmopd.task.verifier_pool import VerifierPool
+from mmopd.teacher.identity import Identity
 from mmopd.teacher.router import find_teachers
 from mmopd.teacher.view import encode_view
 
@@ -52,9 +52,17 @@ def attempts_of(objective: Objective) -> int:
 
 
 def find_answers(
-    sources: Mapping[str, Shards], *, fleet: Fleet, rollout: Rollout, algorithm: Algorithm
+    sources: Mapping[str, Shards],
+    *,
+    fleet: Fleet,
+    rollout: Rollout,
+    algorithm: Algorithm,
+    identities: Mapping[str, Identity],
 ) -> dict[str, tuple[Path, Origin]]:
     """Return where the answers to each source are kept, and what they are made from.
+
+    Args:
+        identities: of the teachers, by name; another teacher has other answers.
 
     Raises:
         ConfigError: a prompt has no teacher.
@@ -69,7 +77,7 @@ def find_answers(
             f"{task}/{modality}": find_teachers(fleet, tasks, task, modality) for task, modality in sorted(shards.kinds)
         }
         asked = {
-            kind: [[_weights(fleet, one.name), one.share, one.weight, one.view.model_dump()] for one in some]
+            kind: [[one.name, *identities[one.name].key, one.share, one.weight, one.view.model_dump()] for one in some]
             for kind, some in routed.items()
         }
         made_from = {
@@ -92,19 +100,21 @@ def run_answers(
     rollout: Rollout,
     algorithm: Algorithm,
     timeout: float,
+    identities: Mapping[str, Identity],
 ) -> None:
     """Let the teachers answer all prompts that have no answers yet.
 
     Args:
         teachers: the replicas of each teacher.
         timeout: seconds for an answer of a teacher.
+        identities: of the teachers, by name.
 
     Raises:
         EngineError: a teacher does not answer; finished answers are kept.
         DataError: a file cannot be used, or no answer to a source is right.
     """
     with ExitStack() as stack:
-        files = find_answers(sources, fleet=fleet, rollout=rollout, algorithm=algorithm)
+        files = find_answers(sources, fleet=fleet, rollout=rollout, algorithm=algorithm, identities=identities)
         answers = {name: stack.enter_context(Answers(*where)) for name, where in files.items()}
         total = sum(map(len, sources.values()))
         done = sum(map(len, answers.values()))
@@ -216,13 +226,14 @@ class Library:
         fleet: Fleet,
         rollout: Rollout,
         algorithm: Algorithm,
+        identities: Mapping[str, Identity],
         seed: int,
     ) -> None:
         self._sources = sources
         self._encoder = encoder
         self._group = rollout.group
         self._seed = seed
-        files = find_answers(sources, fleet=fleet, rollout=rollout, algorithm=algorithm)
+        files = find_answers(sources, fleet=fleet, rollout=rollout, algorithm=algorithm, identities=identities)
         self._answers = {name: Answers.read(*where) for name, where in files.items()}
 
     def samples(self, number: int, encoded: Encoded, step: int) -> list[Sample]:
@@ -247,10 +258,3 @@ class Library:
             for teacher, weight, tokens, logprobs in draw.sample(found, min(self._group, len(found)))
             for score in [Score(teacher, tuple(logprobs), weight)]
         ]
-
-
-def _weights(fleet: Fleet, name: str) -> str:
-    """Return a string that identifies a teacher's weights."""
-    teacher = fleet.teachers[name]
-    adapter = f" + {hash_model(teacher.adapter)}" if teacher.adapter else ""
-    return f"{name} {hash_model(teacher.model) if teacher.model else ' '.join(teacher.endpoints)}{adapter}"

@@ -69,18 +69,21 @@ def _parts(files: RunFiles, name: str) -> dict[str, Any]:
     )
     samples = samples_view(files, responses, tasks)
     steps = value_of(recipe, "train.steps", int)
-    remarks = verdict.remarks(results, metrics, steps, len(files.left_out), tasks)
+    changes = files.teacher_changes()
+    remarks = verdict.remarks(results, metrics, steps, len(files.left_out), tasks) + verdict.of_teachers(changes)
     closest = verdict.nearest(results, tasks) if results is not None else None
     student = value_of(recipe, "student.model", str) or "The student"
     objective = value_of(recipe, "algorithm.objective.kind", str) or "opd"
     charts = curves(metrics, tasks)
     charts[1:1] = held_out_curves(files.held_out(), tasks)
-    data = {"curves": charts, "difficulty": difficulty(measured, tasks)}
+    marks = sorted({one.step for one in changes})
+    data: dict[str, Any] = {"curves": charts, "difficulty": difficulty(measured, tasks), "marks": marks}
     return {
         "name": name,
         "verdict": verdict.sentence(
             results, metrics, tasks, student=student, objective=objective, look=remarks[0] if remarks else closest
         ),
+        "marks": marks,
         "remarks": [remark for remark in remarks if remark.text],
         "facts": facts(recipe, metrics),
         "end": at_the_end(metrics),

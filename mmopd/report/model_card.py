@@ -10,6 +10,7 @@ from mmopd.config import Fleet, Mixture
 from mmopd.evaluate import Results
 from mmopd.report.metrics import METRICS, documented, read_lines
 from mmopd.runtime.run_folder import RunFolder
+from mmopd.teacher import identity
 from mmopd.teacher.router import load_teachers, references, routed
 
 CARD = "README.md"
@@ -50,6 +51,7 @@ def model_card(run: RunFolder, step: int | None = None) -> str:
         f"`{objective.kind}`: "
         f"{done}, {batch}, {train.dtype}, learning rate {train.lr:g}, seed {recipe.seed}.",
         _teachers(load_teachers(recipe.fleet, objective), objective),
+        _changes(run, step),
         _sources(catalog.load_mixture(recipe.mixture, key="mixture")),
         _scores(run) if step is None else "",
         _metrics(steps),
@@ -73,6 +75,16 @@ def _teachers(fleet: Fleet, objective: Objective) -> str:
             f"- **{name}**: {what}{adapter}, {'for ' + ', '.join(routes[name]) if routes[name] else 'as a reference'}"
         )
     return "## Teachers\n\n" + "\n".join(lines) if lines else ""
+
+
+def _changes(run: RunFolder, step: int | None) -> str:
+    """Return the teachers that were others before some step; empty if none were."""
+    record = identity.load(run.teachers)
+    return "\n".join(
+        f"- **{one.teacher}** was another one before step {one.step}: {'; '.join(one.what)}"
+        for one in (record.changed if record else ())
+        if step is None or one.step < step
+    )
 
 
 def _sources(mixture: Mixture) -> str:

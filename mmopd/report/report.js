@@ -86,7 +86,9 @@ function curve(chart) {
     yaxis.tickformat = top < 0.08 ? ".1%" : ".0%";
   }
   const room = 4 * String(chart.x[chart.x.length - 1]).length; // half of the last step's label
-  return [traces, layout({ yaxis, xaxis: steps(chart.x), margin: { l: 38, r: Math.max(12, room), t: 6, b: 38 } })];
+  const line = { color: css("--soft"), width: 1, dash: "dot" };
+  const marks = data.marks.map(at => ({ type: "line", x0: at - 0.5, x1: at - 0.5, yref: "paper", y0: 0, y1: 1, line })); // between two steps
+  return [traces, layout({ yaxis, xaxis: steps(chart.x), shapes: marks, margin: { l: 38, r: Math.max(12, room), t: 6, b: 38 } })];
 }
 
 function histogram(source) {

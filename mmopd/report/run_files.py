@@ -8,11 +8,12 @@ import json
 import math
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import yaml
-from pydantic import TypeAdapter, ValidationError
+from pydantic import Field, TypeAdapter, ValidationError
 
 from mmopd.evaluate.lmms import BenchmarkScore
 from mmopd.evaluate.table import Results, Row
@@ -64,6 +65,18 @@ class Line(NamedTuple):
     row: dict[str, Any]
 
 
+@dataclass(frozen=True, slots=True, order=True)
+class TeacherChange:
+    """A teacher that was another one from a step on."""
+
+    step: Annotated[int, Field(ge=0, le=STEP_LIMIT)]
+    teacher: str
+    what: tuple[str, ...]
+
+
+TEACHER_CHANGES = TypeAdapter(TeacherChange)
+
+
 class RunFiles:
     """The files of a run, read as far as they can be read; `left_out` names the rest."""
 
@@ -99,6 +112,17 @@ class RunFiles:
             else:
                 self._add(self.run.versions, f"{name}: not a version")
         return found
+
+    def teacher_changes(self) -> list[TeacherChange]:
+        """Return the changes of teachers at a resume, by step."""
+        changes = self._object(self.run.teachers).get("changed", [])
+        found = []
+        for i, change in enumerate(changes if isinstance(changes, list) else [changes]):
+            try:
+                found.append(TEACHER_CHANGES.validate_python(change))
+            except ValidationError as error:
+                self._add(self.run.teachers, f"changed, {i}: {_explain(error)}")
+        return sorted(found)
 
     def stages(self) -> dict[str, float]:
         """Return the seconds of each stage."""

@@ -14,6 +14,7 @@ from typing import Any
 from mmopd.evaluate.lmms import BenchmarkScore
 from mmopd.evaluate.table import NO_GAP, Kind, Results
 from mmopd.report.charts import Tasks, Z, steps_missing
+from mmopd.report.run_files import TeacherChange, short
 
 LAST = 10  # steps at the end over which means are taken
 CUT = 0.05  # larger shares of cut responses are named
@@ -138,6 +139,18 @@ def remarks(results: Results | None, metrics: Rows, steps: int | None, left_out:
     return found + _of_training(metrics, steps, tasks)
 
 
+def of_teachers(changes: Sequence[TeacherChange]) -> list[Remark]:
+    """Return what to say about teachers that were changed at a resume."""
+    return [
+        Remark(
+            "the teachers that changed",
+            f"Teacher {short(one.teacher)} is another one from step {one.step:,} on: {short('; '.join(one.what))}.",
+            "training",
+        )
+        for one in changes
+    ]
+
+
 def nearest(results: Results, tasks: Tasks) -> Remark | None:
     """Return the benchmark on which most of the gap is left; None if no gap is left that can be told from noise."""
     gaps = {c: gap for c in results.columns if (gap := results.gap_closed(c)) is not None and gap < 1}
@@ -186,7 +199,7 @@ def _of_training(metrics: Rows, steps: int | None, tasks: Tasks) -> list[Remark]
     if missing := steps_missing(metrics):
         text = "1 step has no metrics." if missing == 1 else f"{missing:,} steps have no metrics."
         found.append(Remark("the gaps in the metrics", text, "training"))
-    for name, limit, short, text in (
+    for name, limit, what, text in (
         ("truncated", CUT, "the responses that are cut", "of the responses end at rollout.max_tokens and are cut"),
         ("share/unknown", UNKNOWN, "the unknown outcomes", "of the responses could not be judged"),
         ("share/absent", UNKNOWN, "the responses without a score", "of the responses have no teacher's score"),
@@ -194,7 +207,7 @@ def _of_training(metrics: Rows, steps: int | None, tasks: Tasks) -> list[Remark]
         means = _means(metrics, name)
         if means and means[1] > limit:
             last = f"{means[1]:.1%}".replace("%", " %")
-            found.append(Remark(short, f"{last} {text}, in the last {min(LAST, len(metrics))} steps.", "training"))
+            found.append(Remark(what, f"{last} {text}, in the last {min(LAST, len(metrics))} steps.", "training"))
     if skipped := sum(row.get("skipped_updates") or 0 for row in metrics):
         text = f"Updates skipped, because loss or gradient was not finite: {skipped:,.0f} (`mmopd replay`)."
         found.append(Remark("the updates that were skipped", text, "training"))

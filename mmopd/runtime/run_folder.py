@@ -58,6 +58,7 @@ class RunFolder:
         self.endpoints = root / "endpoints.json"  # exists while the servers run
         self.stop = root / "stop"  # asks the ranks to end after the current step, if a launcher command is in between
         self.until = root / "until"  # the time at which train.minutes are over, seconds since the epoch
+        self.teachers = root / "teachers.json"  # teachers that the run learns from, and how they have changed
         self.preflight = root / "preflight.json"  # results of the preflight for each replica of each teacher
 
     def create(self, recipe: Recipe) -> None:

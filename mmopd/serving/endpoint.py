@@ -11,8 +11,10 @@ import msgspec
 
 from mmopd.config.fleet import check_proxy
 from mmopd.errors import ConfigError
+from mmopd.runtime.fingerprint import Fingerprint
 
 MAX_BYTES = 1 << 20  # largest accepted file of endpoints
+UNKNOWN = Fingerprint()
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,6 +27,7 @@ class Endpoint:
     api_key: str = field(repr=False)  # empty if the server requires no key
     role: Literal["teacher", "student"]
     proxy: str = ""  # URL of the proxy through which it is reached; proxies of the environment are not used
+    fingerprint: Fingerprint = UNKNOWN  # of the model; only `mmopd serve` and clients of its servers know it
 
     @property
     def headers(self) -> dict[str, str]:

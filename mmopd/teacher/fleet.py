@@ -16,6 +16,7 @@ from rich.console import Console
 
 from mmopd.config import Fleet
 from mmopd.errors import ConfigError, ServerError
+from mmopd.runtime.fingerprint import Fingerprint
 from mmopd.runtime.http import client, proxy_hint
 from mmopd.runtime.network import HOST, is_loopback, public_url
 from mmopd.runtime.processes import Children
@@ -154,7 +155,8 @@ def from_files(fleet: Fleet, files: Sequence[Path]) -> list[Endpoint]:
                 raise ServerError(
                     f"{path}: {endpoint.name}: {endpoint.url} serves {', '.join(models)}, not {endpoint.model!r}"
                 )
-            found.setdefault(endpoint.teacher, []).append(endpoint)
+            known = endpoint.fingerprint if endpoint.fingerprint.hashed else models[endpoint.model]
+            found.setdefault(endpoint.teacher, []).append(dataclasses.replace(endpoint, fingerprint=known))
     return [
         dataclasses.replace(one, name=f"{teacher}.{i}")
         for teacher, group in found.items()
@@ -163,7 +165,7 @@ def from_files(fleet: Fleet, files: Sequence[Path]) -> list[Endpoint]:
 
 
 def running_elsewhere(name: str, url: str, key_variable: str | None, proxy: str = "") -> Endpoint:
-    """Return an endpoint of the fleet file, with the name of the model that the server reports.
+    """Return an endpoint of the fleet file, with the model that the server reports.
 
     Raises:
         ConfigError: the variable with its key is not set.
@@ -171,7 +173,8 @@ def running_elsewhere(name: str, url: str, key_variable: str | None, proxy: str 
     """
     key = key_in(key_variable, f"teacher {name}", "api_key_env") if key_variable else ""
     found = Endpoint(name, url.rstrip("/").removesuffix("/v1"), "", key, "teacher", proxy)
-    return dataclasses.replace(found, model=_models(found, f"teacher {name}")[0])
+    model, fingerprint = next(iter(_models(found, f"teacher {name}").items()))
+    return dataclasses.replace(found, model=model, fingerprint=fingerprint)
 
 
 def key_in(variable: str, owner: str, setting: str) -> str:
@@ -201,14 +204,17 @@ def warn_of(host: str, console: Console) -> None:
         )
 
 
-def _models(endpoint: Endpoint, owner: str) -> list[str]:
-    """Return the names of the models that a server reports."""
+def _models(endpoint: Endpoint, owner: str) -> dict[str, Fingerprint]:
+    """Return the models that a server reports, by name; all that it says of a model is its name and its path."""
     try:
         with client(proxy=endpoint.proxy, headers=endpoint.headers, timeout=30) as http:
             reply = http.get(f"{endpoint.url}/v1/models")
         if reply.status_code in {401, 403}:
             raise ServerError(f"{owner}: {endpoint.url} rejects the API key (status {reply.status_code})")
-        models = [str(model["id"]) for model in reply.raise_for_status().json()["data"]]
+        models = {
+            str(model["id"]): Fingerprint(f"{model['id']} ({model['root']})" if model.get("root") else str(model["id"]))
+            for model in reply.raise_for_status().json()["data"]
+        }
     except (httpx.HTTPError, httpx.InvalidURL, ValueError, LookupError, TypeError) as error:
         raise ServerError(
             f"{owner}: {endpoint.url} does not answer as a vLLM server ({type(error).__name__}: {error})"

@@ -7,6 +7,7 @@ renamed. A save that was interrupted keeps its temporary name, and the next save
 import copy
 import hashlib
 import json
+import logging
 import os
 import random
 import shutil
@@ -21,11 +22,12 @@ import torch
 
 from mmopd.errors import CheckpointError
 from mmopd.runtime import python
+from mmopd.train.checkpoint_files import MANIFEST, STATE, finished, problem, read_manifest, read_state, whole
 from mmopd.train.distributed import Ranks
 from mmopd.train.trainer import Trainer
 
-MANIFEST = "manifest.json"
-STATE = "state.json"
+logger = logging.getLogger(__name__)
+
 ZERO = "zero"  # DeepSpeed's tag
 PARTIAL = ".step-*.partial"  # unfinished saves
 TORCH_CANNOT_WRITE = "inline_container.cc"  # part of the RuntimeError that `torch.save` raises instead of an OSError
@@ -38,12 +40,14 @@ class Checkpoints:
         folder: shared by all ranks.
         keep: how many of the newest to keep.
         best: how many of the older ones to keep, those with the best scores.
+        teachers: the record of the run's teachers, JSON; each checkpoint has a copy.
     """
 
-    def __init__(self, folder: Path, keep: int, best: int = 0) -> None:
+    def __init__(self, folder: Path, keep: int, best: int = 0, teachers: Any = None) -> None:
         self.folder = folder
         self.keep = keep
         self.best = best
+        self.teachers = teachers
 
     def save(self, trainer: Trainer, step: int, state: dict[str, Any], score: float | None = None) -> Path:
         """Write everything that step `step + 1` depends on; collective.
@@ -67,7 +71,8 @@ class Checkpoints:
         ranks.barrier()
         self._check_room(trainer, torn)
         try:
-            _write(trainer, torn, {"step": step, "ranks": ranks.size, "score": score, "caller": state})
+            about = {"step": step, "ranks": ranks.size, "score": score, "teachers": self.teachers}
+            _write(trainer, torn, about | {"caller": state})
             if ranks.rank == 0:
                 torn.rename(final)
                 _flush(self.folder)
@@ -108,18 +113,11 @@ class Checkpoints:
 
     def whole(self) -> Iterator[Path]:
         """Return the checkpoints whose files are all there in full size, newest first."""
-        return (path for path in reversed(self._finished()) if not _problem(path))
-
-    def _finished(self) -> list[Path]:
-        return sorted(p for p in self.folder.glob("step-*") if p.is_dir())
+        return whole(self.folder)
 
     def _prune(self) -> None:
-        old = self._finished()[: -self.keep]
-        scores = (
-            {path: score for path in old if not _problem(path) and (score := _score(path)) is not None}
-            if self.best
-            else {}
-        )
+        old = finished(self.folder)[: -self.keep]
+        scores = {path: score for path in old if (score := _score(path)) is not None} if self.best else {}
         best = sorted(scores, key=lambda path: scores[path])[-self.best :]
         for path in set(old) - set(best):
             # A folder that cannot be removed now is incomplete, so it is never loaded; the next save tries again.
@@ -134,9 +132,9 @@ def load(trainer: Trainer, path: Path) -> dict[str, Any]:
             number of ranks cannot be converted.
     """
     ranks = trainer.ranks
-    problem = _problem(path) or _changed(path, ranks)
-    ranks.agree(problem and f"{problem}; remove {path} to go on from the checkpoint before it")
-    state: dict[str, Any] = json.loads((path / STATE).read_text(encoding="utf-8"))
+    wrong = problem(path) or _changed(path, ranks)
+    ranks.agree(wrong and f"{wrong}; remove {path} to go on from the checkpoint before it")
+    state = read_state(path)
     if state["ranks"] == ranks.size:
         trainer.engine.load_checkpoint(str(path), tag=ZERO)
     else:
@@ -147,8 +145,14 @@ def load(trainer: Trainer, path: Path) -> dict[str, Any]:
 
 
 def _score(path: Path) -> float | None:
-    """Return the score that the checkpoint was saved with, if any."""
-    score: float | None = json.loads((path / STATE).read_text(encoding="utf-8")).get("score")
+    """Return the score that the checkpoint was saved with, if any; a damaged one has none, and training goes on."""
+    if problem(path):
+        return None
+    try:
+        score: float | None = read_state(path)["score"]
+    except CheckpointError as error:
+        logger.warning("%s", error)
+        return None
     return score
 
 
@@ -232,26 +236,11 @@ def _sums(folder: Path, names: Iterable[str], flush: bool) -> dict[str, tuple[in
     return sums
 
 
-def _problem(path: Path) -> str:
-    """Return what is visibly wrong with a checkpoint: no manifest, or a file that is missing or has another size."""
-    try:
-        manifest: dict[str, tuple[int, str]] = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return f"{path / MANIFEST}: missing or unreadable, so this checkpoint is incomplete"
-    for name, (size, _) in manifest.items():
-        file = path / name
-        if not file.is_file():
-            return f"{file}: missing from the checkpoint"
-        if file.stat().st_size != size:
-            return f"{file}: {file.stat().st_size} bytes, saved with {size}"
-    return ""
-
-
 def _changed(path: Path, ranks: Ranks) -> str:
     """Return the first file of this rank's share whose content differs from what was saved; else ""."""
-    manifest: dict[str, list[Any]] = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+    manifest = read_manifest(path)
     for name, found in _sums(path, _share(manifest, ranks), flush=False).items():
-        if manifest[name] != list(found):
+        if manifest[name] != found:
             return f"{path / name}: its content has changed since it was saved (SHA-256 differs)"
     return ""
 

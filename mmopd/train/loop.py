@@ -13,6 +13,8 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+import msgspec
+
 from mmopd import catalog
 from mmopd.algorithm.settings import Algorithm
 from mmopd.config import Recipe
@@ -30,6 +32,7 @@ from mmopd.runtime.time_limit import TimeLimit
 from mmopd.runtime.watchdog import Watchdog
 from mmopd.serving import endpoint
 from mmopd.task.load import load_tasks
+from mmopd.teacher import identity
 from mmopd.teacher.router import load_teachers
 from mmopd.train.batch import Batch, build_batch, minibatches
 from mmopd.train.checkpoint import Checkpoints, load
@@ -71,7 +74,7 @@ async def train(
     encoder = Encoder(recipe.student.model)
     stream = open_stream(run, recipe, encoder)
     trainer = open_trainer(recipe, encoder, ranks, watchdog, stream.sources)
-    checkpoints = Checkpoints(run.checkpoints, recipe.train.keep_checkpoints, recipe.train.keep_best)
+    checkpoints = open_checkpoints(run, recipe)
     updater = SkippingUpdater(run, trainer)
     done = restore(checkpoints, trainer, stream, updater, changed)
     in_trainer_thread = TrainerThread(ranks, watchdog, ahead=recipe.rollout.async_steps > 0)
@@ -182,6 +185,12 @@ def open_rollouts(
         timeout=recipe.train.timeout,
         seed=recipe.seed,
     )
+
+
+def open_checkpoints(run: RunFolder, recipe: Recipe) -> Checkpoints:
+    """Return the checkpoints of a run; each has a copy of what the run knows of its teachers."""
+    teachers = msgspec.to_builtins(identity.load(run.teachers))
+    return Checkpoints(run.checkpoints, recipe.train.keep_checkpoints, recipe.train.keep_best, teachers=teachers)
 
 
 def open_trainer(

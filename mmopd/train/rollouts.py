@@ -24,6 +24,7 @@ from mmopd.serving import endpoint
 from mmopd.task.base import Task
 from mmopd.task.load import load_tasks
 from mmopd.task.verifier_pool import VerifierPool
+from mmopd.teacher import identity
 from mmopd.teacher.router import references
 from mmopd.teacher.score_cache import ScoreCache
 from mmopd.teacher.scorer import Scorer
@@ -76,7 +77,15 @@ class Rollouts:
         self.kept = ScoreCache(run.scores, ranks.rank)
         self._library = None
         if objective.teacher_answers():
-            self._library = Library(sources, encoder, fleet=fleet, rollout=rollout, algorithm=algorithm, seed=seed)
+            self._library = Library(
+                sources,
+                encoder,
+                fleet=fleet,
+                rollout=rollout,
+                algorithm=algorithm,
+                identities=identity.known(run.teachers),
+                seed=seed,
+            )
         self._scorers: dict[str, Scorer] = {}
         self._counted = Counter[str]()
         self._rolling: Rolling | None = None
