@@ -13,6 +13,8 @@ from mmopd.config import Recipe, Student
 from mmopd.evaluate import BenchmarkScore, Results, Row
 from mmopd.report.heatmap import TokenRow, as_json
 from mmopd.report.metrics import JsonLines, MetricsWriter
+from mmopd.teacher import identity
+from mmopd.teacher.identity import Change, Record
 
 
 def png(width: int, height: int) -> str:
@@ -53,6 +55,8 @@ def write_run(run: Path) -> Path:
     (run / "recipe.yaml").write_text(settings_file.dump(recipe), encoding="utf-8")
     (run / "versions.json").write_text(json.dumps({"mmopd": "1.2.3", "torch": "9.9"}), encoding="utf-8")
     (run / "stages.json").write_text(json.dumps({"serve": 30.0, "distil": 170.0}), encoding="utf-8")
+    change = Change("image_teacher", 12, "2026-01-01", ("weights (a before, b now)",), None)
+    identity.save(run / "teachers.json", Record({}, (change,)))
     source = {"correct": [0, 2, 2, 1], "attempts": [2, 2, 2, 2], "shape": "flat", "weights": [1.0, 1.0, 1.0, 2.0]}
     (run / "difficulty" / "difficulty.json").write_text(
         json.dumps({"version": 2, "sources": {"digits": source}}), encoding="utf-8"

@@ -1,5 +1,6 @@
 """Metrics of a run: the file, and the values that a step records."""
 
+import json
 import math
 from collections.abc import Callable
 from contextlib import closing
@@ -10,11 +11,14 @@ import pytest
 
 from mmopd.algorithm.settings import Algorithm, Margin
 from mmopd.config import Recipe, Student
+from mmopd.errors import DataError
 from mmopd.modality import Encoder
 from mmopd.records import Absent, Encoded, Outcome, Prompt, Response, Sample, Score
 from mmopd.report.charts import curves
 from mmopd.report.metrics import JsonLines, MetricsWriter, Tail, read_lines
+from mmopd.runtime.rank_processes import LAST_BYTES, last_metrics
 from mmopd.runtime.run_folder import RunFolder
+from mmopd.runtime.step_lines import NewSteps
 from mmopd.train.batch import build_batch
 from mmopd.train.recorder import Recorder
 
@@ -210,3 +214,25 @@ def test_what_a_step_tells_of_the_algorithm_has_a_panel(recorded: Line) -> None:
         "Cut, unknown, without a score": ["cut", "unknown", "without a score"],
         "Where responses went": ["kept"],
     }
+
+
+@pytest.mark.parametrize("line", [b"{", b"[]", b'{"stel": 1}', b"\xff\xfe", b"[" * 9999])
+def test_a_damaged_line_that_a_run_shows_is_named(tmp_path: Path, line: bytes) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.touch()
+    new = NewSteps(path)
+    path.write_bytes(b'{"step": 0, "seconds": 1.0}\n' + line + b"\n")
+    for read in (new.read, lambda: last_metrics(path)):
+        with pytest.raises(DataError, match=r"metrics\.jsonl: the line that begins with .* is damaged"):
+            read()
+
+
+def test_the_last_line_may_be_long(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    assert last_metrics(path) is None
+    rows = [{"step": 0}, {"step": 1} | {f"accuracy/{i}": 0.5 for i in range(20_000)}]
+    path.write_text("".join(f"{json.dumps(row)}\n" for row in rows), encoding="utf-8")
+    assert path.stat().st_size > 4 * LAST_BYTES
+    assert last_metrics(path) == rows[1]
+    path.write_text(json.dumps(rows[1]), encoding="utf-8")
+    assert last_metrics(path) is None

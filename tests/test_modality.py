@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from mmopd.errors import UserError
-from mmopd.modality import Encoder
+from mmopd.errors import CheckpointError, UserError
+from mmopd.modality import Encoder, encode
 from mmopd.modality.pixels import open_image, size_of, to_rgb
 from mmopd.records import Prompt
 
@@ -89,3 +89,14 @@ def test_the_size_of_a_png_is_read_without_its_pixels_and_its_orientation_wherev
     end = early.index(b"IEND") - 4
     late = early[:start] + early[start + len(chunk) : end] + chunk + early[end:]
     assert size_of(open_image(early)) == size_of(open_image(late)) == to_rgb(open_image(late)).size == (64, 96)
+
+
+def test_a_chat_template_that_does_not_end_is_named(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    slow = Encoder(model)
+    slow.processor.chat_template = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
+    monkeypatch.setattr(encode, "RENDER_SECONDS", 0.2)
+    with pytest.raises(CheckpointError, match=r"its chat template did not end within 0\.2 s for p/0"):
+        slow.encode(prompt())
+    slow.processor.chat_template = "{{ messages.append(1) }}"
+    with pytest.raises(ValueError, match=r"do not fit the chat template: .*unsafe"):  # Jinja's sandbox
+        slow.encode(prompt())

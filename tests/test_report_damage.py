@@ -20,7 +20,7 @@ from mmopd.report.html import write_report
 from mmopd.report.metrics import JsonLines, read_lines
 from mmopd.runtime.run_folder import RunFolder
 
-JSON = ("versions.json", "stages.json", "results.json", "difficulty/difficulty.json")
+JSON = ("versions.json", "stages.json", "teachers.json", "results.json", "difficulty/difficulty.json")
 LINES = ("metrics.jsonl", "samples.jsonl")
 FILES = ("recipe.yaml", *JSON, *LINES)
 # What the page shows of each file.
@@ -28,6 +28,7 @@ PART_OF = {
     "recipe.yaml": "teachers/<wbr>f.yaml",
     "versions.json": "torch <b>9.9</b>",
     "stages.json": 'id="time"',
+    "teachers.json": "is another one from step 12 on",
     "results.json": 'id="results"',
     "difficulty/difficulty.json": '"source":"digits"',
     "metrics.jsonl": '"title":"Return"',

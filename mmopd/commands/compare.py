@@ -25,7 +25,7 @@ from scipy.stats import t as student_t
 from mmopd import catalog
 from mmopd.commands.train import launch
 from mmopd.config import Comparison, ComparisonTable, Recipe
-from mmopd.errors import UserError, kind_of
+from mmopd.errors import DataError, UserError, kind_of
 from mmopd.evaluate.table import Results
 from mmopd.runtime.processes import Children
 from mmopd.runtime.progress import Stage, Stages
@@ -163,7 +163,10 @@ def _followed(run: Run, folder: RunFolder, stage: Stage) -> Iterator[None]:
 
     def follow() -> None:
         while not over.wait(1.0):
-            latest = last_metrics(folder.metrics)
+            try:
+                latest = last_metrics(folder.metrics)
+            except DataError:
+                return  # the run itself ends with this error
             progress = f"step {int(latest['step']) + 1}  {one_line(latest)}" if latest else "starting"
             stage.note(f"{run.variant}, seed {run.seed}: {progress}")
 

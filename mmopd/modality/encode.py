@@ -6,13 +6,18 @@ themselves; their answer is compared with `Encoded.expanded`.
 """
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+import signal
+import threading
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import torch
 
+from mmopd.errors import CheckpointError
 from mmopd.modality.base import Medium, Reader
 from mmopd.modality.control_tokens import ControlTokens
 from mmopd.modality.pixels import PixelPolicy
@@ -20,6 +25,7 @@ from mmopd.modality.registry import MEDIA, shown_items, slots
 from mmopd.model_folder import load_processor
 from mmopd.records import Encoded, Message, Prompt
 
+RENDER_SECONDS = 30.0  # for one prompt; templates take about a millisecond
 VISION_TOKENS = ("<|vision_start|>", "<|vision_end|>", "<|vision_pad|>")
 
 
@@ -90,12 +96,19 @@ class Encoder:
         Raises:
             ValueError: an item that cannot be opened, more or fewer items than placeholders, or a medium that the
                 processor does not take.
+            CheckpointError: the chat template does not end.
         """
         messages = _with_slots(prompt.messages) if self.sees else _as_text(prompt)
         if spelled := self.control.spelled_in(messages):
             messages = self.control.mark(messages)
         try:
-            text = self.processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+            with _time_limit(RENDER_SECONDS):
+                text = self.processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        except TimeoutError:
+            raise CheckpointError(
+                f"{self._model}: its chat template did not end within {RENDER_SECONDS:g} s for {prompt.key}: use "
+                "another template"
+            ) from None
         except Exception as error:  # a template may raise anything about messages that it does not expect
             raise ValueError(f"{prompt.key}: its messages do not fit the chat template: {error}") from error
         ids: list[int] = self.control.encode(text) if spelled else self.tokenizer.encode(text, add_special_tokens=False)
@@ -177,6 +190,25 @@ def expand(ids: Sequence[int], becomes: Mapping[int, Iterable[Sequence[int]]]) -
         else:
             expanded.append(i)
     return tuple(expanded)
+
+
+@contextmanager
+def _time_limit(seconds: float) -> Iterator[None]:
+    """Raise TimeoutError in the block after a time. Without effect in other threads than the main one."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def end(number: int, frame: FrameType | None) -> None:
+        raise TimeoutError
+
+    before = signal.signal(signal.SIGALRM, end)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
 
 
 def _with_slots(messages: Sequence[Message]) -> list[Message]:

@@ -10,9 +10,12 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from mmopd.runtime.network import socket_place
+
 if TYPE_CHECKING:
     from multiprocessing.context import ForkServerContext
 
+SOCKET_NAME = len("/pymp-xxxxxxxx/listener-xxxxxxxx")  # bytes, of multiprocessing
 SAFE_PATH = "PYTHONSAFEPATH"
 
 
@@ -37,10 +40,16 @@ def environment() -> dict[str, str]:
 def fork_server(preload: Sequence[str]) -> "ForkServerContext":
     """Return a context whose processes are forked from one that has imported the modules `preload`."""
     import multiprocessing
-    from multiprocessing import forkserver
+    import tempfile
+    from multiprocessing import forkserver, util
 
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(list(preload))
+    own, tempfile.tempdir = tempfile.tempdir, socket_place(SOCKET_NAME)
+    try:
+        util.get_temp_dir()  # makes the folder of the process's sockets, once
+    finally:
+        tempfile.tempdir = own
     before = {name: os.environ.get(name) for name in environment()}
     os.environ.update(environment())  # the process, and the resource tracker before it, take it from here
     try:

@@ -1,6 +1,5 @@
 """Training processes seen from the launcher: start them, find the one that failed and the cause, read their metrics."""
 
-import json
 import math
 import os
 import signal
@@ -15,9 +14,11 @@ from mmopd.runtime import python
 from mmopd.runtime.causes import why
 from mmopd.runtime.network import HOST, free_port
 from mmopd.runtime.processes import STOPS, Child, Children
+from mmopd.runtime.step_lines import parse
 from mmopd.runtime.watchdog import HUNG, LAST, LATER, LEFT, TOGETHER, WAITED, pulse_of
 
 DYING = 30.0  # seconds in which a rank that is ending must be gone, on a busy machine too
+LAST_BYTES = 65536  # of a metrics file, in which its last line is looked for first
 NCCL_SAYS = b"Watchdog caught collective operation timeout"
 
 
@@ -142,12 +143,20 @@ def start_ranks(
 
 
 def last_metrics(path: Path) -> dict[str, Any] | None:
-    """Return the last complete line of a metrics file; None if there is none."""
-    try:
-        with path.open("rb") as file:
-            file.seek(max(0, file.seek(0, os.SEEK_END) - 65536))
-            whole, newline, _ = file.read().rpartition(b"\n")
-    except FileNotFoundError:
+    """Return the last complete line of a metrics file; None if there is none.
+
+    Raises:
+        DataError: the line is damaged.
+    """
+    if not path.exists():
         return None
-    last: dict[str, Any] | None = json.loads(whole.rpartition(b"\n")[2]) if newline else None
-    return last
+    with path.open("rb") as file:
+        size = file.seek(0, os.SEEK_END)
+        window = LAST_BYTES
+        while True:
+            file.seek(max(0, size - window))
+            whole, newline, _ = file.read(min(size, window)).rpartition(b"\n")
+            _, before, line = whole.rpartition(b"\n")
+            if before or window >= size:
+                return parse(path, line) if newline else None
+            window *= 8  # a longer line

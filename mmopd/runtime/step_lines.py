@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from mmopd.errors import DataError
+
 Metrics = Mapping[str, Any]
 
 # Counts of responses in the shown line of a step.
@@ -46,6 +48,9 @@ class NewSteps:
         """Return the steps that were written since the last call, or since this object was made.
 
         A line that is not complete yet is left for the next call.
+
+        Raises:
+            DataError: a line is damaged.
         """
         if not self._path.exists():
             return []
@@ -54,7 +59,23 @@ class NewSteps:
             self._offset = file.seek(min(self._offset, file.seek(0, os.SEEK_END)))
             whole, newline, _ = file.read().rpartition(b"\n")
         self._offset += len(whole) + len(newline)
-        return [json.loads(line) for line in whole.splitlines()]
+        return [parse(self._path, line) for line in whole.splitlines()]
+
+
+def parse(path: Path, line: bytes) -> dict[str, Any]:
+    """Return the metrics in a complete line of a metrics file.
+
+    Raises:
+        DataError: the line is damaged.
+    """
+    try:
+        found = json.loads(line)
+        if isinstance(found, dict) and isinstance(found.get("step"), int):
+            return found
+        problem = "it is no JSON object with the number of a step"
+    except (ValueError, RecursionError) as error:
+        problem = str(error)
+    raise DataError(f"{path}: the line that begins with {line[:40]!r} is damaged: {problem}; delete it, and resume")
 
 
 class Glance:
@@ -113,14 +134,16 @@ def one_line(metrics: Metrics) -> str:
         for key, value in metrics.items()
         if key.startswith("accuracy/") and value is not None
     )
-    learnt = f"return {metrics['return']:+.3f}" if metrics.get("return") is not None else f"loss {_loss(metrics):.3f}"
+    name, form = ("return", "+.3f") if metrics.get("return") is not None else ("loss", ".3f")
+    learnt = f"{name} {_number(metrics, name):{form}}"
     right = [f"right: {accuracy}"] if accuracy else []
-    return "  ".join([f"{metrics['seconds']:.1f} s/step", learnt, *right, *_counts(metrics), *_memory(metrics)])
+    seconds = f"{_number(metrics, 'seconds'):.1f} s/step"
+    return "  ".join([seconds, learnt, *right, *_counts(metrics), *_memory(metrics)])
 
 
-def _loss(metrics: Metrics) -> float:
-    loss = metrics.get("loss")
-    return math.nan if loss is None else float(loss)
+def _number(metrics: Metrics, key: str) -> float:
+    number = metrics.get(key)
+    return math.nan if number is None else float(number)
 
 
 def _counts(metrics: Metrics) -> list[str]:

@@ -26,7 +26,7 @@ from mmopd.runtime import python
 from mmopd.runtime.causes import why
 from mmopd.runtime.http import client
 from mmopd.runtime.logs import message_of
-from mmopd.runtime.network import HOST, local
+from mmopd.runtime.network import HOST, local, socket_place
 from mmopd.runtime.processes import Children, stop
 from mmopd.runtime.progress import Stages
 from mmopd.serving.adapted_model import check_adapters
@@ -39,6 +39,7 @@ from mmopd.serving.supervisor import KEY_VARIABLE, READY, SOCKETS_VARIABLE, Serv
 logger = logging.getLogger(__name__)
 
 TIMEOUT = 1800.0  # seconds for which a server that is not ready may log nothing; large checkpoints take minutes
+SOCKET_NAME = len("/mmopd-xxxxxxxx/") + 36  # bytes; vLLM names a socket by a UUID
 _PID = re.compile(r"supervisor: (\d+)")
 _SAID = re.compile(r"server (?P<what>restarted|ended): (?P<name>.+) \(status (?P<status>-?\d+)\)")
 
@@ -180,7 +181,7 @@ class _Supervisor:
         env = {**ENV, **(CPU_ENV if preload else {}), **shared_env(group), KEY_VARIABLE: key}
         # vLLM leaves its sockets behind, even after an orderly stop. The supervisor removes their folder when it
         # stops them; if it was killed, `close` does.
-        self._sockets = tempfile.mkdtemp(prefix="mmopd-")
+        self._sockets = tempfile.mkdtemp(prefix="mmopd-", dir=socket_place(SOCKET_NAME))
         self.child = children.start(name, command, log, env | {SOCKETS_VARIABLE: self._sockets})
 
     def close(self) -> None:
