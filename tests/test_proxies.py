@@ -2,6 +2,7 @@
 
 import ast
 import asyncio
+import dataclasses
 import json
 import os
 import re
@@ -26,7 +27,7 @@ from mmopd.preflight.run import preflight
 from mmopd.rollout.sync import FileSync
 from mmopd.runtime.http import DIRECT, SPELLINGS, proxy_hint
 from mmopd.serving import endpoint, readiness
-from mmopd.serving.endpoint import Endpoint
+from mmopd.serving.endpoint import UNKNOWN, Endpoint
 from mmopd.serving.readiness import Awaited
 from mmopd.serving.replicas import ReplicaPool, connect
 from mmopd.serving.servers import Servers
@@ -114,7 +115,7 @@ def clients(one: Endpoint, folder: Path) -> dict[str, object]:
     judge = llm.judge(f"{one.url}/v1", "wise", timeout=5, attempts=1, proxy=one.proxy)
     return {
         "elsewhere": elsewhere.model,
-        "listed": listed,
+        "listed": dataclasses.replace(listed, fingerprint=UNKNOWN),
         "pool": json.loads(asyncio.run(scores()))["data"],
         "judge": judge("It is five.", "5").value,
     }

@@ -2,6 +2,7 @@
 immediately.
 """
 
+import dataclasses
 import json
 import os
 import re
@@ -28,7 +29,7 @@ from mmopd.errors import UserError
 from mmopd.runtime.processes import Children
 from mmopd.runtime.progress import Stages
 from mmopd.serving import endpoint
-from mmopd.serving.endpoint import Endpoint
+from mmopd.serving.endpoint import UNKNOWN, Endpoint
 from mmopd.serving.lora import lora_flags, read_adapter
 from mmopd.serving.specs import to_specs
 from mmopd.teacher.fleet import from_files, running_elsewhere, serve_fleet
@@ -318,9 +319,9 @@ def test_the_servers_of_a_fleet_file_are_asked_for_their_model(
 ) -> None:
     url = endpoint.load(served.folder / "out" / "fleet.json")["math.0"].url
     monkeypatch.setenv("FAR_KEY", served.key)
-    assert running_elsewhere("far.0", f"{url}/v1/", "FAR_KEY") == Endpoint(
-        "far.0", url, "math.0", served.key, "teacher"
-    )
+    found = running_elsewhere("far.0", f"{url}/v1/", "FAR_KEY")
+    assert dataclasses.replace(found, fingerprint=UNKNOWN) == Endpoint("far.0", url, "math.0", served.key, "teacher")
+    assert found.fingerprint.weights.startswith("math.0")
     with pytest.raises(UserError, match="rejects the API key"):
         running_elsewhere("far.0", url, None)
     monkeypatch.delenv("FAR_KEY")
