@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+import msgspec
 import psutil
 import pytest
 import torch
@@ -24,6 +25,9 @@ from mmopd.errors import STOPPED
 from mmopd.report.metrics import read_lines
 from mmopd.runtime.run_folder import RunFolder
 from mmopd.serving import endpoint
+from mmopd.teacher import identity
+from mmopd.teacher.identity import Record
+from mmopd.train.checkpoint_files import read_state
 
 pytestmark = pytest.mark.usefixtures("server")
 TIMEOUT = 300  # seconds; enough for a busy machine
@@ -172,6 +176,11 @@ def test_an_interrupted_run_repeats_the_uninterrupted_one(
 ) -> None:
     run, died, killed = resumed
     assert len(steps(straight)) == 10
+    teachers = identity.load(run.teachers)
+    assert teachers is not None
+    assert teachers == identity.load(straight.teachers)
+    assert all(one.fingerprint.hashed for one in teachers.teachers.values())  # by the file of `mmopd serve`
+    assert msgspec.convert(read_state(run.checkpoints / "step-00000010")["teachers"], Record) == teachers
     assert 3 <= died <= killed <= 10
     for step, (a, b) in enumerate(zip(steps(straight), steps(run), strict=True)):
         assert a == b, f"step {step} of a run that lost a rank in step {died} and was killed in step {killed}"

@@ -26,6 +26,7 @@ RECIPE_LIMIT = 2**20  # bytes
 LINE_LIMIT = 64 * 2**20  # bytes
 NUMBER_LIMIT = 1e30  # larger values are as useless as infinite ones, and sums of them overflow
 STEP_LIMIT = 10**12
+CHANGES = 20  # changes of teachers that are shown
 ATTEMPTS_LIMIT = 10_000  # bins of a histogram of difficulty
 TEXT_LIMIT = 200  # characters of a name or a reason
 
@@ -114,7 +115,7 @@ class RunFiles:
         return found
 
     def teacher_changes(self) -> list[TeacherChange]:
-        """Return the changes of teachers at a resume, by step."""
+        """Return the last changes of teachers at a resume, by step."""
         changes = self._object(self.run.teachers).get("changed", [])
         found = []
         for i, change in enumerate(changes if isinstance(changes, list) else [changes]):
@@ -122,7 +123,7 @@ class RunFiles:
                 found.append(TEACHER_CHANGES.validate_python(change))
             except ValidationError as error:
                 self._add(self.run.teachers, f"changed, {i}: {_explain(error)}")
-        return sorted(found)
+        return sorted(found)[-CHANGES:]
 
     def stages(self) -> dict[str, float]:
         """Return the seconds of each stage."""
