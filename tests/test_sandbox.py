@@ -1,4 +1,4 @@
-"""Model-written programs: honest ones are right, 150 hostile ones reach nothing, and a machine that cannot isolate them
+"""Model-written programs: 190 hostile ones reach nothing, and a machine that cannot isolate them
 is refused.
 """
 
@@ -28,11 +28,6 @@ PRIMES = {"inputs": ["1000\n", "10000\n", "10001\n"], "outputs": ["7919\n", "104
 def sandbox() -> Iterator[Sandbox]:
     with Sandbox(QUICK) as sandbox:
         yield sandbox
-
-
-@pytest.mark.parametrize("name", HONEST)
-def test_a_program_that_solves_the_problem_is_right(name: str) -> None:
-    assert code.verifier(QUICK)(answer_of(HONEST[name]), SQUARE) == Outcome(1.0)
 
 
 @dataclass(frozen=True)
@@ -111,7 +106,7 @@ def touched(files: Outside, servers: list[socket.socket]) -> list[str]:
 def test_no_hostile_program_escapes_or_is_right(outside: tuple[Outside, list[socket.socket]]) -> None:
     files, servers = outside
     programs = attacks()
-    assert len(programs) >= 150
+    assert len(programs) >= 190
     verify = code.verifier(QUICK)
     assert verify(answer_of(HONEST["input"]), SQUARE) == Outcome(1.0)
     before, listed = processes(), set(Path("/tmp").iterdir())

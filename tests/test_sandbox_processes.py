@@ -1,22 +1,18 @@
 """The processes of a sandbox: none is left, other users and machines have the same, or are refused."""
 
 import os
-import shutil
 import signal
-import socket
 import subprocess
 import sys
-import tempfile
 import time
 from pathlib import Path
 
 import psutil
 import pytest
-from programs import HONEST, QUICK, SQUARE, answer_of, processes
+from programs import HONEST, QUICK, SQUARE, answer_of, processes, sandbox_of_a_user
 
 from mmopd.errors import UserError
 from mmopd.records import Outcome
-from mmopd.task import jail
 from mmopd.task.sandbox import Sandbox
 from mmopd.task.verifier_pool import VerifierPool
 
@@ -111,32 +107,7 @@ def test_a_program_that_outlasts_the_pools_patience_is_unknown_and_gone(tmp_path
 
 @pytest.mark.skipif(os.getuid() != 0, reason="an ordinary user runs these tests already")
 def test_an_ordinary_user_has_the_same() -> None:
-    """Run as another user where root may drop its rights, with another interpreter, since this one may lie where only
-    root can go.
-    """
-    python = "/usr/bin/python3"
-    version = subprocess.run(
-        [python, "-c", "import sys; print(sys.version_info >= (3, 11))"],
-        capture_output=True,
-        text=True,
-        check=False,
-        encoding="utf-8",
-    )
-    if version.stdout != "True\n":
-        pytest.skip(f"{python} is older than 3.11")
-    script = Path(tempfile.mkdtemp()) / "jail.py"
-    script.parent.chmod(0o755)
-    script.write_text(Path(jail.__file__).read_text(encoding="utf-8"), encoding="utf-8")
-    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    command = [python, "-P", "-s", "-S", str(script), str(theirs.fileno()), "apart"]
-    process = subprocess.Popen(
-        command, pass_fds=[theirs.fileno()], user=1000, group=1000, extra_groups=[], env={}, cwd="/"
-    )
-    theirs.close()
-    assert ours.recv(1 << 16) == b"{}"
-    sandbox = Sandbox(QUICK)
-    sandbox._channel, sandbox._jail = ours, process
-    with sandbox:
+    with sandbox_of_a_user(QUICK, "apart") as sandbox:
         run = sandbox.run(
             "import os, threading\n"
             "threading.Thread(target=print, args=(os.getuid(), os.listdir())).start()\nopen('x', 'w')"
@@ -145,7 +116,6 @@ def test_an_ordinary_user_has_the_same() -> None:
         assert "Operation not permitted" in sandbox.run("import os\nos.fork()").failure
         assert "No such file" in sandbox.run("open('/etc/passwd')").failure
         assert "Read-only" in sandbox.run("open('/usr/lib/x', 'w')").failure
-    shutil.rmtree(script.parent)
 
 
 @pytest.mark.skipif(os.getuid() != 0, reason="root's case")

@@ -47,8 +47,8 @@ METRICS: Mapping[str, str] = {
     "scoring/hedged": "requests sent again to another replica, because the first was late",
     "scoring/failed/*": "requests that failed, by cause; another replica may have answered",
     "unknown": "responses without an outcome",
-    "unknown/*": "the same by cause: timeout, verifier_process_died, the_answer_key, no_verifier, judge, the name of "
-    "an exception, ...",
+    "unknown/*": "the same by cause: timeout, verifier_process_died, the_answer_key, no_verifier, judge, "
+    "no_package_numpy, the name of an exception, ...",
     "truncated": "share of responses that ended at the token limit",
     "token_clipped": "share of tokens left out because the log-probs are `log_ratio_clip` or more apart",
     "response_length": "mean number of tokens of a response, end token included",

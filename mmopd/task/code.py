@@ -12,6 +12,8 @@ and an output may be a list that holds only the value (APPS). A text may be give
 
 `mmopd.task.outputs` compares. Decimal fractions may differ as in PRIME, from which Eurus-2-RL-Data comes; with
 `"exact": true` in the key they may not, as in LiveCodeBench.
+
+Whatever the program causes is wrong. Unknown is for the key and for what is missing here: one of `PACKAGES`.
 """
 
 import functools
@@ -31,9 +33,16 @@ if TYPE_CHECKING:  # tasks are also loaded by commands that run no program
     from mmopd.task.sandbox import Limits, Run, Sandbox
 
 TOTAL = 45.0  # seconds for all tests of a program
-TIMEOUT = 60.0  # seconds, for a task's `timeout`: longer than TOTAL, so that the sandbox decides before the pool
-FENCE = re.compile(r"[ \t]*(?:(?:[-*+]|\d+[.)])[ \t]+)*(`{3,}|~{3,})[ \t]*([^\s`]*)[^`]*")
+TIMEOUT = 90.0  # seconds, for a task's `timeout`: more than TOTAL, one run and one comparison need
+# Nothing is tried twice (`++`): a line of tildes that ends in a backtick took cubic time.
+FENCE = re.compile(r"[ \t]*+(?:(?:[-*+]|\d++[.)])[ \t]++)*+(`{3,}+|~{3,}+)[ \t]*+([^\s`]*+)[^`]*+")
 PYTHON = frozenset({"python", "python3", "py", "py3"})
+# What programs of contests import besides the standard library. A name that is not here may be made up.
+PACKAGES = (
+    "atcoder|bitarray|gmpy2|more_itertools|mpmath|networkx|numba|numpy|ortools|pandas|pulp|scipy|shapely|sklearn|"
+    "sortedcontainers|sympy"
+)
+MISSING = re.compile(rf"status 1: ModuleNotFoundError: No module named '({PACKAGES})(?:\.[\w.]+)?'")
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,6 +164,8 @@ def _judge(source: str, tests: Tests, sandbox: "Sandbox") -> Outcome:
             or ("" if passed else "another output")
             or ("out of time for all" if time.monotonic() > end else "")
         )
+        if number == 1 and (missing := MISSING.fullmatch(run.failure)):
+            return Outcome(UNKNOWN, f"no package {missing[1]}: programs have the standard library alone")
         if why:
             return Outcome(0.0, f"test {number} of {len(tests.inputs)}: {why}")
     return RIGHT

@@ -1,7 +1,8 @@
 """Compares what a program printed or returned with what a test expects; whatever it says, this ends soon and well.
 
-Decimal fractions may differ as in PRIME (numpy's `allclose`): by 1e-5 of the expected one, plus 1e-8. Where the key
-asks for exactness they must be equal as decimals, as in LiveCodeBench. Integers are always exact.
+Printed decimal fractions may differ as in PRIME (numpy's `allclose`): by 1e-5 of the expected one, plus 1e-8. Those
+that a function returns must be equal, as in PRIME, but for their rounding. Where the key asks for exactness, decimals
+must be equal, as in LiveCodeBench. Integers are always exact.
 """
 
 import json
@@ -12,10 +13,11 @@ from decimal import Decimal
 from typing import Any
 
 RELATIVE, ABSOLUTE = 1e-5, 1e-8
+ROUNDING = 1e-9  # relative: what the order of operations changes in a float
 LONGEST = 400  # characters of a word that may be a number; longer ones are compared as text
 DIGITS = 4300  # digits of an integer that Python converts without complaint
-NUMBER = re.compile(r"[+-]?(?:\d+(?:\.\d*)?|\.\d+)(?:[eE][+-]?\d{1,4})?")
-WHOLE = re.compile(r"[+-]?\d+")
+NUMBER = re.compile(r"[+-]?(?:\d+(?:\.\d*)?|\.\d+)(?:[eE][+-]?\d{1,4})?", re.ASCII)
+WHOLE = re.compile(r"[+-]?\d+", re.ASCII)
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +64,9 @@ def _same_value(said: Any, expected: Any, exact: bool) -> bool:
         return said is expected
     if isinstance(said, float) or isinstance(expected, float):
         numbers = isinstance(said, int | float) and isinstance(expected, int | float)
-        return numbers and (said == expected if exact else _near(said, expected))
+        return numbers and (
+            said == expected if exact or isinstance(expected, int) else _near(said, expected, ROUNDING, 0.0)
+        )
     if isinstance(said, list) and isinstance(expected, list):
         return len(said) == len(expected) and all(_same_value(a, b, exact) for a, b in zip(said, expected, strict=True))
     if isinstance(said, dict) and isinstance(expected, dict):
@@ -77,10 +81,10 @@ def _same_word(said: str, expected: str, exact: bool) -> bool:
         return False
     if exact:
         return Decimal(said) == Decimal(expected)
-    return WHOLE.fullmatch(expected) is None and _near(float(said), float(expected))
+    return WHOLE.fullmatch(expected) is None and _near(float(said), float(expected), RELATIVE, ABSOLUTE)
 
 
-def _near(said: float, expected: float) -> bool:
+def _near(said: float, expected: float, relative: float, absolute: float) -> bool:
     """Return True for two numbers that are the same but for rounding, or both not a number."""
     try:
         a, b = float(said), float(expected)
@@ -88,4 +92,4 @@ def _near(said: float, expected: float) -> bool:
         return False
     if not (math.isfinite(a) and math.isfinite(b)):
         return a == b or (math.isnan(a) and math.isnan(b))
-    return abs(a - b) <= ABSOLUTE + RELATIVE * abs(b)
+    return abs(a - b) <= absolute + relative * abs(b)

@@ -21,6 +21,7 @@ from typing import Any, Self
 
 from mmopd.errors import UserError
 from mmopd.task import jail
+from mmopd.task.jail.filter import ARCHITECTURES
 
 KERNEL = (5, 14)  # the first that counts processes separately in each user namespace
 START = 600.0  # seconds for the process to confine itself; one that ends is noticed at once
@@ -29,8 +30,8 @@ WAY_OUT = (
     "Model-written programs run in Linux namespaces, and this machine does not allow them. Allow user namespaces "
     "(sysctl user.max_user_namespaces, kernel.apparmor_restrict_unprivileged_userns=0); or start the container with "
     "--cap-add SYS_ADMIN, or with --security-opt seccomp=unconfined --security-opt apparmor=unconfined; or give the "
-    "task a verifier that works without namespaces, `code.verifier(namespaces=False)`: a program can then read every "
-    "file that you can read."
+    "task a verifier that works without namespaces, `code.verifier(namespaces=False)`: where the kernel lacks "
+    "Landlock, a program can then read and write every file that you can."
 )
 
 
@@ -74,8 +75,8 @@ class Sandbox:
 
     Args:
         limits: limits of each run.
-        namespaces: False works on a machine without namespaces: limits, no network, no other process and no signal
-            still hold, but a program can read what the user can.
+        namespaces: False works on a machine without namespaces. Limits, no network, and no system call that reaches
+            another process still hold. A program reads and writes what the user can, unless the kernel has Landlock.
     """
 
     def __init__(self, limits: Limits = Limits(), *, namespaces: bool = True) -> None:
@@ -129,21 +130,20 @@ class Sandbox:
         return reply
 
     def _start(self) -> socket.socket:
-        if platform.system() != "Linux" or platform.machine() not in jail.ARCHITECTURES or _kernel() < KERNEL:
+        if platform.system() != "Linux" or platform.machine() not in ARCHITECTURES or _kernel() < KERNEL:
             raise UserError(
                 f"Model-written programs run on Linux {'.'.join(map(str, KERNEL))} or newer, on "
-                f"{' or '.join(jail.ARCHITECTURES)}; "
+                f"{' or '.join(ARCHITECTURES)}; "
                 f"this is {platform.system()} {platform.release()} on {platform.machine()}"
             )
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         mode = "apart" if self._namespaces else "limits"
-        command = [sys.executable, "-P", "-s", "-S", jail.__file__, str(theirs.fileno()), mode]
+        command = [sys.executable, "-P", "-s", "-S", str(Path(jail.__file__).parent / "__main__.py"), mode]
         with theirs:
             self._jail = subprocess.Popen(
                 command,
-                pass_fds=[theirs.fileno()],
                 env={"PYTHONHASHSEED": "0", "PYTHONUTF8": "1", "PYTHONDONTWRITEBYTECODE": "1"},
-                stdin=subprocess.DEVNULL,
+                stdin=theirs.fileno(),
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.DEVNULL,
                 cwd="/",

@@ -145,7 +145,9 @@ class _Worker:
             process.stdin.flush()
         except OSError as error:
             raise EOFError from error
-        if not select.select([process.stdout], [], [], timeout)[0]:
+        poll = select.poll()  # `select` refuses files with numbers above 1,023
+        poll.register(process.stdout, select.POLLIN)
+        if not poll.poll(timeout * 1000):
             raise TimeoutError
         reply = process.stdout.readline()
         if not reply.endswith(b"\n"):
