@@ -1,6 +1,7 @@
 """Programs that must be right next to those that must not, and what makes an outcome unknown."""
 
 import time
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -9,7 +10,7 @@ from programs import FUNCTIONS, HONEST, MISSING, SQUARE, SQUARES, WRONG, WRONG_F
 
 from mmopd.records import Outcome
 from mmopd.task import code
-from mmopd.task.sandbox import Limits
+from mmopd.task.sandbox import Limits, Run
 
 SLOW = Limits(wall=60.0)  # of this table only CPU time may end a program, on a busy machine, too
 verify = code.verifier(SLOW)
@@ -53,6 +54,33 @@ def test_results_are_compared_by_the_rule_of_the_data_set() -> None:
         ("0.30000000000000004", ', "exact": true', 1),
     ]:  # fmt: skip
         assert verify(program, returned % (expected, exact)).value == value, (expected, exact)
+
+
+RESULTS = st.binary(max_size=40) | st.lists(
+    st.sampled_from([*'[]{},:"-+.eE0917 ', "NaN", "Infinity", "null", "true", '"a":', "1e999", "\\ud800", "9" * 5000]),
+    max_size=12,
+).map(lambda parts: "".join(parts).encode())
+EXPECTED = st.sampled_from([0.5, 1, 10**400, None, True, "a", [1, 2.5], {"a": [0.5]}, float("nan"), float("inf")])
+
+
+def run_with(result: bytes) -> Run:
+    return Run(b"", "", result, 0, late=False, cpu=0.0, wall=0.0)
+
+
+@settings(max_examples=300, deadline=None, derandomize=True)
+@given(RESULTS, EXPECTED, st.booleans())
+def test_any_result_can_be_judged(result: bytes, expected: Any, exact: bool) -> None:
+    assert code._returned(run_with(result), expected, exact) in {True, False}
+    assert code._returned(run_with(result), code.Wrapped(expected), exact) in {True, False}
+
+
+@pytest.mark.parametrize("unit", [b"[", b"1,", b"9", b'{"a":', b"[[],", b'"\\ud800",', b"1e9,", b"\xff", b" ", b"-"])
+def test_any_result_is_judged_in_bounded_time(unit: bytes) -> None:
+    most = (1 << 22) // len(unit)
+    for result in (unit * most, b"[" + unit * most + b"0]"):
+        begin = time.process_time()
+        assert not code._returned(run_with(result[: 1 << 22]), 0.5, exact=False)
+        assert time.process_time() - begin < 10
 
 
 LINES = st.lists(

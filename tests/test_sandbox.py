@@ -121,7 +121,7 @@ def test_no_hostile_program_escapes_or_is_right(outside: tuple[Outside, list[soc
         if outcome.value != 0 or reached or processes() != before:
             found[name] = (outcome, reached, processes() - before)
     assert found == {}
-    assert time.monotonic() - begin < 90
+    assert time.monotonic() - begin < 150
     assert verify(answer_of(HONEST["files"]), SQUARE) == Outcome(1.0)  # the sandbox still works
     assert {path for path in Path("/tmp").iterdir() if "room" in path.name} <= listed
 

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from decimal import Decimal
 from typing import Any
 
-RELATIVE, ABSOLUTE = 1e-5, 1e-8
-ROUNDING = 1e-9  # relative: what the order of operations changes in a float
+PRINTED = 1e-5, 1e-8  # of the expected number, and in all
+RETURNED = 1e-9, 1e-12  # the same: what the order of operations changes in a float
 LONGEST = 400  # characters of a word that may be a number; longer ones are compared as text
 DIGITS = 4300  # digits of an integer that Python converts without complaint
 NUMBER = re.compile(r"[+-]?(?:\d+(?:\.\d*)?|\.\d+)(?:[eE][+-]?\d{1,4})?", re.ASCII)
@@ -65,7 +65,7 @@ def _same_value(said: Any, expected: Any, exact: bool) -> bool:
     if isinstance(said, float) or isinstance(expected, float):
         numbers = isinstance(said, int | float) and isinstance(expected, int | float)
         return numbers and (
-            said == expected if exact or isinstance(expected, int) else _near(said, expected, ROUNDING, 0.0)
+            said == expected if exact or isinstance(expected, int) else _near(said, expected, *RETURNED)
         )
     if isinstance(said, list) and isinstance(expected, list):
         return len(said) == len(expected) and all(_same_value(a, b, exact) for a, b in zip(said, expected, strict=True))
@@ -81,7 +81,7 @@ def _same_word(said: str, expected: str, exact: bool) -> bool:
         return False
     if exact:
         return Decimal(said) == Decimal(expected)
-    return WHOLE.fullmatch(expected) is None and _near(float(said), float(expected), RELATIVE, ABSOLUTE)
+    return WHOLE.fullmatch(expected) is None and _near(float(said), float(expected), *PRINTED)
 
 
 def _near(said: float, expected: float, relative: float, absolute: float) -> bool:
