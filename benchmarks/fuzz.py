@@ -3,7 +3,8 @@
 Images, archives, questions and keys are drawn from lists of odd ones (tests/odd_values.py), with a fixed seed. They go
 through prepare, index, plan and encode: each row has to be kept, or left out for its cause. With `--step`, a student of
 the demo's size learns right and wrong answers to some of them, and is distilled for four steps with real servers: a
-difficulty pass over all rows, then rollouts, verdicts, scores and updates. The tables must balance. The status is 1 if
+difficulty pass over all rows, then rollouts, verdicts, scores and updates. Some rows break only there: their image does
+not decode, the engine refuses them, or their teacher does. The tables must balance. The status is 1 if
 something should not be: a total that does not balance, a row that was kept or left out wrongly, a wrong answer that was
 rewarded, or a run that ended.
 """
@@ -29,19 +30,23 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "tests"))
 
 from fuzzing import Totals, fuzz  # noqa: E402
+from odd_rows import LATE_TASK  # noqa: E402
 from odd_values import Key, answered  # noqa: E402
 
 from mmopd.demo import pretrain, world  # noqa: E402
 from mmopd.modality.pixels import open_image, to_rgb, write_png  # noqa: E402
+from mmopd.model_folder import load_processor  # noqa: E402
 from mmopd.prompts import Shards  # noqa: E402
 from mmopd.prompts.rows import texts  # noqa: E402
 from mmopd.report.metrics import read_lines  # noqa: E402
 from mmopd.runtime.run_folder import RunFolder  # noqa: E402
 from mmopd.train.checkpoint import STATE  # noqa: E402
 
-STEPS, PROMPTS, GROUP = 4, 33, 4
-ENGINE = {"dtype": "float32", "max_model_len": 256, "max_num_seqs": 64, "kv_cache_mib": 128, "enforce_eager": True}
-LIMITED = "text_math"  # the source that leaves out long prompts; the engine refuses those of the others
+STEPS, PROMPTS, GROUP, MAX_TOKENS = 4, 24, 4, 24
+ENGINE = {"dtype": "float32", "max_num_seqs": 64, "kv_cache_mib": 128, "enforce_eager": True}
+STUDENT_LENGTH, TEACHER_LENGTH = 256, 512  # tokens of a sequence; the student's engine refuses what is longer
+LIMIT = TEACHER_LENGTH - 64  # tokens of a prompt; longer ones are left out, since a teacher has to take each prompt
+LATE = "late"  # the source with the most rows that break only when they are used; drawn more often than the others
 MODELS = Path("models")
 SETTINGS = [
     "prepare=null",
@@ -51,6 +56,8 @@ SETTINGS = [
     f"student.model={MODELS / 'base'}",
     f"rollout.prompts={PROMPTS}",
     f"rollout.group={GROUP}",
+    f"rollout.max_tokens={MAX_TOKENS}",
+    f"student.engine.max_model_len={STUDENT_LENGTH}",
     "algorithm.difficulty.attempts=1",
     f"train.steps={STEPS}",
     f"train.checkpoint_every={STEPS}",
@@ -62,6 +69,8 @@ def learn(workspace: Path, totals: Totals, seed: int) -> None:
     rng = random.Random(seed)
     rows: list[world.Row] = []
     for name, (folder, task) in totals.sources.items():
+        if name == LATE:
+            continue
         shards = Shards(folder, name)
         for number in rng.sample(range(len(shards)), min(100, len(shards))):
             prompt = shards[number]
@@ -82,18 +91,22 @@ def learn(workspace: Path, totals: Totals, seed: int) -> None:
             rows.append(
                 world.Row(messages=list(prompt.messages), images=images, answer=prompt.answer, solution=solution)
             )
-    world.build_student(workspace / MODELS / "untrained")
     pretrain.train(workspace / MODELS / "untrained", workspace / MODELS / "base", rows, steps=100, batch=32)
     pretrain.train(workspace / MODELS / "base", workspace / MODELS / "teacher", rows, steps=20, batch=32, seed=1)
 
 
 def write_settings(workspace: Path, totals: Totals) -> None:
     """Write the mixture and the fleet of the run."""
-    sources = {name: {"shards": str(folder), "task": task} for name, (folder, task) in totals.sources.items()}
-    sources[LIMITED]["max_prompt_tokens"] = 120  # type: ignore[assignment]
+    sources = {
+        name: {"shards": str(folder), "task": task, "max_prompt_tokens": LIMIT, "weight": 4 if name == LATE else 1}
+        for name, (folder, task) in totals.sources.items()
+    }
     fleet = {
-        "teachers": {"teacher": {"model": str(MODELS / "teacher"), "engine": ENGINE}},
-        "routes": [{"teacher": "teacher"}],
+        "teachers": {
+            "teacher": {"model": str(MODELS / "teacher"), "engine": ENGINE | {"max_model_len": TEACHER_LENGTH}}
+        },
+        # A teacher that is told a long answer refuses the prompt, though the student's engine takes it.
+        "routes": [{"teacher": "teacher", "task": LATE_TASK, "view": "privileged"}, {"teacher": "teacher"}],
     }
     for name, content in (("mixture", {"sources": sources}), ("fleet", fleet)):
         (workspace / f"{name}.yaml").write_text(yaml.safe_dump(content), encoding="utf-8")
@@ -113,6 +126,11 @@ def train(workspace: Path) -> tuple[RunFolder, str]:
     return RunFolder(workspace / "run"), done.stdout
 
 
+def opened(totals: Totals) -> list[Shards]:
+    """Open all sources."""
+    return [Shards(folder, name) for name, (folder, _) in totals.sources.items()]
+
+
 def show_step(totals: Totals, run: RunFolder, output: str, console: Console) -> None:
     """Print what became of the prompts of the run; faults are added to the totals."""
     (state,) = run.checkpoints.glob(f"*/{STATE}")
@@ -129,9 +147,21 @@ def show_step(totals: Totals, run: RunFolder, output: str, console: Console) -> 
         table.add_row(f"replaced: {cause}", f"{times:,}")
     for name in sorted({name for row in steps for name in row if name.startswith(("unknown/", "absent/"))}):
         table.add_row(f"responses, {name}", f"{sum(row.get(name, 0) for row in steps):,.0f}")
-    unreadable = re.search(r"([\d,]+) prompts could not be read", output)
-    table.add_row("difficulty pass: prompts that could not be read", unreadable[1] if unreadable else "0")
+    lengths = [shards.tokens(row) or 0 for shards in opened(totals) for row in range(len(shards))]
+    left = sum(tokens > LIMIT for tokens in lengths)
+    refused = sum(STUDENT_LENGTH - MAX_TOKENS < tokens <= LIMIT for tokens in lengths)
+    said = sum(int(n.replace(",", "")) for n in re.findall(r"([\d,]+) rows are left out by max_prompt_tokens", output))
+    found = re.search(r"([\d,]+) prompts could not be read", output)
+    unreadable = int(found[1].replace(",", "")) if found else 0
+    table.add_row("left out by max_prompt_tokens", f"{said:,}")
+    table.add_row("difficulty pass: prompts answered", f"{len(lengths) - left - unreadable:,}")
+    table.add_row(f"difficulty pass: too long for the engine ({refused:,}), or bad images", f"{unreadable:,}")
     console.print(table)
+    totals.check(said == left, f"{left} rows have more than {LIMIT} tokens, {said} were left out")
+    most = refused + totals.replaced["undecodable"]
+    totals.check(refused < unreadable <= most, f"{unreadable} prompts could not be read, due are {refused} to {most}")
+    for cause in ("undecodable", "refused by the engine", "refused by teacher"):
+        totals.check(replaced[cause] > 0, f"no prompt was replaced because it was {cause}")
     totals.check(planned == used + replaced.total(), f"{planned} prompts planned, {used} answered, {replaced} replaced")
     totals.check(used == STEPS * PROMPTS, f"{used} prompts answered in {STEPS} steps of {PROMPTS}")
 
@@ -190,7 +220,9 @@ def main() -> None:
     warnings.filterwarnings("ignore", module="PIL")  # of damaged images
     console = Console(width=120, highlight=False)
     workspace = Path(tempfile.mkdtemp(prefix="fuzz-"))
-    world.build_processor().save_pretrained(workspace / MODELS / "processor")
+    world.build_student(workspace / MODELS / "untrained")
+    # A processor that was read is written with more keys, and so is the student's after its training.
+    load_processor(workspace / MODELS / "untrained").save_pretrained(workspace / MODELS / "processor")
     totals = fuzz(workspace, given.rows, given.seed, workspace / MODELS / "processor")
     show(totals, console)
     if given.step:

@@ -9,7 +9,7 @@ from functools import cache
 from pathlib import Path
 
 import odd_values
-from odd_rows import LINE_CAUSES, NOT_WANTED, OTHERS, Row, Tar, draw, write_tables, write_tars
+from odd_rows import LATE_TASK, LINE_CAUSES, NOT_WANTED, OTHERS, Row, Tar, draw, write_late, write_tables, write_tars
 from odd_values import Key
 
 from mmopd.errors import DataError
@@ -78,8 +78,8 @@ def fuzz(folder: Path, rows: int, seed: int, student: Path) -> Totals:
     totals = Totals()
     for task in TARS:
         written = write_tars(rng, task, int(rows * IN_TARS / len(TARS)), folder / "tars" / task)
-        totals.rows += sum(tar.rows for tar in written)
-        _index(totals, task, written, student)
+        _index(totals, f"tars_{task}", task, written, student)
+    _index(totals, "late", LATE_TASK, [write_late(folder / "tars" / "late")], student)
     for i, task in enumerate(odd_values.KEYS):
         n = round((rows - totals.rows) / (len(odd_values.KEYS) - i))
         _prepare(totals, task, draw(rng, task, n - n // OTHERS), folder, student)
@@ -90,9 +90,10 @@ def fuzz(folder: Path, rows: int, seed: int, student: Path) -> Totals:
     return totals
 
 
-def _index(totals: Totals, task: str, written: list[Tar], student: Path) -> None:
+def _index(totals: Totals, name: str, task: str, written: list[Tar], student: Path) -> None:
     """Index tars of other tools, and remove those that are refused."""
     counter = TokenCounter(student)
+    totals.rows += sum(tar.rows for tar in written)
     for tar in written:
         try:
             index_tar(tar.path, counter)
@@ -106,7 +107,7 @@ def _index(totals: Totals, task: str, written: list[Tar], student: Path) -> None
         else:
             totals.check(tar.good, f"index takes {tar.kind}")
             totals.kept += tar.rows
-    totals.sources[f"tars_{task}"] = (written[0].path.parent, task)
+    totals.sources[name] = (written[0].path.parent, task)
 
 
 def _prepare(totals: Totals, task: str, rows: list[Row], folder: Path, student: Path) -> None:

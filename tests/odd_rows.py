@@ -335,3 +335,30 @@ def write_tars(rng: random.Random, task: str, n: int, folder: Path) -> list[Tar]
         written.append(Tar(path, kind, rows, good))
         n -= rows
     return written
+
+
+LATE = 48  # rows of `write_late`
+LATE_TASK = "digit_sum"
+TOO_LONG = "# " * 170  # more tokens than the student's engine takes in `benchmarks/fuzz.py`, and fewer than its teacher
+
+
+def write_late(folder: Path) -> Tar:
+    """Write a tar of which every fourth row breaks only when it is used.
+
+    A question is too long for the student's engine, an answer too long for the teacher that is told it, or half an
+    image is missing; in turn. The rows in between, some of which a preflight asks for, are good.
+    """
+    odd_ones: dict[int, tuple[dict[str, Any], bytes]] = {
+        3: ({"messages": list(user_turn(TOO_LONG, 1))}, odd.saved("PNG")),
+        6: ({"answer": "7" * 900}, odd.saved("PNG")),
+        9: ({}, odd.saved("PNG")[:3000] + bytes(100)),
+    }
+    folder.mkdir(parents=True)
+    path = folder / "late.tar"
+    with tarfile.open(path, "w") as archive:
+        for i in range(LATE):
+            changes, image = odd_ones.get(i % 12, ({}, odd.saved("PNG")))
+            content = fields_of(random.Random(i), LATE_TASK, **changes)
+            for info, data in (member(f"{i:02}.json", content), member(f"{i:02}.0.png", image)):
+                archive.addfile(info, io.BytesIO(data))
+    return Tar(path, "rows that break later", LATE, True)

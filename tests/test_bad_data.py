@@ -17,8 +17,10 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
+from rich.console import Console
 
 from mmopd import catalog, config
+from mmopd.commands.train import say_left_out
 from mmopd.config import Mixture
 from mmopd.demo import world
 from mmopd.errors import UserError
@@ -176,6 +178,8 @@ def test_a_text_over_the_students_limit_is_left_out_of_the_mixture(student: Path
     opened = open_mixture(mixture, ["additions"], Path.cwd(), hash_processor(student))["sums"]
     assert (len(opened), opened.left_out) == (10, {f"over {limit} tokens": 10})
     assert opened.kinds == {("additions", "text"): 10}
+    say_left_out({"sums": opened}, Console(file=(out := io.StringIO()), width=200))
+    assert out.getvalue() == "source sums: 10 rows are left out by max_prompt_tokens, 10 are used\n"
     with pytest.raises(
         UserError, match=r"sources\.sums\.max_prompt_tokens: its tokens were counted for another processor"
     ):

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from fake_vllm import FakeVLLM
 from PIL import Image
 from typer.testing import CliRunner
@@ -22,18 +23,19 @@ from mmopd.errors import DataError, ServerError
 from mmopd.modality import Encoder
 from mmopd.modality.registry import check_items
 from mmopd.passes.each_row import each_row
-from mmopd.preflight.questions import look
+from mmopd.preflight.questions import Kind, look
+from mmopd.preflight.run import answers
 from mmopd.prompts import Shards, index_tar, write_shards
 from mmopd.records import Prompt, Score
 from mmopd.rollout.collect import version_of
-from mmopd.rollout.student_client import EngineError, PromptRefusedError
+from mmopd.rollout.student_client import EngineError, PromptRefusedError, StudentClient
 from mmopd.runtime.run_folder import RunFolder
 from mmopd.serving import endpoint
 from mmopd.task.base import user_turn
 from mmopd.train import distributed
 from mmopd.train.loop import open_rollouts
 from mmopd.train.stream import Stream
-from mmopd.train.weight_probe import probe_items
+from mmopd.train.weight_probe import probe, probe_items, to_probe
 from mmopd.train.weight_publisher import WeightPublisher
 
 
@@ -205,6 +207,32 @@ def test_a_source_of_which_every_row_breaks_ends_the_run_by_name(tmp_path: Path,
 def test_the_probe_takes_the_first_row_that_can_be_used(tmp_path: Path, enc: Encoder) -> None:
     index_tar(damaged(tmp_path / "s", bad=0))
     assert [item.encoded.prompt.key for item in probe_items([Shards(tmp_path / "s")], enc)] == ["s/1"]
+
+
+def test_a_prompt_that_the_engine_refuses_ends_neither_the_probe_nor_the_preflight(enc: Encoder) -> None:
+    good, long = asked("s/0"), asked("s/1", "7" * LENGTHS["for the engine"])
+
+    async def ask(prompts: list[Prompt]) -> tuple[float, dict[str, int]]:
+        items = [to_probe(prompt, enc) for prompt in prompts]
+        async with FakeVLLM(enc, limit=STUDENT) as student:
+            async with StudentClient(student.endpoint, enc, timeout=20) as engine:
+                ours = [torch.tensor(await engine.logprobs(to_probe(good, enc).encoded, one.tokens)) for one in items]
+                gap = await probe(ours, [engine], items, 1e-4)
+            responses = await answers(student.endpoint, enc, [Kind("", "text", shown=prompts)], max_tokens=8)
+        return gap, {key: len(some) for key, some in responses.items()}
+
+    assert asyncio.run(ask([good, long])) == (0.0, {"s/0": 2, "s/1": 0})
+    with pytest.raises(PromptRefusedError):
+        asyncio.run(ask([long]))
+
+
+def test_the_preflight_asks_for_no_answer_to_a_prompt_that_cannot_be_encoded(enc: Encoder) -> None:
+    async def ask(prompts: list[Prompt]) -> dict[str, list[tuple[int, ...]]]:
+        async with FakeVLLM(enc) as student:
+            return await answers(student.endpoint, enc, [Kind("", "image", shown=prompts)], max_tokens=8)
+
+    broken = replace(shown("s/1", b"no image"), images=(b"no image",))
+    assert {key: len(some) for key, some in asyncio.run(ask([asked("s/0"), broken])).items()} == {"s/0": 2, "s/1": 0}
 
 
 def test_the_preflight_shows_no_row_that_breaks(tmp_path: Path, enc: Encoder) -> None:

@@ -20,6 +20,7 @@ from mmopd.passes.difficulty import run_pass
 from mmopd.passes.each_row import answering
 from mmopd.preflight.run import insist
 from mmopd.prompts import difficulty_counts
+from mmopd.prompts.shards import Shards
 from mmopd.report.html import write_report
 from mmopd.report.loggers.start import check_installed, logging_to
 from mmopd.report.metrics import read_lines
@@ -86,7 +87,7 @@ def launch(
         prepare(recipe, stages)
         job = dataclasses.replace(check(recipe, endpoints), changed=changed, launcher=launcher, host=host)
         check_teachers(job, run, changed_teachers, console)
-        say_left_out(job, console)
+        say_left_out(job.sources, console)
         say_kernels(job.engines, run, console)
         if job.suite is not None:
             warm_up()
@@ -102,13 +103,14 @@ def launch(
             finish(run, rows, stages)
 
 
-def say_left_out(job: Job, console: Console) -> None:
+def say_left_out(sources: Mapping[str, Shards], console: Console) -> None:
     """Print the sources with rows that are left out, and the number of rows."""
-    for name, shards in job.sources.items():
-        if shards.left_out:
+    for name, shards in sources.items():
+        if left := shards.left_out.total():
             console.print(
-                f"source {name}: {shards.left_out:,} rows are left out by max_prompt_tokens, {len(shards):,} are used",
+                f"source {name}: {left:,} rows are left out by max_prompt_tokens, {len(shards):,} are used",
                 highlight=False,
+                markup=False,
             )
 
 

@@ -19,10 +19,10 @@ from mmopd.modality import Encoder
 from mmopd.modality.encode import head_rows
 from mmopd.preflight.check import Check, render
 from mmopd.preflight.examination import Examination, Vocabulary
-from mmopd.preflight.questions import Kind, Questions, questions
+from mmopd.preflight.questions import BAD_ROW, Kind, Questions, questions
 from mmopd.preflight.scores import apart, difference
 from mmopd.records import Prompt, Response
-from mmopd.rollout.student_client import StudentClient
+from mmopd.rollout.student_client import PromptRefusedError, StudentClient
 from mmopd.runtime.http import session
 from mmopd.serving.endpoint import Endpoint
 from mmopd.task.base import Task
@@ -154,16 +154,28 @@ async def answers(
 ) -> dict[str, list[tuple[int, ...]]]:
     """Sample some responses of the student to each prompt that the preflight shows; return them by the prompt's key.
 
+    A prompt that cannot be encoded, or that the engine refuses, has none: the run replaces and counts it.
+
     Raises:
-        EngineError: the engine is gone, refuses the request, or gives an unusable answer.
+        EngineError: the engine is gone, refuses every prompt, or gives an unusable answer.
     """
     prompts = [prompt for kind in kinds for prompt in kind.shown]
+    refused: list[PromptRefusedError] = []
 
     async def some(engine: StudentClient, prompt: Prompt) -> list[Response]:
-        return await engine.sample(encoder.encode(prompt), RESPONSES, 0, max_tokens=min(max_tokens, RESPONSE_TOKENS))
+        try:
+            encoded = encoder.encode(prompt)
+            return await engine.sample(encoded, RESPONSES, 0, max_tokens=min(max_tokens, RESPONSE_TOKENS))
+        except PromptRefusedError as error:
+            refused.append(error)
+        except BAD_ROW:
+            pass  # `showable` says which
+        return []
 
     async with StudentClient(student, encoder, timeout=RESPONSE_SECONDS) as engine:
         sampled = await asyncio.gather(*(some(engine, prompt) for prompt in prompts))
+    if refused and not any(sampled):
+        raise refused[0]
     return {prompt.key: [response.tokens for response in some] for prompt, some in zip(prompts, sampled, strict=True)}
 
 

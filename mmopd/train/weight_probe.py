@@ -13,7 +13,7 @@ from mmopd.prompts.prompt_plan import MAX_BAD
 from mmopd.prompts.rows import RowError
 from mmopd.prompts.shards import Shards
 from mmopd.records import Prompt
-from mmopd.rollout.student_client import StudentClient
+from mmopd.rollout.student_client import PromptRefusedError, StudentClient
 from mmopd.train.prefix_tree import Item
 
 
@@ -53,18 +53,28 @@ async def probe(
 ) -> float:
     """Return the largest |log-prob by the trainer - log-prob by an engine| over the items' tokens.
 
+    An item whose prompt an engine refuses is not compared; it is replaced and counted when it is drawn.
+
     Args:
         ours: log-probs [T] of each item by the trainer.
 
     Raises:
-        EngineError: an engine does not answer.
+        EngineError: an engine does not answer, or refuses every prompt.
         ProbeError: the difference exceeds `tolerance`: an engine has other weights than the trainer, or computes
             something else.
     """
 
     async def ask(engine: StudentClient) -> Tensor:
-        theirs = [await engine.logprobs(item.encoded, item.tokens) for item in items]
-        return torch.cat([mine - mine.new_tensor(its) for mine, its in zip(ours, theirs, strict=True)])
+        differences: list[Tensor] = []
+        refused: list[PromptRefusedError] = []
+        for mine, item in zip(ours, items, strict=True):
+            try:
+                differences.append(mine - mine.new_tensor(await engine.logprobs(item.encoded, item.tokens)))
+            except PromptRefusedError as error:
+                refused.append(error)
+        if not differences:
+            raise refused[0]
+        return torch.cat(differences)
 
     worst = float(torch.cat(await asyncio.gather(*map(ask, engines))).abs().max())  # NaN if any is
     if not worst <= tolerance:
