@@ -1,12 +1,12 @@
-"""Take odd rows through the whole job: `python benchmarks/fuzz.py --rows 5000 --step`, about ten minutes.
+"""Take odd rows through the whole job: `python benchmarks/fuzz.py --rows 5000 --step`, about six minutes.
 
 Images, archives, questions and keys are drawn from lists of odd ones (tests/odd_values.py), with a fixed seed. They go
 through prepare, index, plan and encode: each row has to be kept, or left out for its cause. With `--step`, a student of
 the demo's size learns right and wrong answers to some of them, and is distilled for four steps with real servers: a
 difficulty pass over all rows, then rollouts, verdicts, scores and updates. Some rows break only there: their image does
-not decode, the engine refuses them, or their teacher does. The tables must balance. The status is 1 if
-something should not be: a total that does not balance, a row that was kept or left out wrongly, a wrong answer that was
-rewarded, or a run that ended.
+not decode, the engine refuses them, or their teacher does. The tables must balance. The status is 1 if something should
+not be: a total that does not balance, a row that was kept or left out wrongly, a wrong answer that was rewarded, or a
+run that ended.
 """
 
 import argparse
