@@ -24,6 +24,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 for name in SPELLINGS:  # the tests' own requests are all for 127.0.0.1
     os.environ.pop(name, None)
 torch.set_num_threads(1)
+forks.install()
 # In the background or under nohup these signals are ignored, and every process that a test starts would inherit that.
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -92,7 +93,7 @@ def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         if not item.get_closest_marker("server"):
             patch.setattr(subprocess.Popen, "__init__", start)
-            patch.setattr(forks, "ask", fork)
+            patch.setattr(forks, "connect", fork)
         return (yield)
 
 

@@ -12,6 +12,7 @@ import uuid
 from collections.abc import Callable
 from pathlib import Path
 
+import forks
 import pytest
 from transformers import AutoProcessor, Qwen3VLForConditionalGeneration
 from waiting import wait_for, wait_for_exit
@@ -36,21 +37,27 @@ MARK = "MMOPD_TEST_MARK"
 
 
 class Command:
-    """A `mmopd` command in a workspace, marked so that every process it starts can be found."""
+    """A `mmopd` command in a workspace, marked so that every process it starts can be found.
 
-    def __init__(self, workspace: Path, *args: str) -> None:
+    Args:
+        workspace: its current folder.
+        args: its arguments.
+        forked: fork it, its servers and its ranks (see `forks`), which starts them without their imports.
+    """
+
+    def __init__(self, workspace: Path, *args: str, forked: bool = False) -> None:
         self.mark = uuid.uuid4().hex
         self.logs = workspace / "commands" / self.mark
         self.logs.mkdir(parents=True)
         self.output, self.written = self.logs / "output.log", [self.logs, workspace / "runs"]
-        with self.output.open("w", encoding="utf-8") as output:
-            self.process = subprocess.Popen(
-                [sys.executable, "-m", "mmopd", *args],
-                cwd=workspace,
-                env={**os.environ, MARK: self.mark},
-                stdout=output,
-                stderr=subprocess.STDOUT,
-            )
+        self.process: subprocess.Popen[bytes] | forks.Forked
+        env = {**os.environ, MARK: self.mark}
+        with self.output.open("wb") as output:
+            if forked:
+                self.process = forks.Forked(["mmopd", *args], env, [0, output.fileno(), output.fileno()], workspace)
+            else:
+                command = [sys.executable, "-m", "mmopd", *args]
+                self.process = subprocess.Popen(command, cwd=workspace, env=env, stdout=output, stderr=output)
 
     def finish(self) -> tuple[int, str]:
         (status,) = wait_for_exit([self.process], self.written)

@@ -9,6 +9,7 @@ import signal
 import sys
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -18,7 +19,8 @@ import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
-from test_end_to_end import MARK, NO_SUITE, SMALL, Command
+from test_end_to_end import MARK, NO_SUITE, SMALL
+from test_end_to_end import Command as Started
 
 from mmopd.catalog import shipped
 from mmopd.errors import STOPPED
@@ -30,6 +32,7 @@ from mmopd.teacher.identity import Record
 from mmopd.train.checkpoint_files import read_state
 
 pytestmark = pytest.mark.usefixtures("server")
+Command = partial(Started, forked=True)
 TIMEOUT = 300  # seconds; enough for a busy machine
 STEPS = [
     "train.steps=10",
@@ -54,11 +57,11 @@ def teachers(workspace: Path) -> Iterator[None]:
     whole(serving)
 
 
-def train(workspace: Path, name: str, *more: str) -> Command:
+def train(workspace: Path, name: str, *more: str) -> Started:
     return Command(workspace, "train", "recipes/small.yaml", *SMALL, *STEPS, *more, "--run", f"runs/{name}", *ELSEWHERE)
 
 
-def resume(workspace: Path, name: str) -> Command:
+def resume(workspace: Path, name: str) -> Started:
     return Command(workspace, "train", "--resume", f"runs/{name}", *ELSEWHERE)
 
 
@@ -68,7 +71,7 @@ def steps(run: RunFolder) -> list[dict[str, Any]]:
     ]
 
 
-def whole(command: Command, expected: int = 0) -> str:
+def whole(command: Started, expected: int = 0) -> str:
     status, output = command.finish()
     assert status == expected, output
     command.assert_nothing_survives()

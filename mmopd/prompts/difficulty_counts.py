@@ -15,7 +15,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from rich.markup import escape
 from rich.table import Table
@@ -166,6 +165,8 @@ def table(measured: Mapping[str, Measured]) -> Table:
 
 def draw(path: Path, measured: Mapping[str, Measured]) -> None:
     """Draw the histograms of each source before and after weighting, as a PNG (Fig. 3)."""
+    from matplotlib.figure import Figure  # half a second, and ranks draw nothing
+
     shown = {name: one for name, one in measured.items() if any(one.attempts)}
     figure = Figure(figsize=(6.4, 0.6 + 2.4 * max(1, len(shown))), layout="constrained")
     if not shown:

@@ -135,11 +135,42 @@ class Children:
         stop(self._children, grace)
 
 
-def _guard(parent: int, start: Callable[[], None]) -> int:
+def guard_twice(watched: int | None, become: Callable[[], object]) -> int:
+    """Run `become` under two guards, of which this process is the outer one; return its exit status.
+
+    Args:
+        watched: a pidfd; all ends with its process. None: that has ended already.
+        become: what the command does; it does not return.
+    """
+    outer = os.getpid()
+
+    def command() -> None:
+        os.setsid()
+        signal.set_wakeup_fd(-1)
+        for number in (signal.SIGUSR1, signal.SIGUSR2):  # a scheduler may send them to every process
+            signal.signal(number, signal.SIG_IGN)
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # Python ignores SIGPIPE, and a command would inherit that
+        become()
+
+    return _guard(watched, lambda: os._exit(_guard(_parent(outer), command)))
+
+
+def _parent(pid: int) -> int | None:
+    """Return a pidfd of the parent of this process; None if it has ended."""
+    try:
+        found = os.pidfd_open(pid)
+    except ProcessLookupError:
+        return None
+    return found if os.getppid() == pid else None  # another process may have its number
+
+
+def _guard(watched: int | None, start: Callable[[], None]) -> int:
     """Run `start` in a fork; return its exit status after all its descendants are gone.
 
-    The fork is ended when the parent ends or a signal asks for it.
+    The fork is ended when the watched process ends or a signal asks for it.
     """
+    if watched is None:
+        return 128 + signal.SIGTERM
     wake, notify = os.pipe()
     os.set_blocking(notify, False)
     signal.set_wakeup_fd(notify)
@@ -149,13 +180,7 @@ def _guard(parent: int, start: Callable[[], None]) -> int:
         raise OSError(ctypes.get_errno(), "prctl(PR_SET_CHILD_SUBREAPER)")
     poll = select.poll()
     poll.register(wake, select.POLLIN)
-    try:
-        watched = os.pidfd_open(parent)
-    except ProcessLookupError:
-        return 128 + signal.SIGTERM
     poll.register(watched, select.POLLIN)
-    if os.getppid() != parent:  # the parent has ended, and another process may have its number
-        return 128 + signal.SIGTERM
     child = os.fork()
     if child == 0:
         try:
@@ -229,20 +254,6 @@ def _ignore(number: int, frame: FrameType | None) -> None:
     """Do nothing: the wake-up pipe tells the guard. A fork that executes a command loses this handler."""
 
 
-def _main(parent: int, argv: list[str]) -> int:
-    outer = os.getpid()
-
-    def command() -> None:
-        os.setsid()
-        signal.set_wakeup_fd(-1)
-        for number in (signal.SIGUSR1, signal.SIGUSR2):  # a scheduler may send them to every process
-            signal.signal(number, signal.SIG_IGN)
-        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # Python ignores SIGPIPE, and a command would inherit that
-        os.execvp(argv[0], argv)
-
-    return _guard(parent, lambda: os._exit(_guard(outer, command)))
-
-
 if __name__ == "__main__":
     # At once: while Python shuts down, its handlers are gone, and a late SIGTERM would replace the status.
-    os._exit(_main(int(sys.argv[1]), sys.argv[2:]))
+    os._exit(guard_twice(_parent(int(sys.argv[1])), lambda: os.execvp(sys.argv[2], sys.argv[2:])))
