@@ -174,6 +174,8 @@ def _form(text: str) -> Form:
             parts, signs = [part for part in parts if part], [sign for sign in signs if sign != ","] or [","]
         if set(signs) == {"and"} and len(parts) == 2 and (between := _between(_form(parts[0]), _form(parts[1]))):
             return between
+        if not parts:
+            raise UnreadableError("nothing but signs that join")
         joined = "or" if any(re.search(r"or|cup", sign) for sign in signs) else ","
         items = tuple(_form(part) for part in parts)
         if len(items) > 1:

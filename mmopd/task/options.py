@@ -3,7 +3,7 @@
 import re
 
 from mmopd.task.normal import undressed
-from mmopd.task.response import final_answer, marked_answer, without_thoughts
+from mmopd.task.response import LONGEST, final_answer, marked_answer, without_thoughts
 
 LETTER = r"(?:\((?P<round>[A-Z])\)|\[(?P<square>[A-Z])\]|(?P<bare>[A-Z])(?![\w'-]))"
 SAID = re.compile(
@@ -52,7 +52,7 @@ def named(response: str) -> str | None:
 def _lists(response: str) -> bool:
     """Return True if the last line is one of a list of options: the line before it begins with another letter."""
     lines = [line.strip() for line in without_thoughts(response).splitlines() if line.strip()][-2:]
-    marks = [re.match(r"[-*\s]*(?:\(([A-Z])\)|([A-Z])[.:)])(?=\s|$)", undressed(line)) for line in lines]
+    marks = [re.match(r"[-*\s]*(?:\(([A-Z])\)|([A-Z])[.:)])(?=\s|$)", undressed(line[:LONGEST])) for line in lines]
     if len(lines) < 2 or not all(marks):
         return False
     before, last = ((mark[1] or mark[2]) if mark else "" for mark in marks)
