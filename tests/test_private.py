@@ -57,7 +57,9 @@ COMMANDS = {
     "evaluate": ("warm_up", lambda call, out: call.evaluate_models(Path(), [], None, out, CONSOLE)),
     "serve": (
         "Children",
-        lambda call, out: call.serve(None, host="127.0.0.1", out=out / "e.json", key_variable=None, console=CONSOLE),
+        lambda call, out: call.serve(
+            SimpleNamespace(teachers={}), host="127.0.0.1", out=out / "e.json", key_variable=None, console=CONSOLE
+        ),
     ),
 }
 
@@ -71,7 +73,7 @@ def test_a_command_creates_a_private_folder(name: str, tmp_path: Path, monkeypat
         monkeypatch.setattr(command, "read_suite", lambda *given: None)
         monkeypatch.setattr(command, "catalog", SimpleNamespace(find=Path))
     if name == "serve":
-        monkeypatch.setattr(command, "to_specs", lambda fleet: [SimpleNamespace(model=fleet)])
+        monkeypatch.setattr(command, "to_specs", lambda fleet: [SimpleNamespace(model=Path())])
         monkeypatch.setattr(command, "check_model", lambda folder: None)
     with pytest.raises(Stop):
         call(command, tmp_path / "out")
