@@ -134,6 +134,9 @@ def train(
         ),
     ] = None,
     host: HostOption = "127.0.0.1",
+    watch: Annotated[
+        bool, typer.Option("--watch", help="Serve a live page of the run while it lasts, as `mmopd watch` does.")
+    ] = False,
 ) -> None:
     """Prepare, serve, balance by difficulty, distil, evaluate and report: everything that RECIPE describes."""
     import shlex
@@ -157,6 +160,7 @@ def train(
             changed_teachers=changed_teachers or (),
             launcher=command,
             host=host,
+            watch=watch,
         )
     except KeyboardInterrupt:
         console.print(
@@ -280,7 +284,16 @@ def compare(
     console.print(f"The tables: {page}", highlight=False, markup=False)
 
 
-for command in (new, files.merge, files.prepare, files.index, files.report, files.export, files.replay):
+for command in (
+    new,
+    files.merge,
+    files.prepare,
+    files.index,
+    files.report,
+    files.watch,
+    files.export,
+    files.replay,
+):
     app.command()(command)
 
 

@@ -192,7 +192,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(autouse=True)
 def without_plotly(monkeypatch: pytest.MonkeyPatch) -> None:
     """Leave 4.7 MB of every page out."""
-    monkeypatch.setattr(html, "_plotly", lambda: Markup("plotly"))
+    monkeypatch.setattr(html, "plotly", lambda: Markup("plotly"))
 
 
 @pytest.fixture

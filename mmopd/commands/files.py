@@ -1,4 +1,4 @@
-"""The commands that read or write files without training: merge, prepare, index, report, export and replay."""
+"""The commands that read or write files without training: merge, prepare, index, report, watch, export, replay."""
 
 from pathlib import Path
 from typing import Annotated
@@ -153,6 +153,28 @@ def report(run: Annotated[Path, typer.Argument(help="A run folder, finished or n
     from mmopd.report.html import write_report
 
     console.print(f"report: {write_report(run)}", markup=False, highlight=False, soft_wrap=True)
+
+
+def watch(
+    runs: Annotated[
+        list[Path],
+        typer.Argument(
+            metavar="RUN...",
+            help="Run folders, in progress or finished; several are drawn together.",
+            show_default=False,
+        ),
+    ],
+    port: Annotated[
+        int, typer.Option(min=0, max=65535, help="Port on 127.0.0.1, such as one that ssh forwards; 0: a free one.")
+    ] = 0,
+) -> None:
+    """Show RUN as a live page on this machine: curves, newest responses, processes, faults, logs."""
+    from mmopd.commands.watch import watch as serve
+
+    try:
+        serve(runs, port, console)
+    except (KeyboardInterrupt, SystemExit):  # Ctrl-C and stop signals are how it ends
+        console.print("stopped")
 
 
 def export(

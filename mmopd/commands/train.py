@@ -3,6 +3,7 @@
 import dataclasses
 import os
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -11,6 +12,7 @@ from rich.console import Console
 from mmopd.commands.distil import distil, extrapolate
 from mmopd.commands.job import Job, check, preparation, prepare, prove, serving
 from mmopd.commands.teachers import check_teachers
+from mmopd.commands.watch import watching
 from mmopd.config import Engine, Recipe
 from mmopd.evaluate.calls import warm_up
 from mmopd.evaluate.candidates import Candidate, check_results, evaluate_all, print_results
@@ -31,6 +33,7 @@ from mmopd.runtime.network import HOST
 from mmopd.runtime.processes import Children
 from mmopd.runtime.progress import Stages
 from mmopd.runtime.run_folder import RunFolder, alone_in
+from mmopd.runtime.status import LAUNCHER, telling
 from mmopd.runtime.time_left import usual_seconds
 from mmopd.runtime.time_limit import start_limit
 from mmopd.serving import endpoint, repeatable
@@ -52,6 +55,7 @@ def launch(
     launcher: Sequence[str] = (),
     host: str = HOST,
     standing: Standing | None = None,
+    watch: bool = False,
 ) -> None:
     """Prepare, serve, examine the teachers, measure difficulty, evaluate, distil, evaluate, report.
 
@@ -65,6 +69,7 @@ def launch(
         launcher: a command that starts the ranks on several machines, such as `deepspeed --hostfile hosts --module`.
         host: address that the servers listen on, for ranks on other machines.
         standing: servers of the previous run; used if this run needs the same ones, otherwise started again.
+        watch: serve a live page of the run while it lasts.
 
     Raises:
         UserError: a problem that the user can fix; all processes are stopped, all measurements are kept.
@@ -80,6 +85,8 @@ def launch(
         alone_in(run.root),
         logs.to_file(run.logs / "launcher.log", "launcher"),
         Stages(console, run.timings) as stages,
+        watching(run, console) if watch else nullcontext(),
+        telling(run.status_of(LAUNCHER), stages.now),
     ):
         start_limit(run, recipe.train.minutes)
         # A preparation may say what the stages of its runs usually take, by title.

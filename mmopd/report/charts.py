@@ -308,6 +308,7 @@ def held_out_curves(rows: Sequence[Mapping[str, Any]], tasks: Tasks) -> list[dic
         both = list(zip(shares, widths, strict=True))
         series.append(
             {
+                "metric": name,
                 "name": tasks.name(source),
                 "colour": tasks.colour(source) or f"o{i % OTHER_COLOURS + 1}",
                 "dash": tasks.dash(source),
@@ -349,6 +350,7 @@ def _series(chart: Chart, metrics: Sequence[Mapping[str, Any]], name: str, place
     of_task = chart.tasks and bool(after)
     colour = tasks.colour(after) if of_task else COLOURS.get(name)
     shown = {
+        "metric": name,
         "name": tasks.name(after) if of_task else NAMES.get(name, after or name),
         "colour": colour or f"o{place % OTHER_COLOURS + 1}",
         "dash": tasks.dash(after) if of_task else "solid",

@@ -14,6 +14,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import chain
+from pathlib import Path
 from typing import Any
 
 from PIL import Image, ImageOps
@@ -92,10 +93,11 @@ class Response:
     reward: float
     advantage: float
     visual: float | None
+    file: Path
     offset: int
 
 
-def clipped(row: TokenRow, limit: int, offset: int = 0) -> Response:
+def clipped(row: TokenRow, limit: int, file: Path = Path(), offset: int = 0) -> Response:
     """Return a response with at most `limit` tokens: its first, and the last `TAIL`."""
     T = len(row.tokens)
     head = T if limit >= T else limit - TAIL
@@ -103,7 +105,7 @@ def clipped(row: TokenRow, limit: int, offset: int = 0) -> Response:
     lists = {name: values for name in LISTS if (values := getattr(row, name)) is not None}
     short: dict[str, Any] = {name: [value for part in keep for value in values[part]] for name, values in lists.items()}
     visual = _mean(row.visual) if row.visual else None
-    return Response(replace(row, images=[], **short), T, head, row.reward, _mean(row.advantage), visual, offset)
+    return Response(replace(row, images=[], **short), T, head, row.reward, _mean(row.advantage), visual, file, offset)
 
 
 def token_row(

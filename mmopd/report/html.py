@@ -14,7 +14,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
+from jinja2 import ChoiceLoader, Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from mmopd.errors import UserError
@@ -24,7 +24,7 @@ from mmopd.report import heatmap, verdict
 from mmopd.report.charts import POINTS, Tasks, Z, curves, held_out_curves, tasks_of
 from mmopd.report.facts import at_the_end, facts, value_of
 from mmopd.report.loggers.state import states
-from mmopd.report.run_files import RunFiles, short
+from mmopd.report.run_files import Metrics, RunFiles, short
 from mmopd.runtime.run_folder import RunFolder
 
 PAGE_TOKENS = 20_000  # of all responses on the page; a browser draws them in a second or two
@@ -71,18 +71,13 @@ def _parts(files: RunFiles, name: str) -> dict[str, Any]:
     steps = value_of(recipe, "train.steps", int)
     changes = files.teacher_changes()
     remarks = verdict.remarks(results, metrics, steps, len(files.left_out), tasks) + verdict.of_teachers(changes)
-    closest = verdict.nearest(results, tasks) if results is not None else None
-    student = value_of(recipe, "student.model", str) or "The student"
-    objective = value_of(recipe, "algorithm.objective.kind", str) or "opd"
     charts = curves(metrics, tasks)
     charts[1:1] = held_out_curves(files.held_out(), tasks)
     marks = sorted({one.step for one in changes})
     data: dict[str, Any] = {"curves": charts, "difficulty": difficulty(measured, tasks), "marks": marks}
     return {
         "name": name,
-        "verdict": verdict.sentence(
-            results, metrics, tasks, student=student, objective=objective, look=remarks[0] if remarks else closest
-        ),
+        "verdict": sentence(recipe, results, metrics, tasks, remarks),
         "marks": marks,
         "remarks": [remark for remark in remarks if remark.text],
         "facts": facts(recipe, metrics),
@@ -106,9 +101,23 @@ def _parts(files: RunFiles, name: str) -> dict[str, Any]:
         "missing": files.left_out.missing,
         "data": script_json(data),
         "css": resource("report.css"),
-        "js": resource("report.js"),
-        "plotly": _plotly(),
+        "js": resource("page.js") + resource("report.js"),
+        "plotly": plotly(),
     }
+
+
+def sentence(
+    recipe: Mapping[str, Any],
+    results: Results | None,
+    metrics: Metrics,
+    tasks: Tasks,
+    remarks: Sequence[verdict.Remark],
+) -> dict[str, Any]:
+    """Return the verdict for the template: what was distilled, what was gained, and what to look at first."""
+    look = remarks[0] if remarks else verdict.nearest(results, tasks) if results is not None else None
+    student = value_of(recipe, "student.model", str) or "The student"
+    objective = value_of(recipe, "algorithm.objective.kind", str) or "opd"
+    return verdict.sentence(results, metrics, tasks, student=student, objective=objective, look=look)
 
 
 def difficulty(measured: Mapping[str, Any], tasks: Tasks) -> list[dict[str, Any]]:
@@ -207,7 +216,7 @@ def _sample_view(files: RunFiles, response: heatmap.Response, tasks: Tasks, left
             url, width, height = heatmap.picture(image)
         except ValueError as error:
             problem = f"an image {short(str(error))}"
-            files.left_out.add(files.run.samples.name, f"step {row.step}, {row.task}: {problem}")
+            files.left_out.add(response.file.name, f"step {row.step}, {row.task}: {problem}")
             continue
         left["images"] -= len(url)
         if left["images"] < 0:
@@ -293,20 +302,25 @@ def _track(results: Results, column: str) -> dict[str, Any]:
 
 
 @functools.cache
-def template(name: str) -> Any:
-    """Return a template of this package; it escapes what it is given."""
-    environment = Environment(
-        loader=PackageLoader("mmopd.report", "."),
+def environment(*packages: str) -> Environment:
+    """Return what renders the templates of this package, and of others that include its parts."""
+    found = Environment(
+        loader=ChoiceLoader([PackageLoader(package, ".") for package in (*packages, "mmopd.report")]),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters["number"] = _signed
-    environment.filters["percent"] = lambda share: f"{100 * share:.0f} %".replace("-", "−")
-    environment.filters["duration"] = duration
-    environment.globals["factor"] = math.exp(heatmap.FULL_COLOUR)
-    return environment.get_template(name)
+    found.filters["number"] = _signed
+    found.filters["percent"] = lambda share: f"{100 * share:.0f} %".replace("-", "−")
+    found.filters["duration"] = duration
+    found.globals["factor"] = math.exp(heatmap.FULL_COLOUR)
+    return found
+
+
+def template(name: str) -> Any:
+    """Return a template of this package; it escapes what it is given."""
+    return environment().get_template(name)
 
 
 def duration(seconds: float) -> str:
@@ -321,11 +335,12 @@ def _signed(value: float, digits: int = 3) -> str:
 
 
 @functools.cache
-def resource(name: str) -> Markup:
-    """Return a file of this package as it is."""
-    return Markup(resources.files("mmopd.report").joinpath(name).read_text(encoding="utf-8"))
+def resource(name: str, package: str = "mmopd.report") -> Markup:
+    """Return a file of a package as it is."""
+    return Markup(resources.files(package).joinpath(name).read_text(encoding="utf-8"))
 
 
 @functools.cache
-def _plotly() -> Markup:
+def plotly() -> Markup:
+    """Return the installed package's JavaScript of the charts."""
     return Markup(resources.files("plotly").joinpath("package_data/plotly.min.js").read_text(encoding="utf-8"))

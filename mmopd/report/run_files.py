@@ -151,16 +151,16 @@ class RunFiles:
             self._add(path, f"{path.stat().st_size / 2**20:,.0f} MiB: only one line of {every} is read")
         last = -1
         for line in self._lines(path, every):
-            step = line.row.get("step")
-            if not isinstance(step, int) or isinstance(step, bool) or not 0 <= step <= STEP_LIMIT:
-                self._add(path, f"line {line.number}: step {step!r} is no number of a step")
+            try:
+                step, numbers = values_of(line.row)
+            except ValueError as error:
+                self._add(path, f"line {line.number}: {error}")
                 continue
             repeated += step in rows
             unordered += step < last
             last = step
-            numbers = {str(name): _number(value) for name, value in line.row.items()}
             bad.update(name for name, value in line.row.items() if value is not None and numbers[name] is None)
-            rows[step] = {**numbers, "step": step}
+            rows[step] = numbers
         if repeated:
             self._add(path, f"{repeated} lines repeat a step: the last line of each step is shown")
         if unordered:
@@ -188,9 +188,14 @@ class RunFiles:
         results = Results.of(list(found.values()))
         return results if results.columns else None
 
-    def responses(self, limit: int) -> list[Response]:
-        """Return the responses of `samples.jsonl` without their images, each with at most `limit` tokens."""
-        path = self.run.samples
+    def responses(self, limit: int, path: Path | None = None) -> list[Response]:
+        """Return the responses of `samples.jsonl` without their images, each with at most `limit` tokens.
+
+        Args:
+            limit: of a response.
+            path: another file of that format.
+        """
+        path = self.run.samples if path is None else path
         found = []
         for line in self._lines(path):
             try:
@@ -201,15 +206,18 @@ class RunFiles:
             except ValueError as error:
                 self._add(path, f"line {line.number}: {_first_line(error)}")
             else:
-                found.append(clipped(row, limit, line.offset))
+                found.append(clipped(row, limit, path, line.offset))
         return found
 
     def images(self, response: Response) -> list[str]:
-        """Return the images of a response, in base64."""
-        with self.run.samples.open("rb") as file:
-            file.seek(response.offset)
-            images: list[str] = json.loads(file.readline())["images"]
-        return images
+        """Return the images of a response, in base64; none if another file has taken the place of the one read."""
+        try:
+            with response.file.open("rb") as file:
+                file.seek(response.offset)
+                return list(map(str, object_of(file.readline())["images"]))
+        except (OSError, ValueError, LookupError, TypeError) as error:
+            self._add(response.file, f"step {response.row.step}: no images: {_first_line(error)}")
+            return []
 
     def difficulty(self) -> dict[str, Any]:
         """Return `Measured` of each source of `difficulty.json`."""
@@ -315,15 +323,9 @@ class RunFiles:
                 self._add(path, f"line {number}: cut short")
             elif every == 1 or number % every == 1 or offset == end:
                 try:
-                    row = json.loads(text.decode("utf-8-sig"))
-                except (ValueError, RecursionError) as error:
-                    what = f"not JSON: {_first_line(error)}" if text.strip() else "empty"
-                    self._add(path, f"line {number}: {what}")
-                    continue
-                if isinstance(row, dict):
-                    yield Line(number, here, row)
-                else:
-                    self._add(path, f"line {number}: not a JSON object, but {type(row).__name__}")
+                    yield Line(number, here, object_of(text))
+                except ValueError as error:
+                    self._add(path, f"line {number}: {error}")
 
     def _is_file(self, path: Path) -> bool:
         if path.is_file():
@@ -336,6 +338,33 @@ class RunFiles:
 
     def _add(self, path: Path, what: str) -> None:
         self.left_out.add(str(path.relative_to(self.run.root)), what)
+
+
+def object_of(line: bytes) -> dict[str, Any]:
+    """Return the JSON object in a line.
+
+    Raises:
+        ValueError: there is none; the message says what is there.
+    """
+    try:
+        row = json.loads(line.decode("utf-8-sig"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"not JSON: {_first_line(error)}" if line.strip() else "empty") from None
+    if not isinstance(row, dict):
+        raise ValueError(f"not a JSON object, but {type(row).__name__}")
+    return row
+
+
+def values_of(row: Mapping[str, Any]) -> tuple[int, dict[str, float | None]]:
+    """Return the step of a row of metrics, and its values; one that is not finite is None.
+
+    Raises:
+        ValueError: the row has no step.
+    """
+    step = row.get("step")
+    if not isinstance(step, int) or isinstance(step, bool) or not 0 <= step <= STEP_LIMIT:
+        raise ValueError(f"step {step!r} is no number of a step")
+    return step, {str(name): _number(value) for name, value in row.items()} | {"step": step}
 
 
 def short(text: str, limit: int = TEXT_LIMIT) -> str:

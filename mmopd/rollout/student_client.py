@@ -6,7 +6,7 @@ Unlike with a teacher, an error here is an exception: without its own samples a 
 from collections import Counter
 from collections.abc import Callable, Sequence
 from types import TracebackType
-from typing import Self, TypeVar
+from typing import Any, Self, TypeVar
 
 from mmopd.modality import Encoder
 from mmopd.modality.registry import MEDIA
@@ -73,6 +73,10 @@ class StudentClient:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         await self._http.close()
+
+    def status(self) -> dict[str, Any]:
+        """Return what the engine does now; any thread may call this, once the client is open."""
+        return self._pool.status()
 
     async def sample(
         self,

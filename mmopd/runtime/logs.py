@@ -23,7 +23,7 @@ from types import TracebackType
 
 from mmopd.errors import UserError
 
-PREFIX = re.compile(r"^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z [A-Z]+ \S+ ")
+PREFIX = re.compile(r"^(?P<time>\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z) (?P<level>[A-Z]+) (?P<process>\S+) ")
 OURS = "mmopd"  # logger of this package, from INFO up; libraries log from WARNING up
 
 

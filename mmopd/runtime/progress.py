@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 from rich.console import Console, Group
 from rich.live import Live
@@ -117,6 +117,7 @@ class Stages:
     def __init__(self, console: Console, timings: Path | None = None) -> None:
         self.console = console
         self.seconds: dict[str, float] = {}
+        self.servers: dict[str, str] = {}  # what happened last to each server
         self._running: Stage | None = None
         self._time_left = TimeLeft({})
         self.progress = Progress(
@@ -157,6 +158,15 @@ class Stages:
             return ""
         later = self._time_left.after(stage.title)
         return f"{duration(now)} left of {stage.title}" if later is None else f"about {duration(now + later)} left"
+
+    def now(self) -> dict[str, Any]:
+        """Return what goes on, as JSON values; any thread may call this."""
+        found: dict[str, Any] = {"seconds": dict(self.seconds), "servers": dict(self.servers), "left": self.left()}
+        if (stage := self._running) is not None:
+            elapsed = round(time.monotonic() - stage.begin, 1)
+            found |= {"stage": stage.title, "elapsed": elapsed, "done": stage.done, "count": stage.count}
+            found["note"] = self._note.plain
+        return found
 
     def _shown(self) -> Group:
         return Group(self.progress, self._note, Text(self.left(), style="dim"))

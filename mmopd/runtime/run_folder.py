@@ -45,6 +45,8 @@ class RunFolder:
         self.metrics = root / "metrics.jsonl"  # one line per step; loggers read it
         self.held_out = root / "held_out.jsonl"  # one line per evaluation between steps; `step` counts updates
         self.samples = root / "samples.jsonl"  # a few responses, token by token
+        self.status = root / "status"  # what each process does now, and the newest responses, for `mmopd watch`
+        self.newest = self.status / "newest.jsonl"  # as samples.jsonl, for the newest step alone
         self.checkpoints = root / "checkpoints"
         # Scores since the last checkpoint, so that a resumed run does not request them again.
         self.scores = root / "scores"
@@ -110,6 +112,10 @@ class RunFolder:
             encoding="utf-8",
         )
         return before
+
+    def status_of(self, process: str) -> Path:
+        """Return the status file of the launcher (`launcher`) or of a rank (`rank0`)."""
+        return self.status / f"{process}.json"
 
     def replay_of(self, step: int) -> Path:
         """Return the folder for a skipped update of a step."""

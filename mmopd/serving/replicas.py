@@ -15,7 +15,6 @@ connections for each connection), and vLLM itself takes about 13 ms.
 """
 
 import asyncio
-import contextlib
 import hashlib
 import math
 import random
@@ -25,7 +24,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from http import HTTPStatus
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import aiohttp
 import tenacity
@@ -69,6 +68,9 @@ class Replica:
         self.retry_at = 0.0  # the circuit is open until then; 0 = closed
         self.paused_until = 0.0  # requested by the server itself (Retry-After), even if it still answers
         self.doubted_until = 0.0  # it has just failed: other replicas are preferred
+        self.answered = 0
+        self.faults = 0
+        self.latencies: deque[float] = deque(maxlen=LATENCIES)  # seconds of recent answers
 
     def is_free(self, concurrency: int, now: float) -> bool:
         """Return true if it may get a request: closed circuit and room, or open circuit and its probe is due."""
@@ -79,6 +81,19 @@ class Replica:
     def opens_at(self, now: float) -> float:
         """Return the time at which a blocked replica may get a request again; 0 if it is not blocked."""
         return max(self.retry_at, self.paused_until if now < self.paused_until else 0.0)
+
+    def status(self, now: float) -> dict[str, Any]:
+        """Return what it does now, as JSON values; another thread may call this."""
+        recent = sorted(self.latencies)
+        return {
+            "name": self.endpoint.name,
+            "in_flight": self.in_flight,
+            "answered": self.answered,
+            "faults": self.faults,
+            "median": round(recent[len(recent) // 2], 4) if recent else None,
+            "late": round(recent[int(0.95 * len(recent))], 4) if recent else None,
+            "blocked": round(max(0.0, self.opens_at(now) - now), 1),
+        }
 
     def worked(self) -> None:
         """Record a success: close the circuit."""
@@ -138,6 +153,12 @@ class ReplicaPool:
         self._silent_since = math.inf  # time of the first failure since a replica last worked
         self._last_failure: tuple[float, ReplyError] | None = None
         self._latencies: deque[float] = deque(maxlen=LATENCIES)
+        self._waiting = 0  # calls that wait for a replica
+
+    def status(self) -> dict[str, Any]:
+        """Return the number of calls that wait for a replica, and what each replica does; any thread may call this."""
+        now = time.monotonic()
+        return {"waiting": self._waiting, "replicas": [replica.status(now) for replica in self.replicas]}
 
     async def call(
         self, build: Callable[[str], bytes], parse: Callable[[bytes, str], T], *, affinity: bytes = b""
@@ -207,6 +228,7 @@ class ReplicaPool:
             result = parse(await self._post(replica, build(replica.endpoint.model), request_id), request_id)
         except ReplyError as fault:
             self._counts[f"failed/{fault.cause}"] += 1
+            replica.faults += 1
             now = time.monotonic()
             refused = fault.of_prompt and fault.cause == "status"
             # A single replica is not penalised for what may be the fault of the request.
@@ -223,6 +245,8 @@ class ReplicaPool:
             replica.worked()
             self._silent_since = math.inf
             self._latencies.append(time.monotonic() - began)
+            replica.latencies.append(self._latencies[-1])
+            replica.answered += 1
             return result
         finally:
             replica.in_flight -= 1
@@ -280,9 +304,14 @@ class ReplicaPool:
                 # Wait until a probe is due or it is time to give up. The end of a running probe is reported through
                 # `_changed`.
                 ahead = min((at for at in moments if at > now), default=math.inf)
-                with contextlib.suppress(TimeoutError):
+                self._waiting += 1
+                try:
                     async with asyncio.timeout(None if ahead == math.inf else ahead - now):
                         await self._changed.wait()
+                except TimeoutError:
+                    pass
+                finally:
+                    self._waiting -= 1
 
     def _spare(self, call: "_Call") -> Replica | None:
         """Lease a healthy replica that has room and has not had this call; None if there is none."""

@@ -306,6 +306,7 @@ def serve_in_stage(
             starting: dict[str, str] = {}
 
             def show(name: str, what: str) -> None:
+                stages.servers[name] = what
                 if up:
                     stages.console.print(f"{datetime.now():%H:%M:%S} {name}: {what}", markup=False, highlight=False)
                     return

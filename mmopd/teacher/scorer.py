@@ -14,7 +14,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from operator import mul
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 from cachetools import LRUCache
 
@@ -112,6 +112,10 @@ class Scorer:
             *self._running.values(), *(view for _, view in self._shown.values()), return_exceptions=True
         )
         await self._http.close()
+
+    def status(self) -> list[dict[str, Any]]:
+        """Return what the replicas of each teacher do now; any thread may call this."""
+        return [pool.status() for pool in self._pools.values()]
 
     def sees_image(self, encoded: Encoded) -> bool:
         """Return true if the prompt has items of media and all its teachers are shown them."""

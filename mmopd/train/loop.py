@@ -9,6 +9,7 @@ import threading
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -28,6 +29,7 @@ from mmopd.report.model_card import model_card
 from mmopd.rollout.collect import seed_of, version_of
 from mmopd.rollout.sync import WeightSync, connect
 from mmopd.runtime.run_folder import RunFolder
+from mmopd.runtime.status import telling
 from mmopd.runtime.time_limit import TimeLimit
 from mmopd.runtime.watchdog import Watchdog
 from mmopd.serving import endpoint
@@ -85,7 +87,14 @@ async def train(
         weight_publisher = WeightPublisher(
             trainer, rollouts.engines, link, probe_items(list(stream.sources.values()), encoder), in_trainer_thread
         )
-        with link or nullcontext(), recorder or nullcontext(), held_out, watchdog, in_trainer_thread:
+        with (
+            telling(run.status_of(f"rank{ranks.rank}"), partial(status_of, watchdog, rollouts)),
+            link or nullcontext(),
+            recorder or nullcontext(),
+            held_out,
+            watchdog,
+            in_trainer_thread,
+        ):
             watchdog.beat_with(asyncio.get_running_loop())
             await weight_publisher.publish(version_of(done), everything=True)
             await held_out.at_start(rollouts)
@@ -135,6 +144,11 @@ async def train(
                 if stopping and not last:
                     return
             export(trainer, run.export, model_card(run))
+
+
+def status_of(watchdog: Watchdog, rollouts: Rollouts) -> dict[str, Any]:
+    """Return what a rank does now, as JSON values."""
+    return {"doing": watchdog.where, "pools": rollouts.status()}
 
 
 def connect_engines(run: RunFolder, recipe: Recipe, ranks: Ranks) -> WeightSync[Any] | None:

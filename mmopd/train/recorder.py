@@ -1,10 +1,12 @@
 """Record a step: its metrics (metrics.jsonl) and, in a few steps, some responses token by token (samples.jsonl)."""
 
+import json
+import time
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from statistics import fmean
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 import psutil
 import torch
@@ -17,11 +19,14 @@ from mmopd.report.heatmap import as_json, token_row
 from mmopd.report.loggers.state import states
 from mmopd.report.metrics import JsonLines, MetricsWriter
 from mmopd.runtime.run_folder import RunFolder, step_of
+from mmopd.runtime.status import replace
 from mmopd.train.batch import Batch, visual_advantage
 
 WHERE = ("kept", "balanced_away", "masked", "absent", "unknown")  # where a response may end up
 SHOWN = 6  # responses of each task that are written token by token ...
 SHOWN_TIMES = 4  # ... this many times in a run, first and last step included
+NEWEST = 2  # responses of each task among the newest ones, for `mmopd watch` ...
+NEWEST_EVERY = 10.0  # ... written after a step if the last ones are as many seconds old
 
 
 class Recorder:
@@ -36,6 +41,8 @@ class Recorder:
         self._run = run.root
         self._metrics = MetricsWriter(run.metrics, done)
         self._samples = JsonLines(run.samples, done)
+        self._newest = run.newest
+        self._newest_at = 0.0  # when they are written again, on the monotonic clock
         self._encoder = encoder
         last = steps - 1
         self._shown_at = {round(i * last / (SHOWN_TIMES - 1)) for i in range(SHOWN_TIMES)}
@@ -83,20 +90,30 @@ class Recorder:
         metrics |= more
         metrics |= memory()
         metrics |= {f"loggers/failed/{name}": float(s.failed) for name, s in states(self._run).items() if s.failed}
-        if step in self._shown_at and batch.targets.log_ratio is not None:
+        if batch.targets.log_ratio is not None:
             self._show(step, prompts, batch)
         self._metrics.write(step, metrics)  # last: a reader that finds the step finds its samples, too
 
     def _show(self, step: int, prompts: Sequence[Encoded], batch: Batch) -> None:
-        """Write a few responses of each task."""
-        for i in shown(prompts, batch.samples, self._threshold):
+        """Write a few responses of each task: to the samples in some steps, as the newest ones every few seconds."""
+        if step in self._shown_at:
+            for row in self._rows(step, prompts, batch, SHOWN):
+                self._samples.append(row)
+        if (now := time.monotonic()) >= self._newest_at:
+            rows = self._rows(step, prompts, batch, NEWEST)
+            replace(self._newest, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+            self._newest_at = now + NEWEST_EVERY
+
+    def _rows(self, step: int, prompts: Sequence[Encoded], batch: Batch, number: int) -> Iterator[dict[str, Any]]:
+        """Yield `number` responses of each task token by token."""
+        for i in shown(prompts, batch.samples, self._threshold, number):
             sample = batch.samples[i]
             texts = [self._encoder.tokenizer.decode([token]) for token in sample.response.tokens]
             advantage = batch.targets.advantage[batch.spans[i]].tolist()
             keep = bool(batch.targets.keep[i])
             prompt = prompts[sample.group].prompt
             needed = visual_advantage(sample)
-            self._samples.append(as_json(token_row(step, prompt, sample, texts, advantage, kept=keep, visual=needed)))
+            yield as_json(token_row(step, prompt, sample, texts, advantage, kept=keep, visual=needed))
 
 
 def memory() -> dict[str, float]:
@@ -112,8 +129,8 @@ def memory() -> dict[str, float]:
     return {name: value / 2**30 for name, value in used.items()}
 
 
-def shown(prompts: Sequence[Encoded], samples: Sequence[Sample], threshold: float) -> list[int]:
-    """Return the indices of a few samples of each task, each of another prompt.
+def shown(prompts: Sequence[Encoded], samples: Sequence[Sample], threshold: float, number: int = SHOWN) -> list[int]:
+    """Return the indices of `number` samples of each task, each of another prompt.
 
     Wrong, right and unknown ones are taken in turn, so that wrong ones are there as long as there are any. Those that
     are also scored without the image come first.
@@ -126,10 +143,10 @@ def shown(prompts: Sequence[Encoded], samples: Sequence[Sample], threshold: floa
     chosen: list[int] = []
     for queue in queues.values():
         groups: set[int] = set()
-        while len(groups) < SHOWN and any(queue.values()):
+        while len(groups) < number and any(queue.values()):
             for verdict, waiting in queue.items():
                 queue[verdict] = [i for i in waiting if samples[i].group not in groups]
-                if queue[verdict] and len(groups) < SHOWN:
+                if queue[verdict] and len(groups) < number:
                     chosen.append(queue[verdict].pop(0))
                     groups.add(samples[chosen[-1]].group)
     return chosen

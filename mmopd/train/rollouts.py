@@ -113,6 +113,11 @@ class Rollouts:
             await self._rolling.cancel()
         await self._stack.aclose()
 
+    def status(self) -> list[dict[str, Any]]:
+        """Return what the student's engines and the teachers' replicas do now; any thread may call this."""
+        scorers = [pool for scorer in self._scorers.values() for pool in scorer.status()]
+        return [*(engine.status() for engine in self.engines), *scorers]
+
     def begin(self, step: int, prompts: Sequence[Encoded]) -> "Rolling":
         """Start the rollouts of a step: this rank's share of its groups."""
         return self._begin(step, dict(enumerate(prompts)))
