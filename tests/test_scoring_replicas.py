@@ -215,3 +215,23 @@ def test_a_server_that_asks_for_a_pause_gets_it(encoder, text):
     assert times[1] - times[0] >= 1.0
     assert counts["failed/status"] == 1
     assert balances(counts, 1)
+
+
+def test_the_status_says_who_waits_and_how_long_answers_take(encoder, texts):
+    server = FakeVLLM(encoder, delay=0.05)
+
+    async def work(scorer):
+        calls = [asyncio.create_task(scorer.score(texts[0], (i, 1))) for i in range(5)]
+        during = [scorer.status()]
+        while not all(call.done() for call in calls):
+            await asyncio.sleep(0.01)
+            during.append(scorer.status())
+        return during, scorer.status()
+
+    (during, after), _ = run(work, fleet([{"teacher": "a"}], a={"concurrency": 1}), {"a": [server]}, encoder)
+    busy = [(pool["waiting"], pool["replicas"][0]["in_flight"]) for [pool] in during]
+    assert (4, 1) in busy
+    [pool] = after
+    [replica] = pool["replicas"]
+    assert (pool["waiting"], replica["in_flight"], replica["answered"], replica["faults"]) == (0, 0, 5, 0)
+    assert 0.05 <= replica["median"] <= replica["late"]

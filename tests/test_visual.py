@@ -177,3 +177,4 @@ def test_a_run_keeps_the_metric_and_shows_responses_that_were_scored_both_ways(t
     assert metrics["visual_advantage/charts"] == pytest.approx(-0.25)
     assert (metrics["scored_blind"], metrics["absent_blind"], metrics["scoring/requests"]) == (1, 0, 4)
     assert [(r["task"], r["visual"]) for r in read_lines(run.samples)] == [("charts", [1.0, -1.5]), ("words", None)]
+    assert read_lines(run.newest) == read_lines(run.samples)

@@ -5,6 +5,7 @@ import os
 import re
 import shutil
 import socket
+import time
 from contextlib import closing
 from itertools import product
 from pathlib import Path
@@ -170,6 +171,12 @@ def test_parts_are_sent_when_they_have_changed(run: Path) -> None:
     assert grown["data"]["curves"][0]["x"][-1] == 20
 
 
+def told(root: Path, process: str) -> object:
+    """Return how far a process has said that it is."""
+    status = json.loads((root / "status" / f"{process}.json").read_bytes())
+    return status.get("done", status.get("doing"))
+
+
 @pytest.fixture(scope="module")
 def stages_of_growth(tmp_path_factory: pytest.TempPathFactory) -> dict[object, dict]:  # type: ignore[type-arg]
     """What the page says after some steps of a run, and after its end."""
@@ -181,9 +188,9 @@ def stages_of_growth(tmp_path_factory: pytest.TempPathFactory) -> dict[object, d
     for step in grow(root, 0.0):
         http = http or client(root)
         if step in {0, DIES, STEPS - 1}:
-            seen = (root / "status" / "launcher.json").stat().st_mtime_ns
-            while (root / "status" / "launcher.json").stat().st_mtime_ns == seen:
-                pass  # until what the launcher does is written again
+            awaited = {"launcher": step + 1, "rank0": f"step {step}, rollout", "rank1": f"step {step}, rollout"}
+            while any(told(root, name) != value for name, value in awaited.items()):
+                time.sleep(0.01)
             said[step] = state(http)
     patch.undo()
     assert http is not None

@@ -23,7 +23,7 @@ PATIENCE = 120.0  # seconds
 def answer(url: str) -> httpx.Response:
     """Return the answer to a request for the page, once it is served."""
     begin = time.monotonic()
-    with client() as http:
+    with client(timeout=PATIENCE) as http:
         while True:
             try:
                 return http.get(url)
