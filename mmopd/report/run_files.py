@@ -189,12 +189,7 @@ class RunFiles:
         return results if results.columns else None
 
     def responses(self, limit: int, path: Path | None = None) -> list[Response]:
-        """Return the responses of `samples.jsonl` without their images, each with at most `limit` tokens.
-
-        Args:
-            limit: of a response.
-            path: another file of that format.
-        """
+        """Return the responses of `samples.jsonl`, or of `path`, without images, each with at most `limit` tokens."""
         path = self.run.samples if path is None else path
         found = []
         for line in self._lines(path):
