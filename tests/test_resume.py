@@ -225,7 +225,7 @@ def test_a_launchers_ranks_learn_the_same_and_end_after_their_step_though_it_wou
 
 def test_a_run_stops_in_time_for_its_checkpoint(workspace: Path) -> None:
     run = RunFolder(workspace / "runs" / "limited")
-    output = whole(train(workspace, "limited", "train.minutes=1", "train.steps=1000"), STOPPED)
+    output = whole(train(workspace, "limited", "train.minutes=0.5", "train.steps=1000"), STOPPED)
     late = float(run.until.read_text(encoding="utf-8")) + 20  # a busy machine may take longer for a step than before
     done = len(steps(run))
     assert f"stopped after {done} steps by train.minutes" in output
