@@ -18,6 +18,7 @@ from test_report_damage import ANY, FILES, SPECIAL, Damage
 
 from mmopd.errors import UserError
 from mmopd.report.metrics import MetricsWriter
+from mmopd.report.run_files import RunFiles
 from mmopd.runtime import status
 from mmopd.runtime.run_folder import RunFolder
 from mmopd.watch import metrics as growing
@@ -329,6 +330,21 @@ def test_a_file_that_is_no_longer_what_it_was_leaves_the_rest(run: Path, file: s
     shown = {"metrics.jsonl": "training", "samples.jsonl": "responses", "results.json": "results"}
     kept = {"training", "results", "difficulty"} - {shown.get(file), "difficulty" if "difficulty" in file else None}
     assert all(after["parts"][name].strip() for name in kept)
+
+
+def test_newest_responses_that_were_replaced_meanwhile_are_no_damage(run: Path) -> None:
+    files = RunFiles(RunFolder(run))
+    newest = files.run.newest
+    newest.parent.mkdir(exist_ok=True)
+    shutil.copy(run / "samples.jsonl", newest)
+    responses = files.responses(100, newest)
+    pictures = [files.images(response) for response in responses]
+    assert any(pictures)
+    lines = newest.read_text(encoding="utf-8").splitlines()
+    for later in (["", *lines], [line.replace('"step": ', '"step": 9') for line in lines]):
+        newest.write_text("\n".join(later) + "\n", encoding="utf-8")
+        assert not any(files.images(response) for response in responses)
+    assert not list(files.left_out)
 
 
 @pytest.mark.parametrize(("file", "damage", "said"), SPECIAL, ids=[f"{i}-{s[0]}" for i, s in enumerate(SPECIAL)])

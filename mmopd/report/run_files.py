@@ -205,13 +205,18 @@ class RunFiles:
         return found
 
     def images(self, response: Response) -> list[str]:
-        """Return the images of a response, in base64; none if another file has taken the place of the one read."""
+        """Return the images of a response, in base64; none if another file has taken the place of the one read.
+
+        A run replaces the file of the newest responses again and again, which is no damage.
+        """
         try:
             with response.file.open("rb") as file:
                 file.seek(response.offset)
-                return list(map(str, object_of(file.readline())["images"]))
+                row = object_of(file.readline())
+            return list(map(str, row["images"])) if row["step"] == response.row.step else []
         except (OSError, ValueError, LookupError, TypeError) as error:
-            self._add(response.file, f"step {response.row.step}: no images: {_first_line(error)}")
+            if response.file != self.run.newest:
+                self._add(response.file, f"step {response.row.step}: no images: {_first_line(error)}")
             return []
 
     def difficulty(self) -> dict[str, Any]:
