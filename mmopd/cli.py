@@ -13,6 +13,7 @@ from rich.text import Text
 
 from mmopd import __version__
 from mmopd.commands import files, machines, terminal
+from mmopd.commands.inspect import inspect
 from mmopd.commands.new import new
 from mmopd.commands.options import (
     EndpointsOption,
@@ -289,6 +290,7 @@ for command in (
     files.merge,
     files.prepare,
     files.index,
+    inspect,
     files.report,
     files.watch,
     files.export,

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 from published import write_models
+from run_folders import write_run
 
 import mmopd
 from mmopd import algorithm
@@ -67,8 +68,13 @@ def test_commands_that_need_no_model_load_no_heavy_library(tmp_path: Path, monke
     turn = ({"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "How many?"}]},)
     mmopd.write_shards([Prompt("a/0", "digit_sum", "image", turn, (picture,), "3")], workspace / "shards")
     (workspace / "mine.yaml").write_text("sources: {a: {shards: shards, task: digit_sum}}", encoding="utf-8")
+    write_run(workspace / "run")
     commands = [
         ["--help"],
+        ["new", "task", "other"],
+        ["inspect", "shards"],
+        ["inspect", "mine.yaml", "--json"],
+        ["inspect", "run", "--page", "page.html"],
         ["show", "recipes/demo.yaml"],
         ["show", "recipes/cross_modal_4b.yaml"],
         ["show", "mine.yaml"],

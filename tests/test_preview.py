@@ -15,6 +15,7 @@ from mmopd.cli import app
 from mmopd.errors import DataError, UserError
 from mmopd.prompts.prepare import first_rows
 from mmopd.report import preview
+from mmopd.report.inspection.page import ITEMS
 
 GENERIC = Path(__file__).parents[1] / "data" / "generic.py"
 ODD = "<script>alert(1)</script> [bold]\x1b[31m\u202e1+1=?"
@@ -87,8 +88,8 @@ def test_a_page_has_a_bounded_size(monkeypatch: pytest.MonkeyPatch) -> None:
     write([{"question": "x" * 100_000, "answer": "3", "image": ["photo.png"] * 20}])
     run("--preview")
     page = Path("out.preview.html").read_text(encoding="utf-8")
-    assert page.count("<img ") == preview.ITEMS
-    assert page.count("not shown, because the page is full") == 20 - preview.ITEMS
+    assert page.count("<img ") == ITEMS
+    assert page.count("not shown, because the page is full") == 20 - ITEMS
     assert "... (100,000 characters)" in page
     monkeypatch.setattr(preview, "PAGE_IMAGES", 300_000)
     run("--preview")
@@ -101,7 +102,7 @@ def test_an_image_that_is_too_large_for_a_page_is_named() -> None:
     Path("photo.png").write_bytes(file.getvalue())
     write([{"question": "?", "answer": "3", "image": "photo.png"}])
     run("--preview")
-    assert "not shown: cannot be decoded: 9000 x 9000 pixels" in Path("out.preview.html").read_text(encoding="utf-8")
+    assert "an image cannot be decoded: 9000 x 9000 pixels" in Path("out.preview.html").read_text(encoding="utf-8")
 
 
 def test_clips_are_shown_as_frames() -> None:

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import pyarrow.parquet as pq
 import yaml
 
 import mmopd
@@ -153,6 +152,8 @@ def count_rows(data: Path) -> int:
     Raises:
         DataError: the file is missing, or is not a complete parquet file.
     """
+    import pyarrow.parquet as pq  # a page about a run needs no table
+
     try:
         return int(pq.read_metadata(data).num_rows)
     except FileNotFoundError:

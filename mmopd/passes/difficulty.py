@@ -15,7 +15,8 @@ from mmopd.errors import ConfigError
 from mmopd.modality import Encoder
 from mmopd.passes.each_row import each_row
 from mmopd.prompts import difficulty_counts
-from mmopd.prompts.difficulty_counts import Counts, Measured
+from mmopd.prompts.difficulty_counts import Counts
+from mmopd.prompts.measured import Measured
 from mmopd.prompts.shards import Shards
 from mmopd.records import Encoded
 from mmopd.rollout.collect import seed_of

@@ -9,7 +9,7 @@ and is refused for anything else.
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -23,20 +23,11 @@ from mmopd.algorithm import difficulty_shape, difficulty_weights, drop_easy_weig
 from mmopd.algorithm.settings import Difficulty
 from mmopd.errors import ConfigError, DataError
 from mmopd.prompts.ledger import VERSION, Ledger, Origin, check_version, ledger_file
+from mmopd.prompts.measured import Measured
 from mmopd.prompts.shards import Shards
 
 FILE = "difficulty.json"
 PICTURE = "difficulty.png"
-
-
-@dataclass(frozen=True, slots=True)
-class Measured:
-    """Result of the pass for one source of P rows."""
-
-    correct: tuple[int, ...]  # [P] right answers
-    attempts: tuple[int, ...]  # [P] answers that the verifier could judge
-    shape: str  # shape of the histogram of correct / attempts
-    weights: tuple[float, ...]  # [P] for `Rows.weights`
 
 
 def origin(shards: Shards, student: str, settings: Difficulty, *, max_tokens: int, threshold: float) -> dict[str, Any]:

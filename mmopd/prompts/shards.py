@@ -88,7 +88,7 @@ class Shards(Sequence[Prompt]):
         index, local = self._locate(number)
         try:
             content, *images = self._remote.read(index, local) if self._remote else index.read(index.tar, local)
-            return unpack(f"{self.name}/{number}", content, images)
+            return unpack(self.key(row), content, images)
         except OSError as error:
             raise DataError(f"{index.tar}: the shard cannot be read any more ({error.strerror or error})") from None
         except (ValueError, RowError) as error:
@@ -135,6 +135,20 @@ class Shards(Sequence[Prompt]):
         """Return the tokens of a row, images included, from the index alone; None if they are not counted."""
         index, local = self._locate(self._number(row))
         return int(index.text[local] + index.visual[local]) if index.processor else None
+
+    def kind(self, row: int) -> tuple[str, str]:
+        """Return (task, modality) of a row, from the index alone."""
+        index, local = self._locate(self._number(row))
+        return index.kinds[int(index.kind[local])]
+
+    def key(self, row: int) -> str:
+        """Return the key of a row's prompt, without reading it."""
+        return f"{self.name}/{self._number(row)}"
+
+    def rows_in(self, tar: str) -> range:
+        """Return the numbers of the rows of a tar, by the name of its file, of shards that are not `filtered`."""
+        i = [index.tar.name for index in self._indices].index(tar)
+        return range(self._starts[i], self._starts[i + 1])
 
     @property
     def processor(self) -> str | None:

@@ -55,6 +55,7 @@ class TokenRow:
     visual: list[float] | None = None
     reason: str = ""  # cause of an unknown outcome, or another remark of the verifier
     answer: str = ""  # the answer key; empty in files of earlier versions
+    key: str = ""  # "source/row" of the prompt; empty in files of earlier versions
 
     @property
     def reward(self) -> float:
@@ -151,6 +152,7 @@ def token_row(
         visual=None if visual is None else list(visual),
         reason=sample.outcome.reason,
         answer=prompt.answer,
+        key=prompt.key,
     )
 
 
@@ -193,7 +195,7 @@ def cells(row: TokenRow) -> Iterable[Mapping[str, Any]]:
     ):
         difference = teacher - student
         yield {
-            "text": _visible(text[:200]),
+            "text": visible(text[:200]),
             "breaks": text.endswith("\n"),
             "colour": _colour(difference),
             "line": _colour(visual or 0.0),
@@ -276,7 +278,7 @@ def _mean(values: Sequence[float]) -> float:
     return math.fsum(values) / len(values) if values else math.nan
 
 
-def _visible(text: str) -> str:
+def visible(text: str) -> str:
     """Return the text with visible blanks and with escapes for characters that are not printable."""
     if text.strip(" \n\t") == "" and text:
         return text.replace(" ", "␣").replace("\n", "⏎").replace("\t", "⇥")

@@ -187,7 +187,7 @@ def samples_view(files: RunFiles, responses: Sequence[heatmap.Response], tasks: 
         left["tokens"] -= len(response.row.tokens)
         if left["tokens"] < 0:
             break
-        shown[place].append(_sample_view(files, response, tasks, left))
+        shown[place].append(response_view(files, response, tasks, left))
     return {
         "first": shown[0],
         "more": shown[1],
@@ -203,26 +203,15 @@ def script_json(data: object) -> Markup:
     return Markup(text.replace("<", "\\u003c").replace("\u2028", "\\u2028").replace("\u2029", "\\u2029"))
 
 
-def _sample_view(files: RunFiles, response: heatmap.Response, tasks: Tasks, left: dict[str, int]) -> dict[str, Any]:
+def response_view(files: RunFiles, response: heatmap.Response, tasks: Tasks, left: dict[str, int]) -> dict[str, Any]:
     """Return a response for the template; its images are taken from the characters that are `left`."""
     row = response.row
     cells = list(heatmap.cells(row))
     long = len(cells) > VISIBLE_TOKENS + heatmap.TAIL
-    encoded = files.images(response)
-    pictures: list[dict[str, Any]] = []
-    problem = f"{len(encoded) - RESPONSE_IMAGES} more are not shown" if len(encoded) > RESPONSE_IMAGES else ""
-    for image in encoded[:RESPONSE_IMAGES]:
-        try:
-            url, width, height = heatmap.picture(image)
-        except ValueError as error:
-            problem = f"an image {short(str(error))}"
+    pictures, problems = pictures_of(files.images(response), left, RESPONSE_IMAGES)
+    for problem in problems:
+        if problem.startswith("an image"):
             files.left_out.add(response.file.name, f"step {row.step}, {row.task}: {problem}")
-            continue
-        left["images"] -= len(url)
-        if left["images"] < 0:
-            problem = "images are left out, because the page is full"
-            break
-        pictures.append({"url": url, "width": width, "height": height})
     return {
         "row": row,
         "prompt": short(row.prompt, PROMPT_LIMIT),
@@ -232,7 +221,7 @@ def _sample_view(files: RunFiles, response: heatmap.Response, tasks: Tasks, left
         "teacher": short(row.teacher_name),
         "colour": tasks.colour(row.task),
         "pictures": pictures,
-        "pictures_problem": problem,
+        "pictures_problem": problems[-1] if problems else "",
         "cells": cells[:VISIBLE_TOKENS] if long else cells,
         "middle": cells[VISIBLE_TOKENS : -heatmap.TAIL] if long else [],
         "gap": response.tokens - len(cells),
@@ -242,6 +231,30 @@ def _sample_view(files: RunFiles, response: heatmap.Response, tasks: Tasks, left
         "advantage": response.advantage,
         "visual": response.visual,
     }
+
+
+def pictures_of(encoded: Sequence[str], left: dict[str, int], limit: int) -> tuple[list[dict[str, Any]], list[str]]:
+    """Return some images for a template, and what is not shown and why.
+
+    Args:
+        encoded: images in base64.
+        left: room on the page; the characters of the images are taken from `images`.
+        limit: how many are shown.
+    """
+    pictures: list[dict[str, Any]] = []
+    problems = [f"{len(encoded) - limit} more are not shown"] if len(encoded) > limit else []
+    for image in encoded[:limit]:
+        try:
+            url, width, height = heatmap.picture(image)
+        except ValueError as error:
+            problems.append(f"an image {short(str(error))}")
+            continue
+        left["images"] -= len(url)
+        if left["images"] < 0:
+            problems.append("images are left out, because the page is full")
+            break
+        pictures.append({"url": url, "width": width, "height": height})
+    return pictures, problems
 
 
 def _counts(responses: Sequence[heatmap.Response], tasks: Tasks) -> list[dict[str, Any]]:

@@ -228,8 +228,7 @@ class RunFiles:
             return {}
         if not sources:
             return {}
-        # Loads torch, which a page without this part does not need.
-        from mmopd.prompts.difficulty_counts import Measured
+        from mmopd.prompts.measured import Measured  # loads numpy, which a page without this part does not need
 
         adapter = TypeAdapter(Measured)
         found = {}

@@ -7,7 +7,7 @@ from typing import Any
 from mmopd.config import Mixture
 from mmopd.errors import DataError
 from mmopd.modality import Encoder
-from mmopd.prompts.difficulty_counts import Measured
+from mmopd.prompts.measured import Measured
 from mmopd.prompts.prompt_plan import PromptPlan, Rows
 from mmopd.prompts.rows import RowError
 from mmopd.prompts.schedule import Schedule
