@@ -14,12 +14,16 @@ if TYPE_CHECKING:
 
 TOLERANCE = Fraction(5, 100)
 SPELT = re.compile(r"\b(?:percent|per cent|pct)\.?(?![a-z])", re.IGNORECASE)
-SCALES = {"k": 10**3, "thousand": 10**3, "m": 10**6, "mn": 10**6, "mio": 10**6, "million": 10**6, "millions": 10**6,
+SCALES = {"k": 10**3, "thousand": 10**3, "m": 10**6, "mn": 10**6, "mio": 10**6, "mln": 10**6,
+          "million": 10**6, "millions": 10**6,
           "b": 10**9, "bn": 10**9, "billion": 10**9, "billions": 10**9, "trillion": 10**12, "tn": 10**12,
           "hundred": 100, "lakh": 10**5, "crore": 10**7}  # fmt: skip
 SCALE = re.compile(
     rf"(.*[\d}}])\s*(?i:({'|'.join(name for name in SCALES if len(name) > 1)}|(?-i:[kKMB])))\.?", re.DOTALL
 )
+MARK = re.compile(r"\s*([,:;])\s*")  # of a list or a ratio
+COMMA = re.compile(r"\D*(?:0,\d+|\d+,(?:\d{1,2}|\d{4,}))\D*")  # a decimal comma; in 1,234 it is none
+QUOTED = re.compile(r'"([^"]+)"')
 YEARS = re.compile(r"\d{4} ?/ ?\d")  # 2019/20 is a year of a business, not a fraction
 SHORTEST = 0.5  # ANLS below which an answer counts for nothing
 LONGEST = 2000  # characters of a gold answer
@@ -52,11 +56,15 @@ def anls(response: str, answer: str) -> Outcome:
     said = _folded(final_answer(response))
     if marked_answer(response) is None and not any(gold.endswith(".") for gold in golds):
         said = said.removesuffix(".")  # the full stop of a sentence
+    said, *golds = (_unquoted(text) for text in (said, *golds))
     return Outcome(max(_similarity(said, gold) for gold in golds if gold))
 
 
 def _close(said: str, gold: str) -> bool:
-    if normalised(said) == normalised(gold):
+    ours, theirs = normalised(said), normalised(gold)
+    if COMMA.fullmatch(ours) and ours.replace(",", ".") == theirs:
+        return True
+    if MARK.sub(r"\1", ours) == MARK.sub(r"\1", theirs):
         return True
     found, right = _quantity(said), _quantity(gold)
     if found is None or right is None:
@@ -72,16 +80,19 @@ def _close(said: str, gold: str) -> bool:
 
 def _quantity(text: str) -> "tuple[Fraction, bool, units.Unit | None] | None":
     """Return a number, True if it is in percent, and its unit; None if the text is not one number."""
-    from mmopd.task import expression, forms, units, values  # much to load for a command that only names tasks
+    from mmopd.task import dates, expression, tex, units, values  # much to load for a command that only names tasks
 
-    bare, unit = units.split(SPELT.sub("%", forms.latex(text)))
+    text = tex.ungrouped(tex.prepared(text))
+    bare, unit = units.split(SPELT.sub("%", text))
+    if unit is not None and unit.bases & units.MONEY_BASES:
+        bare = re.sub(r"(?<=\d)\s*m$", "M", bare)  # £45m
     scale = SCALE.fullmatch(bare)
     if scale:
         bare, inner = units.split(scale[1])
         unit = unit or inner
     percent = bare.endswith("%")
     bare = bare.removesuffix("%").strip()
-    if forms.DATE.fullmatch(bare) or YEARS.search(bare):
+    if dates.NUMERIC.fullmatch(bare) or YEARS.search(bare):
         return None
     try:
         node = expression.read(bare)
@@ -91,6 +102,10 @@ def _quantity(text: str) -> "tuple[Fraction, bool, units.Unit | None] | None":
     if value is None:
         return None
     return value * (SCALES[scale[2].lower()] if scale else 1), percent, unit
+
+
+def _unquoted(text: str) -> str:
+    return found[1] if (found := QUOTED.fullmatch(text)) else text
 
 
 def _folded(text: str) -> str:

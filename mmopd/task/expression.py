@@ -46,7 +46,7 @@ class UnreadableError(ValueError):
 
 
 def read(text: str) -> Node:
-    """Return the expression of a text that `forms.latex` has prepared.
+    """Return the expression of a text that `tex.prepared` has prepared.
 
     Raises:
         UnreadableError: something of the text is not understood.

@@ -11,14 +11,15 @@ SAID = re.compile(
     r"(?:(?:(?:i )?(?:choose|select|pick)\b|it(?:'s| is| must be| has to be)\b|(?:因此|所以|故|应)?选择?)[,:]?\s*)?"
     r"(?:(?:the\s+)?(?:correct\s+|right\s+|best\s+)?(?:option|choice|answer)\s*(?:is|:)?\s*)?"
     rf"(?:选项)?{LETTER}"
-    r"(?P<rest>(?:(?<=[)\]])\s|\s*[.:)\],;!-]|\s*(?:is|was)\s+(?:the\s+)?(?:correct|right|true|best|answer|only)\b|"
+    r"(?P<rest>(?:(?<=[)\]])\s|\s*\.(?![A-Z](?!\w))|\s*[:)\],;!-]|\s*(?:is|was)\s+(?:the\s+)?(?:correct|right|true|best|answer|only)\b|"
     r"\s+(?:because|since|as|for|given|due)\b|\s+\(|\s+(?=\W|\d)|\s*$).*)?",
     re.DOTALL | re.IGNORECASE,
 )
 SEVERAL = re.compile(
-    r"\s*[.:)\]]?\s*(?:(?:or|and)\b|[,/&+]|\(?[A-Z](?:[.:)\s]|$))\s*\(?[A-Za-z](?![A-Za-z])|\s*(?:or|and)\b"
+    r"\s*[.:)\]]?\s*(?:(?:or|and|und|oder|et|ou|и|или)\b|[,;/|&+和或]|\(?[A-Z](?:[.:)\s]|$))\s*\(?[A-Za-z](?![A-Za-z])|\s*(?:or|and)\b"
 )
 NOT_THESE = re.compile(r",?\s*\b(?:and\s+)?(?:not|rather than|instead of|but not)\s+\(?[A-Z]\)?(?![\w])")
+BRACED = re.compile(r"\{ ?([^{}]*?) ?\}")
 QUOTED = re.compile(r"""(["'])(\(?[A-Za-z]\)?)\1""")
 OTHER = re.compile(r"(?:,|\bno\b|\bbut\b|\bactually\b)\W*([A-Z])\W*$")
 MARK = re.compile(r"(?:^|(?<=[\s,;]))(?:\(([A-Z])\)|([A-Z])[.:)])(?=\s|$)")
@@ -30,7 +31,7 @@ STRAIGHT = re.compile(
 def named(response: str) -> str | None:
     """Return the letter that the final answer names; None if it names none, or more than one."""
     marked = marked_answer(response) is not None
-    said = QUOTED.sub(r"\2", undressed(final_answer(response)).strip("* "))
+    said = QUOTED.sub(r"\2", BRACED.sub(r"\1", undressed(final_answer(response)).strip("* ")))
     if not marked and (_lists(response) or len(MARK.findall(f"{said} ")) > 1):
         return None
     found = SAID.fullmatch(NOT_THESE.sub("", said))

@@ -6,12 +6,14 @@ import re
 LONGEST = 2000  # characters of an answer; the rest is ignored
 ANSWER_IS = re.compile(
     r"(?:\b(?:answer|option|choice)\s*(?:is|(?:would|must|should) be|:|-|=)"
-    r"|(?:答案|选项)(?:应该|应)?(?:是|为|选|：|:)+)"
+    r"|\b(?:respuesta|réponse|antwort|risposta|resposta|ответ|jawaban(?:nya)?|đáp án)\s*"
+    r"(?:(?:correcta|correcte|corretta|correta|finale?|đúng)\s+)?(?:es|est|ist|è|é|adalah|là|:|-)(?!\w)"
+    r"|(?:答案|选项|答え|正解|정답)(?:应该|应)?(?:是|为|选|は|은|：|:)+)"
     r"\s*:?\s*",
     re.IGNORECASE,
 )
 BOXED = re.compile(r"\\(?:boxed|fbox)\s*(?:\{|(\d|[A-Za-z](?![A-Za-z]))|(?![A-Za-z]))")
-EMPHASIS = re.compile(r"\*\*(\W*)$")
+HOPE = re.compile(r"I hope (?:it|this) is correct\.?$")  # Minerva's prompt ends its answers with it
 BRACE = re.compile(r"\\.|[{}]", re.DOTALL)
 
 
@@ -47,7 +49,13 @@ def final_answer(response: str) -> str:
     lines = [line.strip() for line in without_thoughts(response).splitlines() if line.strip()]
     if not lines:
         return ""
-    return ANSWER_IS.split(EMPHASIS.sub(r"\1", lines[-1]))[-1].strip()[:LONGEST].lstrip("*_ ")
+    return ANSWER_IS.split(_unemphasised(HOPE.sub("", lines[-1]).rstrip()))[-1].strip()[:LONGEST].lstrip("*_# ")
+
+
+def _unemphasised(line: str) -> str:
+    """Return the line without its last `**` if no word follows."""
+    head, mark, tail = line.rpartition("**")
+    return line if not mark or re.search(r"\w", tail) else head + tail
 
 
 def gold_answers(key: str) -> list[str]:

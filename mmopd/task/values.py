@@ -198,6 +198,17 @@ def _same(x: Any, y: Any, rounded: bool, again: Callable[[int], tuple[Any, Any]]
     return bool(size < mp.mpf(10) ** -(MORE_DIGITS - CLOSE) or abs(x - y) <= mp.mpf(10) ** -CLOSE * size)
 
 
+def close(ours: Node, theirs: Node, share: Fraction) -> bool:
+    """Return True if two constants differ by at most that share of the larger one; True for expressions."""
+    if symbols(ours) | symbols(theirs):
+        return True
+    try:
+        x, y = number(ours, {}), number(theirs, {})
+    except UndefinedError:
+        return False
+    return bool(abs(x - y) <= abs(x) * share.numerator / share.denominator)
+
+
 def nearby(value: Any) -> Fraction | None:
     """Return the simple fraction that a number is up to the digits that count; None if there is none."""
     mp = _context(DIGITS)

@@ -18,9 +18,16 @@ from mmopd.task.response import LONGEST, final_answer, gold_answers, marked_answ
 RIGHT = Outcome(1.0)
 WRONG = Outcome(0.0)
 NUMBER = r"-?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?"
-WORDS = re.compile(r"(?i:yes|no|true|false|odd|even|none)|(?=.*[A-Za-z]{4})[A-Za-z]+(?:[ '-][A-Za-z]+)*")
+WORDS = re.compile(
+    r"(?i:yes|no|true|false|odd|even|none)|[A-Z]{3,}|(?=.*[A-Za-z]{4})[A-Za-z]+(?:[ '-][A-Za-z]+)*"  # DNE, SAS
+)
+TEXT = re.compile(r"\s*\\(?:text|textbf|textrm|mbox)\s*\{\s*[A-Za-z]{2,}\s*\}\s*")  # no product of letters
+ARTICLE = re.compile(r"(?:the|an?) (?=\w{3})")
+NO_SOLUTION = re.compile(r"(?i:(?:the )?empty set|(?:there (?:is|are) )?no (?:real )?solutions?)\.?")
 PROSE = re.compile(r"[^\W\d_][^\d\\^_=<>+*/{}|$]*")  # a key in words, which no other words equal
-STATES = re.compile(r"\b(?:is|are|be|equals|gives|get|gets|obtain|have|has|therefore|thus|hence|so)\b\s*:?|:\s")
+STATES = re.compile(
+    r"\b(?:is|are|be|equals|gives|get|gets|obtain|have|has|therefore|thus|hence|so)\b\s*:?|:\s", re.IGNORECASE
+)
 
 
 def number_after_equals(response: str, answer: str) -> Outcome:
@@ -76,7 +83,7 @@ def puzzle(response: str, answer: str) -> Outcome:
     if re.fullmatch(r"\s*\(?[A-Z]\)?\.?\s*", answer):
         return choice(response, answer)
     if re.fullmatch(r"[^\W\d_]{2,}", undressed(answer)):  # letters in their order, not a product
-        return exact(response, answer)
+        return _words(response, answer)
     return _any(answer, lambda gold: _math(response, gold, ordered=True))
 
 
@@ -98,8 +105,10 @@ def _math(response: str, answer: str, *, ordered: bool) -> Outcome:
     found = marked_answer(response)
     if found is not None and len(found) > LONGEST:
         return WRONG
-    if WORDS.fullmatch(undressed(answer)):  # words are no products of letters, and "on" is not "no"
-        return exact(response, answer)
+    if NO_SOLUTION.fullmatch(undressed(answer)):
+        answer = r"\emptyset"
+    if WORDS.fullmatch(undressed(answer)) or TEXT.fullmatch(answer):  # "on" is not "no", and "NED" not "DNE"
+        return _words(response, answer)
     from mmopd.task import mathematics  # much to load for a command that only names tasks
 
     verdicts = [mathematics.same(said, answer, ordered=ordered) for said in _stated(response)]
@@ -112,10 +121,18 @@ def _math(response: str, answer: str, *, ordered: bool) -> Outcome:
     return WRONG
 
 
+def _words(response: str, answer: str) -> Outcome:
+    """Compare words as `exact` does, but for an article before them, and for blanks between capitals: `U D L R`."""
+    said, gold = (ARTICLE.sub("", normalised(text), count=1) for text in (final_answer(response), answer))
+    if re.fullmatch(r"[A-Z]{2,}", undressed(answer)) and re.fullmatch(r"[a-z](?:,? [a-z])+", said):
+        said = re.sub("[, ]", "", said)
+    return RIGHT if said == gold else exact(response, answer)
+
+
 def _stated(response: str) -> list[str]:
     """Return the readings of an answer: the marked one; without a mark the last line, and its end after "is"."""
     said = final_answer(response)
     if marked_answer(response) is not None:
         return [said]
-    tail = STATES.split(said)[-1].strip()
+    tail = STATES.split(said)[-1].strip(" ,")
     return list(dict.fromkeys(one for one in (said, tail) if one))
