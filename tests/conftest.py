@@ -13,6 +13,7 @@ import torch
 from rich.console import Console
 
 from mmopd import catalog
+from mmopd.commands import options
 from mmopd.demo.world import build_student
 from mmopd.modality import Encoder
 from mmopd.runtime.http import SPELLINGS
@@ -25,6 +26,7 @@ for name in SPELLINGS:  # the tests' own requests are all for 127.0.0.1
     os.environ.pop(name, None)
 torch.set_num_threads(1)
 forks.install()
+options.console.width = 200  # tables of commands that are called in this process have long paths
 # In the background or under nohup these signals are ignored, and every process that a test starts would inherit that.
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
 signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -89,7 +89,7 @@ def here(made: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def printed(*arguments: str) -> str:
-    done = CliRunner().invoke(app, ["inspect", *arguments], catch_exceptions=False, env={"COLUMNS": "160"})
+    done = CliRunner().invoke(app, ["inspect", *arguments], catch_exceptions=False)
     assert done.exit_code == 0
     return done.output
 

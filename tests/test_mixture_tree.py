@@ -40,7 +40,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def shown(*arguments: str) -> str:
-    done = CliRunner().invoke(app, ["show", *arguments], catch_exceptions=False, env={"COLUMNS": "300"})
+    done = CliRunner().invoke(app, ["show", *arguments], catch_exceptions=False)
     return re.sub(r"\s+", " ", done.output)
 
 

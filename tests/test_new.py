@@ -30,7 +30,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def mmopd(*arguments: str) -> str:
-    done = CliRunner().invoke(app, [*arguments], catch_exceptions=False, env={"COLUMNS": "200"})
+    done = CliRunner().invoke(app, [*arguments], catch_exceptions=False)
     assert done.exit_code == 0
     return done.output
 

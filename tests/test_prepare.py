@@ -182,8 +182,7 @@ def test_a_file_that_is_no_converter_and_a_folder_in_use_are_refused(here: Path)
         write(here / "out")
 
 
-def test_the_command_prints_totals(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("COLUMNS", "200")
+def test_the_command_prints_totals(here: Path) -> None:
     (here / "sums.jsonl").write_text(
         '{"question": "1+1?", "answer": "2"}\n{"question": "1+2?"}\nnot json\n', encoding="utf-8"
     )

@@ -24,7 +24,6 @@ ODD = "<script>alert(1)</script> [bold]\x1b[31m\u202e1+1=?"
 @pytest.fixture(autouse=True)
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("COLUMNS", "200")
     return tmp_path
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from growing_run import KILLED, STEPS, grow
+from growing_run import KILLED, READY, STEPS, grow
 
 from mmopd.serving import guarded_http
 from mmopd.watch.server import application, listen, url
@@ -108,19 +108,26 @@ def test_a_run_is_watched_from_its_first_step_to_its_last(browser: Any, tmp_path
         page, wrong = open_page(browser, address, viewport={"width": 1280, "height": 900})
         until(lambda: "1 of 20" in page.inner_text("[data-part=now]"))
         until(lambda: steps_drawn(page) == 1)
-        writer = threading.Thread(target=lambda: [*steps])
+        seen = threading.Event()
+
+        def write() -> None:
+            for step in steps:
+                if step == READY - 1:  # the server is started again only when its death was seen
+                    seen.wait(PATIENCE)
+
+        writer = threading.Thread(target=write)
         writer.start()
         drawn = [steps_drawn(page)]
-        died = False
         while drawn[-1] < STEPS:
             time.sleep(0.3)
             now = steps_drawn(page)
             drawn += [now] if now != drawn[-1] else []
-            died = died or "ended with status -9, started again" in page.inner_text("[data-part=processes]")
+            if "ended with status -9, started again" in page.inner_text("[data-part=processes]"):
+                seen.set()
         writer.join()
         assert drawn == sorted(drawn)
         assert len(drawn) > 4, "the curves did not grow"
-        assert died, "the death of the server was not shown while it lasted"
+        assert seen.is_set(), "the death of the server was not shown while it lasted"
         until(lambda: "finished" in page.inner_text("[data-part=now]"))
         assert f"server {KILLED} ended with status -9 and is being restarted" in page.inner_text("[data-part=faults]")
         assert f"in step {STEPS - 1}?" in page.inner_text("[data-part=responses]")

@@ -68,10 +68,11 @@ class Recipe(File):
 
     @model_validator(mode="after")
     def _evaluates_what_it_keeps(self) -> Self:
+        objective = self.algorithm.objective
         if self.evaluate is None:
             return self
-        if not self.algorithm.objective.trains:
-            raise ValueError(f"evaluate: `{self.algorithm.objective.kind}` has no steps; leave it out")
+        if not objective.trains:
+            raise ValueError(f"evaluate: `{objective.kind}` has no steps; leave it out")
         if self.train.keep_best and self.train.checkpoint_every % self.evaluate.every:
             raise ValueError(
                 f"train.keep_best goes by evaluate, and train.checkpoint_every = {self.train.checkpoint_every} is no "
