@@ -1,6 +1,6 @@
 """Errors of pydantic in the words of the files: one line for each key, with what was expected and what was found."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, get_args
 
 from pydantic import BaseModel, ValidationError
@@ -59,6 +59,7 @@ class _Problem:
     def __init__(self, error: Any, cls: type[BaseModel], data: Any) -> None:
         self.key: tuple[int | str, ...] = ()
         self.of_union = False
+        self.chosen: list[str] = []  # which models of unions the values were meant as
         last = error["loc"][-1] if error["loc"] else ""
         for part in error["loc"]:
             inside = isinstance(data, dict) and part in data
@@ -66,6 +67,7 @@ class _Problem:
                 data = data[part]
             elif not (part == last and error["type"] in ("missing", "invalid_key")):
                 self.of_union = self.of_union or part != "[key]"
+                self.chosen.append(str(part))
                 continue
             self.key += (part,)
         kind, found = error["type"], f"found {described(data)}"
@@ -78,7 +80,7 @@ class _Problem:
             self.text = shortened(str(error["ctx"]["error"]))
         elif kind == "extra_forbidden":
             name = self.key[-1]
-            near = suggest(str(name), _keys_at(cls, self.key[:-1]))
+            near = suggest(str(name), _keys_at(cls, self.key[:-1], self.chosen))
             owner = _owner(cls, str(name))
             self.text = f"unknown key {self.name!r}{near if owner is None else f'; `{name}` belongs {owner}'}"
             self.key_in_text = True
@@ -88,7 +90,11 @@ class _Problem:
                 f"expected {'at least' if kind == 'too_short' else 'at most'} {length} values, found {len(data)}"
             )
         elif kind == "missing":
-            self.text = f"missing{_meaning(cls, self.key)}"
+            self.text = f"missing{_meaning(cls, self.key, self.chosen)}"
+        elif kind == "union_tag_invalid":
+            name, found = error["ctx"]["discriminator"].strip("'"), error["ctx"]["tag"]
+            known = [word.strip("' ") for word in error["ctx"]["expected_tags"].split(",")]
+            self.text = f"no {name} {found!r}{suggest(found, known)}"
         elif "[key]" in error["loc"] or kind == "invalid_key":
             self.text = "this key is no text: put quotes around it"
         elif kind.endswith(("_type", "_parsing", "_parsing_size", "_from_float")):
@@ -146,12 +152,12 @@ def _set_by(problem: _Problem, overrides: Sequence[str]) -> str:
     return ""
 
 
-def _keys_at(cls: type[BaseModel], key: Sequence[int | str]) -> list[str]:
-    """Return the keys of the model at `key` below `cls`."""
+def _keys_at(cls: type[BaseModel], key: Sequence[int | str], chosen: Sequence[str]) -> list[str]:
+    """Return the keys of the model at `key` below `cls`; `chosen` has the names of the models of unions."""
     model: type[BaseModel] | None = cls
     for part in key:
         if model is not None and isinstance(part, str) and part in model.model_fields:
-            model = _model_in(model.model_fields[part].annotation)
+            model = _model_in(model.model_fields[part].annotation, chosen)
     return list(model.model_fields) if model else []
 
 
@@ -167,20 +173,34 @@ def _owner(cls: type[BaseModel], name: str) -> str | None:
     return None
 
 
-def _meaning(cls: type[BaseModel], key: Sequence[int | str]) -> str:
+def _meaning(cls: type[BaseModel], key: Sequence[int | str], chosen: Sequence[str]) -> str:
     """Return what the value at a key is for."""
     model: type[BaseModel] | None = cls
     text: str | None = None
     for part in key:
         if model is not None and isinstance(part, str) and part in model.model_fields:
             field = model.model_fields[part]
-            model = _model_in(field.annotation)
+            model = _model_in(field.annotation, chosen)
             text = field.description or (model.__doc__ if model else None)
     return f" ({text.split('. ')[0].rstrip('.')})" if text else ""
 
 
-def _model_in(annotation: Any) -> type[BaseModel] | None:
-    """Return the pydantic model inside `Model | None`, `tuple[Model, ...]` or `Mapping[str, Model]`."""
+def _model_in(annotation: Any, chosen: Sequence[str] = ()) -> type[BaseModel] | None:
+    """Return the pydantic model inside `Model | None`, `tuple[Model, ...]` or `Mapping[str, Model]`.
+
+    Of several models of a union it is the one that a name of `chosen` selects, or else the first.
+    """
+    models = list(_models_in(annotation))
+    for model in models:
+        literals = [get_args(field.annotation) for field in model.model_fields.values()]
+        if any(name in values for values in literals for name in chosen):
+            return model
+    return models[0] if models else None
+
+
+def _models_in(annotation: Any) -> Iterator[type[BaseModel]]:
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return annotation
-    return next((m for m in map(_model_in, get_args(annotation)) if m), None)
+        yield annotation
+    else:
+        for part in get_args(annotation):
+            yield from _models_in(part)

@@ -16,7 +16,7 @@ from unittest import mock
 from PIL import Image
 
 from mmopd.catalog import shipped
-from mmopd.config import Benchmark
+from mmopd.config.suite import LmmsBenchmark
 from mmopd.evaluate import read_suite
 from mmopd.evaluate.served import VARIANTS, Served
 from mmopd.evaluate.tasks import prepare
@@ -82,7 +82,7 @@ def render_all() -> str:
     return "\n".join(shown)
 
 
-def render_task(name: str, benchmark: Benchmark, folder: Path) -> list[str]:
+def render_task(name: str, benchmark: LmmsBenchmark, folder: Path) -> list[str]:
     """Return one text for each variant of the prompts that a family gets."""
     from datasets import Dataset
     from lmms_eval.tasks import TaskManager, get_task_dict

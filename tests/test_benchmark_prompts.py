@@ -6,7 +6,8 @@ from pathlib import Path
 import benchmark_prompts
 import pytest
 
-from mmopd.config import Benchmark, Engine
+from mmopd.config import Engine
+from mmopd.config.suite import LmmsBenchmark
 from mmopd.evaluate.served import VARIANTS, Served
 from mmopd.evaluate.tasks import prepare, read_task
 from mmopd.train.families import FAMILIES
@@ -22,7 +23,7 @@ def test_every_family_of_students_that_sees_has_a_name_in_lmms_eval() -> None:
 
 
 def test_a_task_gets_the_prompts_of_the_family_where_lmms_eval_has_them(tmp_path: Path) -> None:
-    mmmu = Benchmark(column="MMMU", task="mmmu_val", metric="mmmu_acc,none")
+    mmmu = LmmsBenchmark(column="MMMU", task="mmmu_val", metric="mmmu_acc,none")
     for family, variant in (("qwen3_vl_moe", "qwen3_vl"), ("qwen2_5_vl", "default"), ("unknown", "default")):
         task = prepare(mmmu, tmp_path / family, Served(family).variant)
         assert task.variant == variant
@@ -37,7 +38,7 @@ def test_targets_are_chosen_like_prompts(tmp_path: Path) -> None:
     (tmp_path / "own.yaml").write_text(
         "task: own\nmodel_specific_target_kwargs: {default: mcq, qwen3_vl: qa}\n", encoding="utf-8"
     )
-    own = Benchmark(column="Own", task=str(tmp_path / "own.yaml"), metric="m")
+    own = LmmsBenchmark(column="Own", task=str(tmp_path / "own.yaml"), metric="m")
     for variant, target in (("qwen3_vl", "qa"), ("default", "mcq")):
         task = prepare(own, tmp_path / variant, variant)
         written = read_task(tmp_path / variant / "task.yaml")["model_specific_target_kwargs"]

@@ -11,7 +11,7 @@ from mmopd import catalog, settings_file
 from mmopd.commands import compare
 from mmopd.config import Comparison
 from mmopd.errors import UserError
-from mmopd.evaluate.lmms import BenchmarkScore
+from mmopd.evaluate.score import BenchmarkScore
 from mmopd.evaluate.table import Results, Row
 from mmopd.runtime.progress import Stages
 from mmopd.serving.repeatable import UNREPEATABLE

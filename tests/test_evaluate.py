@@ -19,7 +19,8 @@ from PIL import Image
 from waiting import wait_for
 
 from mmopd.catalog import shipped
-from mmopd.config import Benchmark, Suite
+from mmopd.config import Suite
+from mmopd.config.suite import LmmsBenchmark
 from mmopd.errors import UserError
 from mmopd.evaluate import BenchmarkScore, evaluate
 from mmopd.evaluate.served import Served
@@ -58,11 +59,11 @@ def suite(tmp_path_factory: pytest.TempPathFactory) -> Suite:
     sums = [(10 + i, 20 + i) for i in range(10)]
     answers = [str(a + b) for a, b in sums]
 
-    def additions(name: str, mark: Callable[[int], str], metric: str = "accuracy,none") -> Benchmark:
+    def additions(name: str, mark: Callable[[int], str], metric: str = "accuracy,none") -> LmmsBenchmark:
         rows = write_rows(
             folder / f"{name}.parquet", [f"What is {a}+{b}?{mark(i)}" for i, (a, b) in enumerate(sums)], answers
         )
-        return Benchmark(column=name, task=ADDITIONS, metric=metric, data=rows, max_tokens=7)
+        return LmmsBenchmark(column=name, task=ADDITIONS, metric=metric, data=rows, max_tokens=7)
 
     images = write_rows(
         folder / "images.parquet", ["sum?"] * 4, ["32", "64", "96", "128"], [picture(w) for w in (32, 64, 96, 128)]
@@ -70,11 +71,11 @@ def suite(tmp_path_factory: pytest.TempPathFactory) -> Suite:
     return Suite(
         benchmarks=(
             additions("planted", lambda i: " wrongly" if i < 3 else ""),
-            Benchmark(column="images", task=DIGIT_SUM, metric="accuracy,none", data=images, limit=3),
+            LmmsBenchmark(column="images", task=DIGIT_SUM, metric="accuracy,none", data=images, limit=3),
             additions("broken", lambda i: " break" if i == 9 else ""),
             additions("silent", lambda i: " silent" if i < 2 else ""),
             additions("no metric", lambda i: "", metric="exact_match,none"),
-            Benchmark(
+            LmmsBenchmark(
                 column="DynaMath",
                 task="dynamath_reasoning",
                 metric="dynamath_average,none",
@@ -180,10 +181,10 @@ def test_a_valid_record_is_reused_and_a_failed_one_is_not(
         out=out / "again",
         weights="w0",
         cache=out / "cache",
-        on_event=lambda b, r: events.append((b.column, r and r.reused)),
+        on_result=lambda record: events.append((record.column, record.reused)),
     )
     assert len(server.requests) == before
-    assert sorted(events, key=str) == [("images", None), ("images", True), ("planted", None), ("planted", True)]
+    assert events == [("planted", True), ("images", True)]
     assert again == [replace(first[c], endpoint="distilled", reused=True) for c in ("planted", "images")]
     assert len(list((out / "cache").iterdir())) == sum(r.status == "ok" for r in first.values())
 
@@ -197,7 +198,7 @@ def test_other_weights_other_rows_or_other_pixels_are_measured_again_and_a_timeo
 
     out = measured[2]
     rows = write_rows(tmp_path / "other.parquet", ["What is 1+1?"], ["2"])
-    other = Benchmark(column="planted", task=ADDITIONS, metric="accuracy,none", data=rows, max_tokens=7)
+    other = LmmsBenchmark(column="planted", task=ADDITIONS, metric="accuracy,none", data=rows, max_tokens=7)
     short = suite.model_copy(update={"timeout": 1})
     planted = suite.benchmarks[0]
     for weights, benchmark, served in (

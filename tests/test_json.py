@@ -14,7 +14,7 @@ from mmopd import catalog
 from mmopd.cli import app
 from mmopd.commands import doctor, evaluate
 from mmopd.config import Mixture
-from mmopd.evaluate.lmms import BenchmarkScore
+from mmopd.evaluate.score import BenchmarkScore
 from mmopd.evaluate.table import Results, Row
 from mmopd.preflight.check import Check
 from mmopd.prompts import write_shards

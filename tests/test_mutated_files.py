@@ -17,7 +17,7 @@ from mmopd import catalog
 from mmopd.commands.compare import plan_runs, resolve
 from mmopd.commands.show import show
 from mmopd.errors import UserError
-from mmopd.evaluate.lmms import read_suite
+from mmopd.evaluate.run import read_suite
 from mmopd.evaluate.tasks import read_task
 from mmopd.task.load import load_tasks
 from mmopd.teacher.router import check_routes

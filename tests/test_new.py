@@ -18,7 +18,7 @@ from mmopd.cli import app
 from mmopd.commands.new import FILES, Kind, write
 from mmopd.config import Recipe
 from mmopd.errors import UserError
-from mmopd.evaluate.lmms import read_suite
+from mmopd.evaluate.run import read_suite
 
 ROOT = Path(__file__).parents[1]
 

@@ -17,11 +17,9 @@ import httpx
 import pytest
 from fake_vllm import FakeVLLM
 
-from mmopd.config import Benchmark, Fleet, Suite, Teacher
+from mmopd.config import Fleet, Teacher
 from mmopd.errors import ConfigError, ServerError
-from mmopd.evaluate.lmms import _Job
-from mmopd.evaluate.served import Served
-from mmopd.evaluate.tasks import Task
+from mmopd.evaluate.runners.lmms import environment
 from mmopd.modality import Encoder
 from mmopd.preflight.run import preflight
 from mmopd.rollout.sync import FileSync
@@ -123,10 +121,7 @@ def clients(one: Endpoint, folder: Path) -> dict[str, object]:
 
 def evaluates(one: Endpoint, monkeypatch: pytest.MonkeyPatch) -> httpx.Response:
     """Ask a server as lmms-eval does, whose client takes proxies from the environment."""
-    benchmark = Benchmark(column="c", task="mmmu_val", metric="acc")
-    task = Task("t", None, None, "", "", "default")
-    job = _Job(one, Suite(benchmarks=(benchmark,)), benchmark, task, Path(), "", Served(), {}, None, str)
-    for name, value in job._environment().items():
+    for name, value in environment(one).items():
         monkeypatch.setenv(name, value)
     with httpx.Client() as client:
         return client.get(os.environ["OPENAI_API_BASE"] + "/models")

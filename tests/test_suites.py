@@ -9,11 +9,12 @@ import pytest
 from answering_server import write_rows
 
 from mmopd.catalog import shipped
-from mmopd.config import Benchmark
+from mmopd.config.suite import LmmsBenchmark
 from mmopd.errors import UserError
 from mmopd.evaluate import BenchmarkScore, Results, Row, read_suite
+from mmopd.evaluate.score import InvalidRunError
 from mmopd.evaluate.tasks import builtin, prepare, read_task
-from mmopd.evaluate.validate import InvalidRunError, validate
+from mmopd.evaluate.validate import validate
 from mmopd.runtime.fingerprint import hash_model
 
 # Conditions for a valid run, on results as lmms-eval writes them.
@@ -34,7 +35,7 @@ def write_run(folder: Path, *, score: object = 0.5, asked: int = 2, answers: tup
     return folder
 
 
-ROW = Benchmark(column="c", task="t", metric="accuracy,none")
+ROW = LmmsBenchmark(column="c", task="t", metric="accuracy,none")
 
 
 def test_a_whole_run_counts_even_with_odd_line_breaks_in_an_answer(tmp_path: Path) -> None:
@@ -100,7 +101,7 @@ def test_data_is_found_from_the_workspace_and_tasks_from_the_folder_of_the_suite
 
 def test_local_rows_go_to_the_split_that_a_built_in_task_reads(tmp_path: Path) -> None:
     rows = write_rows(tmp_path / "rows.parquet", ["q"], ["a"])
-    benchmark = Benchmark(column="DocVQA", task="docvqa_val", metric="anls,none", data=rows)
+    benchmark = LmmsBenchmark(column="DocVQA", task="docvqa_val", metric="anls,none", data=rows)
     task = prepare(benchmark, tmp_path / "task")
     written = read_task(tmp_path / "task" / "task.yaml")
     assert (task.name, task.rows) == ("mmopd_docvqa_val", 1)
@@ -119,7 +120,9 @@ def test_local_rows_go_to_the_split_that_a_built_in_task_reads(tmp_path: Path) -
 )
 def test_a_benchmark_that_cannot_run_says_why(tmp_path: Path, change: dict[str, Any], message: str) -> None:
     rows = write_rows(tmp_path / "rows.parquet", ["q"], ["a"])
-    benchmark = Benchmark(column="DocVQA", task="docvqa_val", metric="anls,none", data=rows).model_copy(update=change)
+    benchmark = LmmsBenchmark(column="DocVQA", task="docvqa_val", metric="anls,none", data=rows).model_copy(
+        update=change
+    )
     with pytest.raises(UserError, match=re.escape(message)):
         prepare(benchmark, tmp_path / "task")
 
@@ -133,6 +136,17 @@ def test_a_benchmark_that_cannot_run_says_why(tmp_path: Path, change: dict[str, 
             "two benchmarks have the column 'A'",
         ),
         ("benchmarks: [{column: A, task: x, metrics: m}]", "did you mean 'metric'?"),
+        ("benchmarks: [{runner: sample, column: A}]", "benchmarks.0: no runner 'sample'; did you mean 'sampled'?"),
+        ("benchmarks: [{runner: 3, column: A}]", "benchmarks.0: no runner '3'; there is lmms, sampled"),
+        (
+            "benchmarks: [{runner: sampled, column: A, benchmark: aime_2024, n: 2, tempature: 1}]",
+            "unknown key 'benchmarks.0.tempature'; did you mean 'temperature'?",
+        ),
+        ("benchmarks: [{runner: sampled, column: A, n: 2}]", "benchmarks.0.benchmark: missing (Which one: prompt"),
+        (
+            "benchmarks: [{runner: sampled, column: A, benchmark: aime_2024, n: 2, k: [1, 4]}]",
+            "benchmarks.0: k: pass@4 needs at least as many responses, and n is 2",
+        ),
     ],
 )
 def test_a_suite_that_cannot_be_is_refused(tmp_path: Path, text: str, message: str) -> None:

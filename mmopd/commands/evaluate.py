@@ -8,9 +8,8 @@ from rich.console import Console
 from mmopd import catalog
 from mmopd.capacity.weights import check_model
 from mmopd.config import Recipe
-from mmopd.evaluate.calls import warm_up
 from mmopd.evaluate.candidates import Candidate, evaluate_all
-from mmopd.evaluate.lmms import read_suite
+from mmopd.evaluate.run import read_suite, warm_up
 from mmopd.evaluate.table import Results, Row
 from mmopd.runtime.processes import Children
 from mmopd.runtime.progress import Stages
@@ -31,7 +30,7 @@ def evaluate_models(suite: Path, models: Sequence[Path], recipe: Recipe, out: Pa
     for model in models:
         check_model(model)
     rows: list[Row] = []
-    warm_up()
+    warm_up(resolved)
     with Stages(console) as stages, Children() as children:
         for model in models:
             name = model.resolve().name

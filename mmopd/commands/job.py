@@ -12,7 +12,7 @@ from mmopd.capacity.weights import check_model
 from mmopd.commands.merge import Checkpoint
 from mmopd.config import Engine, Fleet, Recipe, Suite
 from mmopd.errors import CheckpointError, ServerError
-from mmopd.evaluate.lmms import read_suite
+from mmopd.evaluate.run import read_suite
 from mmopd.modality import Encoder
 from mmopd.preflight.check import Check
 from mmopd.preflight.questions import look

@@ -46,12 +46,18 @@ class Section:
 
     path: tuple[str, ...]  # () for the file itself
     model: type[BaseModel]
-    kind: str = ""  # if several models are allowed there: the value of `kind` that selects this one
+    by: str = ""  # if several models are allowed there: the key that selects one, `kind` or `runner`
+    kind: str = ""  # its value that selects this one
+
+    @property
+    def chosen(self) -> str:
+        """The line of a file that selects the model; empty if it is the only one."""
+        return f"{self.by}: {self.kind}" if self.kind else ""
 
     @property
     def title(self) -> str:
-        """Path, and kind if there is one."""
-        return ".".join(self.path) + (f" (kind: {self.kind})" if self.kind else "")
+        """Path, and what selects the model if there is a choice."""
+        return ".".join(self.path) + (f" ({self.chosen})" if self.chosen else "")
 
     @property
     def about(self) -> str:
@@ -100,8 +106,9 @@ class Key:
 def sections(model: type[BaseModel], path: tuple[str, ...] = ()) -> Iterator[Section]:
     """Yield the model and all models below it, in the order of their fields."""
     kinds = _kinds(model)
+    by = "kind" if len(kinds) > 1 else "runner" if "runner" in model.model_fields else ""
     for one in kinds:
-        yield Section(path, one, _kind_of(one) if len(kinds) > 1 else "")
+        yield Section(path, one, by, _value_of(one, by))
         for name, field in one.model_fields.items():
             for below, inner in _models(field.annotation):
                 yield from sections(inner, (*path, name, *below))
@@ -141,8 +148,8 @@ def explain(key: str, console: Console) -> None:
     """
     for i, one in enumerate(find(key)):
         console.print("\n" * (i > 0) + f"[bold]{escape('.'.join(one.path))}[/]  in {PAGES[one.page][1]}")
-        if one.section.kind:
-            console.print(f"  with kind: {one.section.kind}")
+        if one.section.chosen:
+            console.print(f"  with {one.section.chosen}")
         console.print(
             f"  {escape(one.type)}; " + (f"default {escape(one.default)}" if _has_default(one) else "required")
         )
@@ -189,7 +196,7 @@ def _page(page: str) -> str:
     lines = [f"# `{PAGES[page][1]}`", "", HEADER, ""]
     for section in sections(PAGES[page][0]):
         if section.path:
-            lines += [f"## `{'.'.join(section.path)}`" + (f", `kind: {section.kind}`" if section.kind else ""), ""]
+            lines += [f"## `{'.'.join(section.path)}`" + (f", `{section.chosen}`" if section.chosen else ""), ""]
         lines += [section.about, ""]
         own = [one for one in keys(page) if one.section == section]
         if own:
@@ -234,8 +241,8 @@ def _kinds(model: type[BaseModel]) -> list[type[BaseModel]]:
     return list(OBJECTIVES.values()) if model is Objective else [model]
 
 
-def _kind_of(model: type[BaseModel]) -> str:
-    return str(get_args(model.model_fields["kind"].annotation)[0])
+def _value_of(model: type[BaseModel], by: str) -> str:
+    return str(get_args(model.model_fields[by].annotation)[0]) if by else ""
 
 
 def _is_section(field: FieldInfo) -> bool:
@@ -271,7 +278,7 @@ def _words(annotation: Any, metadata: Sequence[Any] = ()) -> str:
     ranges = "".join(f", {sign} {getattr(bound, name):g}" for bound, name, sign in _bounds(metadata))
     if origin in (Union, UnionType):
         kinds = [one for one in inner if one is not NoneType]
-        words = " or ".join(_words(one) for one in kinds) + ranges
+        words = " or ".join(dict.fromkeys(_words(one) for one in kinds)) + ranges
         return f"{words}; or null" if NoneType in inner else words
     if origin is Literal:
         return ", ".join(f"`{value}`" for value in inner)

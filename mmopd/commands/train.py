@@ -14,8 +14,8 @@ from mmopd.commands.job import Job, check, preparation, prepare, prove, serving
 from mmopd.commands.teachers import check_teachers
 from mmopd.commands.watch import watching
 from mmopd.config import Engine, Recipe
-from mmopd.evaluate.calls import warm_up
 from mmopd.evaluate.candidates import Candidate, check_results, evaluate_all, print_results
+from mmopd.evaluate.run import warm_up
 from mmopd.evaluate.table import Results, Row
 from mmopd.passes.answers import run_answers
 from mmopd.passes.difficulty import run_pass
@@ -97,7 +97,7 @@ def launch(
         say_left_out(job.sources, console)
         say_kernels(job.engines, run, console)
         if job.suite is not None:
-            warm_up()
+            warm_up(job.suite)
         with logging_to(recipe.loggers, run, console):
             with Children() as children, serving(job, run, children, stages, standing) as servers:
                 insist(prove(job, servers, run, stages), console)

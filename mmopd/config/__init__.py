@@ -11,11 +11,10 @@ from mmopd.config.fleet import Fleet, Route, Teacher, View
 from mmopd.config.mixture import Mixture, Source
 from mmopd.config.recipe import Recipe
 from mmopd.config.student import Rollout, Student, Sync
-from mmopd.config.suite import Benchmark, Suite
+from mmopd.config.suite import Suite
 from mmopd.config.train import Lora, Part, Train
 
 __all__ = [
-    "Benchmark",
     "Comparison",
     "ComparisonTable",
     "Engine",

@@ -1,19 +1,47 @@
-"""Models of eval/*.yaml: benchmarks."""
+"""Models of eval/*.yaml: benchmarks. A row is one of several models, chosen by its key `runner`."""
 
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field, model_validator
 
+from mmopd.errors import ConfigError
+from mmopd.settings_errors import described
 from mmopd.settings_file import Config, File, Positive
+from mmopd.workspace import is_file
 
 PromptVariant = Literal["default", "qwen2_5_vl", "qwen3_vl", "qwen3_5"]
 
 
 class Benchmark(Config):
-    """One row of a suite, one column of the results table."""
+    """One row of a suite, one column of the results table; the derived classes are the rows of each runner."""
 
+    runner: str
     column: str = Field(description="Name of its column in the results table")
+    limit: Positive | None = Field(
+        None,
+        description="Questions that are asked, from the first on. `null` asks all; a small number is for a quick check",
+    )
+
+    def resolved(self, folder: Path, workspace: Path) -> Self:
+        """Return the row with absolute paths.
+
+        Args:
+            folder: that of the suite's file.
+            workspace: folder from which data is found.
+
+        Raises:
+            ConfigError: a file of the row is missing.
+        """
+        raise NotImplementedError(f"{type(self).__name__} does not say where its files are")
+
+
+class LmmsBenchmark(Benchmark):
+    """A task that lmms-eval asks and judges."""
+
+    runner: Literal["lmms"] = Field(
+        "lmms", description="What asks and judges. This one is meant where the key is left out"
+    )
     task: str = Field(description="Task of lmms-eval: the name of a built-in one, or a .yaml file of eval/")
     metric: str = Field(description="Key in lmms-eval's results, such as `exact_match,none`")
     scale: float = Field(
@@ -33,10 +61,65 @@ class Benchmark(Config):
         description="Text between tags of reasoning: `none` leaves responses as they are, so that their format can be"
         " judged; `default` lets lmms-eval remove <think>...</think>",
     )
-    limit: Positive | None = Field(
+
+    def resolved(self, folder: Path, workspace: Path) -> Self:
+        """Return the row with absolute paths: a task file is found from the suite's folder, data from the workspace."""
+        update: dict[str, Any] = {}
+        if self.task.endswith((".yaml", ".yml")):
+            update["task"] = str(folder.absolute() / self.task)
+            if not is_file(Path(update["task"])):
+                raise ConfigError(f"{self.column}: no task file {described(self.task)} in {folder}")
+        if self.data is not None:
+            update["data"] = workspace.absolute() / self.data
+        return self.model_copy(update=update)
+
+
+class SampledBenchmark(Benchmark):
+    """A benchmark of text that mmopd samples itself: n responses to each problem, pass@1 and pass@k.
+
+    The paper's settings are the defaults, except `n`, which the paper does not give.
+    """
+
+    runner: Literal["sampled"] = Field(description="What asks and judges")
+    benchmark: str = Field(description="Which one: prompt, judge and data of its project go by this name")
+    data: Path | None = Field(
         None,
-        description="Questions that are asked, from the first on. `null` asks all; a small number is for a quick check",
+        description="Local .jsonl or .parquet file with the rows, in the columns of the published data. `null`: the "
+        "published data, by name from the model hub",
     )
+    n: Positive = Field(description="Responses to each problem; pass@1 is their mean")
+    k: tuple[Positive, ...] = Field(
+        (), description="For each of these, pass@k is shown beside pass@1: an estimate from all n responses (Eq. 15)"
+    )
+    temperature: float = Field(1.0, ge=0, description="Sampling temperature. 1 as in the paper; 0 takes the likeliest")
+    top_p: float = Field(1.0, gt=0, le=1, description="Share of the probability that sampling keeps. 1 as in the paper")
+    max_tokens: Positive = Field(
+        16384, description="Longest response in tokens; a longer one is cut, and counted. 16,384 as in the paper"
+    )
+    seed: int = Field(
+        42, ge=0, description="Seed from which each request gets its own, by problem and response. 42 as in the paper"
+    )
+
+    @model_validator(mode="after")
+    def _has_enough(self) -> Self:
+        if self.k and max(self.k) > self.n:
+            raise ValueError(f"k: pass@{max(self.k)} needs at least as many responses, and n is {self.n}")
+        if self.temperature == 0 and self.n > 1:
+            raise ValueError(f"n: {self.n} responses at temperature 0 are all the same; set n: 1")
+        return self
+
+    def resolved(self, folder: Path, workspace: Path) -> Self:
+        """Return the row with the path of its data from the workspace."""
+        return self if self.data is None else self.model_copy(update={"data": workspace.absolute() / self.data})
+
+
+def _with_runner(row: Any) -> Any:
+    return {"runner": "lmms", **row} if isinstance(row, dict) else row
+
+
+AnyBenchmark = Annotated[
+    Annotated[LmmsBenchmark | SampledBenchmark, Field(discriminator="runner")], BeforeValidator(_with_runner)
+]
 
 
 class Suite(File):
@@ -45,7 +128,7 @@ class Suite(File):
     what: ClassVar[str] = "a suite of benchmarks"
     use: ClassVar[str] = "`suite` of a recipe names it, and `mmopd eval {path} MODEL` runs it"
 
-    benchmarks: tuple[Benchmark, ...] = Field(description="Benchmarks, in the order of the table's columns")
+    benchmarks: tuple[AnyBenchmark, ...] = Field(description="Benchmarks, in the order of the table's columns")
     concurrency: Positive = Field(16, description="Questions in flight at once to each model")
     timeout: Positive = Field(
         1800,

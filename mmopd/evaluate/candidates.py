@@ -7,9 +7,10 @@ from pathlib import Path
 
 from rich.console import Console
 
-from mmopd.config import Benchmark, Engine, Suite
+from mmopd.config import Engine, Suite
 from mmopd.errors import UserError
-from mmopd.evaluate.lmms import BenchmarkScore, evaluate
+from mmopd.evaluate.run import evaluate
+from mmopd.evaluate.score import BenchmarkScore
 from mmopd.evaluate.served import Served
 from mmopd.evaluate.table import Kind, Results, Row
 from mmopd.runtime.fingerprint import hash_model
@@ -43,10 +44,9 @@ def evaluate_all(suite: Suite | None, candidates: Sequence[Candidate], out: Path
     with stages.stage(f"evaluate {', '.join(c.name for c in candidates)}") as stage:
         stage.total(len(candidates) * len(suite.benchmarks))
 
-        def show(benchmark: Benchmark, record: BenchmarkScore | None) -> None:
-            if record is not None:
-                stage.advance()
-                stage.note(f"{record.endpoint}, {benchmark.column}: {record.reason or f'{record.score:.1f}'}")
+        def show(record: BenchmarkScore) -> None:
+            stage.advance()
+            stage.note(f"{record.endpoint}, {record.column}: {record.reason or f'{record.score:.1f}'}")
 
         for candidate in candidates:
             endpoint = dataclasses.replace(candidate.endpoint, name=candidate.name)
@@ -55,15 +55,18 @@ def evaluate_all(suite: Suite | None, candidates: Sequence[Candidate], out: Path
                 endpoint,
                 suite,
                 out=out,
+                model=model,
                 weights=hash_model(model) if model and not candidate.adapter else "",
                 served=Served.of(model, candidate.engine) if model else None,
                 cache=CACHE,
                 objection=candidate.objection,
-                on_event=show,
+                on_result=show,
             )
             rows.append(Row(candidate.name, candidate.kind, tuple(records)))
         reused = sum(record.reused for row in rows for record in row.records)
-        stage.outcome = f"{len(rows) * len(suite.benchmarks) - reused} lmms-eval calls, {reused} results from the cache"
+        stage.outcome = (
+            f"{len(rows) * len(suite.benchmarks) - reused} benchmarks measured, {reused} results from the cache"
+        )
     return rows
 
 

@@ -13,7 +13,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from mmopd.errors import DataError
-from mmopd.evaluate.lmms import BenchmarkScore
+from mmopd.evaluate.score import BenchmarkScore
 
 Kind = Literal["base", "teacher", "distilled"]
 

@@ -11,8 +11,7 @@ import yaml
 
 import mmopd
 from mmopd import plain_yaml
-from mmopd.config import Benchmark
-from mmopd.config.suite import PromptVariant
+from mmopd.config.suite import LmmsBenchmark, PromptVariant
 from mmopd.errors import ConfigError, DataError, UserError
 from mmopd.runtime.fingerprint import hash_files
 from mmopd.settings_errors import described, shortened
@@ -44,7 +43,7 @@ class _Loader(plain_yaml.Loader):
 _Loader.add_constructor("!function", lambda loader, node: str(node.value))
 
 
-def prepare(benchmark: Benchmark, folder: Path, variant: PromptVariant = "default") -> Task:
+def prepare(benchmark: LmmsBenchmark, folder: Path, variant: PromptVariant = "default") -> Task:
     """Write what lmms-eval needs to find the task of a benchmark into `folder`, which is created.
 
     A task with local data, one that has the variant, or one that is not built in, becomes a file that includes the

@@ -4,36 +4,18 @@ import json
 import math
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mmopd.config import Benchmark
+from mmopd.config.suite import LmmsBenchmark
+from mmopd.evaluate.score import InvalidRunError, Measured
 
 MAX_EMPTY = 0.1  # share of answers that may be empty
 PLACEHOLDER = "[LMMS_EVAL_"  # start of the text that lmms-eval writes for an answer that it did not get
 ANSI = re.compile(r"\x1b\[[0-9;]*m")
 
 
-class InvalidRunError(Exception):
-    """A run that does not count; the message says why."""
-
-
-@dataclass(frozen=True, slots=True)
-class Measured:
-    """Result of a valid run: score and standard error on 0-100, over n questions.
-
-    `sent` has what was sent with each question: max_tokens, temperature, and how many responses were wanted.
-    """
-
-    score: float
-    stderr: float | None
-    n: int
-    versions: dict[str, str]
-    sent: dict[str, Any]
-
-
-def validate(output: Path, task: str, benchmark: Benchmark, rows: int | None) -> Measured:
+def validate(output: Path, task: str, benchmark: LmmsBenchmark, rows: int | None) -> Measured:
     """Read the results below `output`, a folder that was empty before the run.
 
     Args:
@@ -96,7 +78,7 @@ def _is_number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def _expected(results: dict[str, Any], task: str, benchmark: Benchmark, rows: int | None) -> int:
+def _expected(results: dict[str, Any], task: str, benchmark: LmmsBenchmark, rows: int | None) -> int:
     """Return how many questions should have been asked; refuse a run that asked another number."""
     counts = results.get("n-samples", {}).get(task, {})
     expected = int(rows if rows is not None else counts.get("original", 0))

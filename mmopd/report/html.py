@@ -18,7 +18,7 @@ from jinja2 import ChoiceLoader, Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from mmopd.errors import UserError
-from mmopd.evaluate.lmms import BenchmarkScore
+from mmopd.evaluate.score import BenchmarkScore
 from mmopd.evaluate.table import GAP_CLOSED, NO_GAP, Results
 from mmopd.report import heatmap, verdict
 from mmopd.report.charts import POINTS, Tasks, Z, curves, held_out_curves, tasks_of

@@ -15,7 +15,7 @@ from typing import Annotated, Any, NamedTuple
 import yaml
 from pydantic import Field, TypeAdapter, ValidationError
 
-from mmopd.evaluate.lmms import BenchmarkScore
+from mmopd.evaluate.score import BenchmarkScore
 from mmopd.evaluate.table import Results, Row
 from mmopd.report.heatmap import Response, TokenRow, clipped
 from mmopd.runtime.run_folder import RunFolder

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
 
-from mmopd.evaluate.lmms import BenchmarkScore
+from mmopd.evaluate.score import BenchmarkScore
 from mmopd.evaluate.table import NO_GAP, Kind, Results
 from mmopd.report.charts import Tasks, Z, steps_missing
 from mmopd.report.run_files import TeacherChange, short
