@@ -16,6 +16,7 @@ from PIL import Image
 from mmopd.serving.endpoint import Endpoint
 
 KEY = "key-of-the-test"
+ASKED = frozenset({"messages", "model", "max_tokens", "temperature"})  # keys of a request of lmms-eval
 
 
 class Server:

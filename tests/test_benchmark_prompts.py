@@ -79,3 +79,20 @@ def test_the_pixels_of_a_row_are_those_of_the_served_folder_and_its_engine(
     served = Served.of(tmp_path, Engine(extra_args=flags))
     assert (served.min_pixels, served.max_pixels, served.pixels_per_token) == seen
     assert served.family == "qwen3_vl"
+
+
+@pytest.mark.parametrize(
+    ("flags", "defaults"),
+    [
+        ((), "neutral"),
+        (("--max-logprobs", "64"), "neutral"),
+        (("--generation-config", "auto"), "--generation-config auto"),
+        (("--override-generation-config={}", "--seed=1"), "--override-generation-config {}"),
+        (("--override_generation_config.top_k", "4"), "--override_generation_config.top_k 4"),
+    ],
+)
+def test_a_row_says_which_sampling_defaults_its_server_had(
+    tmp_path: Path, flags: tuple[str, ...], defaults: str
+) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "qwen3_vl"}', encoding="utf-8")
+    assert Served.of(tmp_path, Engine(extra_args=flags)).sampling_defaults == defaults

@@ -14,7 +14,7 @@ from pathlib import Path
 import datasets
 import psutil
 import pytest
-from answering_server import KEY, Server, write_rows
+from answering_server import ASKED, KEY, Server, write_rows
 from PIL import Image
 from waiting import wait_for
 
@@ -165,6 +165,7 @@ def test_requests_are_greedy_with_the_token_limit_of_the_suite_and_the_key_stays
     _, server, out = measured
     planted = [r for r in server.requests if "wrongly" in json.dumps(r)]
     assert {(r["model"], r["max_tokens"], r["temperature"]) for r in planted} == {("mmopd-student", 7, 0)}
+    assert {frozenset(r) for r in planted} == {ASKED}  # what is left out here has the server's default
     assert server.keys == {f"Bearer {KEY}"}
     assert not [path for path in out.rglob("*") if path.is_file() and KEY.encode() in path.read_bytes()]
 

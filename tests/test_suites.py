@@ -223,7 +223,7 @@ def test_a_failed_benchmark_shows_as_failed_and_never_as_a_number(results: Resul
     assert lines[6] == "| *gap closed* | – | 61% | – |"
     assert "text_teacher, Other: failed: 1 of 2 requests failed" in lines
     assert (
-        "text_teacher,teacher,Other,t,m,failed,,,,1.0,w,d,1 of 2 requests failed,,qwen3_vl,,65536,,32,,,,"
+        "text_teacher,teacher,Other,t,m,failed,,,,1.0,w,d,1 of 2 requests failed,,qwen3_vl,,65536,,,32,,,,"
         in results.csv().splitlines()
     )
 

@@ -1,4 +1,4 @@
-"""The family of a served model, which decides lmms-eval's prompt, and the pixels that its server shows it."""
+"""The family of a served model, which decides lmms-eval's prompt, and what its server adds to a request."""
 
 import json
 from collections.abc import Mapping
@@ -19,6 +19,7 @@ VARIANTS: Mapping[str, PromptVariant] = {
     "qwen3_5_moe": "qwen3_5",
 }
 FLAG = "--mm-processor-kwargs"
+DEFAULTS = ("--generation-config", "--override-generation-config")  # flags that change the server's sampling defaults
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,20 +30,22 @@ class Served:
     min_pixels: int | None = None  # to which its server enlarges an image; None if it is not known
     max_pixels: int | None = None
     pixels_per_token: int | None = None
+    sampling_defaults: str = "unknown"  # for what a client does not say: `neutral`, or the engine's flags
 
     @classmethod
     def of(cls, folder: Path, engine: Engine) -> Self:
-        """Read the folder of a model, and the flags of the engine that change its pixels."""
+        """Read the folder of a model, and the flags of the engine that change its pixels or its sampling defaults."""
         family = str(_read(folder / "config.json").get("model_type", cls().family))
         # transformers prefers the new file to the old one, if it has images
         images = _read(folder / "processor_config.json").get("image_processor")
         images = images or _read(folder / "preprocessor_config.json")
         flags = _flags(engine)
+        defaults = _defaults(engine)
         if flags is None or not images:
-            return cls(family)
+            return cls(family, sampling_defaults=defaults)
         low, high = (own or old for own, old in zip(_pixels(flags), _pixels(images), strict=True))
         side = images.get("patch_size", 0) * images.get("merge_size", 0)
-        return cls(family, low, high, side**2 or None)
+        return cls(family, low, high, side**2 or None, defaults)
 
     @property
     def variant(self) -> PromptVariant:
@@ -57,6 +60,15 @@ def _pixels(images: Mapping[str, Any]) -> tuple[int | None, int | None]:
         images.get("min_pixels") or size.get("shortest_edge"),
         images.get("max_pixels") or size.get("longest_edge"),
     )
+
+
+def _defaults(engine: Engine) -> str:
+    """Return the server's sampling defaults: `neutral`, as its servers are started, or the flags that change them."""
+    words = [word for argument in engine.extra_args for word in argument.split("=", 1)]
+    changed = [
+        f"{word} {value}" for word, value in pairwise([*words, ""]) if word.replace("_", "-").startswith(DEFAULTS)
+    ]
+    return " ".join(changed) or "neutral"
 
 
 def _flags(engine: Engine) -> dict[str, Any] | None:

@@ -23,7 +23,7 @@ NONE = "–"
 # Settings of a record that decide which other numbers its score can be compared with, as columns of the CSV.
 ASKED = (
     *("family", "prompt_variant", "min_pixels", "max_pixels", "pixels_per_token"),
-    *("max_tokens", "temperature", "responses", "limit", "reasoning_tags"),
+    *("sampling_defaults", "max_tokens", "temperature", "responses", "limit", "reasoning_tags"),
 )
 
 

@@ -123,6 +123,9 @@ def to_server(spec: ServerSpec, address: tuple[str, int], log: Path, gpus: str) 
     limits = {medium: getattr(engine, medium.limit) for medium in MEDIA.values() if medium.limit}
     argv += ["--limit-mm-per-prompt", json.dumps({medium.slot: n for medium, n in limits.items()})]
     argv += ["--enable-scale-out"]
+    # Where a client is silent, neutral values hold, not those of the model's generation_config.json. Of that file vLLM
+    # 0.32 still takes the list of end tokens.
+    argv += ["--generation-config", "vllm"]
     reading = {medium.slot: medium.io_settings for medium, n in limits.items() if n}
     argv += ["--media-io-kwargs", json.dumps(reading)] if reading else []
     argv += ["--disable-uvicorn-access-log", "--disable-log-stats"]
