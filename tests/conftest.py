@@ -104,6 +104,15 @@ def server() -> None:
     """Mark tests that start vLLM, training ranks or lmms-eval: `make test-fast` leaves out all that depend on this."""
 
 
+@pytest.fixture(scope="session", autouse=True)
+def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Return a folder of the session that all processes of tests have as their Hugging Face cache, not the user's."""
+    folder = tmp_path_factory.mktemp("hub")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HF_HOME", str(folder))
+        yield folder
+
+
 @pytest.fixture(scope="session")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return the folder of the demo's student, untrained."""
