@@ -26,13 +26,15 @@ ARCHIVE = "hub/datasets--VisuLogic--VisuLogic"  # below HF_HOME
 class Case(NamedTuple):
     """A row without its question, the student's answer, and its score from 0 to 1; None if it does not count.
 
-    `hidden`: after a thought lmms-eval no longer finds the answer.
+    `hidden`: after a thought lmms-eval no longer finds the answer. `second`: the score by OpenMMReasoner's rule, where
+    it differs.
     """
 
     row: Mapping[str, Any]
     answer: str
     score: float | None
     hidden: bool = False
+    second: float | None = None
 
 
 @dataclass(frozen=True)
@@ -47,6 +49,11 @@ class Published:
         """Return the score on 0-100, of a student whose answers come after a thought or not."""
         counted = [0 if case.hidden and thinks else case.score for case in self.cases if case.score is not None]
         return 100 * sum(counted) / len(counted)
+
+    def second(self) -> float:
+        """Return the score by OpenMMReasoner's rule."""
+        verdicts = [case.score if case.second is None else case.second for case in self.cases]
+        return 100 * sum(verdict or 0 for verdict in verdicts) / len(verdicts)
 
 
 def letter(gold: str, **more: Any) -> dict[str, Any]:
@@ -82,6 +89,8 @@ DYNAMATH = Published(
         Case({"id": "2", "ground_truth": "3"}, "I count three of them.", 0),
         Case({"id": "3", "ground_truth": "A"}, "The answer is A", 0),  # not in <answer> or \boxed
         Case({"id": "3", "ground_truth": "7"}, CUT, 0),
+        Case({"id": "4", "ground_truth": "Brown"}, "<answer>Blue</answer>", 1, second=0),  # both begin with B
+        Case({"id": "4", "ground_truth": "BC = 5"}, r"\boxed{5}", 1),
     ],
 )
 WEMATH = Published(
@@ -107,7 +116,8 @@ LOGICVISTA = Published(
         Case(letter("B"), "<answer>(B) the circle</answer>", 1),
         Case(letter("C"), "<answer>D</answer>", 0),
         Case(letter("D"), "The answer is D", 0),  # not in <answer> or \boxed
-        Case(letter("B, D"), "<answer>B</answer>", 1),  # half of the key: lmms-eval reads its first letter
+        Case(letter("B, D"), "<answer>B</answer>", 1, second=0),  # half of the key: lmms-eval reads its first letter
+        Case(letter("B, D"), "<answer>B, D</answer>", 1),
         Case(letter("A"), CUT, 0),
     ],
 )

@@ -9,7 +9,7 @@ from answering_server import Server
 from published_rows import PAPER
 
 from mmopd.catalog import shipped
-from mmopd.evaluate import BenchmarkScore, evaluate, read_suite
+from mmopd.evaluate import BenchmarkScore, evaluate, read_suite, second_rule
 
 
 @pytest.fixture(scope="module")
@@ -27,6 +27,19 @@ def scores(
             for record in evaluate(answering.endpoint, local, out=folder / str(thinks)):
                 found[record.column, thinks] = record
     return found
+
+
+@pytest.mark.parametrize("thinks", [False, True], ids=["answers", "thinks"])
+@pytest.mark.parametrize("column", PAPER)
+def test_the_second_rule_judges_the_same_responses(
+    scores: Mapping[tuple[str, bool], BenchmarkScore], column: str, thinks: bool
+) -> None:
+    more = scores[column, thinks].more
+    if column not in ("DynaMath", "WeMath", "LogicVista"):
+        assert more == {}
+        return
+    assert more.keys() == {second_rule.NAME, f"{second_rule.NAME}_stderr"}
+    assert more[second_rule.NAME] == pytest.approx(PAPER[column].second())
 
 
 def test_every_column_of_the_suite_has_rows() -> None:

@@ -61,6 +61,11 @@ class LmmsBenchmark(Benchmark):
         description="Text between tags of reasoning: `none` leaves responses as they are, so that their format can be"
         " judged; `default` lets lmms-eval remove <think>...</think>",
     )
+    second_rule: Literal["openmmreasoner"] | None = Field(
+        None,
+        description="A second judgement of the same responses, shown beside the score. `openmmreasoner` compares "
+        "letters only where the key is one letter; for tasks that lmms-eval judges by its `acc_score`",
+    )
 
     def resolved(self, folder: Path, workspace: Path) -> Self:
         """Return the row with absolute paths: a task file is found from the suite's folder, data from the workspace."""

@@ -9,7 +9,7 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from multiprocessing.connection import wait
 from multiprocessing.context import ForkServerContext, ForkServerProcess
 from pathlib import Path
@@ -47,7 +47,14 @@ class Calls:
                 _kill(process)
 
     def run(
-        self, arguments: Sequence[str], log: Path, env: Mapping[str, str], *, offline: bool, timeout: float
+        self,
+        arguments: Sequence[str],
+        log: Path,
+        env: Mapping[str, str],
+        *,
+        offline: bool,
+        timeout: float,
+        then: Callable[[], None] | None = None,
     ) -> int | None:
         """Run `python -m lmms_eval ARGUMENTS`.
 
@@ -56,6 +63,7 @@ class Calls:
             env: variables added to the environment.
             offline: send no request to the model hub.
             timeout: seconds.
+            then: what the process does after lmms-eval; goes to it by pickle.
 
         Returns:
             The exit status, -n if signal n ended the call, or None if it did not end in time.
@@ -64,7 +72,9 @@ class Calls:
             RuntimeError: the block has ended already.
         """
         process = self._context.Process(
-            target=_call, args=(list(arguments), str(log.absolute()), dict(env), offline, Path.cwd())
+            target=_call,
+            args=(list(arguments), str(log.absolute()), dict(env)),
+            kwargs={"offline": offline, "folder": Path.cwd(), "then": then},
         )
         with self._changing:
             if self._stopped:
@@ -90,7 +100,15 @@ def _kill(process: ForkServerProcess) -> None:
         process.kill()  # if it has no process group of its own yet
 
 
-def _call(arguments: Sequence[str], log: str, env: Mapping[str, str], offline: bool, folder: Path) -> None:
+def _call(
+    arguments: Sequence[str],
+    log: str,
+    env: Mapping[str, str],
+    *,
+    offline: bool,
+    folder: Path,
+    then: Callable[[], None] | None,
+) -> None:
     """Run lmms-eval in the forked process, as `python -m lmms_eval` does."""
     os.setsid()
     threading.Thread(target=_end_with_parent, daemon=True).start()
@@ -110,6 +128,8 @@ def _call(arguments: Sequence[str], log: str, env: Mapping[str, str], offline: b
         ) = True
     sys.argv = ["lmms_eval", *arguments]
     cli_evaluate()
+    if then is not None:
+        then()
 
 
 def _end_with_parent() -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from mmopd.config.suite import LmmsBenchmark
+from mmopd.evaluate import second_rule
 from mmopd.evaluate.score import InvalidRunError, Measured
 
 MAX_EMPTY = 0.1  # share of answers that may be empty
@@ -43,6 +44,7 @@ def validate(output: Path, task: str, benchmark: LmmsBenchmark, rows: int | None
         n=n,
         versions={"task": str(results.get("versions", {}).get(task, ""))},
         sent=_sent(results["configs"][task]),
+        more=json.loads((output / second_rule.FILE).read_text(encoding="utf-8")) if benchmark.second_rule else {},
     )
 
 

@@ -12,12 +12,12 @@ import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 from mmopd.config.suite import LmmsBenchmark
 from mmopd.errors import ConfigError, UserError
-from mmopd.evaluate import calls
+from mmopd.evaluate import calls, second_rule
 from mmopd.evaluate.calls import Calls
 from mmopd.evaluate.runners.base import Asked, Done, Job
 from mmopd.evaluate.score import InvalidRunError, Measured
@@ -41,7 +41,14 @@ NOT_A_NAME = (
     "o4",
     "gpt-5",
 )  # lmms-eval takes a model with such a name for one of OpenAI's, and drops the temperature
-WANTED = ("metric", "scale", "max_tokens", "reasoning_tags", "limit")  # keys of a row that decide its score
+WANTED = (
+    "metric",
+    "scale",
+    "max_tokens",
+    "reasoning_tags",
+    "limit",
+    "second_rule",
+)  # keys of a row that decide its score
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -117,7 +124,10 @@ def _call(job: LmmsJob, running: Calls) -> Measured:
     output.mkdir(parents=True)
     seconds = asked.suite.timeout
     local = asked.row.data is not None
-    status = running.run(arguments(job, output), log, environment(asked.endpoint), offline=local, timeout=seconds)
+    then = partial(second_rule.judge, output, job.prepared.name, asked.row.metric) if asked.row.second_rule else None
+    status = running.run(
+        arguments(job, output), log, environment(asked.endpoint), offline=local, timeout=seconds, then=then
+    )
     if status is None:
         raise InvalidRunError(f"not finished after {seconds} s (`timeout` of the suite); log: {log}")
     if status != 0:
