@@ -42,6 +42,7 @@ MMMU: list[dict[str, Any]] = [
 ROWS: Mapping[str, Sequence[Mapping[str, Any]]] = {
     "demo_additions.yaml": DEMO,
     "demo_digit_sum.yaml": DEMO,
+    "ocrbench.yaml": [{"question": "what is written in the image?", "image": PICTURE, "answer": ["STOP"]}],
     "mathvision_test": [
         {"question": "How many?\n<image1>", "options": ["1", "2"], "decoded_image": PICTURE, "answer": "B"},
         {"question": "How long?\n<image1>", "options": [], "decoded_image": PICTURE, "answer": "5"},

@@ -1,9 +1,10 @@
 """Small parquet files in the published columns of the multimodal benchmarks, with planted answers of known score.
 
-Columns and types are those of each data set's card; LogicVista's and VisuLogic's are those that lmms-eval reads. Texts
-and images are made up. The scores were worked out by hand from each benchmark's rule, not by running it.
+Columns and types are those of each data set's card; LogicVista's, VisuLogic's and MMStar's are those that lmms-eval
+reads. Texts and images are made up. The scores were worked out by hand from each benchmark's rule, not by running it.
 """
 
+import base64
 import re
 import zipfile
 from collections.abc import Mapping, Sequence
@@ -44,6 +45,7 @@ class Published:
     columns: Mapping[str, Any]
     shared: Mapping[str, Any]
     cases: Sequence[Case]
+    prefix: str = ""  # of each question
 
     def score(self, thinks: bool) -> float:
         """Return the score on 0-100, of a student whose answers come after a thought or not."""
@@ -188,8 +190,73 @@ INFOVQA = Published(
         Case({"answers": ["Canada"]}, CUT, 0),
     ],
 )
-# By the column of eval/paper-mm.yaml.
-PAPER: Mapping[str, Published] = {
+FIRST_IMAGE = "<image 1> "
+MMSTAR = Published(
+    {"index": NUMBER, "question": TEXT, "A": TEXT, "B": TEXT, "C": TEXT, "D": TEXT, "answer": TEXT, "category": TEXT}
+    | {"l2_category": TEXT, "image": TEXT},
+    {"index": 1, "A": "a cat", "B": "a dog", "C": "a cow", "D": "a hen", "image": base64.b64encode(png()).decode()}
+    | {"category": "coarse perception"},
+    [  # the average is over categories of equal size
+        Case(letter("B", l2_category="image scene"), "B", 1),
+        Case(letter("C", l2_category="image scene"), "The answer is (C).", 1),
+        Case(letter("D", l2_category="geometry"), "A", 0),
+        Case(letter("A", l2_category="geometry"), CUT, 0),
+    ],
+    FIRST_IMAGE,
+)
+IMAGES = {f"image_{i}": IMAGE for i in range(1, 8)}
+CHOICE, OPEN = {"question_type": "multiple-choice"}, {"question_type": "open"}
+MMMU = Published(
+    {"id": TEXT, "question": TEXT, "options": TEXT, "explanation": TEXT, **IMAGES, "img_type": TEXT, "answer": TEXT}
+    | {"topic_difficulty": TEXT, "question_type": TEXT, "subfield": TEXT},
+    {"options": "['a cat', 'a dog', 'a cow']", "image_1": PICTURE, "subfield": "Drawing"},
+    [  # none that cannot be read: such an answer gets a random letter, as in MMMU's own code
+        Case(letter("A", id="validation_Art_1", **CHOICE), "A", 1),
+        Case(letter("B", id="validation_Art_2", **CHOICE), "(B)", 1),
+        Case(letter("B", id="validation_Music_1", **CHOICE), "The answer is B.", 1),
+        Case(letter("C", id="validation_Music_2", **CHOICE), "It shows, if I look at it, a cow.", 1),
+        Case(letter("A", id="validation_Finance_1", **CHOICE), "B", 0),
+        Case(letter("12", id="validation_Finance_2", **OPEN), "The result is 12.", 1),
+        Case(letter("12", id="validation_Finance_3", **OPEN), "13", 0),
+        Case(letter("Paris", id="validation_Finance_4", **OPEN), CUT, 0),
+    ],
+    FIRST_IMAGE,
+)
+MMMU_PRO = Published(
+    {"id": TEXT, "question": TEXT, "options": TEXT, "explanation": TEXT, **IMAGES, "img_type": TEXT, "answer": TEXT}
+    | {"topic_difficulty": TEXT, "subject": TEXT},
+    {"options": str([f"{i} cats" for i in range(10)]), "image_1": PICTURE, "subject": "Art"},
+    [
+        Case(letter("A", id="test_Art_1"), "A", 1),
+        Case(letter("J", id="test_Art_2"), "(J)", 1),
+        Case(letter("B", id="test_Art_3"), "The answer is B.", 1),
+        Case(letter("C", id="test_Art_4"), "D", 0),
+    ],
+    FIRST_IMAGE,
+)
+READ = {"dataset": "IIIT5K", "question_type": "Regular Text Recognition"}
+OCRBENCH = Published(
+    {"dataset": TEXT, "question": TEXT, "question_type": TEXT, "answer": TEXTS, "image": IMAGE},
+    {"image": PICTURE},
+    [
+        Case({"answer": ["STOP"], **READ}, "It says Stop.", 1),
+        Case({"answer": ["$12", "12 dollars"], **READ}, "12 dollars", 1),
+        Case(
+            {
+                "answer": ["a ^ 2"],
+                "dataset": "HME100k",
+                "question_type": "Handwritten Mathematical Expression Recognition",
+            },
+            "a^2",
+            1,
+        ),
+        Case({"answer": ["STOP"], **READ}, "GO", 0),
+        Case({"answer": ["1999"], **READ}, "1 999", 0),
+        Case({"answer": ["STOP"], **READ}, CUT, 0),
+    ],
+)
+# By the column of eval/paper-mm.yaml and eval/more-mm.yaml.
+PUBLISHED: Mapping[str, Published] = {
     "MathVision": MATHVISION,
     "DynaMath": DYNAMATH,
     "WeMath": WEMATH,
@@ -199,6 +266,10 @@ PAPER: Mapping[str, Published] = {
     "ChartQA": CHARTQA,
     "DocVQA": DOCVQA,
     "InfoVQA": INFOVQA,
+    "MMStar": MMSTAR,
+    "MMMU": MMMU,
+    "MMMU-Pro": MMMU_PRO,
+    "OCRBench": OCRBENCH,
 }
 
 
@@ -206,9 +277,14 @@ def write(benchmarks: Sequence[Benchmark], folder: Path) -> tuple[Benchmark, ...
     """Write the rows of each benchmark, and return the benchmarks with them as local data."""
     local = []
     for benchmark in benchmarks:
-        published = PAPER[benchmark.column]
+        published = PUBLISHED[benchmark.column]
         rows = [
-            {**published.shared, **dict.fromkeys(IDS, str(i)), **case.row, "question": ask(benchmark.column, i)}
+            {
+                **published.shared,
+                **dict.fromkeys(IDS, str(i)),
+                **case.row,
+                "question": published.prefix + ask(benchmark.column, i),
+            }
             for i, case in enumerate(published.cases)
         ]
         complete = [{key: row.get(key) for key in published.columns} for row in rows]
@@ -234,7 +310,7 @@ def ask(column: str, i: int) -> str:
 
 def answer(prompt: str, thinks: bool) -> str:
     """Return the planted answer to a prompt, after a thought if the student thinks."""
-    found = re.search(r"picture of case (\d+) of (\w+) show", prompt)
+    found = re.search(r"picture of case (\d+) of (\S+) show", prompt)
     assert found, prompt
-    text = PAPER[found[2]].cases[int(found[1])].answer
+    text = PUBLISHED[found[2]].cases[int(found[1])].answer
     return THOUGHT + text if thinks and text != CUT else text

@@ -1,4 +1,4 @@
-"""The multimodal columns of the paper, end to end: rows in the published columns, planted answers, known scores."""
+"""The multimodal suites end to end: rows in the published columns, planted answers, known scores."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -6,10 +6,13 @@ from pathlib import Path
 import published_rows
 import pytest
 from answering_server import Server
-from published_rows import PAPER
+from published_rows import PUBLISHED
 
 from mmopd.catalog import shipped
+from mmopd.config import Suite
 from mmopd.evaluate import BenchmarkScore, evaluate, read_suite, second_rule
+
+SUITES = [shipped() / "eval" / f"{name}.yaml" for name in ("paper-mm", "more-mm")]
 
 
 @pytest.fixture(scope="module")
@@ -19,8 +22,8 @@ def scores(
     """Return the record of each column, for a student that thinks and for one that does not."""
     folder = tmp_path_factory.mktemp("benchmarks")
     published_rows.write_archive(hub)
-    suite = read_suite(shipped() / "eval" / "paper-mm.yaml", folder)
-    local = suite.model_copy(update={"benchmarks": published_rows.write(suite.benchmarks, folder), "timeout": 900})
+    rows = [row for suite in SUITES for row in read_suite(suite, folder).benchmarks]
+    local = Suite(benchmarks=published_rows.write(rows, folder), timeout=900)
     found = {}
     for thinks in (False, True):
         with Server(lambda prompt, images, thinks=thinks: published_rows.answer(prompt, thinks)) as answering:
@@ -30,7 +33,7 @@ def scores(
 
 
 @pytest.mark.parametrize("thinks", [False, True], ids=["answers", "thinks"])
-@pytest.mark.parametrize("column", PAPER)
+@pytest.mark.parametrize("column", PUBLISHED)
 def test_the_second_rule_judges_the_same_responses(
     scores: Mapping[tuple[str, bool], BenchmarkScore], column: str, thinks: bool
 ) -> None:
@@ -39,19 +42,18 @@ def test_the_second_rule_judges_the_same_responses(
         assert more == {}
         return
     assert more.keys() == {second_rule.NAME, f"{second_rule.NAME}_stderr"}
-    assert more[second_rule.NAME] == pytest.approx(PAPER[column].second())
+    assert more[second_rule.NAME] == pytest.approx(PUBLISHED[column].second())
 
 
-def test_every_column_of_the_suite_has_rows() -> None:
-    suite = read_suite(shipped() / "eval" / "paper-mm.yaml", Path.cwd())
-    assert [benchmark.column for benchmark in suite.benchmarks] == list(PAPER)
+def test_every_column_of_the_suites_has_rows() -> None:
+    assert [row.column for suite in SUITES for row in read_suite(suite, Path.cwd()).benchmarks] == list(PUBLISHED)
 
 
 @pytest.mark.parametrize("thinks", [False, True], ids=["answers", "thinks"])
-@pytest.mark.parametrize("column", PAPER)
+@pytest.mark.parametrize("column", PUBLISHED)
 def test_planted_answers_get_their_known_score(
     scores: Mapping[tuple[str, bool], BenchmarkScore], column: str, thinks: bool
 ) -> None:
     record = scores[column, thinks]
-    assert (record.status, record.reason, record.n) == ("ok", "", len(PAPER[column].cases))
-    assert record.score == pytest.approx(PAPER[column].score(thinks))
+    assert (record.status, record.reason, record.n) == ("ok", "", len(PUBLISHED[column].cases))
+    assert record.score == pytest.approx(PUBLISHED[column].score(thinks))

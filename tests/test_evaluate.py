@@ -241,3 +241,11 @@ def test_a_name_that_lmms_eval_takes_for_a_model_of_openai_is_refused(suite: Sui
     endpoint = Endpoint("student", "http://127.0.0.1:9", "demo1-step0", "", "student")
     with pytest.raises(UserError, match=r"'demo1-step0': lmms-eval takes every name with 'o1'"):
         evaluate(endpoint, suite, out=tmp_path)
+
+
+@pytest.mark.parametrize("metric", ["llm_as_judge_eval,none", "gpt_eval_score,none", "gpt,none", "funqa_gpt,none"])
+def test_a_metric_that_another_model_gives_is_refused(metric: str, tmp_path: Path) -> None:
+    endpoint = Endpoint("student", "http://127.0.0.1:9", "demo", "", "student")
+    suite = Suite(benchmarks=(LmmsBenchmark(column="MathVista", task="mathvista_testmini_cot", metric=metric),))
+    with pytest.raises(UserError, match=f"MathVista: another model gives the metric '{metric}'"):
+        evaluate(endpoint, suite, out=tmp_path)

@@ -41,6 +41,7 @@ NOT_A_NAME = (
     "o4",
     "gpt-5",
 )  # lmms-eval takes a model with such a name for one of OpenAI's, and drops the temperature
+JUDGED = re.compile(r"(?<![a-z])gpt(?![a-z])|llm_(as_)?judge")  # in the names of metrics that a model gives
 WANTED = (
     "metric",
     "scale",
@@ -70,12 +71,17 @@ class Lmms:
 
         Raises:
             UserError: lmms-eval is not installed.
-            ConfigError: the task is missing, or lmms-eval would misread the model name.
+            ConfigError: the task is missing, a model would judge, or lmms-eval would misread the model name.
             DataError: the data of the task is missing.
         """
         versions = _versions()
         _check_name(asked.endpoint.model)
         row = asked.row
+        if JUDGED.search(row.metric):
+            raise ConfigError(
+                f"{row.column}: another model gives the metric {row.metric!r}: lmms-eval would ask it at OpenAI, with "
+                "the key of the measured model, and count what fails as a wrong answer; choose a metric that rules give"
+            )
         task = prepare(row, asked.folder / "task", asked.suite.prompt_variant or asked.served.variant)
         return LmmsJob(
             asked=asked,
