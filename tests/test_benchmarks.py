@@ -57,3 +57,4 @@ def test_planted_answers_get_their_known_score(
     record = scores[column, thinks]
     assert (record.status, record.reason, record.n) == ("ok", "", len(PUBLISHED[column].cases))
     assert record.score == pytest.approx(PUBLISHED[column].score(thinks))
+    assert (record.stderr is None) == (column in ("MMStar", "MMMU", "MMMU-Pro"))

@@ -43,7 +43,7 @@ def test_variants_count_within_their_question() -> None:
     assert score(samples, "average") == {NAME: 75.0, f"{NAME}_stderr": pytest.approx(25.0)}
 
 
-@pytest.mark.parametrize("verdict", [{}, {"acc_score": 0.5}, {"acc_score": {"score": 1}}])
-def test_a_task_with_another_judge_is_refused(verdict: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match="not a verdict of lmms-eval's acc_score"):
+@pytest.mark.parametrize("verdict", [{}, {"acc_score": 0.5}, {"acc_score": {"parsed_pred": "B"}}])
+def test_a_task_that_gives_other_verdicts_is_refused(verdict: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="not right or wrong"):
         score([sample("B", "B", **verdict)], "acc_score")

@@ -45,6 +45,20 @@ def test_a_whole_run_counts_even_with_odd_line_breaks_in_an_answer(tmp_path: Pat
 
 
 @pytest.mark.parametrize(
+    ("score", "scale", "error"),
+    [(0.5, 1, 50.0), (50.0, 100, 50.0), (0.501, 1, None), (0.4, 1, None)],  # the error of the mean of 1 and 0
+)
+def test_a_score_that_is_the_mean_of_verdicts_has_an_error_also_where_lmms_eval_gives_none(
+    tmp_path: Path, score: float, scale: float, error: float | None
+) -> None:
+    run = write_run(tmp_path, score=score)
+    samples = [{"doc_id": i, "filtered_resps": "4", "accuracy": {"scores": [right]}} for i, right in enumerate((1, 0))]
+    (run / "1_samples_t.jsonl").write_text("\n".join(map(json.dumps, samples)), encoding="utf-8")
+    measured = validate(run, "t", ROW.model_copy(update={"scale": scale}), rows=2)
+    assert measured.stderr == error
+
+
+@pytest.mark.parametrize(
     ("run", "reason"),
     [
         ({"score": "99.81%"}, "is '99.81%', not a finite number"),

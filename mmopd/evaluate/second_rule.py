@@ -8,11 +8,11 @@ only these responses are judged again. Without its judge model, as here, this is
 
 import json
 import re
-import statistics
-from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from mmopd.evaluate.verdicts import mean_and_error, verdict
 
 NAME = "OpenMMReasoner's rule"
 FILE = "second_rule.json"
@@ -45,21 +45,16 @@ def score(samples: Sequence[Mapping[str, Any]], metric: str) -> dict[str, float]
     DynaMath asks variants of each question: the mean is over questions, of the mean over their variants.
 
     Raises:
-        ValueError: the samples have no verdicts of `metric`, or several responses each.
+        ValueError: a sample has no verdict of `metric`, or one between right and wrong.
     """
-    by_question: dict[Any, list[float]] = defaultdict(list)
+    second = []
     for sample in samples:
-        of = sample.get(metric)
-        verdict = of.get("acc") if isinstance(of, dict) else of
-        if verdict not in (0, 1):
-            raise ValueError(
-                f"second_rule: {metric} of a response is {verdict!r}, not a verdict of lmms-eval's acc_score"
-            )
-        question = of.get("variant_id") if isinstance(of, dict) else sample["doc_id"]
-        by_question[question].append(second_verdict(sample, float(verdict)))
-    means = [100 * statistics.fmean(verdicts) for verdicts in by_question.values()]
-    error = {f"{NAME}_stderr": statistics.stdev(means) / len(means) ** 0.5} if len(means) > 1 else {}
-    return {NAME: statistics.fmean(means), **error}
+        first = verdict(sample, metric)
+        if first is None or first.value not in (0, 1):
+            raise ValueError(f"second_rule: {metric} of a response is {sample.get(metric)!r}, not right or wrong")
+        second.append(first._replace(value=second_verdict(sample, first.value)))
+    mean, error = mean_and_error(second)
+    return {NAME: 100 * mean} | ({} if error is None else {f"{NAME}_stderr": 100 * error})
 
 
 def second_verdict(sample: Mapping[str, Any], first: float) -> float:

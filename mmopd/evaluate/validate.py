@@ -10,9 +10,11 @@ from typing import Any
 from mmopd.config.suite import LmmsBenchmark
 from mmopd.evaluate import second_rule
 from mmopd.evaluate.score import InvalidRunError, Measured
+from mmopd.evaluate.verdicts import mean_and_error, verdict
 
 MAX_EMPTY = 0.1  # share of answers that may be empty
 PLACEHOLDER = "[LMMS_EVAL_"  # start of the text that lmms-eval writes for an answer that it did not get
+ROUNDED = 1e-4  # of a score; some tasks round theirs
 ANSI = re.compile(r"\x1b\[[0-9;]*m")
 
 
@@ -34,14 +36,16 @@ def validate(output: Path, task: str, benchmark: LmmsBenchmark, rows: int | None
         raise InvalidRunError(
             f"{benchmark.metric} is {score:g}, outside 0 to {benchmark.scale:g} (`scale` of the benchmark)"
         )
-    n = _check_samples(output, task, _expected(results, task, benchmark, rows))
+    samples = _check_samples(output, task, _expected(results, task, benchmark, rows))
     name, _, filtered = benchmark.metric.partition(",")
     stderr = results["results"][task].get(f"{name}_stderr,{filtered}")
+    if not _is_number(stderr):
+        stderr = _error(samples, name, score, benchmark.scale)
     to_percent = 100 / benchmark.scale
     return Measured(
         score=round(score * to_percent, 6),
         stderr=round(stderr * to_percent, 6) if _is_number(stderr) else None,
-        n=n,
+        n=len(samples),
         versions={"task": str(results.get("versions", {}).get(task, ""))},
         sent=_sent(results["configs"][task]),
         more=json.loads((output / second_rule.FILE).read_text(encoding="utf-8")) if benchmark.second_rule else {},
@@ -91,8 +95,17 @@ def _expected(results: dict[str, Any], task: str, benchmark: LmmsBenchmark, rows
     return expected
 
 
-def _check_samples(output: Path, task: str, expected: int) -> int:
-    """Return the number of answers, after checking that each is an answer."""
+def _error(samples: list[dict[str, Any]], metric: str, score: float, scale: float) -> float | None:
+    """Return the standard error of a score for which lmms-eval gives none; None if it is not the mean of verdicts."""
+    verdicts = [found for sample in samples if (found := verdict(sample, metric)) is not None]
+    if len(verdicts) < len(samples):
+        return None
+    mean, error = mean_and_error(verdicts)
+    return error * scale if error is not None and abs(mean * scale - score) < ROUNDED * scale else None
+
+
+def _check_samples(output: Path, task: str, expected: int) -> list[dict[str, Any]]:
+    """Return the samples, after checking that each is an answer."""
     files = sorted(output.rglob(f"*_samples_{task}.jsonl"))
     if len(files) != 1:
         raise InvalidRunError(f"{len(files)} files of samples, expected one")
@@ -107,7 +120,7 @@ def _check_samples(output: Path, task: str, expected: int) -> int:
     empty = sum(not a.strip() for a in answers)
     if empty > MAX_EMPTY * expected:
         raise InvalidRunError(f"{empty} of {expected} answers are empty")
-    return expected
+    return samples
 
 
 def _texts(value: object) -> Iterator[str]:
