@@ -4,13 +4,16 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import published_rows
+import pyarrow.parquet as pq
 import pytest
 from answering_server import Server
 from published_rows import PUBLISHED
 
 from mmopd.catalog import shipped
 from mmopd.config import Suite
+from mmopd.errors import DataError
 from mmopd.evaluate import BenchmarkScore, evaluate, read_suite, second_rule
+from mmopd.evaluate.tasks import prepare
 
 SUITES = [shipped() / "eval" / f"{name}.yaml" for name in ("paper-mm", "more-mm")]
 
@@ -58,3 +61,24 @@ def test_planted_answers_get_their_known_score(
     assert (record.status, record.reason, record.n) == ("ok", "", len(PUBLISHED[column].cases))
     assert record.score == pytest.approx(PUBLISHED[column].score(thinks))
     assert (record.stderr is None) == (column in ("MMStar", "MMMU", "MMMU-Pro"))
+
+
+@pytest.mark.parametrize(
+    ("column", "missing"),
+    [
+        ("VisuLogic", "label"),
+        ("VisuLogic", "image_path"),
+        ("MMStar", "C"),
+        ("DocVQA", "answers"),
+        ("InfoVQA", "answers"),
+    ],
+)
+def test_rows_without_a_column_that_lmms_eval_does_not_miss_are_refused(
+    column: str, missing: str, tmp_path: Path
+) -> None:
+    """Without these lmms-eval gives a score, such as 0 for DocVQA without answers."""
+    rows = [row for suite in SUITES for row in read_suite(suite, tmp_path).benchmarks if row.column == column]
+    [local] = published_rows.write(rows, tmp_path)
+    pq.write_table(pq.read_table(local.data).drop_columns([missing]), local.data)
+    with pytest.raises(DataError, match=f"no column '{missing}', which the task {local.task} reads"):
+        prepare(local, tmp_path / "task")

@@ -14,7 +14,7 @@ from mmopd.errors import UserError
 from mmopd.evaluate import BenchmarkScore, Results, Row, read_suite
 from mmopd.evaluate.score import InvalidRunError
 from mmopd.evaluate.tasks import builtin, prepare, read_task
-from mmopd.evaluate.validate import validate
+from mmopd.evaluate.validate import last_words, validate
 from mmopd.runtime.fingerprint import hash_model
 
 # Conditions for a valid run, on results as lmms-eval writes them.
@@ -75,6 +75,21 @@ def test_a_run_that_is_not_whole_does_not_count(tmp_path: Path, run: dict[str, A
         validate(write_run(tmp_path, **run), "t", ROW, rows=2)
 
 
+@pytest.mark.parametrize(
+    ("log", "said"),
+    [
+        ("one\n\x1b[31mtwo\x1b[0m\n\n", "two"),
+        ("KeyError: 'ID'\n\nThe above\ntenacity.RetryError: RetryError[<raised KeyError>]\n", "KeyError: 'ID'"),
+        ("tenacity.RetryError: RetryError[<raised KeyError>]\n", "tenacity.RetryError: RetryError[<raised KeyError>]"),
+        ("KeyError: 'image'\n\rModel Responding:   0%|          | 0/8 [00:00<?, ?it/s]\n", "KeyError: 'image'"),
+        (" \n", "nothing was logged"),
+    ],
+)
+def test_the_last_words_of_a_log_name_the_error(tmp_path: Path, log: str, said: str) -> None:
+    (tmp_path / "log.txt").write_text(log, encoding="utf-8")
+    assert last_words(tmp_path / "log.txt") == said
+
+
 def test_a_run_without_results_or_with_two_does_not_count(tmp_path: Path) -> None:
     with pytest.raises(InvalidRunError, match="0 results files"):
         validate(tmp_path, "t", ROW, rows=2)
@@ -115,10 +130,10 @@ def test_data_is_found_from_the_workspace_and_tasks_from_the_folder_of_the_suite
 
 def test_local_rows_go_to_the_split_that_a_built_in_task_reads(tmp_path: Path) -> None:
     rows = write_rows(tmp_path / "rows.parquet", ["q"], ["a"])
-    benchmark = LmmsBenchmark(column="DocVQA", task="docvqa_val", metric="anls,none", data=rows)
+    benchmark = LmmsBenchmark(column="MMMU", task="mmmu_val", metric="mmmu_acc,none", data=rows)
     task = prepare(benchmark, tmp_path / "task")
     written = read_task(tmp_path / "task" / "task.yaml")
-    assert (task.name, task.rows) == ("mmopd_docvqa_val", 1)
+    assert (task.name, task.rows) == ("mmopd_mmmu_val", 1)
     assert (written["dataset_path"], written["dataset_name"]) == ("parquet", None)
     assert written["dataset_kwargs"] == {"data_files": {"validation": str(rows)}}
     assert prepare(benchmark.model_copy(update={"data": None}), tmp_path / "unused").folder is None

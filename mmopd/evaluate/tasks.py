@@ -19,6 +19,12 @@ from mmopd.settings_file import text_of
 
 # Parts of a task file with a setting for each of several models, and one called `default`.
 BY_MODEL = ("lmms_eval_specific_kwargs", "model_specific_target_kwargs", "model_specific_generation_kwargs")
+# Columns without which a built-in task gives a score all the same, besides the one that its `doc_to_target` names.
+SILENT = {
+    "visulogic": ("image_path", "question", "label"),
+    "mmstar": ("A", "B", "C", "D"),
+    "mmstar_oc": ("A", "B", "C", "D"),
+}
 NAME = re.compile(r"^task:[ \t]*[\"']?([^\s\"'#\[]+)", re.MULTILINE)
 
 
@@ -57,7 +63,7 @@ def prepare(benchmark: LmmsBenchmark, folder: Path, variant: PromptVariant = "de
 
     Raises:
         ConfigError: the task does not exist.
-        DataError: its data is missing or not a parquet file.
+        DataError: its data is missing, not a parquet file, or lacks a column.
     """
     own = benchmark.task.endswith((".yaml", ".yml"))
     source = Path(benchmark.task).absolute() if own else builtin(benchmark.task)
@@ -76,7 +82,7 @@ def prepare(benchmark: LmmsBenchmark, folder: Path, variant: PromptVariant = "de
             "dataset_name": None,
             "dataset_kwargs": {"data_files": {split: str(benchmark.data.absolute())}},
         }
-        rows = count_rows(benchmark.data) if not settings.get("process_docs") else None
+        rows = None if settings.get("process_docs") else _count_rows(benchmark.data, benchmark.task, settings)
     folder.mkdir(parents=True)
     (folder / "task.yaml").write_text(yaml.safe_dump(generated, sort_keys=False), encoding="utf-8")
     code = hash_files(_sources(source)) if own else ""
@@ -145,20 +151,29 @@ def _builtins() -> dict[str, Path]:
     return {found[1]: path for path, text in texts if (found := NAME.search(text))}
 
 
-def count_rows(data: Path) -> int:
-    """Count the rows of a parquet file.
+def _count_rows(data: Path, task: str, settings: dict[str, Any]) -> int:
+    """Count the rows of a parquet file, after checking that it has the columns that lmms-eval would not miss.
 
     Raises:
-        DataError: the file is missing, or is not a complete parquet file.
+        DataError: the file is missing, is not a complete parquet file, or lacks a column.
     """
     import pyarrow.parquet as pq  # a page about a run needs no table
 
     try:
-        return int(pq.read_metadata(data).num_rows)
+        found = pq.read_metadata(data)
     except FileNotFoundError:
         raise DataError(f"{data}: no such file; it is the `data` of a benchmark") from None
     except Exception as error:
         raise DataError(f"{data}: not a complete parquet file: {error}") from error
+    columns = found.schema.to_arrow_schema().names
+    target = settings.get("doc_to_target")
+    needed = [*SILENT.get(task, ()), *([target] if isinstance(target, str) and target.isidentifier() else [])]
+    if missing := [name for name in needed if name not in columns]:
+        raise DataError(
+            f"{data}: no column {missing[0]!r}, which the task {shortened(task)} reads; lmms-eval would give a score "
+            f"without it. The file has: {', '.join(columns)}"
+        )
+    return int(found.num_rows)
 
 
 def _sources(task: Path) -> list[Path]:

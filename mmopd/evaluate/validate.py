@@ -14,6 +14,8 @@ from mmopd.evaluate.verdicts import mean_and_error, verdict
 
 MAX_EMPTY = 0.1  # share of answers that may be empty
 PLACEHOLDER = "[LMMS_EVAL_"  # start of the text that lmms-eval writes for an answer that it did not get
+RETRIED = "RetryError["
+ERROR = re.compile(r"[\w.]+(Error|Exception): ")
 ROUNDED = 1e-4  # of a score; some tasks round theirs
 ANSI = re.compile(r"\x1b\[[0-9;]*m")
 
@@ -53,9 +55,15 @@ def validate(output: Path, task: str, benchmark: LmmsBenchmark, rows: int | None
 
 
 def last_words(log: Path) -> str:
-    """Return the last line of a log that is not empty, to be used in a reason."""
-    lines = [ANSI.sub("", line).strip() for line in log.read_text(encoding="utf-8", errors="replace").splitlines()]
-    return next((line[:300] for line in reversed(lines) if line), "nothing was logged")
+    """Return the last line of a log that is neither empty nor a progress bar, to be used in a reason.
+
+    lmms-eval tries some work again, and names only the kind of the error at the end: then the error itself is returned.
+    """
+    text = ANSI.sub("", log.read_text(encoding="utf-8", errors="replace"))
+    lines = [line.strip() for line in reversed(text.splitlines()) if line.strip() and "%|" not in line]
+    if lines and RETRIED in lines[0]:
+        lines = [line for line in lines if ERROR.match(line) and RETRIED not in line] or lines
+    return lines[0][:300] if lines else "nothing was logged"
 
 
 def _sent(task: dict[str, Any]) -> dict[str, Any]:
