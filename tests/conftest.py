@@ -46,6 +46,8 @@ LONG = (
     "tutorial",
     "scoring",
     "evaluate",
+    "benchmarks",
+    "sampling_defaults",
     "security",
     "ranks",
     "preflight",
