@@ -239,7 +239,7 @@ def evaluate(
     out: Annotated[Path, typer.Option(help="Folder for the results.")] = Path("results"),
     as_json: JsonOption = False,
 ) -> None:
-    """Serve each of MODELS and run SUITE on it through lmms-eval; prints a table, writes results.{json,md,csv}."""
+    """Serve each of MODELS and run the benchmarks of SUITE on it; prints a table, writes results.{json,md,csv}."""
     from mmopd import catalog
     from mmopd.commands.evaluate import evaluate_models
     from mmopd.evaluate.candidates import check_results, print_results

@@ -73,7 +73,8 @@ ROWS: Mapping[str, Sequence[Mapping[str, Any]]] = {
 def render_all() -> str:
     """Return the prompts of all tasks; families with the same prompts are named together."""
     os.environ.setdefault("OPENAI_API_KEY", "none")
-    tasks = {b.task: b for suite in SUITES for b in read_suite(suite, Path.cwd()).benchmarks}
+    rows = [row for suite in SUITES for row in read_suite(suite, Path.cwd()).benchmarks]
+    tasks = {row.task: row for row in rows if isinstance(row, LmmsBenchmark)}
     shown = []
     with tempfile.TemporaryDirectory() as folder, mock.patch("huggingface_hub.snapshot_download", return_value=folder):
         with zipfile.ZipFile(Path(folder) / "images.zip", "w") as archive:  # visulogic fetches it at import

@@ -9,9 +9,10 @@ import pytest
 from answering_server import write_rows
 
 from mmopd.catalog import shipped
-from mmopd.config.suite import LmmsBenchmark
+from mmopd.config.suite import LmmsBenchmark, SampledBenchmark
 from mmopd.errors import UserError
 from mmopd.evaluate import BenchmarkScore, Results, Row, read_suite
+from mmopd.evaluate.sampled.known import find
 from mmopd.evaluate.score import InvalidRunError
 from mmopd.evaluate.tasks import builtin, prepare, read_task
 from mmopd.evaluate.validate import last_words, validate
@@ -110,6 +111,9 @@ def test_local_rows_that_were_not_all_asked_do_not_count(tmp_path: Path) -> None
 @pytest.mark.parametrize("path", sorted((shipped() / "eval").glob("*.yaml")), ids=lambda p: p.stem)
 def test_every_shipped_suite_names_tasks_that_have_its_metrics(path: Path) -> None:
     for benchmark in read_suite(path, Path("/workspace")).benchmarks:
+        if isinstance(benchmark, SampledBenchmark):
+            assert find(benchmark.benchmark).source.hub
+            continue
         own = Path(benchmark.task)
         settings = read_task(own if own.is_absolute() else builtin(benchmark.task))
         metric, _, filtered = benchmark.metric.partition(",")
@@ -252,7 +256,7 @@ def test_a_failed_benchmark_shows_as_failed_and_never_as_a_number(results: Resul
     assert lines[6] == "| *gap closed* | – | 61% | – |"
     assert "text_teacher, Other: failed: 1 of 2 requests failed" in lines
     assert (
-        "text_teacher,teacher,Other,t,m,failed,,,,1.0,w,d,1 of 2 requests failed,,qwen3_vl,,65536,,,32,,,,"
+        "text_teacher,teacher,Other,t,m,failed,,,,1.0,w,d,1 of 2 requests failed,,qwen3_vl,,65536,,,32,,,,,,,,"
         in results.csv().splitlines()
     )
 

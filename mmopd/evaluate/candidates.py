@@ -74,6 +74,8 @@ def print_results(results: Results, console: Console) -> None:
     """Print the table, if it has any rows."""
     if results.rows:
         console.print(results.rich(title="Score on held-out data, 0-100"))
+        for note in results.notes():
+            console.print(note, highlight=False, markup=False)
 
 
 def check_results(results: Results) -> None:

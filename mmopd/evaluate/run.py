@@ -31,9 +31,6 @@ def read_suite(path: Path, workspace: Path) -> Suite:
     for column in columns:
         if columns.count(column) > 1:
             raise ConfigError(f"{path}: two benchmarks have the column {column!r}; rename one of them")
-    for row in suite.benchmarks:
-        if row.runner not in RUNNERS:
-            raise ConfigError(f"{path}: {row.column}: `runner: {row.runner}` cannot run yet")
     try:
         benchmarks = tuple(row.resolved(path.parent, workspace) for row in suite.benchmarks)
     except ConfigError as error:
@@ -91,6 +88,7 @@ def evaluate(
             weights=weights,
             folder=folder,
             cache=cache,
+            objection=objection,
         )
         jobs.append(RUNNERS[row.runner].prepare(asked))
     records: dict[str, BenchmarkScore] = {}

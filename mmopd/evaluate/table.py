@@ -20,10 +20,11 @@ Kind = Literal["base", "teacher", "distilled"]
 NO_GAP = 1.0  # points; with a smaller lead of the best teacher there is no gap to close
 GAP_CLOSED = "gap closed"
 NONE = "–"
+STDERR = "_stderr"  # ends the name of the standard error of a further number
 # Settings of a record that decide which other numbers its score can be compared with, as columns of the CSV.
 ASKED = (
     *("family", "prompt_variant", "min_pixels", "max_pixels", "pixels_per_token"),
-    *("sampling_defaults", "max_tokens", "temperature", "responses", "limit", "reasoning_tags"),
+    *("sampling_defaults", "max_tokens", "temperature", "top_p", "seed", "responses", "k", "limit", "reasoning_tags"),
 )
 
 
@@ -109,6 +110,10 @@ class Results:
         """Return the records without a score."""
         return [r for row in self.rows for r in row.records if r.status == "failed"]
 
+    def notes(self) -> list[str]:
+        """Return a line for each record with further numbers: its pass@k, and how many of its responses were cut."""
+        return [f"{row.name}, {r.column}: {said}" for row in self.rows for r in row.records if (said := further(r))]
+
     def rich(self, title: str | None = None) -> Table:
         """Render the table for a terminal."""
         table = Table(title=title, title_justify="left", footer_style="bold")
@@ -129,6 +134,7 @@ class Results:
         ]
         if self._compares():
             lines.append("| " + " | ".join([f"*{GAP_CLOSED}*", *(self._gap(c) for c in self.columns)]) + " |")
+        lines += [f"\n{note}" for note in self.notes()]
         lines += [f"\n{r.endpoint}, {r.column}: failed: {r.reason}" for r in self.failures()]
         return "\n".join(lines) + "\n"
 
@@ -137,11 +143,12 @@ class Results:
         file = io.StringIO()
         fields = ("column", "task", "metric", "status", "score", "stderr", "n", "seconds", "weights", "data", "reason")
         writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(["model", "kind", *fields, *ASKED])
+        writer.writerow(["model", "kind", *fields, *ASKED, "more"])
         for row in self.rows:
             for r in row.records:
                 asked = (r.settings.get(key) for key in ASKED)
-                writer.writerow([row.name, row.kind, *(getattr(r, f) for f in fields), *asked])
+                more = json.dumps(r.more) if r.more else ""
+                writer.writerow([row.name, row.kind, *(getattr(r, f) for f in fields), *asked, more])
         return file.getvalue()
 
     def _best(self, kind: Kind, column: str) -> float | None:
@@ -154,6 +161,18 @@ class Results:
     def _gap(self, column: str) -> str:
         gap = self.gap_closed(column)
         return NONE if gap is None else f"{gap:.0%}"
+
+
+def further(record: BenchmarkScore) -> str:
+    """Return the further numbers of a record in words; empty if it has none."""
+    parts = []
+    for name, value in record.more.items():
+        if name == "cut":
+            parts += [f"{value:.1f} % of the responses were cut"] if value else []
+        elif not name.endswith(STDERR):
+            error = record.more.get(f"{name}{STDERR}")
+            parts.append(f"{name} {value:.1f}" + (f" ± {error:.1f}" if error is not None else ""))
+    return ", ".join(parts)
 
 
 def _cell(record: BenchmarkScore | None) -> str:

@@ -19,7 +19,7 @@ from markupsafe import Markup
 
 from mmopd.errors import UserError
 from mmopd.evaluate.score import BenchmarkScore
-from mmopd.evaluate.table import GAP_CLOSED, NO_GAP, Results
+from mmopd.evaluate.table import GAP_CLOSED, NO_GAP, Results, further
 from mmopd.report import heatmap, verdict
 from mmopd.report.charts import POINTS, Tasks, Z, curves, held_out_curves, tasks_of
 from mmopd.report.facts import at_the_end, facts, value_of
@@ -285,6 +285,7 @@ def _cell(record: BenchmarkScore | None) -> dict[str, Any]:
     if record is None:
         return {"text": "–", "stderr": None, "failed": False, "title": "not measured"}
     title = f"{record.task}, {record.metric}" + (f", n = {record.n}" if record.n else "")
+    title += f"; {more}" if (more := further(record)) else ""
     if record.score is None:
         return {"text": "failed", "stderr": None, "failed": True, "title": short(record.reason, 500)}
     return {"text": f"{record.score:.1f}", "stderr": record.stderr, "failed": False, "title": title}

@@ -1,5 +1,6 @@
 """Loads the tasks of the catalogue."""
 
+import importlib
 from pathlib import Path
 
 from mmopd import catalog
@@ -26,3 +27,8 @@ def load_tasks(workspace: Path | None = None) -> dict[str, Task]:
         tasks[task.name] = task
         origin[task.name] = path
     return tasks
+
+
+def tasks_of(module: str) -> dict[str, Task]:
+    """Return the `TASKS` of an installed module, which are not of the catalogue."""
+    return dict(importlib.import_module(module).TASKS)

@@ -22,7 +22,7 @@ from mmopd.records import UNKNOWN, Outcome
 from mmopd.runtime import python
 from mmopd.settings_file import suggest
 from mmopd.task.base import Task
-from mmopd.task.load import load_tasks
+from mmopd.task.load import load_tasks, tasks_of
 
 START = 1800.0  # seconds for a worker to load the tasks; a worker that ends is noticed at once
 
@@ -32,6 +32,7 @@ class VerifierPool:
 
     Args:
         workspace: folder whose tasks take precedence over the shipped ones.
+        module: a module with a mapping `TASKS`, which takes the place of the catalogue.
         workers: number of processes.
         timeout: seconds for one answer, for tasks without a timeout of their own.
 
@@ -39,11 +40,13 @@ class VerifierPool:
         ConfigError: a file of modalities/ does not load.
     """
 
-    def __init__(self, workspace: Path | None = None, *, workers: int = 2, timeout: float = 10.0) -> None:
-        self.tasks: Mapping[str, Task] = load_tasks(workspace)
+    def __init__(
+        self, workspace: Path | None = None, *, module: str = "", workers: int = 2, timeout: float = 10.0
+    ) -> None:
+        self.tasks: Mapping[str, Task] = tasks_of(module) if module else load_tasks(workspace)
         self._timeout = timeout
         self._threads = ThreadPoolExecutor(workers, thread_name_prefix="verifier")
-        self._all = [_Worker(workspace) for _ in range(workers)]
+        self._all = [_Worker(workspace, module) for _ in range(workers)]
         self._idle: queue.SimpleQueue[_Worker] = queue.SimpleQueue()
         for worker in self._all:
             self._idle.put(worker)
@@ -87,8 +90,8 @@ class VerifierPool:
 class _Worker:
     """One process of `mmopd.task.verifier_worker`; questions and answers are lines of JSON."""
 
-    def __init__(self, workspace: Path | None) -> None:
-        where = [str(workspace)] if workspace else []
+    def __init__(self, workspace: Path | None, module: str) -> None:
+        where = ["--module", module] if module else [str(workspace)] if workspace else []
         self._command = python.command("-m", "mmopd.task.verifier_worker", *where)
         self._process: subprocess.Popen[bytes] | None = None
         self._closing = False

@@ -12,18 +12,18 @@ import psutil
 
 from mmopd.records import UNKNOWN, Outcome
 from mmopd.task.base import Task
-from mmopd.task.load import load_tasks
+from mmopd.task.load import load_tasks, tasks_of
 
 LONGEST = 200  # characters of a reason
 MEMORY = 4 << 30  # bytes of address space beyond what loading took: `9**9**9` must not exhaust the machine
 
 
-def main(workspace: Path | None) -> None:
+def main(workspace: Path | None, module: str = "") -> None:
     """Serve until standard input ends."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is handled by the parent
     replies = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)  # what a verifier prints must not be taken for a reply
-    tasks = load_tasks(workspace)
+    tasks = tasks_of(module) if module else load_tasks(workspace)
     limit = psutil.Process().memory_info().vms + MEMORY
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
     send(replies, "ready")
@@ -55,4 +55,8 @@ def outcome_of(task: Task, response: str, answer: str) -> Outcome:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]) if len(sys.argv) > 1 else None)
+    given = sys.argv[1:]
+    if given[:1] == ["--module"]:
+        main(None, given[1])
+    else:
+        main(Path(given[0]) if given else None)

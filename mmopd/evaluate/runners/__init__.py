@@ -5,5 +5,9 @@ from typing import Any
 
 from mmopd.evaluate.runners.base import Runner
 from mmopd.evaluate.runners.lmms import Lmms
+from mmopd.evaluate.runners.sampled import Sampled
 
-RUNNERS: Mapping[str, Runner[Any, Any]] = {"lmms": Lmms()}  # `runner` of a row -> what measures it
+RUNNERS: Mapping[str, Runner[Any, Any]] = {  # `runner` of a row -> what measures it
+    "lmms": Lmms(),
+    "sampled": Sampled(),
+}

@@ -1,6 +1,6 @@
 """The interface of a runner, which asks a served model the questions of rows of a suite and has the answers judged."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, NamedTuple, Protocol, TypeVar
@@ -27,6 +27,7 @@ class Asked(Generic[R]):
     weights: str  # hash of the model's files; empty if they are not known
     folder: Path  # for the files of this measurement; does not exist yet
     cache: Path | None  # folder that later measurements share
+    objection: Callable[[], str]  # returns why the weights that are served are not the ones meant, or ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
