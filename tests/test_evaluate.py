@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from multiprocessing.forkserver import _forkserver  # type: ignore[attr-defined]
 from pathlib import Path
+from types import SimpleNamespace
 
 import datasets
 import psutil
@@ -19,12 +20,15 @@ from PIL import Image
 from waiting import wait_for
 
 from mmopd.catalog import shipped
-from mmopd.config import Suite
+from mmopd.config import Engine, Suite
 from mmopd.config.suite import LmmsBenchmark
 from mmopd.errors import UserError
-from mmopd.evaluate import BenchmarkScore, evaluate
+from mmopd.evaluate import BenchmarkScore, Results, evaluate
 from mmopd.evaluate.served import Served
+from mmopd.runtime.run_folder import RunFolder
+from mmopd.serving import endpoint
 from mmopd.serving.endpoint import Endpoint
+from mmopd.train.suite import folder_of, metrics_of, run_suite
 
 TASKS = shipped() / "eval" / "tasks"
 ADDITIONS, DIGIT_SUM = str(TASKS / "demo_additions.yaml"), str(TASKS / "demo_digit_sum.yaml")
@@ -249,3 +253,33 @@ def test_a_metric_that_another_model_gives_is_refused(metric: str, tmp_path: Pat
     suite = Suite(benchmarks=(LmmsBenchmark(column="MathVista", task="mathvista_testmini_cot", metric=metric),))
     with pytest.raises(UserError, match=f"MathVista: another model gives the metric '{metric}'"):
         evaluate(endpoint, suite, out=tmp_path)
+
+
+@pytest.mark.usefixtures("measured")
+def test_a_suite_between_steps_is_shared_by_the_engines_and_other_weights_have_no_score(
+    suite: Suite, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = RunFolder(tmp_path)
+    has = {"a": "step-4", "b": "step-4"}
+    student = SimpleNamespace(model=tmp_path / "student", engine=Engine())
+    monkeypatch.setattr(RunFolder, "recipe", lambda _: SimpleNamespace(student=student))
+    rows = suite.benchmarks[0].model_copy(update={"limit": 5})
+    both = tuple(rows.model_copy(update={"column": column}) for column in ("one", "two"))
+    planted = suite.model_copy(update={"benchmarks": both})
+    monkeypatch.setattr("mmopd.train.suite.suite_between_steps", lambda _: planted)
+    monkeypatch.setattr("mmopd.rollout.sync.Server.version", lambda self: has[self.name])
+    with Server(behave) as a, Server(behave) as b:
+        engines = [replace(one.endpoint, name=name) for one, name in ((a, "a"), (b, "b"))]
+        endpoint.save(run.endpoints, engines)
+        run_suite(run, 4)
+        assert (len(a.requests), len(b.requests)) == (5, 5)
+        first = folder_of(run, 4) / "results.json"
+        records = Results.read(first).rows[0].records
+        each = {"suite/one": 40.0, "suite_error/one": 24.49, "suite/two": 40.0, "suite_error/two": 24.49}
+        assert metrics_of(list(records), 2) == pytest.approx(each | {"suite_failed": 0}, abs=0.01)
+        has["b"] = "step-3"
+        run_suite(run, 4)
+        one, two = Results.read(first).rows[0].records
+    assert (one.status, two.status) == ("ok", "failed")
+    assert two.reason == "the student's engine has weights 'step-3', not 'step-4'"
+    assert metrics_of([one, two], 2).keys() == {"suite/one", "suite_error/one", "suite_failed"}

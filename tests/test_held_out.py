@@ -3,8 +3,11 @@
 import asyncio
 import json
 import math
+import sys
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,9 +17,11 @@ import torch
 
 from mmopd import catalog
 from mmopd.algorithm.settings import Algorithm
+from mmopd.config import Suite
 from mmopd.config.evaluation import Evaluation
+from mmopd.config.suite import LmmsBenchmark
 from mmopd.errors import ConfigError, DataError
-from mmopd.evaluate.table import Results
+from mmopd.evaluate import BenchmarkScore, Results, table
 from mmopd.modality import Encoder
 from mmopd.prompts.shards import Shards
 from mmopd.records import Outcome, Response
@@ -27,6 +32,7 @@ from mmopd.rollout.student_client import EngineError, PromptRefusedError
 from mmopd.runtime.run_folder import RunFolder
 from mmopd.train.distributed import Ranks
 from mmopd.train.held_out import HeldOut, Row, chosen, held_out_sources, mean_score, scores
+from mmopd.train.suite import SuiteRuns, folder_of
 
 
 class OneRank(Ranks):
@@ -92,7 +98,7 @@ def held_out(additions: Shards, encoder: Encoder, folder: Path, **settings: Any)
     ranks = OneRank(0, 1, torch.device("cpu"), None)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("mmopd.train.held_out.held_out_sources", lambda *_: {"additions": additions})
-        return HeldOut(RunFolder(folder), recipe, {}, encoder, ranks=ranks, done=0)
+        return HeldOut(RunFolder(folder), recipe, {}, encoder, ranks=ranks, done=0, stopping=lambda: False)
 
 
 def measure(evaluation: HeldOut, engine: Engine, judge: Judge | None = None) -> dict[str, float]:
@@ -201,10 +207,12 @@ def test_a_source_that_is_trained_on_is_refused_by_name(
             ["algorithm={objective: {kind: expo}, difficulty: null, balance: null, margin: null}"],
             "`expo` has no steps",
         ),
+        (["evaluate={every: 5}"], r"name held-out rows \(`mixture`\), benchmarks \(`suite`\), or both"),
+        (["evaluate={mixture: data/x.yaml, limit: 5}"], "it limits the benchmarks of `suite`"),
     ],
 )
 def test_a_recipe_that_cannot_be_evaluated_as_it_says_is_refused(more: list[str], said: str) -> None:
-    overrides = ["evaluate={mixture: data/x.yaml}", *more]
+    overrides = [*(["evaluate={mixture: data/x.yaml}"] if not more[0].startswith("evaluate") else []), *more]
     with pytest.raises(ConfigError, match=said):
         catalog.load_recipe("recipes/demo.yaml", overrides=overrides)
 
@@ -229,3 +237,34 @@ def test_the_report_draws_the_scores_with_intervals_and_names_damage(tmp_path: P
     assert line["colour"] == "t1"
     assert any("not JSON" in str(one) for one in files.left_out)
     assert held_out_curves([], Tasks([])) == []
+    rows = [{"step": 0, "suite/AIME": 12.5, "suite_error/AIME": 5.0}, {"step": 10, "suite/AIME": 25.0}]
+    (chart,) = held_out_curves(rows, Tasks([]))
+    assert chart["title"] == "Benchmarks between steps"
+    (line,) = chart["series"]
+    assert (line["y"], line["low"]) == ([0.125, 0.25], [pytest.approx(0.125 - 1.96 * 0.05), 0.25])
+
+
+def test_the_suite_runs_in_a_process_that_a_stop_request_ends(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Run other programs in its place: one that sleeps, one that fails, one that writes results."""
+    run = RunFolder(tmp_path)
+    run.logs.mkdir()
+    program = ["import time; time.sleep(600)"]
+    monkeypatch.setattr("mmopd.train.suite.python.command", lambda *_: [sys.executable, "-c", program[0]])
+    suite = Suite(benchmarks=tuple(LmmsBenchmark(column=c, task="t", metric="m") for c in "ab"))
+    with SuiteRuns(run, suite) as runs:
+        begin = time.monotonic()
+        assert asyncio.run(runs.scores(1, lambda: time.monotonic() > begin + 1)) == {"suite_failed": 2}
+        program[0] = "raise SystemExit('the judge is not here')"
+        assert asyncio.run(runs.scores(2, lambda: False)) == {"suite_failed": 2}
+        assert f"no results after step 2; {run.logs / 'suite.log'} says why" in caplog.text
+        assert "the judge is not here" in (run.logs / "suite.log").read_text(encoding="utf-8")
+        record = {"endpoint": "s", "role": "student", "task": "t", "metric": "m", "reason": "", "n": 9, "weights": ""}
+        record |= {"data": "", "settings": {}, "versions": {}, "seconds": 1.0}
+        good = BenchmarkScore(**record, column="a", status="ok", score=25.0, stderr=None)  # type: ignore[arg-type]
+        bad = replace(good, column="b", status="failed", score=None, reason="no metric 'm'")
+        Results.of([table.Row("step 3", "distilled", (good, bad))]).write(folder_of(run, 3))
+        program[0] = ""
+        assert asyncio.run(runs.scores(3, lambda: False)) == {"suite/a": 25.0, "suite_failed": 1}
+        assert "b has no score after step 3: no metric 'm'" in caplog.text

@@ -33,6 +33,7 @@ from mmopd.task.load import load_tasks
 from mmopd.teacher.fleet import Standing, from_files, serve_fleet
 from mmopd.teacher.router import check_routes, check_tokenizers, load_teachers, references, routed
 from mmopd.train.held_out import held_out_sources
+from mmopd.train.suite import suite_between_steps
 
 UNTRAINED = "untrained"  # version of the student's weights before training
 
@@ -100,6 +101,7 @@ def check(recipe: Recipe, endpoints: Sequence[Path] = ()) -> Job:
         catalog.load_mixture(recipe.mixture, key="mixture"), tasks, Path.cwd(), hash_processor(recipe.student.model)
     )
     held_out_sources(recipe, sources)
+    suite_between_steps(recipe)
     for one in (fleet, before):
         if one and one.routes:
             check_routes(one, tasks, [pair for shards in sources.values() for pair in shards.kinds])

@@ -1,21 +1,31 @@
 """Settings of the evaluation between steps."""
 
 from pathlib import Path
+from typing import Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from mmopd.settings_file import Config, Positive
 
 
 class Evaluation(Config):
-    """Held-out rows that the student answers between steps, judged by the verifiers of their tasks.
+    """Held-out rows, a suite of benchmarks, or both, which the student answers between steps.
 
     It changes nothing in training: its draws are its own, and the rows are those of another mixture.
     """
 
-    mixture: Path = Field(
-        description="File of data/ with the held-out rows; its weights are not used. Sources that the student trains "
-        "on are refused"
+    mixture: Path | None = Field(
+        None,
+        description="File of data/ with held-out rows, which the verifiers of their tasks judge; its weights are not "
+        "used. Sources that the student trains on are refused. `null`: no rows",
+    )
+    suite: Path | None = Field(
+        None,
+        description="File of eval/ with benchmarks, which are run by their own rules, as after the training; that "
+        "takes minutes to hours each time. `null`: no benchmarks",
+    )
+    limit: Positive | None = Field(
+        None, description="Questions of each benchmark of the suite, from the first on. `null`: what the suite says"
     )
     every: Positive = Field(
         10, description="Steps between two evaluations. The student is evaluated after the last step, too"
@@ -36,3 +46,11 @@ class Evaluation(Config):
     max_tokens: Positive | None = Field(
         None, description="Longest response in tokens; a longer one is cut. `null`: `rollout.max_tokens`"
     )
+
+    @model_validator(mode="after")
+    def _has_questions(self) -> Self:
+        if self.mixture is None and self.suite is None:
+            raise ValueError("evaluate: name held-out rows (`mixture`), benchmarks (`suite`), or both")
+        if self.limit is not None and self.suite is None:
+            raise ValueError("evaluate.limit: it limits the benchmarks of `suite`; `rows` limits those of the mixture")
+        return self

@@ -73,7 +73,7 @@ class Recipe(File):
             return self
         if not objective.trains:
             raise ValueError(f"evaluate: `{objective.kind}` has no steps; leave it out")
-        if self.train.keep_best and self.train.checkpoint_every % self.evaluate.every:
+        if self.evaluate.mixture and self.train.keep_best and self.train.checkpoint_every % self.evaluate.every:
             raise ValueError(
                 f"train.keep_best goes by evaluate, and train.checkpoint_every = {self.train.checkpoint_every} is no "
                 f"multiple of evaluate.every = {self.evaluate.every}: the kept checkpoints would have no score"

@@ -297,14 +297,47 @@ def curves(metrics: Sequence[Mapping[str, Any]], tasks: Tasks | None = None) -> 
 
 
 def held_out_curves(rows: Sequence[Mapping[str, Any]], tasks: Tasks) -> list[dict[str, Any]]:
-    """Return the chart of the evaluations between steps, with intervals of 95 %; none without evaluations."""
+    """Return the charts of the evaluations between steps, with intervals of 95 %; none without evaluations."""
     rows = thinned(rows)
-    names = [name for name in dict.fromkeys(name for row in rows for name in row) if name.startswith("held_out/")]
+    rest = "The step counts the updates so far. The interval is 1.96 standard errors of the mean over"
+    return [
+        *_with_intervals(
+            rows,
+            ("held_out", 1.0),
+            tasks,
+            title="Held-out rows",
+            unit="share right, with an interval of 95 %",
+            meaning="The student answers the rows of evaluate.mixture between steps, which it does not train on. "
+            f"{rest} rows.",
+        ),
+        *_with_intervals(
+            rows,
+            ("suite", 100.0),
+            tasks,
+            title="Benchmarks between steps",
+            unit="share of the best score, with an interval of 95 %",
+            meaning=f"The student answers the benchmarks of evaluate.suite between steps. {rest} questions; there is "
+            "none if the benchmark has no standard error.",
+        ),
+    ]
+
+
+def _with_intervals(
+    rows: Sequence[Mapping[str, Any]], scores: tuple[str, float], tasks: Tasks, **words: str
+) -> list[dict[str, Any]]:
+    """Return the chart of scores with their standard errors; none if no row has one.
+
+    Args:
+        scores: the first part of their names, and the best score.
+        words: title, unit and meaning.
+    """
+    kind, best = scores
+    names = [name for name in dict.fromkeys(name for row in rows for name in row) if name.startswith(f"{kind}/")]
     series = []
     for i, name in enumerate(names[:LINES]):
         source = name.partition("/")[2]
-        shares = [row.get(name) for row in rows]
-        widths = [Z * (row.get(f"held_out_error/{source}") or 0.0) for row in rows]
+        shares = [None if row.get(name) is None else row[name] / best for row in rows]
+        widths = [Z * (row.get(f"{kind}_error/{source}") or 0.0) / best for row in rows]
         both = list(zip(shares, widths, strict=True))
         series.append(
             {
@@ -319,14 +352,7 @@ def held_out_curves(rows: Sequence[Mapping[str, Any]], tasks: Tasks) -> list[dic
         )
     if not series:
         return []
-    chart = {
-        "title": "Held-out rows",
-        "unit": "share right, with an interval of 95 %",
-        "meaning": "The student answers the rows of evaluate.mixture between steps, which it does not train on. The "
-        "step counts the updates so far. The interval is 1.96 standard errors of the mean over rows.",
-        "x": [row["step"] for row in rows],
-        "series": series,
-    }
+    chart = words | {"x": [row["step"] for row in rows], "series": series}
     return [
         chart | dict.fromkeys(("share", "band", "legend", "exact"), True) | dict.fromkeys(("stacked", "log"), False)
     ]

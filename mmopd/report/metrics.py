@@ -82,6 +82,9 @@ METRICS: Mapping[str, str] = {
     "held_out_cut": "responses to held-out rows that ended at the token limit",
     "held_out_unknown": "responses to held-out rows without an outcome",
     "held_out_failed": "1 if an engine was lost during the evaluation, so that it has no score; otherwise 0",
+    "suite/*": "score of a benchmark after the step's update (evaluate.suite); 0-100",
+    "suite_error/*": "standard error of the same",
+    "suite_failed": "benchmarks of evaluate.suite without a score; RUN/logs/rank0.log says why",
     "memory/*": "memory in use, in GiB: of rank 0's process, of its machine (host), of its GPU (gpu)",
     "loggers/failed/*": "calls of a logger that failed or took too long, since the start of the run; none: not written",
 }

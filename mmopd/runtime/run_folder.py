@@ -53,6 +53,7 @@ class RunFolder:
         self.replay = root / "replay"  # skipped updates, for `mmopd replay`
         self.export = root / "export"  # the distilled student as an HF folder
         self.evaluation = root / "eval"
+        self.between_steps = root / "eval-between-steps"  # a folder for each time that evaluate.suite was run
         self.results = root / "results.json"  # also as .md and .csv
         self.report = root / "report.html"
         self.timings = root / "stages.json"

@@ -1,14 +1,15 @@
 """Evaluate the student between steps: its engines answer held-out rows, and the verifiers of their tasks judge.
 
-Rows, seeds and sampling are the same each time. A score counts only if every response is of the weights that were
-published last; otherwise there is no score for that step.
+A suite of benchmarks is run after them, if the recipe names one. Rows, seeds and sampling are the same each time. A
+score counts only if every response is of the weights that were published last; otherwise there is no score for that
+step.
 """
 
 import asyncio
 import itertools
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean, stdev
 from types import TracebackType
@@ -32,6 +33,7 @@ from mmopd.task.verifier_pool import VerifierPool
 from mmopd.train.clock import Clock
 from mmopd.train.distributed import Ranks
 from mmopd.train.rollouts import Rolling, Rollouts
+from mmopd.train.suite import SuiteRuns, metrics_of, suite_between_steps
 
 
 class Row(NamedTuple):
@@ -53,7 +55,7 @@ def held_out_sources(recipe: Recipe, trained: Mapping[str, Shards]) -> dict[str,
         ConfigError: the mixture names an unknown task, or a source that is trained on.
         DataError: a source cannot be opened.
     """
-    if recipe.evaluate is None:
+    if recipe.evaluate is None or recipe.evaluate.mixture is None:
         return {}
     path = recipe.evaluate.mixture
     mixture = catalog.load_mixture(path, key="evaluate.mixture")
@@ -72,14 +74,15 @@ def held_out_sources(recipe: Recipe, trained: Mapping[str, Shards]) -> dict[str,
 
 
 class HeldOut:
-    """The held-out rows of all ranks, and the scores of the student on them.
+    """The held-out rows of all ranks, the suite, and the scores of the student on them.
 
-    Without `evaluate` in the recipe it measures nothing. A context manager, which closes its file.
+    Without `evaluate` in the recipe it measures nothing. A context manager, which closes its file and ends the suite.
 
     Args:
         run: scores of weights after more than `done` steps are removed from its held_out.jsonl.
         trained: the sources that the student trains on.
         done: steps of the checkpoint that the run continues from.
+        stopping: returns whether the run has to stop, so that no benchmark may hold it up.
 
     Raises:
         ConfigError, DataError: as `held_out_sources`; DataError also if no row of a source can be used.
@@ -94,7 +97,9 @@ class HeldOut:
         *,
         ranks: Ranks,
         done: int,
+        stopping: Callable[[], bool],
     ) -> None:
+        self._stopping = stopping
         self._settings = recipe.evaluate
         self._ranks = ranks
         self._done = done
@@ -102,12 +107,17 @@ class HeldOut:
         self._rollout = recipe.rollout
         self._share: list[tuple[str, Encoded]] = []
         self._record: JsonLines | None = None
+        self._suite: SuiteRuns | None = None
+        self._benchmarks = 0  # of the suite
         if self._settings is not None:
             sources = held_out_sources(recipe, trained)
             number = self._settings.rows
             rows = [(name, row) for name, shards in sources.items() for row in chosen(shards, number, encoder)]
             self._share = rows[ranks.rank :: ranks.size]
             self._record = JsonLines(run.held_out, done + 1) if ranks.rank == 0 else None
+            if (suite := suite_between_steps(recipe)) is not None:
+                self._benchmarks = len(suite.benchmarks)
+                self._suite = SuiteRuns(run, suite) if ranks.rank == 0 else None
 
     def __enter__(self) -> Self:
         return self
@@ -117,6 +127,8 @@ class HeldOut:
     ) -> None:
         if self._record is not None:
             self._record.close()
+        if self._suite is not None:
+            self._suite.__exit__(kind, error, trace)
 
     async def at_start(self, rollouts: Rollouts) -> None:
         """Measure the untrained student, if the recipe wants that and the run begins. Collective."""
@@ -140,12 +152,20 @@ class HeldOut:
         asking = Rolling(done, {}, asyncio.create_task(self._ask(version_of(done), engines, verifiers)))
         if (await asking.end(self._ranks)).failed:
             await asking.cancel()
-            return {"held_out_failed": 1.0}
+            return {"held_out_failed": 1.0} | (metrics_of([], self._benchmarks) if self._benchmarks else {})
         rows = list(itertools.chain.from_iterable(self._ranks.gather_objects(asking.task.result())))
         found = scores(rows) | {"held_out_failed": 0.0}
+        if self._benchmarks:
+            running = Rolling(done, {}, asyncio.create_task(self._run_suite(done)))
+            await running.end(self._ranks)
+            found |= self._ranks.gather_objects(running.task.result())[0]
         if self._record is not None:
             self._record.append({"step": done} | {key: x if math.isfinite(x) else None for key, x in found.items()})
         return found
+
+    async def _run_suite(self, done: int) -> dict[str, float]:
+        """Return the scores of the suite on rank 0, which runs it; nothing on the others."""
+        return {} if self._suite is None else await self._suite.scores(done, self._stopping)
 
     async def _ask(self, version: str, engines: Sequence[StudentClient], verifiers: VerifierPool) -> list[Row]:
         settings = self._settings

@@ -81,7 +81,9 @@ async def train(
     done = restore(checkpoints, trainer, stream, updater, changed)
     in_trainer_thread = TrainerThread(ranks, watchdog, ahead=recipe.rollout.async_steps > 0)
     link = connect_engines(run, recipe, ranks)
-    held_out = HeldOut(run, recipe, stream.sources, encoder, ranks=ranks, done=done)
+    held_out = HeldOut(
+        run, recipe, stream.sources, encoder, ranks=ranks, done=done, stopping=partial(is_stopping, run, stop)
+    )
     recorder = open_recorder(run, recipe, encoder, done) if ranks.rank == 0 else None
     async with open_rollouts(run, recipe, stream.sources, encoder, ranks) as rollouts:
         weight_publisher = WeightPublisher(
@@ -127,7 +129,7 @@ async def train(
                 more |= {"probe": gap, "rollout_seconds": seconds} | scoring(rollouts.spent()) | stream.metrics() | held
                 if recorder is not None:
                     recorder.step(step, prompts, samples, batch, updates=updates, more=more | clock.metrics())
-                stopping = any(ranks.all_max([limit.is_over(*clock.step) or stop.is_set() or run.stop.exists()]))
+                stopping = any(ranks.all_max([limit.is_over(*clock.step) or is_stopping(run, stop)]))
                 clock = Clock(watchdog)  # checkpoint time is reported with the next step
                 if (step + 1) % recipe.train.checkpoint_every == 0 or last or stopping:
                     with clock("checkpoint"):
@@ -136,7 +138,7 @@ async def train(
                             step + 1,
                             state | {"skipped": updater.state()},
                             mean_score(held)
-                            if recipe.evaluate
+                            if recipe.evaluate and recipe.evaluate.mixture
                             else share_right(outcomes_since_checkpoint, recipe.algorithm),
                         )
                         rollouts.kept.clear()
@@ -144,6 +146,11 @@ async def train(
                 if stopping and not last:
                     return
             export(trainer, run.export, model_card(run))
+
+
+def is_stopping(run: RunFolder, stop: threading.Event) -> bool:
+    """Return whether a signal or the run's file `stop` asks the ranks to end."""
+    return stop.is_set() or run.stop.exists()
 
 
 def status_of(watchdog: Watchdog, rollouts: Rollouts) -> dict[str, Any]:
