@@ -194,7 +194,7 @@ def test_vllm_reads_every_media_setting_of_a_server() -> None:
 
 
 def lmms_options() -> dict[str, str]:
-    found = re.findall(r'"(--\w+)"(?:\]\s*=|:)\s*(f?"[^"\n]*")?', source("evaluate", "lmms.py"))
+    found = re.findall(r'"(--\w+)"(?:\]\s*=|:)\s*(f?"[^"\n]*")?', source("evaluate", "runners", "lmms.py"))
     return dict(found) | {"--log_samples": ""}
 
 
