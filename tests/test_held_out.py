@@ -6,7 +6,7 @@ import math
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -253,7 +253,7 @@ def test_the_suite_runs_in_a_process_that_a_stop_request_ends(
     program = ["import time; time.sleep(600)"]
     monkeypatch.setattr("mmopd.train.suite.python.command", lambda *_: [sys.executable, "-c", program[0]])
     suite = Suite(benchmarks=tuple(LmmsBenchmark(column=c, task="t", metric="m") for c in "ab"))
-    with SuiteRuns(run, suite) as runs:
+    with closing(SuiteRuns(run, suite)) as runs:
         begin = time.monotonic()
         assert asyncio.run(runs.scores(1, lambda: time.monotonic() > begin + 1)) == {"suite_failed": 2}
         program[0] = "raise SystemExit('the judge is not here')"

@@ -28,8 +28,8 @@ from mmopd.evaluate.sampled import known, mathematics
 from mmopd.evaluate.sampled.base import Problem, Sample, Verdict
 from mmopd.evaluate.sampled.judging import judge_all, score, without_thoughts
 from mmopd.evaluate.sampled.mathematics import MathVerify
-from mmopd.evaluate.sampled.passk import mean_and_error, pass_at_k
-from mmopd.evaluate.score import InvalidRunError
+from mmopd.evaluate.sampled.passk import pass_at_k
+from mmopd.evaluate.score import InvalidRunError, mean_and_error
 from mmopd.modality import Encoder
 
 ANSWERS = [*range(100, 130)]  # of the 30 problems

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from mmopd.evaluate.verdicts import Verdict, mean_and_error, verdict
+from mmopd.evaluate.verdicts import Verdict, over_questions, verdict
 
 
 @pytest.mark.parametrize(
@@ -27,6 +27,6 @@ def test_a_verdict_is_read_in_the_forms_of_the_tasks(written: Any, read: Verdict
 
 def test_the_error_is_over_questions_and_not_over_their_variants() -> None:
     alone = [Verdict(i, value) for i, value in enumerate((1.0, 1.0, 0.0, 0.0))]
-    assert mean_and_error(alone) == (0.5, pytest.approx((0.25 / 3) ** 0.5))
-    assert mean_and_error([*alone, *alone, *alone]) == mean_and_error(alone)
-    assert mean_and_error(alone[:1]) == (1.0, None)
+    assert over_questions(alone) == (0.5, pytest.approx((0.25 / 3) ** 0.5))
+    assert over_questions([*alone, *alone, *alone]) == over_questions(alone)
+    assert over_questions(alone[:1]) == (1.0, None)

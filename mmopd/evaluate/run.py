@@ -93,15 +93,15 @@ def evaluate(
         jobs.append(RUNNERS[row.runner].prepare(asked))
     records: dict[str, BenchmarkScore] = {}
 
-    def store(record: BenchmarkScore) -> None:
+    def store(job: Job[Any], record: BenchmarkScore) -> None:
         records[record.column] = record
-        record.write(out / _slug(endpoint.name) / _slug(record.column) / "record.json")
+        record.write(job.asked.folder / "record.json")
         on_result(record)
 
     todo: dict[str, list[Job[Any]]] = {}
     for job in jobs:
         if (kept := _kept(job)) is not None and kept.is_file():
-            store(_reused(job, kept))
+            store(job, _reused(job, kept))
         else:
             todo.setdefault(job.asked.row.runner, []).append(job)
     for runner, some in todo.items():
@@ -109,7 +109,7 @@ def evaluate(
             record = _record(done, objection)
             if (kept := _kept(done.job)) is not None and record.status == "ok":
                 record.write(kept)
-            store(record)
+            store(done.job, record)
     return [records[row.column] for row in suite.benchmarks]
 
 

@@ -3,9 +3,11 @@
 import dataclasses
 import hashlib
 import json
+import math
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from statistics import fmean, stdev
 from typing import Any, Literal
 
 from mmopd.errors import DataError
@@ -72,6 +74,14 @@ class BenchmarkScore:
         partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
         partial.write_text(json.dumps(dataclasses.asdict(self), indent=1), encoding="utf-8")
         partial.replace(path)
+
+
+def mean_and_error(values: Sequence[float]) -> tuple[float, float | None]:
+    """Return the mean over questions and its standard error; no error for a single question.
+
+    The responses to a question are alike, so that the spread of questions, and not of responses, decides the error.
+    """
+    return fmean(values), stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
 
 
 def key_of(*parts: Sequence[Any] | Mapping[str, Any] | str) -> str:

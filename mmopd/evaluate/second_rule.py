@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from mmopd.evaluate.verdicts import mean_and_error, verdict
+from mmopd.evaluate.verdicts import over_questions, verdict
 
 NAME = "OpenMMReasoner's rule"
 FILE = "second_rule.json"
@@ -53,7 +53,7 @@ def score(samples: Sequence[Mapping[str, Any]], metric: str) -> dict[str, float]
         if first is None or first.value not in (0, 1):
             raise ValueError(f"second_rule: {metric} of a response is {sample.get(metric)!r}, not right or wrong")
         second.append(first._replace(value=second_verdict(sample, first.value)))
-    mean, error = mean_and_error(second)
+    mean, error = over_questions(second)
     return {NAME: 100 * mean} | ({} if error is None else {f"{NAME}_stderr": 100 * error})
 
 

@@ -10,7 +10,7 @@ from typing import Any
 from mmopd.config.suite import LmmsBenchmark
 from mmopd.evaluate import second_rule
 from mmopd.evaluate.score import InvalidRunError, Measured
-from mmopd.evaluate.verdicts import mean_and_error, verdict
+from mmopd.evaluate.verdicts import over_questions, verdict
 
 MAX_EMPTY = 0.1  # share of answers that may be empty
 PLACEHOLDER = "[LMMS_EVAL_"  # start of the text that lmms-eval writes for an answer that it did not get
@@ -108,7 +108,7 @@ def _error(samples: list[dict[str, Any]], metric: str, score: float, scale: floa
     verdicts = [found for sample in samples if (found := verdict(sample, metric)) is not None]
     if len(verdicts) < len(samples):
         return None
-    mean, error = mean_and_error(verdicts)
+    mean, error = over_questions(verdicts)
     return error * scale if error is not None and abs(mean * scale - score) < ROUNDED * scale else None
 
 

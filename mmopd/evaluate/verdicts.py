@@ -1,10 +1,12 @@
 """Verdicts on single responses, as lmms-eval's tasks write them to its samples, and their mean and standard error."""
 
 import math
-import statistics
 from collections import defaultdict
 from collections.abc import Hashable, Iterable, Mapping
+from statistics import fmean
 from typing import Any, NamedTuple
+
+from mmopd.evaluate.score import mean_and_error
 
 FORMS = ("acc", "scores")  # keys of the verdict where a task writes more than a number
 
@@ -34,11 +36,9 @@ def verdict(sample: Mapping[str, Any], metric: str) -> Verdict | None:
     return Verdict(sample["doc_id"] if variants_of is None else variants_of, float(found))
 
 
-def mean_and_error(verdicts: Iterable[Verdict]) -> tuple[float, float | None]:
+def over_questions(verdicts: Iterable[Verdict]) -> tuple[float, float | None]:
     """Return the mean over questions of the mean of their verdicts, and its standard error; None for one question."""
     by_question: dict[Hashable, list[float]] = defaultdict(list)
     for one in verdicts:
         by_question[one.question].append(one.value)
-    means = [statistics.fmean(values) for values in by_question.values()]
-    error = statistics.stdev(means) / len(means) ** 0.5 if len(means) > 1 else None
-    return statistics.fmean(means), error
+    return mean_and_error([fmean(values) for values in by_question.values()])

@@ -11,13 +11,14 @@ import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from statistics import fmean, stdev
+from statistics import fmean
 from types import TracebackType
 from typing import NamedTuple, Self
 
 from mmopd import catalog
 from mmopd.config import Recipe
 from mmopd.errors import ConfigError, DataError
+from mmopd.evaluate.score import mean_and_error
 from mmopd.modality import Encoder
 from mmopd.modality.registry import check_items
 from mmopd.prompts.rows import RowError
@@ -128,7 +129,7 @@ class HeldOut:
         if self._record is not None:
             self._record.close()
         if self._suite is not None:
-            self._suite.__exit__(kind, error, trace)
+            self._suite.close()
 
     async def at_start(self, rollouts: Rollouts) -> None:
         """Measure the untrained student, if the recipe wants that and the run begins. Collective."""
@@ -243,6 +244,7 @@ def scores(rows: Sequence[Row]) -> dict[str, float]:
         if row.right is not None:
             by_source.setdefault(row.source, []).append(row.right)
     for source, right in sorted(by_source.items()):
-        found[f"held_out/{source}"] = fmean(right)
-        found[f"held_out_error/{source}"] = stdev(right) / math.sqrt(len(right)) if len(right) > 1 else math.nan
+        mean, error = mean_and_error(right)
+        found[f"held_out/{source}"] = mean
+        found[f"held_out_error/{source}"] = math.nan if error is None else error
     return found | {"held_out_cut": float(counts["cut"]), "held_out_unknown": float(counts["unknown"])}

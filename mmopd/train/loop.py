@@ -137,15 +137,20 @@ async def train(
                             trainer,
                             step + 1,
                             state | {"skipped": updater.state()},
-                            mean_score(held)
-                            if recipe.evaluate and recipe.evaluate.mixture
-                            else share_right(outcomes_since_checkpoint, recipe.algorithm),
+                            score_of(recipe, held, outcomes_since_checkpoint),
                         )
                         rollouts.kept.clear()
                         outcomes_since_checkpoint.clear()
                 if stopping and not last:
                     return
             export(trainer, run.export, model_card(run))
+
+
+def score_of(recipe: Recipe, held: Mapping[str, float], outcomes: Sequence[Outcome]) -> float | None:
+    """Return the score of a checkpoint, by held-out rows where there are some; None if it has none."""
+    if recipe.evaluate and recipe.evaluate.mixture:
+        return mean_score(held)
+    return share_right(outcomes, recipe.algorithm)
 
 
 def is_stopping(run: RunFolder, stop: threading.Event) -> bool:

@@ -10,8 +10,6 @@ import sys
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from types import TracebackType
-from typing import Self
 
 from mmopd import catalog
 from mmopd.config import Recipe, Suite
@@ -51,19 +49,15 @@ def suite_between_steps(recipe: Recipe) -> Suite | None:
 
 
 class SuiteRuns:
-    """Runs of the suite, one at a time. A context manager, which ends what still runs."""
+    """Runs of the suite, one at a time."""
 
     def __init__(self, run: RunFolder, suite: Suite) -> None:
         self._run = run
         self._suite = suite
         self._children = Children()
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def close(self) -> None:
+        """End what still runs."""
         self._children.stop_all()
 
     async def scores(self, done: int, stopping: Callable[[], bool]) -> dict[str, float]:

@@ -8,8 +8,8 @@ from pathlib import Path
 
 from mmopd.errors import UserError
 from mmopd.evaluate.sampled.base import Judge, Problem, Sample, Verdict
-from mmopd.evaluate.sampled.passk import mean_and_error, pass_at_k
-from mmopd.evaluate.score import InvalidRunError, Measured
+from mmopd.evaluate.sampled.passk import pass_at_k
+from mmopd.evaluate.score import InvalidRunError, Measured, mean_and_error
 
 END = "</think>"
 BEGIN = "<think>"

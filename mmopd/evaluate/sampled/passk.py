@@ -1,8 +1,6 @@
-"""pass@k of n responses (paper Eq. 15), and its mean over problems with a standard error."""
+"""pass@k of n responses (paper Eq. 15)."""
 
 import math
-from collections.abc import Sequence
-from statistics import fmean, stdev
 
 from mmopd.errors import ConfigError
 
@@ -19,11 +17,3 @@ def pass_at_k(n: int, right: int, k: int) -> float:
     if not 1 <= k <= n:
         raise ConfigError(f"pass@{k} needs at least {k} responses to each problem, and there are {n}")
     return 1 - math.comb(n - right, k) / math.comb(n, k)
-
-
-def mean_and_error(values: Sequence[float]) -> tuple[float, float | None]:
-    """Return the mean over problems and its standard error; no error for a single problem.
-
-    The responses to a problem are alike, so that the spread of problems, and not of responses, decides the error.
-    """
-    return fmean(values), stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
